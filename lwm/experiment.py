@@ -1,0 +1,163 @@
+"""The Experiment: a tree of mutable dataclasses that configs/ builds, flags override, and
+`validate` checks once. Treat it as immutable after that.
+"""
+
+import dataclasses
+import math
+import pprint
+
+from lwm.model.config import COMPUTE_DTYPES
+from lwm.model.config import ModelConfig
+from lwm.model.config import REMAT_POLICIES
+
+LAYOUTS = ("contiguous", "zigzag")
+SCHEDULES = ("constant", "cosine")
+WEIGHTINGS = ("token", "example")
+SOFTMAX_RANGES = ("modality", "all")
+
+
+class ConfigError(ValueError):
+  """A setting, or two that do not go together. The message is for the person at the terminal."""
+
+
+@dataclasses.dataclass
+class DatasetConfig:
+  """A prepared dataset (`experiments.prepare_data`) and how its tokens count in the loss."""
+
+  name: str = ""
+  path: str = ""
+  # `token`: every target counts alike. `example`: every document counts alike.
+  weighting: str = "token"
+
+
+@dataclasses.dataclass
+class MixtureEntry:
+  """A dataset's share of a stage's rows; shares are relative to their sum."""
+
+  dataset: str = ""
+  weight: float = 1.0
+
+
+@dataclasses.dataclass
+class MeshConfig:
+  """Devices along each mesh axis; one axis may be -1: all that remain."""
+
+  data: int = 1
+  fsdp: int = -1
+  ring: int = 1
+  tensor: int = 1
+
+  def axis_sizes(self) -> dict[str, int]:
+    return dataclasses.asdict(self)
+
+  def resolve(self, num_devices: int) -> dict[str, int]:
+    """Axis sizes with -1 filled in. Raises ConfigError if they do not use `num_devices` exactly."""
+    sizes = self.axis_sizes()
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    text = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+      raise ConfigError(f"mesh ({text}): sizes must be at least 1, and one axis at most may be -1.")
+    if num_devices % fixed or (not free and fixed != num_devices):
+      raise ConfigError(
+          f"mesh ({text}) does not divide the {num_devices} devices here: its fixed axes multiply to "
+          f"{fixed}. Change config.stages[i].mesh or the number of devices."
+      )
+    if free:
+      sizes[free[0]] = num_devices // fixed
+    return sizes
+
+
+@dataclasses.dataclass
+class Stage:
+  """One stretch of training at one context length; it starts from the parameters of the one before."""
+
+  name: str = ""
+  sequence_length: int = 1024
+  rope_theta: float = 1e4
+  tokens_per_batch: int = 8192
+  steps: int = 100
+  warmup_steps: int = 10
+  mixture: list[MixtureEntry] = dataclasses.field(default_factory=list)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  # How the sequence is laid out over the ring.
+  layout: str = "zigzag"
+  accumulation_steps: int = 1
+  # None: the optimizer's own setting.
+  schedule: str | None = None
+  peak_learning_rate: float | None = None
+  end_learning_rate: float | None = None
+
+  @property
+  def rows_per_batch(self) -> int:
+    return self.tokens_per_batch // self.sequence_length
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+  """AdamW, with global-norm clipping and a linear warm-up in each stage."""
+
+  schedule: str = "constant"
+  peak_learning_rate: float = 4e-5
+  end_learning_rate: float = 4e-5
+  beta1: float = 0.9
+  beta2: float = 0.95
+  epsilon: float = 1e-8
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
+
+
+@dataclasses.dataclass
+class LossConfig:
+  """How the losses of the two modalities become one; shares are relative to those present in a batch."""
+
+  text_weight: float = 0.5
+  vision_weight: float = 0.5
+  z_loss: float = 0.0
+  # `modality`: a target's softmax runs over its own modality's ids; `all`: over both.
+  softmax_range: str = "modality"
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+  every_steps: int = 100
+  keep: int = 2
+
+
+@dataclasses.dataclass
+class EvaluationConfig:
+  """Held-out loss every `every_steps` and at the end of a stage, on `rows` rows of each dataset."""
+
+  every_steps: int = 100
+  rows: int = 16
+
+
+@dataclasses.dataclass
+class DataConfig:
+  """Host-side loading: threads that build batches, and batches built ahead."""
+
+  threads: int = 2
+  prefetch_batches: int = 4
+
+
+@dataclasses.dataclass
+class Experiment:
+  """Everything that a run is. See configs/ for complete ones."""
+
+  name: str = "experiment"
+  seed: int = 0
+  # The tokenizer that every dataset must have been prepared with: *.model or tokenizer.json.
+  tokenizer: str = ""
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+  loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  datasets: list[DatasetConfig] = dataclasses.field(default_factory=list)
+  stages: list[Stage] = dataclasses.field(default_factory=list)
+  checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+  evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+
+
+def dump(experiment: Experiment) -> str:
+  """The experiment as text, one setting a line where they do not fit: what golden tests compare."""
+  return pprint.pformat(experiment, width=100, sort_dicts=False) + "\n"
