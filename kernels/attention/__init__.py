@@ -1,0 +1,9 @@
+"""Attention over key intervals."""
+
+from kernels.attention.api import attention
+from kernels.attention.intervals import KeyIntervals
+from kernels.attention.intervals import causal
+from kernels.attention.intervals import mask
+from kernels.attention.intervals import packed
+from kernels.attention.intervals import within
+from kernels.attention.merge import merge

@@ -1,0 +1,74 @@
+"""Attention over key intervals: picks a backend.
+
+B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.attention import reference
+from kernels.attention.intervals import KeyIntervals
+
+BACKENDS = ("reference",)
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def attention(
+    query_BxQxHxD: jax.Array,
+    key_BxKxGxD: jax.Array,
+    value_BxKxGxD: jax.Array,
+    intervals: KeyIntervals,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    backend: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Softmax attention where each query row sees one interval of keys.
+
+  Query head h reads key/value head h // (H / G) (grouped-query attention, arXiv 2305.13245).
+  Differentiable in query, key and value, through both results.
+
+  Args:
+    query_BxQxHxD: float32, bfloat16 or float16.
+    key_BxKxGxD: same dtype; G divides H.
+    value_BxKxGxD: same shape and dtype as the key.
+    intervals: int32 key indices, `start` and `stop`, both [B, Q].
+    scale: multiplies the scores; 1 / sqrt(D) unless given.
+    soft_cap: scores become soft_cap * tanh(scores / soft_cap) if given (Gemma 2, arXiv 2408.00118).
+    backend: "reference" (materialises the scores), or None for the best one here.
+
+  Returns:
+    (out [B, Q, H, D] in the query's dtype, log_sum_exp [B, Q, H] float32). A row with an empty
+    interval has out 0, log_sum_exp -inf and gradients 0.
+
+  Raises:
+    ValueError: a shape, dtype or backend that is not supported; the message says what is.
+  """
+  _check(query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, intervals)
+  scale = query_BxQxHxD.shape[-1] ** -0.5 if scale is None else scale
+  backend = backend or "reference"
+  if backend not in BACKENDS:
+    raise ValueError(f"There is no attention backend {backend!r}: use one of {BACKENDS}.")
+  return reference.attention(
+      query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, intervals, scale=scale, soft_cap=soft_cap
+  )
+
+
+def _check(query, key, value, intervals) -> None:
+  """Raises a ValueError that names the first argument that does not fit the others."""
+  B, _, H, D = query.shape
+  if key.shape != value.shape or key.shape[0] != B or key.shape[3] != D or H % key.shape[2]:
+    raise ValueError(
+        "Attention takes query [B, Q, H, D] and key and value [B, K, G, D] where G divides H, "
+        f"not {query.shape}, {key.shape} and {value.shape}."
+    )
+  if any(array.shape != query.shape[:2] for array in intervals):
+    raise ValueError(
+        f"Attention takes interval starts and stops of shape {query.shape[:2]} (the query's "
+        f"[B, Q]), not {intervals[0].shape} and {intervals[1].shape}."
+    )
+  if query.dtype not in DTYPES or {key.dtype, value.dtype} != {query.dtype}:
+    raise ValueError(
+        "Attention takes query, key and value of one dtype out of float32, bfloat16 and float16, "
+        f"not {query.dtype}, {key.dtype} and {value.dtype}: cast them first."
+    )

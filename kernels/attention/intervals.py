@@ -1,0 +1,57 @@
+"""The one mask of this system: each query row attends to one contiguous interval of keys.
+
+B batch, Q/K query/key length, S sequence, C keys in a chunk.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class KeyIntervals(NamedTuple):
+  """Query row i of batch row b attends to keys [start[b, i], stop[b, i]).
+
+  Both arrays are int32 and hold indices of keys in the unpermuted sequence, within [0, K]. A row
+  with stop <= start attends to nothing: its output is 0, its log-sum-exp -inf, its gradient 0.
+  """
+
+  start_BxQ: jax.Array
+  stop_BxQ: jax.Array
+
+
+def causal(batch_size: int, length: int) -> KeyIntervals:
+  """Query i sees keys [0, i + 1)."""
+  stop_S = jnp.arange(1, length + 1, dtype=jnp.int32)
+  stop_BxS = jnp.broadcast_to(stop_S, (batch_size, length))
+  return KeyIntervals(jnp.zeros_like(stop_BxS), stop_BxS)
+
+
+def packed(segment_ids_BxS: jax.Array) -> KeyIntervals:
+  """Causal attention inside each document of a packed row.
+
+  Args:
+    segment_ids_BxS: integers; equal neighbours are one document, 0 is padding.
+  """
+  index_S = jnp.arange(segment_ids_BxS.shape[1], dtype=jnp.int32)
+  before_BxS = jnp.pad(segment_ids_BxS[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+  first_BxS = jnp.where(segment_ids_BxS != before_BxS, index_S, 0)
+  is_token_BxS = segment_ids_BxS > 0
+  return KeyIntervals(
+      jnp.where(is_token_BxS, jax.lax.cummax(first_BxS, axis=1), 0),
+      jnp.where(is_token_BxS, index_S + 1, 0),
+  )
+
+
+def within(intervals: KeyIntervals, offset: jax.Array | int, length: int) -> KeyIntervals:
+  """The part of each interval inside the chunk [offset, offset + length), in the chunk's indices."""
+  return KeyIntervals(
+      jnp.clip(intervals.start_BxQ - offset, 0, length),
+      jnp.clip(intervals.stop_BxQ - offset, 0, length),
+  )
+
+
+def mask(intervals: KeyIntervals, num_keys: int) -> jax.Array:
+  """The same as a bool [B, Q, K] array; for references and tests, since it takes O(S^2) memory."""
+  key_K = jnp.arange(num_keys)
+  return (key_K >= intervals.start_BxQ[..., None]) & (key_K < intervals.stop_BxQ[..., None])

@@ -1,0 +1,38 @@
+"""Attention over a union of key sets, from attention over each of them.
+
+B batch, Q query length, H query heads, D head_dim, P partial results.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def merge(partials: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+  """Merges partial attention results by their log-sum-exp, in float32.
+
+  Differentiable; rows where some or all partials are empty (log-sum-exp -inf) have exact values
+  and gradients without NaN. Nothing overflows, whatever the log-sum-exps.
+
+  Args:
+    partials: pairs (out [B, Q, H, D] any float dtype, log_sum_exp [B, Q, H] float32), over
+      disjoint sets of keys.
+
+  Returns:
+    (out [B, Q, H, D] float32, log_sum_exp [B, Q, H] float32) over all the keys; the caller rounds
+    `out` once, after its last merge.
+  """
+  log_sum_exp_PxBxQxH = jnp.stack([log_sum_exp for _, log_sum_exp in partials])
+  maximum_BxQxH = jax.lax.stop_gradient(jnp.max(log_sum_exp_PxBxQxH, axis=0))
+  is_empty_BxQxH = maximum_BxQxH == -jnp.inf
+  maximum_BxQxH = jnp.where(is_empty_BxQxH, 0.0, maximum_BxQxH)
+  weight_PxBxQxH = jnp.exp(log_sum_exp_PxBxQxH - maximum_BxQxH)
+  sum_BxQxH = jnp.where(is_empty_BxQxH, 1.0, jnp.sum(weight_PxBxQxH, axis=0))
+  weight_PxBxQxH /= sum_BxQxH
+  out_BxQxHxD = sum(
+      weight_BxQxH[..., None] * out.astype(jnp.float32)
+      for weight_BxQxH, (out, _) in zip(weight_PxBxQxH, partials)
+  )
+  log_sum_exp_BxQxH = jnp.where(is_empty_BxQxH, -jnp.inf, maximum_BxQxH + jnp.log(sum_BxQxH))
+  return out_BxQxHxD, log_sum_exp_BxQxH

@@ -1,0 +1,3 @@
+"""Attention over a sequence that is sharded over a ring of devices."""
+
+from kernels.ring.layout import Layout
