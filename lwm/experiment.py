@@ -6,9 +6,8 @@ import dataclasses
 import math
 import pprint
 
-from lwm.model.config import COMPUTE_DTYPES
+from lwm.errors import UserError
 from lwm.model.config import ModelConfig
-from lwm.model.config import REMAT_POLICIES
 
 LAYOUTS = ("contiguous", "zigzag")
 SCHEDULES = ("constant", "cosine")
@@ -16,7 +15,7 @@ WEIGHTINGS = ("token", "example")
 SOFTMAX_RANGES = ("modality", "all")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
   """A setting, or two that do not go together. The message is for the person at the terminal."""
 
 

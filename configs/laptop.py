@@ -1,0 +1,51 @@
+"""Text, then text and video, with growing context, in minutes on two CPU cores.
+
+    make train
+
+The data are what packages ship (`python -m experiments.laptop_data`): the source and prose of
+Python's standard library, and three short clips as 256 codes a frame.
+"""
+
+from configs import models
+from lwm.experiment import CheckpointConfig
+from lwm.experiment import DatasetConfig
+from lwm.experiment import EvaluationConfig
+from lwm.experiment import Experiment
+from lwm.experiment import MixtureEntry
+from lwm.experiment import OptimizerConfig
+from lwm.experiment import Stage
+
+
+def _text() -> list[MixtureEntry]:
+  return [MixtureEntry("text", 1.0)]
+
+
+def _text_and_video() -> list[MixtureEntry]:
+  return [MixtureEntry("text", 0.25), MixtureEntry("video", 0.75)]
+
+
+def get_config() -> Experiment:
+  return Experiment(
+      name="laptop",
+      tokenizer="data/laptop/tokenizer.model",
+      model=models.laptop(text_vocab_size=2048),
+      optimizer=OptimizerConfig(
+          schedule="cosine", peak_learning_rate=2e-3, end_learning_rate=2e-4, weight_decay=0.1
+      ),
+      datasets=[
+          DatasetConfig(name="text", path="data/laptop/text"),
+          DatasetConfig(name="video", path="data/laptop/video"),
+      ],
+      stages=[
+          Stage(name="text_512", sequence_length=512, rope_theta=1e4, tokens_per_batch=4096,
+                steps=200, warmup_steps=20, mixture=_text()),
+          Stage(name="text_1k", sequence_length=1024, rope_theta=1e4, tokens_per_batch=4096,
+                steps=100, warmup_steps=10, mixture=_text()),
+          Stage(name="video_2k", sequence_length=2048, rope_theta=1e5, tokens_per_batch=4096,
+                steps=200, warmup_steps=20, mixture=_text_and_video()),
+          Stage(name="video_4k", sequence_length=4096, rope_theta=1e5, tokens_per_batch=4096,
+                steps=100, warmup_steps=10, mixture=_text_and_video()),
+      ],
+      checkpoint=CheckpointConfig(every_steps=100, keep=2),
+      evaluation=EvaluationConfig(every_steps=100, rows=8),
+  )

@@ -1,0 +1,73 @@
+"""Model sizes. A config names one and changes what it must."""
+
+from lwm.model.config import ModelConfig
+from lwm.model.config import RopeScaling
+
+# 8192 codes, <eof>, <eov> and room up to a multiple of 256, as LWM's release has it.
+VISION_VOCAB_SIZE = 8448
+
+
+def lwm_7b(vision: bool = False) -> ModelConfig:
+  """Llama-2 7B, the base of LWM (arXiv 2307.09288, 2402.08268)."""
+  return ModelConfig(
+      num_layers=32,
+      width=4096,
+      num_heads=32,
+      num_kv_heads=32,
+      head_dim=128,
+      feed_forward_width=11008,
+      text_vocab_size=32000,
+      vision_vocab_size=VISION_VOCAB_SIZE if vision else 0,
+  )
+
+
+def lwm_13b(vision: bool = False) -> ModelConfig:
+  """Llama-2 13B."""
+  model = lwm_7b(vision)
+  model.num_layers = 40
+  model.width = 5120
+  model.num_heads = model.num_kv_heads = 40
+  model.feed_forward_width = 13824
+  return model
+
+
+def llama3_8b(vision: bool = False, scaled_rope: bool = True) -> ModelConfig:
+  """Llama 3.1 8B; 3.0 without the scaled RoPE. Its rope_theta is 5e5 (arXiv 2407.21783)."""
+  model = lwm_7b(vision)
+  model.num_kv_heads = 8
+  model.feed_forward_width = 14336
+  model.text_vocab_size = 128256
+  model.rope_scaling = RopeScaling() if scaled_rope else None
+  return model
+
+
+def laptop(text_vocab_size: int) -> ModelConfig:
+  """Six million parameters, for two CPU cores: float32, nothing recomputed."""
+  return ModelConfig(
+      num_layers=4,
+      width=192,
+      num_heads=6,
+      num_kv_heads=2,
+      head_dim=32,
+      feed_forward_width=512,
+      text_vocab_size=text_vocab_size,
+      vision_vocab_size=VISION_VOCAB_SIZE,
+      compute_dtype="float32",
+      remat="none",
+  )
+
+
+def debug(text_vocab_size: int = 256, vision_vocab_size: int = VISION_VOCAB_SIZE) -> ModelConfig:
+  """As small as every code path allows: for tests."""
+  return ModelConfig(
+      num_layers=2,
+      width=32,
+      num_heads=4,
+      num_kv_heads=2,
+      head_dim=8,
+      feed_forward_width=64,
+      text_vocab_size=text_vocab_size,
+      vision_vocab_size=vision_vocab_size,
+      compute_dtype="float32",
+      remat="none",
+  )

@@ -1,0 +1,118 @@
+"""The --config flag of every program, with one sentence for whatever is wrong with it."""
+
+import dataclasses
+import difflib
+import re
+import runpy
+import sys
+import typing
+
+from absl import app
+from absl import flags
+from absl import logging
+from ml_collections import config_flags
+
+from lwm.errors import UserError
+from lwm.experiment import ConfigError
+
+_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+
+
+def define_config() -> flags.FlagHolder:
+  """Defines --config=FILE[:ARGUMENT]; its settings are flags too: --config.seed=1."""
+  holder = config_flags.DEFINE_config_file(
+      "config", None, "A Python file whose get_config() returns an Experiment.", lock_config=False
+  )
+  flags.mark_flag_as_required("config")
+  return holder
+
+
+def run(main) -> None:
+  """`absl.app.run`, but a UserError or a wrong flag ends in one sentence and exit status 1.
+
+  Args:
+    main: called with the list of arguments that are no flags.
+  """
+  # The library's own notes (Orbax: a line per save) are not for the person at the terminal.
+  logging.set_verbosity(logging.WARNING)
+
+  def checked_main(argv: list[str]) -> None:
+    try:
+      main(argv)
+    except UserError as error:
+      sys.exit(f"error: {error}")
+
+  app.run(checked_main, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    kinds = _override_types(argv) if "config" in flags.FLAGS else {}
+    try:
+      return flags.FLAGS(argv)
+    except flags.IllegalFlagValueError as error:
+      flag = re.match(r"flag --(config[.\[][^=]*)=(.*?): ", str(error), re.DOTALL)
+      if not flag or flag[1] not in kinds:
+        raise
+      expected = _IN_WORDS[kinds[flag[1]]]
+      raise ConfigError(f"--{flag[1]}={flag[2]}: this setting takes {expected}.") from error
+  except (UserError, flags.Error) as error:
+    sys.exit(f"error: {error}")
+
+
+def _override_types(argv: list[str]) -> dict[str, type]:
+  """The type of each setting that a flag overrides, by the flag's name.
+
+  Raises ConfigError for the first --config.PATH that the config has no place for: ml_collections
+  would raise what its own data structures raise, which names neither flag nor cure.
+  """
+  config = None
+  types = {}
+  for index, argument in enumerate(argv):
+    match = re.match(r"--?(?:no)?config([.\[][^=]*)?(?:=(.*))?$", argument, re.DOTALL)
+    if not match:
+      continue
+    path, value = match.groups()
+    if path is None:
+      config = _load(value if value is not None else "".join(argv[index + 1:index + 2]))
+    elif config is None:
+      raise ConfigError(f"{argument}: --config=FILE must come before the settings that override it.")
+    else:
+      types[f"config{path}"] = _setting_type(config, path)
+  return types
+
+
+def _load(path: str):
+  name, _, parameter = path.partition(":")
+  try:
+    get_config = runpy.run_path(name)["get_config"]
+  except (OSError, KeyError) as error:
+    why = "it defines no get_config()" if isinstance(error, KeyError) else error.strerror
+    raise ConfigError(f"--config={path}: cannot use this file: {why}.") from error
+  return get_config(parameter) if parameter else get_config()
+
+
+def _setting_type(node, path: str) -> type:
+  """The type of the setting at `.a.b[2].c` below `node`."""
+  where = "config"
+  kind = type(node)
+  for name, index in re.findall(r"\.([^.\[\]]*)|\[([^\]]*)\]", path):
+    if index:
+      if not isinstance(node, list) or not index.isdigit() or int(index) >= len(node):
+        size = f"has {len(node)} entries, counted from 0" if isinstance(node, list) else "is no list"
+        raise ConfigError(f"--config{path}: there is no {where}[{index}]; {where} {size}.")
+      node = node[int(index)]
+      kind = type(node)
+      where += f"[{index}]"
+    else:
+      types = {field.name: field.type for field in dataclasses.fields(node)} if (
+          dataclasses.is_dataclass(node)) else {}
+      if name not in types:
+        close = difflib.get_close_matches(name, types, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it has: {', '.join(types) or 'none'}."
+        raise ConfigError(f"--config{path}: {where} has no setting {name!r}; {hint}")
+      node, kind = getattr(node, name), types[name]
+      where += f".{name}"
+  if dataclasses.is_dataclass(node) or isinstance(node, list):
+    raise ConfigError(f"--config{path}: {where} is a group of settings; override one of its settings.")
+  return next((member for member in typing.get_args(kind) if member is not type(None)), kind)

@@ -1,0 +1,145 @@
+"""The one check of an Experiment, before anything is built from it."""
+
+import math
+
+from lwm import experiment as experiment_lib
+from lwm.experiment import ConfigError
+from lwm.experiment import Experiment
+from lwm.experiment import Stage
+from lwm.model.config import COMPUTE_DTYPES
+from lwm.model.config import ModelConfig
+from lwm.model.config import REMAT_POLICIES
+
+
+def validate(experiment: Experiment) -> None:
+  """Raises ConfigError, one sentence that names the settings, unless the experiment makes sense.
+
+  This needs no devices: `check_devices` holds a stage against those there are.
+  """
+  _check_model(experiment.model)
+  _check_optimizer(experiment)
+  _one_of("loss.softmax_range", experiment.loss.softmax_range, experiment_lib.SOFTMAX_RANGES)
+  if experiment.loss.text_weight < 0 or experiment.loss.vision_weight < 0:
+    raise ConfigError("config.loss.text_weight and vision_weight must not be negative.")
+  if experiment.loss.text_weight + experiment.loss.vision_weight <= 0:
+    raise ConfigError("config.loss: text_weight and vision_weight are both 0; nothing would train.")
+  for setting in ("checkpoint.every_steps", "checkpoint.keep", "evaluation.every_steps",
+                  "evaluation.rows", "data.threads", "data.prefetch_batches"):
+    section, field = setting.split(".")
+    _at_least(setting, getattr(getattr(experiment, section), field), 1)
+
+  names = [dataset.name for dataset in experiment.datasets]
+  _unique("datasets", names)
+  for index, dataset in enumerate(experiment.datasets):
+    _one_of(f"datasets[{index}].weighting", dataset.weighting, experiment_lib.WEIGHTINGS)
+  if not experiment.stages:
+    raise ConfigError("config.stages is empty; an experiment needs at least one stage.")
+  _unique("stages", [stage.name for stage in experiment.stages])
+  for index, stage in enumerate(experiment.stages):
+    _check_stage(f"stages[{index}]", stage, names)
+
+
+def check_devices(experiment: Experiment, num_devices: int) -> None:
+  """Raises ConfigError unless every stage's mesh, batch and model fit `num_devices` devices."""
+  for index, stage in enumerate(experiment.stages):
+    where = f"config.stages[{index}]"
+    sizes = stage.mesh.resolve(num_devices)
+    shards = sizes["data"] * sizes["fsdp"]
+    rows = stage.rows_per_batch // stage.accumulation_steps
+    if rows % shards:
+      raise ConfigError(
+          f"{where}: {rows} rows a step (tokens_per_batch {stage.tokens_per_batch} / sequence_length "
+          f"{stage.sequence_length} / accumulation_steps {stage.accumulation_steps}) do not divide "
+          f"over mesh data x fsdp = {sizes['data']} x {sizes['fsdp']}."
+      )
+    _check_ring(where, stage, sizes["ring"])
+
+
+def _check_model(model: ModelConfig) -> None:
+  for field in ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim",
+                "feed_forward_width", "text_vocab_size", "feed_forward_chunk", "loss_chunk"):
+    _at_least(f"model.{field}", getattr(model, field), 1)
+  _at_least("model.vision_vocab_size", model.vision_vocab_size, 0)
+  _one_of("model.compute_dtype", model.compute_dtype, COMPUTE_DTYPES)
+  _one_of("model.remat", model.remat, REMAT_POLICIES)
+  if model.num_heads % model.num_kv_heads:
+    raise ConfigError(
+        f"config.model.num_heads={model.num_heads} is no multiple of "
+        f"config.model.num_kv_heads={model.num_kv_heads}."
+    )
+  if model.head_dim % 2:
+    raise ConfigError(f"config.model.head_dim={model.head_dim} must be even: RoPE turns pairs.")
+
+
+def _check_optimizer(experiment: Experiment) -> None:
+  optimizer = experiment.optimizer
+  _one_of("optimizer.schedule", optimizer.schedule, experiment_lib.SCHEDULES)
+  _positive("optimizer.peak_learning_rate", optimizer.peak_learning_rate)
+  _positive("optimizer.clip_norm", optimizer.clip_norm)
+  for field in ("beta1", "beta2"):
+    if not 0 <= getattr(optimizer, field) < 1:
+      raise ConfigError(f"config.optimizer.{field}={getattr(optimizer, field)} is not in [0, 1).")
+
+
+def _check_stage(where: str, stage: Stage, datasets: list[str]) -> None:
+  for field in ("sequence_length", "tokens_per_batch", "steps", "accumulation_steps"):
+    _at_least(f"{where}.{field}", getattr(stage, field), 1)
+  _positive(f"{where}.rope_theta", stage.rope_theta)
+  _one_of(f"{where}.layout", stage.layout, experiment_lib.LAYOUTS)
+  if stage.schedule is not None:
+    _one_of(f"{where}.schedule", stage.schedule, experiment_lib.SCHEDULES)
+  if not 0 <= stage.warmup_steps <= stage.steps:
+    raise ConfigError(
+        f"config.{where}.warmup_steps={stage.warmup_steps} is not between 0 and steps={stage.steps}."
+    )
+  if stage.tokens_per_batch % stage.sequence_length:
+    raise ConfigError(
+        f"config.{where}.tokens_per_batch={stage.tokens_per_batch} is no multiple of "
+        f"sequence_length={stage.sequence_length}."
+    )
+  if stage.rows_per_batch % stage.accumulation_steps:
+    raise ConfigError(
+        f"config.{where}.accumulation_steps={stage.accumulation_steps} does not divide the "
+        f"{stage.rows_per_batch} rows of a batch (tokens_per_batch / sequence_length)."
+    )
+  if not stage.mixture:
+    raise ConfigError(f"config.{where}.mixture is empty; name at least one dataset.")
+  for index, entry in enumerate(stage.mixture):
+    _one_of(f"{where}.mixture[{index}].dataset", entry.dataset, datasets)
+    if not (entry.weight >= 0 and math.isfinite(entry.weight)):
+      raise ConfigError(f"config.{where}.mixture[{index}].weight={entry.weight} is not a weight.")
+  if sum(entry.weight for entry in stage.mixture) <= 0:
+    raise ConfigError(f"config.{where}.mixture: all weights are 0.")
+  if stage.mesh.ring > 0:
+    _check_ring(f"config.{where}", stage, stage.mesh.ring)
+
+
+def _check_ring(where: str, stage: Stage, ring: int) -> None:
+  chunks = 2 * ring if stage.layout == "zigzag" and ring > 1 else ring
+  if stage.sequence_length % chunks:
+    raise ConfigError(
+        f"{where}.sequence_length={stage.sequence_length} does not divide into the {chunks} chunks "
+        f"of mesh.ring={ring} with layout={stage.layout!r}."
+    )
+
+
+def _one_of(setting: str, value: str, allowed) -> None:
+  if value not in allowed:
+    choices = ", ".join(repr(name) for name in allowed) or "nothing: config.datasets is empty"
+    raise ConfigError(f"config.{setting}={value!r} must be one of {choices}.")
+
+
+def _unique(setting: str, names: list[str]) -> None:
+  for name in names:
+    if not name or names.count(name) > 1:
+      raise ConfigError(f"config.{setting}: each needs a name of its own, not {name!r} twice or empty.")
+
+
+def _at_least(setting: str, value: int, least: int) -> None:
+  if value < least:
+    raise ConfigError(f"config.{setting}={value} must be at least {least}.")
+
+
+def _positive(setting: str, value: float) -> None:
+  if not (value > 0 and math.isfinite(value)):
+    raise ConfigError(f"config.{setting}={value} must be a positive number.")

@@ -1,0 +1,117 @@
+"""Every config is valid, fits the devices it is for, and is what its golden dump says."""
+
+import dataclasses
+import os
+import pathlib
+
+from configs import laptop
+from configs import lwm_text_7b
+from configs import lwm_vision_7b
+from configs import models
+from lwm import experiment as experiment_lib
+from lwm.model.config import ModelConfig
+from lwm.validate import check_devices
+from lwm.validate import validate
+import pytest
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+CONFIGS = {"laptop": (laptop, 1), "lwm_text_7b": (lwm_text_7b, 256), "lwm_vision_7b": (lwm_vision_7b, 512)}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_is_valid_and_as_dumped(name):
+  """After a change that is meant: UPDATE_GOLDEN=1 pytest tests/configs, and review the diff."""
+  module, num_devices = CONFIGS[name]
+  experiment = module.get_config()
+  validate(experiment)
+  check_devices(experiment, num_devices)
+  golden = GOLDEN / f"{name}.txt"
+  if os.environ.get("UPDATE_GOLDEN"):
+    golden.write_text(experiment_lib.dump(experiment))
+  assert experiment_lib.dump(experiment) == golden.read_text()
+
+
+def test_configs_share_no_mutable_parts():
+  for module, _ in CONFIGS.values():
+    stages = module.get_config().stages
+    entries = [id(entry) for stage in stages for entry in stage.mixture]
+    assert len(set(entries)) == len(entries)
+    assert len({id(stage.mesh) for stage in stages}) == len(stages)
+
+
+def test_lwm_recipes_train_on_the_tokens_that_the_paper_says():
+  """ANCHORS: tokens of each stage, in billions, to the paper's rounding (4M is 2**22)."""
+  text = [stage.tokens_per_batch * stage.steps / 1e9 for stage in lwm_text_7b.get_config().stages]
+  vision = [stage.tokens_per_batch * stage.steps / 1e9 for stage in lwm_vision_7b.get_config().stages]
+  assert text == pytest.approx([4.8, 12, 12, 3, 1.8], rel=0.06)
+  assert vision == pytest.approx([363, 107, 10, 3.5, 0.4], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "model, billions",
+    [(models.lwm_7b(), 6.738), (models.lwm_13b(), 13.016), (models.llama3_8b(), 8.030)],
+)
+def test_model_sizes_have_the_published_number_of_parameters(model: ModelConfig, billions):
+  attention = model.width * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
+  block = attention + 3 * model.width * model.feed_forward_width + 2 * model.width
+  total = model.num_layers * block + 2 * model.vocab_size * model.width + model.width
+  assert total / 1e9 == pytest.approx(billions, abs=1e-3)
+
+
+def _experiment(**changes):
+  experiment = laptop.get_config()
+  for path, value in changes.items():
+    node, names = experiment, path.split("__")
+    for name in names[:-1]:
+      node = node[int(name)] if name.isdigit() else getattr(node, name)
+    setattr(node, names[-1], value)
+  return experiment
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"model__num_kv_heads": 4}, ["num_heads=6", "num_kv_heads=4"]),
+        ({"model__remat": "some"}, ["remat='some'", "'full'"]),
+        ({"model__head_dim": 7}, ["head_dim=7"]),
+        ({"stages__0__mixture__0__dataset": "txt"}, ["stages[0].mixture[0]", "'text'"]),
+        ({"stages__1__tokens_per_batch": 1500}, ["stages[1]", "1500", "1024"]),
+        ({"stages__1__layout": "striped"}, ["'striped'", "'zigzag'"]),
+        ({"stages__2__mesh__ring": 3}, ["sequence_length=2048", "ring=3", "zigzag"]),
+        ({"stages__0__warmup_steps": 10**6}, ["warmup_steps", "steps"]),
+        ({"stages__0__accumulation_steps": 3}, ["accumulation_steps=3", "8 rows"]),
+        ({"stages__0__name": "video_2k"}, ["stages", "video_2k"]),
+        ({"datasets__0__weighting": "document"}, ["weighting", "'example'"]),
+        ({"loss__text_weight": 0.0, "loss__vision_weight": 0.0}, ["text_weight", "vision_weight"]),
+        ({"optimizer__peak_learning_rate": -1.0}, ["peak_learning_rate=-1.0"]),
+        ({"stages": []}, ["stages"]),
+    ],
+)
+def test_a_wrong_combination_is_one_message_that_names_the_settings(changes, named):
+  with pytest.raises(experiment_lib.ConfigError) as error:
+    validate(_experiment(**changes))
+  message = str(error.value)
+  assert "\n" not in message
+  assert all(name in message for name in named), message
+
+
+@pytest.mark.parametrize(
+    "changes, devices, named",
+    [
+        ({"stages__0__mesh__tensor": 3}, 8, ["tensor=3", "8 devices"]),
+        ({"stages__0__mesh__fsdp": 2}, 8, ["fsdp=2", "8 devices"]),
+        ({"stages__0__mesh__data": -1}, 8, ["one axis"]),
+        ({}, 16, ["stages[0]", "8 rows", "1 x 16"]),
+        ({"stages__0__mesh__ring": 2}, 32, ["stages[0]", "8 rows", "1 x 16"]),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_one_message(changes, devices, named):
+  with pytest.raises(experiment_lib.ConfigError) as error:
+    check_devices(_experiment(**changes), devices)
+  assert all(name in str(error.value) for name in named), str(error.value)
+
+
+def test_dump_shows_every_setting():
+  text = experiment_lib.dump(laptop.get_config())
+  for field in dataclasses.fields(ModelConfig):
+    assert f"{field.name}=" in text
