@@ -1,0 +1,139 @@
+"""A trained VQGAN as one file, and frames to codes and back with it.
+
+Legend: N frames, H height, W width in pixels; h, w height and width of the grid; B frames a batch.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import zipfile
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lwm.errors import UserError
+from lwm.vision.config import VQGANConfig
+from lwm.vision.vqgan import VQGAN
+
+_CONFIG = "config"
+
+
+def to_pixels(frames_NxHxWx3: np.ndarray | jax.Array) -> jax.Array:
+  """uint8 frames as float32 in [-1, 1]."""
+  return jnp.asarray(frames_NxHxWx3, jnp.float32) / 127.5 - 1.0
+
+
+def to_frames(pixels_NxHxWx3: jax.Array) -> jax.Array:
+  """Pixels in [-1, 1] as uint8 frames, rounded."""
+  return jnp.round((jnp.clip(pixels_NxHxWx3, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+
+
+def save_vqgan(path: str | os.PathLike, config: VQGANConfig, state: nnx.State) -> None:
+  """Writes weights and config to one .npz file, which is there whole or not at all.
+
+  Args:
+    path: the file; its folder is made.
+    config: the sizes that `state` was made with.
+    state: all of the model's variables, as `nnx.state(model)` gives them.
+  """
+  arrays = {
+      ".".join(str(key) for key in keys): np.asarray(value[...])
+      for keys, value in nnx.to_flat_state(state)
+  }
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = path.with_name(path.name + ".unfinished")
+  with open(unfinished, "wb") as file:
+    np.savez(file, **{_CONFIG: np.array(json.dumps(dataclasses.asdict(config)))}, **arrays)
+  unfinished.rename(path)
+
+
+class Codec:
+  """Frames to codes and back with the weights in one file.
+
+  Attributes:
+    config: the VQGAN's sizes.
+    sha256: of the file, hexadecimal; datasets made with it name it.
+  """
+
+  def __init__(self, path: str | os.PathLike, batch_size: int = 32):
+    """Loads a file that `save_vqgan` wrote.
+
+    Args:
+      path: the file.
+      batch_size: frames that one call of the compiled program takes. The last batch is padded, so
+        there is one program, and a frame's codes do not depend on how many come with it.
+
+    Raises:
+      UserError: no such file, or it is not one of these.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+      raise UserError(f"There is no VQGAN file {path}: experiments.train_vqgan makes one.")
+    try:
+      with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+      settings = json.loads(arrays.pop(_CONFIG).item())
+      settings["channel_multipliers"] = tuple(settings["channel_multipliers"])
+      self.config = VQGANConfig(**settings)
+      model = nnx.eval_shape(lambda: VQGAN(self.config, rngs=nnx.Rngs(0)))
+      graph, state = nnx.split(model)
+      flat = nnx.to_flat_state(state)
+      for keys, variable in flat:
+        array = arrays.pop(".".join(str(key) for key in keys))
+        if array.shape != variable.shape:
+          raise ValueError(f"{'.'.join(map(str, keys))} has shape {array.shape}")
+        variable.set_value(jnp.asarray(array))
+      if arrays:
+        raise ValueError(f"{', '.join(arrays)} is unknown")
+    except (KeyError, TypeError, ValueError, OSError, zipfile.BadZipFile) as error:
+      raise UserError(f"{path} is not a VQGAN file that this version reads: {error}.") from error
+    with open(path, "rb") as file:
+      self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    self._state = nnx.from_flat_state(flat)
+    self._batch_size = batch_size
+    self._encode = jax.jit(
+        lambda state, frames: nnx.merge(graph, state).encode(to_pixels(frames))
+    )
+    self._decode = jax.jit(lambda state, codes: to_frames(nnx.merge(graph, state).decode(codes)))
+
+  def encode(self, frames_NxHxWx3: np.ndarray) -> np.ndarray:
+    """Codes int32 [N, h, w] of uint8 frames, N >= 1.
+
+    Raises:
+      ValueError: frames are not uint8 of the VQGAN's resolution.
+    """
+    frames_NxHxWx3 = np.asarray(frames_NxHxWx3)
+    side = self.config.resolution
+    if frames_NxHxWx3.shape[1:] != (side, side, 3) or frames_NxHxWx3.dtype != np.uint8:
+      raise ValueError(
+          f"frames {frames_NxHxWx3.dtype}{list(frames_NxHxWx3.shape)} are not uint8 [N, {side}, "
+          f"{side}, 3]"
+      )
+    return self._in_batches(self._encode, frames_NxHxWx3)
+
+  def decode(self, codes_Nxhxw: np.ndarray) -> np.ndarray:
+    """Frames uint8 [N, H, W, 3] of codes, N >= 1; rows of h * w codes will do.
+
+    Raises:
+      ValueError: the wrong number of codes in a frame, or a code out of range.
+    """
+    codes_Nxhxw = np.asarray(codes_Nxhxw)
+    side = self.config.grid
+    codes_Nxhxw = codes_Nxhxw.reshape(len(codes_Nxhxw), side, side)
+    if codes_Nxhxw.min() < 0 or codes_Nxhxw.max() >= self.config.codebook_size:
+      raise ValueError(f"codes are not in [0, {self.config.codebook_size})")
+    return self._in_batches(self._decode, codes_Nxhxw.astype(np.int32))
+
+  def _in_batches(self, function, inputs: np.ndarray) -> np.ndarray:
+    outputs = []
+    for begin in range(0, len(inputs), self._batch_size):
+      batch = inputs[begin : begin + self._batch_size]
+      padding = [(0, self._batch_size - len(batch))] + [(0, 0)] * (inputs.ndim - 1)
+      output = function(self._state, np.pad(batch, padding))
+      outputs.append(np.asarray(output)[: len(batch)])
+    return np.concatenate(outputs)

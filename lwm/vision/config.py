@@ -1,0 +1,49 @@
+"""Sizes of the VQGAN and of its training."""
+
+import dataclasses
+
+
+@dataclasses.dataclass
+class VQGANConfig:
+  """A convolutional autoencoder with a codebook between its halves. The defaults are LWM's.
+
+  Every level but the last halves the resolution, so a frame of `resolution` pixels becomes a square
+  of `grid` by `grid` codes.
+  """
+
+  resolution: int = 256
+  hidden_channels: int = 128
+  # Channels of each level, from full resolution to the grid, in units of `hidden_channels`.
+  channel_multipliers: tuple[int, ...] = (1, 2, 2, 4, 6)
+  num_res_blocks: int = 2
+  latent_channels: int = 64
+  codebook_size: int = 8192
+  codebook_width: int = 64
+  norm_groups: int = 32
+
+  @property
+  def level_channels(self) -> tuple[int, ...]:
+    return tuple(self.hidden_channels * multiplier for multiplier in self.channel_multipliers)
+
+  @property
+  def downsampling(self) -> int:
+    """Pixels per code along one side."""
+    return 2 ** (len(self.channel_multipliers) - 1)
+
+  @property
+  def grid(self) -> int:
+    """Codes per frame along one side."""
+    return self.resolution // self.downsampling
+
+  def validate(self) -> None:
+    """Raises ValueError naming the settings that do not go together."""
+    if self.resolution % self.downsampling:
+      raise ValueError(
+          f"resolution={self.resolution} does not divide by {self.downsampling}, the downsampling of "
+          f"channel_multipliers={self.channel_multipliers}."
+      )
+    if any(channels % self.norm_groups for channels in self.level_channels):
+      raise ValueError(
+          f"norm_groups={self.norm_groups} does not divide the channels of every level: "
+          f"{self.level_channels}. Change hidden_channels or norm_groups."
+      )
