@@ -1,0 +1,129 @@
+"""A prepared dataset: token documents in ArrayRecord files, a manifest, and an index of lengths.
+
+L tokens of a document, D documents of a split, two modalities (0 text, 1 vision).
+
+The directory is a TensorFlow Datasets directory (`tfds.builder_from_directory(path)`), with
+
+  tokens-SPLIT.array_record-*   records of at most `chunk_tokens` tokens of one document, so that a
+                                slice of a long document reads only the records that it meets: fields
+                                document, offset, tokens (int32), loss_mask (uint8)
+  SPLIT_lengths.npy             int64 [D], tokens of each document
+  SPLIT_targets.npy             int64 [D, 2], targets that count in the loss, by modality
+  manifest.json                 what it was made with and what is in it; see `DatasetWriter`
+  bad_records.jsonl             the records that were skipped: where, and why
+"""
+
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from lwm.data.tokenizer import Tokenizer
+from lwm.errors import UserError
+
+FORMAT_VERSION = 1
+TRAIN = "train"
+VALIDATION = "validation"
+MODALITIES = ("text", "vision")
+
+
+class Split:
+  """The documents of one split. Reading is safe from any number of threads."""
+
+  def __init__(self, path: pathlib.Path, name: str, chunk_tokens: int, source: Sequence[dict]):
+    self.name = name
+    self.lengths = np.load(path / f"{name}_lengths.npy")
+    self.targets = np.load(path / f"{name}_targets.npy")
+    self._chunk_tokens = chunk_tokens
+    self._source = source
+    records = -(-self.lengths // chunk_tokens)
+    self._first_record = np.cumsum(records) - records
+
+  def __len__(self) -> int:
+    """Documents."""
+    return len(self.lengths)
+
+  def read(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [start, stop) of a document (start < stop): int32 and bool [stop - start].
+
+    Only the records that hold some of them are read.
+    """
+    first, last = start // self._chunk_tokens, (stop - 1) // self._chunk_tokens
+    record_0 = int(self._first_record[document])
+    records = [self._source[record_0 + chunk] for chunk in range(first, last + 1)]
+    inside = slice(start - first * self._chunk_tokens, stop - first * self._chunk_tokens)
+    tokens, loss_mask = records[0]["tokens"], records[0]["loss_mask"]
+    if len(records) > 1:
+      tokens = np.concatenate([record["tokens"] for record in records])
+      loss_mask = np.concatenate([record["loss_mask"] for record in records])
+    return tokens[inside], loss_mask[inside].astype(bool)
+
+
+class Dataset:
+  """A prepared dataset on disk, opened for reading."""
+
+  def __init__(self, path: str | os.PathLike):
+    """Raises UserError if there is no complete dataset at `path`."""
+    self.path = pathlib.Path(path)
+    try:
+      self.manifest = json.loads((self.path / "manifest.json").read_text())
+    except FileNotFoundError:
+      raise UserError(
+          f"There is no prepared dataset at {path} (no manifest.json): make it with "
+          "`python -m experiments.prepare_data`."
+      ) from None
+    except json.JSONDecodeError as error:
+      raise UserError(f"{self.path / 'manifest.json'} is damaged ({error}): prepare it again.") from None
+    if self.manifest.get("format_version") != FORMAT_VERSION:
+      raise UserError(
+          f"Dataset {path} has format {self.manifest.get('format_version')}, this program reads "
+          f"{FORMAT_VERSION}: prepare it again."
+      )
+
+  @property
+  def text_vocab_size(self) -> int:
+    return self.manifest["text_vocab_size"]
+
+  @property
+  def vision_vocab_size(self) -> int:
+    return self.manifest["vision_vocab_size"]
+
+  @property
+  def has_vision(self) -> bool:
+    return any(split["vision_tokens"] for split in self.manifest["splits"].values())
+
+  @functools.cached_property
+  def _builder(self) -> tfds.core.DatasetBuilder:
+    return tfds.builder_from_directory(str(self.path))
+
+  def has_split(self, name: str) -> bool:
+    return name in self.manifest["splits"]
+
+  def split(self, name: str) -> Split:
+    """Raises UserError if the dataset has no such split."""
+    if not self.has_split(name):
+      raise UserError(
+          f"Dataset {self.path} has no {name} documents, only "
+          f"{', '.join(self.manifest['splits'])}: prepare it with some."
+      )
+    return Split(
+        self.path, name, self.manifest["chunk_tokens"], self._builder.as_data_source(name)
+    )
+
+  def unigram_entropy(self, split: str) -> dict[str, float]:
+    """Nats per target of each modality present: the loss of the best model without context."""
+    return self.manifest["splits"][split]["unigram_entropy"]
+
+  def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+    """Raises UserError unless the dataset was prepared with this very tokenizer."""
+    made_with = self.manifest["tokenizer"]
+    if made_with["sha256"] != tokenizer.sha256:
+      raise UserError(
+          f"Dataset {self.path} was prepared with tokenizer {made_with['path']} (sha256 "
+          f"{made_with['sha256'][:12]}), not with {tokenizer.path} (sha256 {tokenizer.sha256[:12]}): "
+          "prepare it again, or use its tokenizer."
+      )

@@ -1,0 +1,163 @@
+"""Documents as tokens: text and frames joined into one sequence of ids, with a loss mask.
+
+L tokens of a document, N frames of P = 256 codes.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+
+from lwm.data.tokenizer import Tokenizer
+from lwm.data.vision_tokens import CODES_PER_FRAME
+from lwm.data.vision_tokens import frame_tokens
+from lwm.data.vision_tokens import VISION_END
+from lwm.data.vision_tokens import VISION_START
+
+
+class BadDocument(ValueError):
+  """A record that cannot be made a document; the message is the reason, for the report."""
+
+
+class Document(NamedTuple):
+  """Ids of one document, and which of them count in the loss when they are the target."""
+
+  # int32 [L]: text ids, and vision ids offset by the text vocabulary.
+  tokens: np.ndarray
+  # bool [L]
+  loss_mask: np.ndarray
+
+
+class DocumentBuilder:
+  """Joins pieces into a Document. `loss` says whether the piece's tokens count as targets."""
+
+  def __init__(self, tokenizer: Tokenizer):
+    self._tokenizer = tokenizer
+    self._tokens = []
+    self._loss = []
+
+  def _append(self, ids: Sequence[int] | np.ndarray, loss: bool) -> "DocumentBuilder":
+    ids = np.asarray(ids, np.int32)
+    self._tokens.append(ids)
+    self._loss.append(np.full(len(ids), loss))
+    return self
+
+  def bos(self, loss: bool = False) -> "DocumentBuilder":
+    return self._append([self._tokenizer.bos_id], loss)
+
+  def eos(self, loss: bool = True) -> "DocumentBuilder":
+    return self._append([self._tokenizer.eos_id], loss)
+
+  def text(self, text: str, loss: bool = True) -> "DocumentBuilder":
+    return self._append(self._tokenizer.encode(text), loss)
+
+  def vision(self, codes_NxP: np.ndarray, loss: bool = True) -> "DocumentBuilder":
+    """<vision>, the frames (see `frame_tokens`), </vision>. Raises BadDocument for bad codes."""
+    try:
+      frames = frame_tokens(codes_NxP)
+    except ValueError as error:
+      raise BadDocument(str(error)) from error
+    self.text(VISION_START, loss)
+    self._append(self._tokenizer.vocab_size + frames, loss)
+    return self.text(VISION_END, loss)
+
+  def build(self) -> Document:
+    return Document(np.concatenate(self._tokens), np.concatenate(self._loss))
+
+
+def text_document(tokenizer: Tokenizer, text: str) -> Document:
+  """<bos> text <eos>. Raises BadDocument if the text is empty or blank."""
+  if not text.strip():
+    raise BadDocument("the document is empty")
+  return DocumentBuilder(tokenizer).bos().text(text).eos().build()
+
+
+def video_document(
+    tokenizer: Tokenizer, codes_NxP: np.ndarray, caption: str = ""
+) -> Document:
+  """<bos> caption <vision> frames </vision> <eos>; the caption does not count in the loss."""
+  builder = DocumentBuilder(tokenizer).bos()
+  if caption:
+    builder.text(caption, loss=False)
+  return builder.vision(codes_NxP).eos().build()
+
+
+def record_document(
+    tokenizer: Tokenizer, record: dict[str, Any], fields: str
+) -> Document:
+  """A JSON record as a document, by LWM's fields specification (LWM, `lwm/data.py`).
+
+  `fields` is a comma-separated list, put between a <bos> without loss and an <eos> with:
+
+    name             the text of that field of the record
+    a+b              both texts joined by one space and tokenised together
+    [name], [a+b]    the same without loss
+    <|bos|> <|eos|>  that mark (in brackets: without loss)
+    name with the word `vision` in it
+                     codes, a list of ints [256 N] or of lists [N, 256] in [0, 8192), surrounded by
+                     <vision> and </vision>, frames ended as `frame_tokens` says; it may also be
+                     joined by `+` to texts, which then stand before or after it
+
+  Raises:
+    BadDocument: a field is missing or of the wrong type, a code is out of range, or nothing is left.
+  """
+  builder = DocumentBuilder(tokenizer).bos()
+  empty = True
+  for field in fields.split(","):
+    field = field.strip()
+    loss = not (field.startswith("[") and field.endswith("]"))
+    if not loss:
+      field = field[1:-1]
+    if field == "<|bos|>":
+      builder.bos(loss)
+      continue
+    if field == "<|eos|>":
+      builder.eos(loss)
+      continue
+    texts = []
+    for name in field.split("+"):
+      if "vision" in name:
+        if texts:
+          builder.text(" ".join(texts), loss)
+        texts = []
+        builder.vision(_codes(record, name), loss)
+        empty = False
+      else:
+        texts.append(_text(record, name))
+    if texts:
+      text = " ".join(texts)
+      builder.text(text, loss)
+      empty = empty and not text.strip()
+  if empty:
+    raise BadDocument("the document is empty")
+  return builder.build()
+
+
+def choose(alternatives: Sequence[str], seed: int, number: int) -> str:
+  """One of the alternatives, evenly, by a hash of the seed and the record's number."""
+  digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest()
+  return alternatives[int.from_bytes(digest) % len(alternatives)]
+
+
+def _text(record: dict[str, Any], name: str) -> str:
+  if name not in record:
+    raise BadDocument(f"there is no field {name!r}")
+  if not isinstance(record[name], str):
+    raise BadDocument(f"field {name!r} is {type(record[name]).__name__}, not text")
+  return record[name]
+
+
+def _codes(record: dict[str, Any], name: str) -> np.ndarray:
+  if name not in record:
+    raise BadDocument(f"there is no field {name!r}")
+  try:
+    codes = np.asarray(record[name])
+  except ValueError as error:
+    raise BadDocument(f"field {name!r} is a ragged list, not frames of codes") from error
+  if codes.ndim == 1 and codes.size % CODES_PER_FRAME == 0:
+    codes = codes.reshape(-1, CODES_PER_FRAME)
+  if codes.dtype.kind not in "iu" or not codes.size:
+    raise BadDocument(f"field {name!r} is no list of vision codes")
+  return codes

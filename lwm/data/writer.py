@@ -1,0 +1,211 @@
+"""Writing a prepared dataset: see lwm/data/dataset.py for the format.
+
+L tokens of a document, V ids (text, then vision).
+"""
+
+import array
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from lwm.data.dataset import FORMAT_VERSION
+from lwm.data.dataset import MODALITIES
+from lwm.data.documents import BadDocument
+from lwm.data.documents import Document
+from lwm.data.tokenizer import Tokenizer
+from lwm.data.vision_tokens import VISION_VOCAB_SIZE
+from lwm.errors import UserError
+
+# 50 KB of ids and mask: a slice reads at most two such records more than it needs.
+CHUNK_TOKENS = 8192
+_RECORDS_PER_FILE = 16384
+_RECORDS_PER_WRITE = 256
+
+
+class _SplitCounts:
+  """What the index and the manifest say of a split."""
+
+  def __init__(self, vocab_size: int):
+    self.lengths = array.array("q")
+    self.targets = array.array("q")
+    self.vision_tokens = 0
+    self.histogram_V = np.zeros(vocab_size, np.int64)
+
+
+class DatasetWriter:
+  """Writes documents; the dataset stands at `path` only once everything is written.
+
+      with DatasetWriter(path, tokenizer) as writer:
+        writer.write("train", text_document(tokenizer, text), source="book.txt")
+
+  An error inside the `with` leaves nothing at `path`, and a dataset that is there is never touched.
+  """
+
+  def __init__(
+      self,
+      path: str | os.PathLike,
+      tokenizer: Tokenizer,
+      *,
+      vqgan_sha256: str | None = None,
+      chunk_tokens: int = CHUNK_TOKENS,
+  ):
+    """
+    Args:
+      path: directory to make; its parents are made too.
+      tokenizer: what the documents' text was encoded with.
+      vqgan_sha256: of the VQGAN that the vision codes come from, if any.
+      chunk_tokens: tokens in a record, at most.
+
+    Raises:
+      UserError: something is at `path` already.
+    """
+    self.path = pathlib.Path(path)
+    if self.path.exists():
+      raise UserError(f"{path} exists already: delete it, or name another output.")
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    self._unfinished = self.path.with_name(f".{self.path.name}.unfinished-{os.getpid()}")
+    self._tokenizer = tokenizer
+    self._vqgan_sha256 = vqgan_sha256
+    self._chunk_tokens = chunk_tokens
+    self._vocab_size = tokenizer.vocab_size + VISION_VOCAB_SIZE
+    self._counts: dict[str, _SplitCounts] = {}
+    self._sources: dict[str, int] = {}
+    self._pending: dict[str, list[dict]] = {}
+    self.documents = 0
+    self.tokens = 0
+    self.bad_records = 0
+
+  def __enter__(self) -> "DatasetWriter":
+    shutil.rmtree(self._unfinished, ignore_errors=True)
+    self._unfinished.mkdir()
+    self._bad_file = open(self._unfinished / "bad_records.jsonl", "w")
+    tensor = tfds.features.Tensor
+    features = tfds.features.FeaturesDict({
+        "document": np.int64,
+        "offset": np.int64,
+        "tokens": tensor(shape=(None,), dtype=np.int32, encoding="bytes"),
+        "loss_mask": tensor(shape=(None,), dtype=np.uint8, encoding="bytes"),
+    })
+    identity = tfds.core.DatasetIdentity(
+        name="tokens",
+        version=tfds.core.Version("1.0.0"),
+        data_dir=str(self._unfinished),
+        module_name="lwm.data",
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity, description="Token documents (lwm/data/dataset.py).", features=features
+    )
+    self._records = tfds.core.SequentialWriter(
+        info, _RECORDS_PER_FILE, file_format="array_record"
+    )
+    return self
+
+  def __exit__(self, error_type, error, traceback) -> None:
+    self._bad_file.close()
+    try:
+      if error_type is None:
+        self._finish()
+        self._unfinished.rename(self.path)
+    finally:
+      with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(self._unfinished)
+
+  def write(self, split: str, document: Document, source: str = "") -> None:
+    """Appends a document to a split. `source` is what the manifest counts documents by.
+
+    Raises:
+      BadDocument: it has no target that counts, or an id is out of range.
+    """
+    tokens = np.asarray(document.tokens, np.int32)
+    loss_mask = np.asarray(document.loss_mask, np.uint8)
+    if not loss_mask[1:].any():
+      raise BadDocument("no token counts in the loss")
+    if tokens.min() < 0 or tokens.max() >= self._vocab_size:
+      wrong = tokens[(tokens < 0) | (tokens >= self._vocab_size)][0]
+      raise BadDocument(f"token {wrong} is not in [0, {self._vocab_size})")
+
+    if split not in self._counts:
+      self._counts[split] = _SplitCounts(self._vocab_size)
+      self._pending[split] = []
+      self._records.initialize_splits([split])
+    counts, pending = self._counts[split], self._pending[split]
+    for offset in range(0, len(tokens), self._chunk_tokens):
+      pending.append({
+          "document": len(counts.lengths),
+          "offset": offset,
+          "tokens": tokens[offset : offset + self._chunk_tokens],
+          "loss_mask": loss_mask[offset : offset + self._chunk_tokens],
+      })
+    if len(pending) >= _RECORDS_PER_WRITE:
+      self._flush(split)
+
+    # The first token of a document is nobody's target.
+    targets = tokens[1:][loss_mask[1:] > 0]
+    vision = int((targets >= self._tokenizer.vocab_size).sum())
+    counts.lengths.append(len(tokens))
+    counts.targets.extend((len(targets) - vision, vision))
+    counts.vision_tokens += int((tokens >= self._tokenizer.vocab_size).sum())
+    counts.histogram_V += np.bincount(targets, minlength=self._vocab_size)
+    self._sources[source] = self._sources.get(source, 0) + 1
+    self.documents += 1
+    self.tokens += len(tokens)
+
+  def bad(self, where: str, reason: str) -> None:
+    """Reports a record that was skipped: `where` is file:line, or what names it best."""
+    self.bad_records += 1
+    self._bad_file.write(json.dumps({"where": where, "reason": reason}) + "\n")
+
+  def _flush(self, split: str) -> None:
+    self._records.add_examples({split: self._pending[split]})
+    self._pending[split] = []
+
+  def _finish(self) -> None:
+    if not self.documents:
+      raise UserError(
+          f"Nothing to write to {self.path}: no good document, {self.bad_records} bad records."
+      )
+    for split in self._counts:
+      self._flush(split)
+    self._records.close_all()
+    splits = {}
+    for name, counts in self._counts.items():
+      lengths = np.frombuffer(counts.lengths, np.int64)
+      targets = np.frombuffer(counts.targets, np.int64).reshape(-1, len(MODALITIES))
+      np.save(self._unfinished / f"{name}_lengths.npy", lengths)
+      np.save(self._unfinished / f"{name}_targets.npy", targets)
+      histograms = np.split(counts.histogram_V, [self._tokenizer.vocab_size])
+      splits[name] = {
+          "documents": len(lengths),
+          "tokens": int(lengths.sum()),
+          "longest_document": int(lengths.max()),
+          "vision_tokens": counts.vision_tokens,
+          "targets": dict(zip(MODALITIES, targets.sum(0).tolist())),
+          "unigram_entropy": {
+              modality: entropy(histogram)
+              for modality, histogram in zip(MODALITIES, histograms)
+              if histogram.any()
+          },
+      }
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": {"path": str(self._tokenizer.path), "sha256": self._tokenizer.sha256},
+        "vqgan_sha256": self._vqgan_sha256,
+        "text_vocab_size": self._tokenizer.vocab_size,
+        "vision_vocab_size": VISION_VOCAB_SIZE,
+        "chunk_tokens": self._chunk_tokens,
+        "bad_records": self.bad_records,
+        "documents_by_source": self._sources,
+        "splits": splits,
+    }
+    (self._unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def entropy(counts: np.ndarray) -> float:
+  """Entropy in nats of the distribution proportional to `counts`."""
+  p = counts[counts > 0] / counts.sum()
+  return float(-(p * np.log(p)).sum())
