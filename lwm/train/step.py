@@ -1,0 +1,135 @@
+"""The train step: gradients of the two modalities' losses, accumulated exactly, and an update.
+
+Letters: B rows, S sequence, A microbatches (accumulation_steps); a trailing 2 is (text, vision).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lwm.experiment import LossConfig
+from lwm.parallel.sharding import ShardingRules
+from lwm.train.state import TrainState
+
+# int32 or float32 arrays [B, S]: see lwm/data for what they hold.
+BATCH_DTYPES = {
+    "tokens": jnp.int32,
+    "targets": jnp.int32,
+    "loss_weights": jnp.float32,
+    "segment_ids": jnp.int32,
+    "positions": jnp.int32,
+    "modality": jnp.int32,
+    "key_start": jnp.int32,
+    "key_stop": jnp.int32,
+}
+
+# (parameters, batch) -> the weighted sums of each modality's negative log-likelihoods, float32 [2],
+# regularisation included.
+LossSums = Callable[[Any, dict[str, jax.Array]], jax.Array]
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *,
+    loss_sums: LossSums,
+    loss: LossConfig,
+    optimizer: optax.GradientTransformation,
+    learning_rate: Callable[[jax.Array], jax.Array],
+    accumulation_steps: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One update, pure.
+
+  The loss is sum_m share_m x (sum of w x nll over targets of m) / (sum of w over targets of m), the
+  sums running over the whole batch, and share_m being the modality's weight relative to those
+  present. Both divisors are known before the first microbatch, so the gradients of microbatches
+  simply add up: accumulation changes nothing but the order of float32 sums.
+
+  Args:
+    state: float32 parameters, moments and step.
+    batch: arrays [B, S] as in BATCH_DTYPES; accumulation_steps divides the rows of each device.
+    loss_sums: the model.
+    loss: shares of the modalities.
+    optimizer: updates the parameters.
+    learning_rate: the optimizer's schedule, for the metrics.
+    accumulation_steps: microbatches, run one after the other.
+
+  Returns:
+    The next state, and scalars: loss, text_loss and vision_loss (0 without targets),
+    gradient_norm before clipping, learning_rate, and what train_flops wants: tokens, attended_pairs,
+    text_targets, vision_targets.
+  """
+  weights_2 = modality_sums(batch["loss_weights"], batch["modality"])
+  normaliser_2 = jnp.where(weights_2 > 0, 1 / jnp.where(weights_2 > 0, weights_2, 1), 0)
+  share_2 = jnp.where(weights_2 > 0, jnp.array([loss.text_weight, loss.vision_weight]), 0)
+  # A batch whose only modality has weight 0 trains nothing, rather than dividing 0 by 0.
+  share_2 = share_2 / jnp.where(share_2.sum() > 0, share_2.sum(), 1)
+
+  def microbatch_loss(params, microbatch):
+    sums_2 = loss_sums(params, microbatch)
+    return jnp.sum(share_2 * normaliser_2 * sums_2), sums_2
+
+  gradient = jax.grad(microbatch_loss, has_aux=True)
+  if accumulation_steps == 1:
+    gradients, sums_2 = gradient(state.params, batch)
+  else:
+    def accumulate(total, microbatch):
+      return jax.tree.map(jnp.add, total, gradient(state.params, microbatch)), None
+
+    zero = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros_like(weights_2))
+    (gradients, sums_2), _ = jax.lax.scan(accumulate, zero, split_rows(batch, accumulation_steps))
+
+  updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  losses_2 = sums_2 * normaliser_2
+  targets_2 = modality_sums((batch["loss_weights"] > 0).astype(jnp.float32), batch["modality"])
+  pairs_BxS = (batch["key_stop"] - batch["key_start"]).astype(jnp.float32)
+  metrics = {
+      "loss": jnp.sum(share_2 * losses_2),
+      "text_loss": losses_2[0],
+      "vision_loss": losses_2[1],
+      "gradient_norm": optax.global_norm(gradients),
+      "learning_rate": learning_rate(state.step),
+      "tokens": jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32),
+      "attended_pairs": jnp.sum(pairs_BxS),
+      "text_targets": targets_2[0],
+      "vision_targets": targets_2[1],
+  }
+  return TrainState(params, optimizer_state, state.step + 1), metrics
+
+
+def evaluation_step(
+    params: Any, batch: dict[str, jax.Array], *, loss_sums: LossSums
+) -> tuple[jax.Array, jax.Array]:
+  """Sums of negative log-likelihoods and numbers of targets, float32 [2] each.
+
+  Every target that carries loss counts once, whatever the dataset's weighting: the mean is then
+  comparable with the unigram entropy of the targets.
+  """
+  counted_BxS = (batch["loss_weights"] > 0).astype(jnp.float32)
+  batch = batch | {"loss_weights": counted_BxS}
+  return loss_sums(params, batch), modality_sums(counted_BxS, batch["modality"])
+
+
+def modality_sums(values_BxS: jax.Array, modality_BxS: jax.Array) -> jax.Array:
+  """Sums over the targets of text and of vision, float32 [2]."""
+  return jnp.stack([jnp.sum(jnp.where(modality_BxS == m, values_BxS, 0)) for m in (0, 1)])
+
+
+def split_rows(batch: dict[str, jax.Array], parts: int) -> dict[str, jax.Array]:
+  """[B, S] -> [A, B/A, S] such that every device keeps its rows and has some in each part."""
+
+  def split(array_BxS):
+    rows, length = array_BxS.shape
+    # A device's rows are neighbours, so the part must be the minor axis of the split.
+    grouped_BxAxS = jnp.reshape(
+        array_BxS,
+        (rows // parts, parts, length),
+        out_sharding=ShardingRules().spec("batch", None, "sequence"),
+    )
+    return jnp.moveaxis(grouped_BxAxS, 1, 0)
+
+  return jax.tree.map(split, batch)
