@@ -1,0 +1,65 @@
+"""Each mistake in a flag ends in one sentence that names it."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+PROGRAM = """
+from experiments import flags
+from lwm.errors import UserError
+CONFIG = flags.define_config()
+def main(argv):
+  if CONFIG.value.seed == 99:
+    raise UserError("the seed is 99.")
+  print(CONFIG.value.seed, CONFIG.value.stages[1].sequence_length, CONFIG.value.model.tied_head)
+flags.run(main)
+"""
+
+
+def _run(*arguments):
+  return subprocess.run(
+      [sys.executable, "-c", PROGRAM, *arguments], cwd=ROOT, capture_output=True, text=True
+  )
+
+
+def test_settings_are_flags():
+  done = _run("--config=configs/laptop.py", "--config.seed=7",
+              "--config.stages[1].sequence_length=2048", "--config.model.tied_head")
+  assert done.stdout.split() == ["7", "2048", "True"], done.stderr
+
+
+@pytest.mark.parametrize(
+    "flag, named",
+    [
+        ("--config.sed=3", ["--config.sed", "did you mean 'seed'"]),
+        ("--config.optimizer.peak_lr=1", ["config.optimizer has no setting 'peak_lr'"]),
+        ("--config.seed=abc", ["--config.seed=abc", "whole number"]),
+        ("--config.stages[1].peak_learning_rate=x", ["peak_learning_rate=x", "a number"]),
+        ("--config.model.tied_head=maybe", ["tied_head=maybe", "true or false"]),
+        ("--config.stages[7].steps=5", ["config.stages[7]", "4 entries"]),
+        ("--config.stages=5", ["group of settings"]),
+        ("--confg=5", ["confg"]),
+        ("--config.seed=99", ["the seed is 99."]),
+    ],
+)
+def test_a_mistake_is_one_sentence(flag, named):
+  done = _run("--config=configs/laptop.py", flag)
+  assert done.returncode == 1
+  assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+  assert done.stderr.startswith("error: ")
+  assert all(name in done.stderr for name in named), done.stderr
+
+
+@pytest.mark.parametrize("config, named", [
+    (["--config=configs/lapto.py"], ["configs/lapto.py", "No such file"]),
+    (["--config=configs/models.py"], ["configs/models.py", "get_config"]),
+    ([], ["--config"]),
+])
+def test_a_wrong_config_file_is_one_sentence(config, named):
+  done = _run(*config)
+  assert done.returncode == 1
+  assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+  assert all(name in done.stderr for name in named), done.stderr

@@ -1,0 +1,87 @@
+"""What is pinned, what is installed, and what the packages promise of their imports."""
+
+import ast
+import importlib.metadata
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PINS = {
+    canonicalize_name(line.split("==")[0]): line.split("==")[1]
+    for line in (ROOT / "pins.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def _requirements() -> list[Requirement]:
+  optional = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
+  return [Requirement(line) for line in PROJECT["dependencies"] + optional]
+
+
+def test_pins_name_versions_only():
+  for line in (ROOT / "pins.txt").read_text().splitlines():
+    assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line), line
+
+
+@pytest.mark.parametrize("requirement", _requirements(), ids=lambda requirement: requirement.name)
+def test_every_dependency_is_pinned_within_its_range(requirement):
+  assert requirement.specifier.contains(PINS[canonicalize_name(requirement.name)])
+
+
+def test_installed_versions_are_the_pinned_ones():
+  installed = {
+      canonicalize_name(distribution.name): distribution.version
+      for distribution in importlib.metadata.distributions()
+  }
+  wrong = {name: (installed[name], pin) for name, pin in PINS.items()
+           if name in installed and installed[name] != pin}
+  assert not wrong, "installed, pinned"
+
+
+def test_a_plain_install_needs_neither_tensorflow_nor_pytorch():
+  assert not {"tensorflow", "torch"} & {requirement.name for requirement in _requirements()}
+
+
+def test_our_kernels_and_transformers_live_side_by_side():
+  """A PyPI package of that name exists, and transformers looks for it."""
+  program = (
+      "import kernels, transformers, pathlib; from transformers import LlamaConfig; LlamaConfig(); "
+      f"assert pathlib.Path(kernels.__file__).parent.parent == pathlib.Path({str(ROOT)!r})"
+  )
+  # Not from the checkout: there an import of `kernels` could not fail.
+  subprocess.run([sys.executable, "-c", program], cwd=ROOT.parent, check=True)
+
+
+def test_imports_point_one_way():
+  layers = ("kernels", "lwm", "configs", "experiments")
+  wrong = []
+  for rank, layer in enumerate(layers):
+    for path in (ROOT / layer).rglob("*.py"):
+      for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+          names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+          names = [node.module or ""]
+        else:
+          continue
+        wrong += [f"{path}: {name}" for name in names if name.split(".")[0] in layers[rank + 1:]]
+  assert not wrong
+
+
+def test_kernels_need_only_arrays():
+  banned = {"flax", "ml_collections", "orbax", "grain", "optax"}
+  for path in (ROOT / "kernels").rglob("*.py"):
+    tree = ast.parse(path.read_text())
+    names = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import)
+             for alias in node.names}
+    names |= {(node.module or "").split(".")[0] for node in ast.walk(tree)
+              if isinstance(node, ast.ImportFrom)}
+    assert not names & banned, path
