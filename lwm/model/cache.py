@@ -1,0 +1,60 @@
+"""Keys and values of the tokens that a sampler has seen.
+
+L layers, B batch, Q new tokens, K cached tokens, G key/value heads, D head_dim.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels.attention import KeyIntervals
+
+
+class Cache(NamedTuple):
+  """Keys, already turned to their positions, and values. Rows shorter than others are padded on the left.
+
+  Attributes:
+    key_LxBxKxGxD: in the compute dtype; columns from `length` on are not yet written.
+    value_LxBxKxGxD: likewise.
+    start_B: int32, the column of each row's first token; those before it are padding.
+    length: int32 scalar, columns written.
+  """
+
+  key_LxBxKxGxD: jax.Array
+  value_LxBxKxGxD: jax.Array
+  start_B: jax.Array
+  length: jax.Array
+
+  def columns(self, num_tokens: int) -> jax.Array:
+    """Columns of the next tokens, int32 [B, Q]."""
+    column_Q = self.length + jnp.arange(num_tokens, dtype=jnp.int32)
+    return jnp.broadcast_to(column_Q[None], (self.start_B.shape[0], num_tokens))
+
+  def positions(self, num_tokens: int) -> jax.Array:
+    """Positions of the next tokens in their rows, int32 [B, Q]."""
+    return jnp.maximum(self.columns(num_tokens) - self.start_B[:, None], 0)
+
+  def intervals(self, num_tokens: int) -> KeyIntervals:
+    """What each of the next tokens sees: its row up to itself."""
+    stop_BxQ = self.columns(num_tokens) + 1
+    return KeyIntervals(jnp.broadcast_to(self.start_B[:, None], stop_BxQ.shape), stop_BxQ)
+
+  def write(self, layer: jax.Array, key_BxQxGxD: jax.Array, value_BxQxGxD: jax.Array) -> "Cache":
+    """The cache with the next tokens of one layer."""
+    at = (layer, 0, self.length, 0, 0)
+    return self._replace(
+        key_LxBxKxGxD=jax.lax.dynamic_update_slice(self.key_LxBxKxGxD, key_BxQxGxD[None], at),
+        value_LxBxKxGxD=jax.lax.dynamic_update_slice(self.value_LxBxKxGxD, value_BxQxGxD[None], at),
+    )
+
+  def read(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Key and value of one layer, [B, K, G, D]."""
+    return tuple(
+        jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+        for array in (self.key_LxBxKxGxD, self.value_LxBxKxGxD)
+    )
+
+  def advance(self, num_tokens: int) -> "Cache":
+    """The cache once all layers have written the next tokens."""
+    return self._replace(length=self.length + num_tokens)

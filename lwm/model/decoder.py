@@ -1,0 +1,122 @@
+"""A decoder of the Llama family (arXiv 2302.13971) as a Flax NNX module.
+
+Shapes: L layers, B batch, S sequence, Q new tokens, K cached tokens, M model width, H query heads,
+G key/value heads, D head_dim, V vocabulary.
+"""
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from kernels.attention import KeyIntervals
+from kernels.attention import attention
+from kernels.ring import Layout
+from lwm.model import rope
+from lwm.model.cache import Cache
+from lwm.model.config import ModelConfig
+from lwm.model.layers import Attend
+from lwm.model.layers import Block
+from lwm.model.layers import RMSNorm
+from lwm.model.layers import matrix
+from lwm.parallel.sharding import ShardingRules
+
+_save_attention = jax.checkpoint_policies.save_only_these_names(
+    "attention_out", "attention_log_sum_exp"
+)
+# What the backward pass finds again of a block; the rest is computed a second time.
+_SAVED = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _save_attention
+    ),
+    "attention": _save_attention,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Decoder(nnx.Module):
+  """Embedding, stacked blocks, final norm and head. Ids of text come before those of vision."""
+
+  def __init__(self, config: ModelConfig, rules: ShardingRules, rngs: nnx.Rngs):
+    V, M, std = config.vocab_size, config.width, config.initializer_std
+    self.config = config
+    self.rules = rules
+    self.embedding = matrix(rngs, rules, (V, M), ("vocab", "model"), std)
+    self.blocks = Block(config, rules, rngs)
+    self.norm = RMSNorm(config, stack=())
+    if not config.tied_head:
+      self.output = matrix(rngs, rules, (M, V), ("model", "vocab"), std)
+
+  def hidden(self, tokens_BxS, positions_BxS, intervals, rope_theta, layout) -> jax.Array:
+    """Hidden states after the final norm, [B, S, M] in the compute dtype."""
+    attend = _attend_over_ring(self.rules, intervals, layout)
+    graph, stacked_layers = nnx.split(self.blocks)
+    cosine, sine = self._rotations(positions_BxS, rope_theta)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False, policy=_SAVED[self.config.remat])
+    def block(x_BxSxM, layer):
+      return nnx.merge(graph, layer)(x_BxSxM, cosine, sine, attend)
+
+    x_BxSxM, _ = jax.lax.scan(block, self._embed(tokens_BxS), stacked_layers)
+    return self.norm(x_BxSxM)
+
+  def decode(self, tokens_BxQ: jax.Array, cache: Cache, rope_theta) -> tuple[jax.Array, Cache]:
+    """Hidden states of the tokens that follow those in the cache, [B, Q, M], and the cache with them."""
+    graph, stacked_layers = nnx.split(self.blocks)
+    cosine, sine = self._rotations(cache.positions(tokens_BxQ.shape[1]), rope_theta)
+
+    def block(carry, layer_and_index):
+      x_BxQxM, cache = carry
+      layer, index = layer_and_index
+      attend = functools.partial(_attend_to_cache, self.rules, cache, index)
+      return nnx.merge(graph, layer)(x_BxQxM, cosine, sine, attend), None
+
+    index_L = jnp.arange(self.config.num_layers)
+    carry = self._embed(tokens_BxQ), cache
+    (x_BxQxM, cache), _ = jax.lax.scan(block, carry, (stacked_layers, index_L))
+    return self.norm(x_BxQxM), cache.advance(tokens_BxQ.shape[1])
+
+  def head(self) -> jax.Array:
+    """The output projection, float32 [M, V], whole along M: transposed embedding if tied."""
+    if self.config.tied_head:
+      return self._embedding().T
+    return self.rules.gather(self.output[...], jnp.float32, "model", "vocab")
+
+  def _embedding(self) -> jax.Array:
+    return self.rules.gather(self.embedding[...], jnp.float32, "vocab", "model")
+
+  def _embed(self, tokens_BxS: jax.Array) -> jax.Array:
+    spec = self.rules.spec("batch", "sequence", None)
+    x_BxSxM = self._embedding().at[tokens_BxS].get(out_sharding=spec)
+    return x_BxSxM.astype(self.config.compute_dtype)
+
+  def _rotations(self, positions_BxS, rope_theta):
+    frequency_P = rope.frequencies(self.config.head_dim, rope_theta, self.config.rope_scaling)
+    return rope.rotations(positions_BxS, frequency_P)
+
+
+def _attend_over_ring(rules: ShardingRules, intervals: KeyIntervals, layout: Layout) -> Attend:
+  rows = rules.spec("batch", "sequence")
+  query_spec = rules.spec("batch", "sequence", "heads", "head_dim")
+  key_spec = rules.spec("batch", "sequence", "kv_heads", "head_dim")
+  attend = jax.shard_map(
+      lambda query, key, value, intervals: attention(query, key, value, intervals)[0],
+      in_specs=(query_spec, key_spec, key_spec, KeyIntervals(rows, rows)),
+      out_specs=query_spec,
+  )
+  return lambda query, key, value: (attend(query, key, value, intervals), None)
+
+
+def _attend_to_cache(rules: ShardingRules, cache: Cache, layer: jax.Array, query, key, value):
+  cache = cache.write(layer, key, value)
+  rows = rules.spec("batch", None)
+  query_spec = rules.spec("batch", None, "heads", "head_dim")
+  key_spec = rules.spec("batch", None, "kv_heads", "head_dim")
+  attend = jax.shard_map(
+      lambda *arguments: attention(*arguments)[0],
+      in_specs=(query_spec, key_spec, key_spec, KeyIntervals(rows, rows)),
+      out_specs=query_spec,
+  )
+  return attend(query, *cache.read(layer), cache.intervals(query.shape[1])), cache

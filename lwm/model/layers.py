@@ -1,0 +1,132 @@
+"""The parts of a decoder block.
+
+Every parameter of a block has a leading axis of layers while it is stored; `lax.scan` takes it away
+before a part is called. Shapes: B batch, S sequence, M model width, H query heads, G key/value heads,
+D head_dim, P = D/2 pairs, F feed-forward width, V vocabulary.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from lwm.model import rope
+from lwm.model.config import ModelConfig
+from lwm.parallel.sharding import LogicalAxes
+from lwm.parallel.sharding import ShardingRules
+
+# (query [B, S, H, D], key, value [B, S, G, D]) -> (out [B, S, H, D], anything to carry out of the block).
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+class RMSNorm(nnx.Module):
+  """Root-mean-square normalisation (arXiv 1910.07467), computed in float32."""
+
+  def __init__(self, config: ModelConfig, stack: tuple[int, ...]):
+    self.epsilon = config.norm_epsilon
+    axes = ("layers",) * len(stack) + (None,)
+    self.scale = nnx.Param(jnp.ones((*stack, config.width)), logical_axes=axes)
+
+  def __call__(self, x_BxSxM: jax.Array) -> jax.Array:
+    x_BxSxM, dtype = x_BxSxM.astype(jnp.float32), x_BxSxM.dtype
+    mean_square_BxSx1 = jnp.mean(jnp.square(x_BxSxM), axis=-1, keepdims=True)
+    normal_BxSxM = x_BxSxM * jax.lax.rsqrt(mean_square_BxSx1 + self.epsilon)
+    return (normal_BxSxM * self.scale[...][None, None]).astype(dtype)
+
+
+def matrix(
+    rngs: nnx.Rngs,
+    rules: ShardingRules,
+    shape: tuple[int, ...],
+    logical_axes: LogicalAxes,
+    standard_deviation: float,
+) -> nnx.Param:
+  """A float32 parameter drawn from a normal distribution, each device drawing its own shard."""
+  mesh = jax.sharding.get_abstract_mesh()
+  spec = None if mesh.empty else rules.spec(*logical_axes)
+  value = jax.random.normal(rngs.params(), shape, out_sharding=spec)
+  return nnx.Param(standard_deviation * value, logical_axes=logical_axes)
+
+
+class Attention(nnx.Module):
+  """Grouped-query attention (arXiv 2305.13245) with rotary positions."""
+
+  def __init__(self, config: ModelConfig, rules: ShardingRules, rngs: nnx.Rngs):
+    L, M, D = config.num_layers, config.width, config.head_dim
+    H, G, std = config.num_heads, config.num_kv_heads, config.initializer_std
+    self.rules = rules
+    declare = functools.partial(matrix, rngs, rules)
+    self.query = declare((L, M, H, D), ("layers", "model", "heads", "head_dim"), std)
+    self.key = declare((L, M, G, D), ("layers", "model", "kv_heads", "head_dim"), std)
+    self.value = declare((L, M, G, D), ("layers", "model", "kv_heads", "head_dim"), std)
+    # Each block adds two results to the residual stream (GPT-2, section 2.3).
+    self.out = declare(
+        (L, H, D, M), ("layers", "heads", "head_dim", "model"), std / (2 * L) ** 0.5
+    )
+
+  def __call__(self, x_BxSxM, cosine_BxSxP, sine_BxSxP, attend: Attend):
+    """Attention of the block's input, [B, S, M], and whatever `attend` carries."""
+    query_BxSxHxD = self._project(self.query, "heads", x_BxSxM)
+    key_BxSxGxD = self._project(self.key, "kv_heads", x_BxSxM)
+    value_BxSxGxD = self._project(self.value, "kv_heads", x_BxSxM)
+    query_BxSxHxD = rope.rotate(query_BxSxHxD, cosine_BxSxP, sine_BxSxP)
+    key_BxSxGxD = rope.rotate(key_BxSxGxD, cosine_BxSxP, sine_BxSxP)
+    out_BxSxHxD, carried = attend(query_BxSxHxD, key_BxSxGxD, value_BxSxGxD)
+    weight = self.rules.gather(self.out[...], x_BxSxM.dtype, "heads", "head_dim", "model")
+    spec = self.rules.spec("batch", "sequence", None)
+    return jnp.einsum("bshd,hdm->bsm", out_BxSxHxD, weight, out_sharding=spec), carried
+
+  def _project(self, kernel: nnx.Param, heads: str, x_BxSxM: jax.Array) -> jax.Array:
+    weight_MxHxD = self.rules.gather(kernel[...], x_BxSxM.dtype, "model", heads, "head_dim")
+    spec = self.rules.spec("batch", "sequence", heads, "head_dim")
+    return jnp.einsum("bsm,mhd->bshd", x_BxSxM, weight_MxHxD, out_sharding=spec)
+
+
+class FeedForward(nnx.Module):
+  """SwiGLU (arXiv 2002.05202)."""
+
+  def __init__(self, config: ModelConfig, rules: ShardingRules, rngs: nnx.Rngs):
+    L, M, F, std = (
+        config.num_layers, config.width, config.feed_forward_width, config.initializer_std
+    )
+    self.rules = rules
+    self.chunk = config.feed_forward_chunk
+    declare = functools.partial(matrix, rngs, rules)
+    self.gate = declare((L, M, F), ("layers", "model", "feed_forward"), std)
+    self.up = declare((L, M, F), ("layers", "model", "feed_forward"), std)
+    self.down = declare((L, F, M), ("layers", "feed_forward", "model"), std / (2 * L) ** 0.5)
+
+  def __call__(self, x_BxSxM: jax.Array) -> jax.Array:
+    dtype, rules = x_BxSxM.dtype, self.rules
+    gate_MxF = rules.gather(self.gate[...], dtype, "model", "feed_forward")
+    up_MxF = rules.gather(self.up[...], dtype, "model", "feed_forward")
+    down_FxM = rules.gather(self.down[...], dtype, "feed_forward", "model")
+    wide = rules.spec("batch", "sequence", "feed_forward")
+    gate_BxSxF = jnp.einsum("bsm,mf->bsf", x_BxSxM, gate_MxF, out_sharding=wide)
+    up_BxSxF = jnp.einsum("bsm,mf->bsf", x_BxSxM, up_MxF, out_sharding=wide)
+    spec = rules.spec("batch", "sequence", None)
+    return jnp.einsum(
+        "bsf,fm->bsm", jax.nn.silu(gate_BxSxF) * up_BxSxF, down_FxM, out_sharding=spec
+    )
+
+
+class Block(nnx.Module):
+  """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+  def __init__(self, config: ModelConfig, rules: ShardingRules, rngs: nnx.Rngs):
+    stack = (config.num_layers,)
+    self.attention_norm = RMSNorm(config, stack)
+    self.attention = Attention(config, rules, rngs)
+    self.feed_forward_norm = RMSNorm(config, stack)
+    self.feed_forward = FeedForward(config, rules, rngs)
+
+  def __call__(self, x_BxSxM: jax.Array, cosine_BxSxP, sine_BxSxP, attend: Attend):
+    """The residual stream after the block, [B, S, M], and whatever `attend` carries."""
+    mixed_BxSxM, carried = self.attention(
+        self.attention_norm(x_BxSxM), cosine_BxSxP, sine_BxSxP, attend
+    )
+    x_BxSxM += mixed_BxSxM
+    return x_BxSxM + self.feed_forward(self.feed_forward_norm(x_BxSxM)), carried

@@ -1,0 +1,67 @@
+"""The device mesh of a stage, and whether a model fits it."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import Mesh
+
+from lwm.experiment import ConfigError
+from lwm.experiment import MeshConfig
+from lwm.model.config import ModelConfig
+from lwm.parallel.sharding import ShardingRules
+
+AXES = ("data", "fsdp", "ring", "tensor")
+
+# Of the model's settings, the dimension that each one is.
+_DIMENSIONS = {
+    "width": "model",
+    "num_heads": "heads",
+    "num_kv_heads": "kv_heads",
+    "feed_forward_width": "feed_forward",
+    "vocab_size": "vocab",
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh with explicit axes (data, fsdp, ring, tensor), the last on the nearest neighbours.
+
+  Args:
+    config: sizes; one may be -1.
+    devices: all of the run's devices unless given.
+
+  Raises:
+    ConfigError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = config.resolve(len(devices))
+  return jax.make_mesh(
+      tuple(sizes[axis] for axis in AXES),
+      AXES,
+      axis_types=(AxisType.Explicit,) * len(AXES),
+      devices=devices,
+  )
+
+
+def check_model_fits_mesh(
+    model: ModelConfig, sizes: Mapping[str, int], rules: ShardingRules = ShardingRules()
+) -> None:
+  """Raises ConfigError, naming setting and axis, if a dimension does not divide its mesh axis.
+
+  Args:
+    model: the decoder.
+    sizes: devices along each mesh axis (`MeshConfig.resolve` or `Mesh.shape`).
+    rules: which axis carries which dimension.
+  """
+  for setting, logical_axis in _DIMENSIONS.items():
+    axis = getattr(rules, logical_axis)
+    size = getattr(model, setting)
+    if axis is None or size % sizes[axis] == 0:
+      continue
+    name = f"config.model.{setting}"
+    if setting == "vocab_size":
+      name = "config.model.text_vocab_size + vision_vocab_size"
+    raise ConfigError(
+        f"{name} = {size} does not divide over mesh.{axis} = {sizes[axis]}: change one of them."
+    )
