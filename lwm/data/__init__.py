@@ -6,6 +6,7 @@ from lwm.data.documents import Document
 from lwm.data.documents import DocumentBuilder
 from lwm.data.documents import text_document
 from lwm.data.documents import video_document
+from lwm.data.loader import Loader
 from lwm.data.tokenizer import load_tokenizer
 from lwm.data.tokenizer import Tokenizer
 from lwm.data.tokenizer import train_sentencepiece

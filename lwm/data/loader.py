@@ -1,0 +1,154 @@
+"""The batches of a stage: a pure function of (datasets, seed, stage, step) on any number of hosts.
+
+B rows of a batch, S sequence_length.
+"""
+
+import collections
+from collections.abc import Iterator
+from collections.abc import Sequence
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from kernels.ring.layout import Layout
+from lwm.data.dataset import Dataset
+from lwm.data.dataset import TRAIN
+from lwm.data.dataset import VALIDATION
+from lwm.data.packing import derived_seed
+from lwm.data.placement import Placement
+from lwm.data.placement import Shards
+from lwm.data.rows import Rows
+from lwm.data.tokenizer import load_tokenizer
+from lwm.errors import UserError
+from lwm.experiment import Experiment
+
+# Held-out rows are the same ones in every experiment.
+_EVALUATION_SEED = 0
+
+
+class Loader:
+  """Batches of one stage of an experiment: dicts of the FIELDS of lwm/data/rows.py, [B, S] each.
+
+  The rows of each dataset come in an order shuffled anew each epoch, and the mixture interleaves the
+  datasets in proportion to their weights; step s takes rows [s B, (s + 1) B) of that stream. Arrays are
+  sharded by PartitionSpec(("data", "fsdp"), "ring") with columns in the order of the stage's layout, and
+  each process reads only what its own devices hold.
+  """
+
+  def __init__(self, experiment: Experiment, stage: int, mesh: Mesh):
+    """
+    Args:
+      experiment: a validated experiment whose datasets are prepared.
+      stage: index of the stage.
+      mesh: with axes data, fsdp and ring (others replicate).
+
+    Raises:
+      UserError: a dataset is missing, or does not go with the experiment's tokenizer or model.
+    """
+    self._experiment = experiment
+    self._stage = experiment.stages[stage]
+    layout = Layout(self._stage.layout, mesh.shape["ring"])
+    rows, length = self._stage.rows_per_batch, self._stage.sequence_length
+    self._placement = Placement(mesh, layout, rows, length)
+    self._evaluation_placement = Placement(
+        mesh, layout, rows // self._stage.accumulation_steps, length
+    )
+    weights = collections.Counter()
+    for entry in self._stage.mixture:
+      if entry.weight > 0:
+        weights[entry.dataset] += entry.weight
+    configs = {config.name: config for config in experiment.datasets}
+    # The datasets of this stage, by name.
+    self.datasets = {name: _open(experiment, configs[name].path) for name in weights}
+
+    streams = []
+    self._rows = []
+    for index, (name, dataset) in enumerate(self.datasets.items()):
+      seed = derived_seed(experiment.seed, stage, name)
+      source = Rows(
+          dataset.split(TRAIN), dataset.text_vocab_size, length, configs[name].weighting, seed
+      )
+      self._rows.append(source)
+      streams.append(
+          grain.MapDataset.range(len(source))
+          .shuffle(seed=seed)
+          .repeat()
+          .map(lambda row, index=index: (index, row))
+      )
+    mixed = grain.MapDataset.mix(streams, list(weights.values()))
+    self._steps = mixed.batch(rows, batch_fn=list).map(self._read)
+
+  def _read(self, picks: Sequence[tuple[int, int]]) -> Shards:
+    def read_row(row, runs, out):
+      source, row_of_source = picks[row]
+      self._rows[source].read(row_of_source, runs, out)
+
+    return self._placement.read(read_row)
+
+  def batch(self, step: int) -> dict[str, jax.Array]:
+    """The batch of a step, counted from 0 at the start of the stage."""
+    return self._placement.to_arrays(self._steps[step])
+
+  def iterate(self, start_step: int = 0) -> Iterator[dict[str, jax.Array]]:
+    """The batches of steps `start_step` to the stage's last, read ahead by threads."""
+    options = grain.ReadOptions(
+        num_threads=self._experiment.data.threads,
+        prefetch_buffer_size=self._experiment.data.prefetch_batches,
+    )
+    steps = self._steps.slice(slice(start_step, self._stage.steps))
+    for shards in steps.to_iter_dataset(options):
+      yield self._placement.to_arrays(shards)
+
+  @property
+  def evaluation_datasets(self) -> list[str]:
+    """Names of the stage's datasets that have validation documents."""
+    return [name for name, dataset in self.datasets.items() if dataset.has_split(VALIDATION)]
+
+  def evaluation_batches(self, dataset: str) -> Iterator[dict[str, jax.Array]]:
+    """Held-out rows of one of the stage's datasets: `evaluation.rows` of them, or all if fewer.
+
+    The rows and their order are fixed, and every target that counts has weight 1, so that losses
+    compare with `Dataset.unigram_entropy`. B is that of one accumulation step, the last batch is
+    filled up with empty rows.
+
+    Raises:
+      UserError: the dataset has no validation documents.
+    """
+    opened = self.datasets[dataset]
+    rows = Rows(
+        opened.split(VALIDATION),
+        opened.text_vocab_size,
+        self._stage.sequence_length,
+        "token",
+        _EVALUATION_SEED,
+    )
+    order = np.random.default_rng(_EVALUATION_SEED).permutation(len(rows))
+    order = order[: self._experiment.evaluation.rows].tolist()
+    batch_rows = self._evaluation_placement.shape[0]
+    for first in range(0, len(order), batch_rows):
+      picks = order[first : first + batch_rows]
+
+      def read_row(row, runs, out, picks=picks):
+        if row < len(picks):
+          rows.read(picks[row], runs, out)
+
+      yield self._evaluation_placement.to_arrays(self._evaluation_placement.read(read_row))
+
+
+def _open(experiment: Experiment, path: str) -> Dataset:
+  dataset = Dataset(path)
+  dataset.check_tokenizer(load_tokenizer(experiment.tokenizer))
+  model = experiment.model
+  if dataset.text_vocab_size != model.text_vocab_size:
+    raise UserError(
+        f"Dataset {path} has {dataset.text_vocab_size} text ids, but config.model.text_vocab_size is "
+        f"{model.text_vocab_size}: set it to the tokenizer's size."
+    )
+  if dataset.has_vision and dataset.vision_vocab_size != model.vision_vocab_size:
+    raise UserError(
+        f"Dataset {path} has vision tokens of {dataset.vision_vocab_size} ids, but "
+        f"config.model.vision_vocab_size is {model.vision_vocab_size}."
+    )
+  return dataset
