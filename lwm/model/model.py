@@ -91,9 +91,9 @@ class Model:
       rope_theta: base of RoPE; a Python number is the most exact.
       layout: how the columns lie over the ring.
     """
-    require_explicit_mesh()
-    decoder = nnx.merge(self._graph, params)
-    return decoder.hidden(tokens_BxS, positions_BxS, intervals, rope_theta, layout)
+    decoder = self._decoder(params)
+    rows = self._place((tokens_BxS, positions_BxS, intervals))
+    return decoder.hidden(*rows, rope_theta, layout)
 
   def losses(
       self,
@@ -117,8 +117,8 @@ class Model:
       layout: how the columns lie over the ring.
       loss: its z_loss and softmax_range; modality weights are the caller's.
     """
-    require_explicit_mesh()
-    decoder = nnx.merge(self._graph, params)
+    decoder = self._decoder(params)
+    batch = self._place(batch)
     intervals = KeyIntervals(batch["key_start"], batch["key_stop"])
     hidden_BxSxM = decoder.hidden(
         batch["tokens"], batch["positions"], intervals, rope_theta, layout
@@ -149,8 +149,7 @@ class Model:
 
   def logits(self, params: Params, hidden_BxSxM: jax.Array) -> jax.Array:
     """Float32 logits over all ids, [B, S, V], sharded over `tensor`: for few tokens only."""
-    require_explicit_mesh()
-    return self._logits(nnx.merge(self._graph, params), hidden_BxSxM)
+    return self._logits(self._decoder(params), hidden_BxSxM)
 
   def init_cache(
       self, batch_size: int, max_length: int, start_B: jax.Array | None = None
@@ -181,10 +180,18 @@ class Model:
     Q may be a whole prompt or one token. Nothing checks that the cache has room for them. On a mesh with a
     ring, build the model with `ShardingRules(sequence=None)`: one token does not divide over a ring.
     """
-    require_explicit_mesh()
-    decoder = nnx.merge(self._graph, params)
-    hidden_BxQxM, cache = decoder.decode(tokens_BxQ, cache, rope_theta)
+    decoder = self._decoder(params)
+    hidden_BxQxM, cache = decoder.decode(self._place(tokens_BxQ), cache, rope_theta)
     return self._logits(decoder, hidden_BxQxM[:, -1:])[:, 0], cache
+
+  def _decoder(self, params: Params) -> Decoder:
+    require_explicit_mesh()
+    return nnx.merge(self._graph, params)
+
+  def _place(self, rows_BxS):
+    """Arrays [B, S] as the model shards them; nothing moves if they already are."""
+    spec = self.rules.spec("batch", "sequence")
+    return jax.tree.map(lambda array: jax.reshard(array, spec), rows_BxS)
 
   def _logits(self, decoder: Decoder, hidden_BxSxM: jax.Array) -> jax.Array:
     return jnp.einsum(
