@@ -135,9 +135,9 @@ def record_document(
   return builder.build()
 
 
-def choose(alternatives: Sequence[str], seed: int, number: int) -> str:
-  """One of the alternatives, evenly, by a hash of the seed and the record's number."""
-  digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest()
+def choose(alternatives: Sequence[str], seed: int, where: str) -> str:
+  """One of the alternatives, evenly, by a hash of the seed and of where the record stands."""
+  digest = hashlib.blake2b(f"{seed}/{where}".encode(), digest_size=8).digest()
   return alternatives[int.from_bytes(digest) % len(alternatives)]
 
 

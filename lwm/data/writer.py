@@ -76,8 +76,6 @@ class DatasetWriter:
     self._counts: dict[str, _SplitCounts] = {}
     self._sources: dict[str, int] = {}
     self._pending: dict[str, list[dict]] = {}
-    self.documents = 0
-    self.tokens = 0
     self.bad_records = 0
 
   def __enter__(self) -> "DatasetWriter":
@@ -152,8 +150,11 @@ class DatasetWriter:
     counts.vision_tokens += int((tokens >= self._tokenizer.vocab_size).sum())
     counts.histogram_V += np.bincount(targets, minlength=self._vocab_size)
     self._sources[source] = self._sources.get(source, 0) + 1
-    self.documents += 1
-    self.tokens += len(tokens)
+
+  @property
+  def splits(self) -> list[str]:
+    """Names of the splits that have documents."""
+    return list(self._counts)
 
   def bad(self, where: str, reason: str) -> None:
     """Reports a record that was skipped: `where` is file:line, or what names it best."""
@@ -165,10 +166,8 @@ class DatasetWriter:
     self._pending[split] = []
 
   def _finish(self) -> None:
-    if not self.documents:
-      raise UserError(
-          f"Nothing to write to {self.path}: no good document, {self.bad_records} bad records."
-      )
+    if not self._counts:
+      raise UserError(f"Nothing to write to {self.path}: no document.")
     for split in self._counts:
       self._flush(split)
     self._records.close_all()
