@@ -41,19 +41,20 @@ def linear_cross_entropy(
 ) -> TokenLosses:
   """Softmax cross-entropy of `hidden @ head`, each target among the ids of the range that holds it.
 
-  Memory is O(chunk x vocab_block + N x M + M x V), never O(N x V). Give tokens that carry no loss the
-  target -1: they cost nothing, forward or backward. A token whose loss has cotangent 0 costs no
+  Memory is O(chunk x vocab_block + N x M + M x V), never O(N x V). Give tokens that carry no loss
+  the target -1: they cost nothing, forward or backward. A token whose loss has cotangent 0 costs no
   backward work. All outputs are differentiable with respect to `hidden_NxM` and `head_MxV`.
 
-  On a mesh, call it inside `jax.shard_map(..., check_vma=True)` with local tokens and the whole width M
-  (N over data, fsdp and the sequence axes; flatten [B, S] there). With `axis_name`, `head_MxV` holds the
-  shard's equal share of the columns; nothing but three float32 [N] vectors and the gradient of
-  `hidden_NxM` crosses that axis, and the gradient of the head is summed over the axes of the tokens.
+  On a mesh, call it inside `jax.shard_map(..., check_vma=True)` with local tokens and the whole
+  width M (N over data, fsdp and the sequence axes; flatten [B, S] there). With `axis_name`,
+  `head_MxV` holds the shard's equal share of the columns; nothing but three float32 [N] vectors and
+  the gradient of `hidden_NxM` crosses that axis, and the head's gradient is summed over the axes of
+  the tokens.
 
   Args:
     hidden_NxM: float. Matrix products run in its dtype, accumulate in float32.
-    head_MxV: float. Its gradient is accumulated in float32 and returned in its own dtype: pass float32
-      parameters uncast to keep it whole.
+    head_MxV: float. Its gradient is accumulated in float32 and returned in its own dtype: pass
+      float32 parameters uncast to keep it whole.
     targets_N: int32 ids.
     ranges: disjoint [start, stop) of ids; ((0, V),) for one softmax over all.
     chunk: tokens whose logits exist at a time.
@@ -88,8 +89,9 @@ def linear_cross_entropy(
 
 
 def _vary_alike(arrays):
-  axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
-  return [jax.lax.pcast(x, tuple(axes - jax.typeof(x).manual_axis_type.varying), to="varying") for x in arrays]
+  varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+  axes = frozenset().union(*varying)
+  return [jax.lax.pcast(x, tuple(axes - own), to="varying") for x, own in zip(arrays, varying)]
 
 
 def _log_sum_exp_over(log_sum_exp_N: jax.Array, axis_name: str) -> jax.Array:

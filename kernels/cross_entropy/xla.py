@@ -1,9 +1,9 @@
 """Linear cross-entropy in blocks of tokens and vocabulary, in plain XLA, with its own backward.
 
-Tokens are visited in the order of the range that their target lies in, those without a target not at
-all: a chunk of tokens pays for the columns of one range, and the work is proportional to the tokens
-that count. Only [chunk, block] logits exist at a time; the backward pass computes them again from the
-saved log-sum-exp. The loops hold no collectives, so shards may differ in how often they run.
+Tokens are visited in the order of the range that their target lies in, those without a target not
+at all: a chunk of tokens pays for the columns of one range, and the work is proportional to the
+tokens that count. Only [chunk, block] logits exist at a time; the backward pass computes them again
+from the saved log-sum-exp. The loops hold no collectives: shards may differ in how often they run.
 
 Shapes: N tokens, M model width, V vocabulary (the local columns of a sharded head), C tokens of a
 chunk, W columns of a block, P = N + C.
@@ -46,8 +46,9 @@ def statistics(
     vocab_block: columns at a time, about.
 
   Returns:
-    Float32 [N] each, both differentiable. The log-sum-exp is -inf if no local column is in the target's
-    range; the logit is 0 if the target is no local column. Both are 0 if it lies in no range.
+    Float32 [N] each, both differentiable. The log-sum-exp is -inf if no local column is in the
+    target's range; the logit is 0 if the target is no local column. Both are 0 if it lies in no
+    range.
   """
   return _forward(hidden_NxM, head_MxV, targets_N, first_column, ranges, chunk, vocab_block)[0]
 
@@ -152,7 +153,7 @@ statistics.defvjp(_forward, _backward)
 
 
 class _Order:
-  """Tokens sorted by the range of their target; those of range r fill slots [starts[r], starts[r + 1])."""
+  """Tokens sorted by the range of their target; range r fills slots [starts[r], starts[r + 1])."""
 
   def __init__(self, targets_N: jax.Array, ranges: Ranges, chunk: int):
     range_N = jnp.full(targets_N.shape, len(ranges), jnp.int32)
@@ -230,7 +231,7 @@ class _Blocks:
 
 
 def _visit_chunks(visit, carry, order: _Order, num_columns, first_column, vocab_block):
-  """Folds `visit(tokens, blocks, carry)` over the chunks of every range, in order of their slots."""
+  """Folds `visit(tokens, blocks, carry)` over every range's chunks, in order of their slots."""
   for number, (start, stop) in enumerate(order.ranges):
     blocks = _Blocks(start, stop, num_columns, first_column, vocab_block)
     num_tokens = order.starts[number + 1] - order.starts[number]
@@ -244,6 +245,6 @@ def _visit_chunks(visit, carry, order: _Order, num_columns, first_column, vocab_
 
 
 def _vary_like(array: jax.Array):
-  """A function that marks arrays as varying over the `jax.shard_map` axes that `array` varies over."""
+  """A function that marks new arrays as varying over the `jax.shard_map` axes that `array` does."""
   axes = tuple(jax.typeof(array).manual_axis_type.varying)
   return lambda tree: jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), tree)

@@ -21,13 +21,13 @@ def feed_forward(
 ) -> jax.Array:
   """silu(x gate) * (x up), projected down, at most `chunk` tokens of each row at a time.
 
-  The backward pass computes a chunk's intermediate again. A sequence no longer than `chunk` is the plain
-  expression, whose intermediate the caller's own rematerialisation may keep.
+  The backward pass computes a chunk's intermediate again. A sequence no longer than `chunk` is the
+  plain expression, whose intermediate the caller's own rematerialisation may keep.
 
-  On a mesh, call it inside `jax.shard_map(..., check_vma=True)`, so that chunks are cut from the local
-  tokens, and the weights' gradients are summed over the axes of the tokens once and not in every chunk:
-  x with spec (batch axes, sequence axes, None), `gate_MxF` and `up_MxF` (None, "tensor"), `down_FxM`
-  ("tensor", None), result like x; `axis_name="tensor"` adds the parts of the result up.
+  On a mesh, call it inside `jax.shard_map(..., check_vma=True)`, so that chunks are cut from the
+  local tokens, and the weights' gradients are summed over the axes of the tokens once and not in
+  every chunk: x with spec (batch axes, sequence axes, None), `gate_MxF` and `up_MxF` (None,
+  "tensor"), `down_FxM` ("tensor", None), result like x; `axis_name="tensor"` adds its parts up.
 
   Args:
     x_BxSxM: float. Products run in its dtype.

@@ -18,6 +18,7 @@ from kernels.cross_entropy import xla
 TEXT, VISION = 40, 150
 ONE = ((0, TEXT + VISION),)
 TWO = ((0, TEXT), (TEXT, TEXT + VISION))
+GAPS = ((7, 31), (100, 190))
 AXES = ("data", "fsdp", "ring", "tensor")
 
 
@@ -76,7 +77,7 @@ def test_equals_scipy(backend, ranges):
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)])
 @pytest.mark.parametrize(
     "ranges, num_tokens, chunk, vocab_block",
-    [(ONE, 77, 16, 50), (TWO, 77, 16, 50), (TWO, 64, 64, 128), (((7, 31), (100, 190)), 5, 32, 4096)],
+    [(ONE, 77, 16, 50), (TWO, 77, 16, 50), (TWO, 64, 64, 128), (GAPS, 5, 32, 4096)],
     ids=["one", "two", "exact", "gaps"],
 )
 def test_equals_reference_with_gradients(ranges, num_tokens, chunk, vocab_block, dtype, tolerance):
@@ -206,7 +207,7 @@ def test_memory_does_not_hold_logits():
   base = temporary_bytes(65536, 32000)
   assert base < 65536 * 32000 * 4 / 50
   wide, long = temporary_bytes(65536, 64000), temporary_bytes(131072, 32000)
-  # Twice the vocabulary may add copies of the head; twice the tokens add copies of the hidden states.
+  # Twice the vocabulary may add copies of the head, twice the tokens of the hidden states.
   assert wide - base <= 2 * 32000 * 64 * 4
   assert long - base <= 2 * 65536 * 64 * 4
 

@@ -61,14 +61,14 @@ def test_equals_reference_with_gradients(length, chunk, dtype, tolerance):
 
 
 def test_weight_gradient_of_many_chunks_keeps_its_precision():
-  """256 chunks added up in bfloat16 would lose most of what the later ones add."""
-  x, *weights = make_inputs(1, 1024, jnp.bfloat16)
+  """1024 chunks added up in bfloat16 would lose a fifth of the gradient."""
+  x, *weights = make_inputs(1, 2048, jnp.bfloat16)
   x = jnp.abs(x)
   ones = jnp.ones(x.shape, jnp.bfloat16)
   exact = gradients(
       reference.feed_forward, [a.astype(jnp.float32) for a in (x, *weights)], ones
   )[1][3]
-  actual = gradients(functools.partial(feed_forward, chunk=4), (x, *weights), ones)[1][3]
+  actual = gradients(functools.partial(feed_forward, chunk=2), (x, *weights), ones)[1][3]
   error = np.abs(np.asarray(actual, np.float32) - exact).max() / np.abs(exact).max()
   assert error < 0.01
 
