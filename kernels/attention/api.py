@@ -7,9 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels.attention import reference
+from kernels.attention.backend import Backend
+from kernels.attention.backend import differentiable
+from kernels.attention.backend import vary_alike
 from kernels.attention.intervals import KeyIntervals
+from kernels.attention.xla import XLA
 
-BACKENDS = ("reference",)
+# The best first; the last takes everything.
+BACKENDS = (XLA,)
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -21,7 +26,7 @@ def attention(
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
-    backend: str | None = None,
+    backend: str | Backend | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Softmax attention where each query row sees one interval of keys.
 
@@ -35,7 +40,8 @@ def attention(
     intervals: int32 key indices, `start` and `stop`, both [B, Q].
     scale: multiplies the scores; 1 / sqrt(D) unless given.
     soft_cap: scores become soft_cap * tanh(scores / soft_cap) if given (Gemma 2, arXiv 2408.00118).
-    backend: "reference" (materialises the scores), or None for the best one here.
+    backend: "xla" (blockwise), "reference" (materialises the scores), a Backend of your own, or
+      None for the best here.
 
   Returns:
     (out [B, Q, H, D] in the query's dtype, log_sum_exp [B, Q, H] float32). A row with an empty
@@ -44,17 +50,41 @@ def attention(
   Raises:
     ValueError: a shape, dtype or backend that is not supported; the message says what is.
   """
-  _check(query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, intervals)
+  check(query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, intervals)
   scale = query_BxQxHxD.shape[-1] ** -0.5 if scale is None else scale
-  backend = backend or "reference"
-  if backend not in BACKENDS:
-    raise ValueError(f"There is no attention backend {backend!r}: use one of {BACKENDS}.")
-  return reference.attention(
-      query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, intervals, scale=scale, soft_cap=soft_cap
+  if backend == "reference":
+    return reference.attention(
+        query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, intervals, scale=scale, soft_cap=soft_cap
+    )
+  backend = choose(backend, query_BxQxHxD, key_BxKxGxD)
+  query, key, value, *intervals = vary_alike(
+      query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, *intervals
   )
+  return differentiable(backend, scale, soft_cap, query, key, value, KeyIntervals(*intervals))
 
 
-def _check(query, key, value, intervals) -> None:
+def choose(
+    backend: str | Backend | None, query_BxQxHxD: jax.Array, key_BxKxGxD: jax.Array
+) -> Backend:
+  """The backend of that name, or the best for these shapes, dtypes and this platform.
+
+  Raises:
+    ValueError: no backend has this name, or it does not support the arguments.
+  """
+  if isinstance(backend, Backend):
+    return backend
+  if backend is None:
+    return next(b for b in BACKENDS if b.unsupported(query_BxQxHxD, key_BxKxGxD) is None)
+  named = {candidate.name: candidate for candidate in BACKENDS}
+  if backend not in named:
+    raise ValueError(f"There is no attention backend {backend!r} here: use one of {list(named)}.")
+  reason = named[backend].unsupported(query_BxQxHxD, key_BxKxGxD)
+  if reason is not None:
+    raise ValueError(f"Attention backend {backend!r} cannot run this: {reason}.")
+  return named[backend]
+
+
+def check(query, key, value, intervals) -> None:
   """Raises a ValueError that names the first argument that does not fit the others."""
   B, _, H, D = query.shape
   if key.shape != value.shape or key.shape[0] != B or key.shape[3] != D or H % key.shape[2]:

@@ -44,7 +44,7 @@ def packed(segment_ids_BxS: jax.Array) -> KeyIntervals:
 
 
 def within(intervals: KeyIntervals, offset: jax.Array | int, length: int) -> KeyIntervals:
-  """The part of each interval inside the chunk [offset, offset + length), in the chunk's indices."""
+  """The part of each interval inside keys [offset, offset + length), in indices of that chunk."""
   return KeyIntervals(
       jnp.clip(intervals.start_BxQ - offset, 0, length),
       jnp.clip(intervals.stop_BxQ - offset, 0, length),

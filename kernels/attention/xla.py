@@ -1,0 +1,246 @@
+"""Blockwise attention in plain JAX: runs everywhere, memory O(S), work by the blocks that count.
+
+For every batch row and block of queries, a loop runs over the contiguous range of key blocks that
+meet an interval of those queries: blocks outside are neither loaded nor computed. Forward is the
+online softmax (arXiv 1805.02867, 2205.14135); backward is one pass that recomputes the scores
+and accumulates the gradients of key and value in place.
+
+B batch, Q/K query/key length, H query heads, G key/value heads, R = H / G, D head_dim,
+N query blocks, q/k queries/keys in a block, T = B * N tiles.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.attention.backend import Backend
+from kernels.attention.intervals import KeyIntervals
+
+QUERY_BLOCK = 256
+KEY_BLOCK = 256
+
+
+def forward(
+    query_BxQxHxD,
+    key_BxKxGxD,
+    value_BxKxGxD,
+    intervals: KeyIntervals,
+    *,
+    scale: float,
+    soft_cap: float | None,
+    out_dtype: jnp.dtype,
+):
+  """See `kernels.attention.backend.Forward`."""
+  B, Q, H, D = query_BxQxHxD.shape
+  G = key_BxKxGxD.shape[2]
+  dtype = query_BxQxHxD.dtype
+  q, k = _block(Q, QUERY_BLOCK), _block(key_BxKxGxD.shape[1], KEY_BLOCK)
+  key_BxGxKxD, value_BxGxKxD = _key_rows(key_BxKxGxD, k), _key_rows(value_BxKxGxD, k)
+  query_TxGxRqxD = _query_tiles(query_BxQxHxD, G, q)
+  intervals_TxRq = _interval_tiles(intervals, q, H // G)
+  rows_T = _rows_of_tiles(query_TxGxRqxD, B)
+
+  def tile(_, inputs):
+    row, query_GxRqxD, intervals_Rq = inputs
+    first, last = _key_blocks(intervals_Rq, k)
+
+    def key_block(index, carry):
+      out_GxRqxD, maximum_GxRq, sum_GxRq = carry
+      key_GxkxD = _load(key_BxGxKxD, row, index, k)
+      scores_GxRqxk = scale * _dot("GQD,GKD->GQK", query_GxRqxD, key_GxkxD)
+      if soft_cap is not None:
+        scores_GxRqxk = soft_cap * jnp.tanh(scores_GxRqxk / soft_cap)
+      mask_Rqxk = _is_seen(intervals_Rq, index, k, keys_first=False)
+      scores_GxRqxk = jnp.where(mask_Rqxk, scores_GxRqxk, -jnp.inf)
+      new_maximum_GxRq = jnp.maximum(maximum_GxRq, jnp.max(scores_GxRqxk, axis=-1))
+      weights_GxRqxk = jnp.exp(scores_GxRqxk - new_maximum_GxRq[..., None])
+      decay_GxRq = jnp.exp(maximum_GxRq - new_maximum_GxRq)
+      value_GxkxD = _load(value_BxGxKxD, row, index, k)
+      out_GxRqxD = decay_GxRq[..., None] * out_GxRqxD + _dot(
+          "GQK,GKD->GQD", weights_GxRqxk.astype(dtype), value_GxkxD
+      )
+      sum_GxRq = decay_GxRq * sum_GxRq + jnp.sum(weights_GxRqxk, axis=-1)
+      return out_GxRqxD, new_maximum_GxRq, sum_GxRq
+
+    zero_GxRq = jnp.zeros_like(query_GxRqxD[..., 0], jnp.float32)
+    # A finite start, since -inf - -inf is no number: rows without a key keep a sum of 0.
+    lowest_GxRq = jnp.full_like(zero_GxRq, jnp.finfo(jnp.float32).min)
+    out_GxRqxD, maximum_GxRq, sum_GxRq = jax.lax.fori_loop(
+        first, last, key_block, (jnp.zeros_like(query_GxRqxD, jnp.float32), lowest_GxRq, zero_GxRq)
+    )
+    is_empty_GxRq = sum_GxRq == 0
+    sum_GxRq = jnp.where(is_empty_GxRq, 1.0, sum_GxRq)
+    log_sum_exp_GxRq = jnp.where(is_empty_GxRq, -jnp.inf, maximum_GxRq + jnp.log(sum_GxRq))
+    return None, ((out_GxRqxD / sum_GxRq[..., None]).astype(out_dtype), log_sum_exp_GxRq)
+
+  _, (out_TxGxRqxD, log_sum_exp_TxGxRq) = jax.lax.scan(
+      tile, None, (rows_T, query_TxGxRqxD, intervals_TxRq)
+  )
+  out_BxQxHxD = _from_tiles(out_TxGxRqxD, B, Q, H)
+  return out_BxQxHxD, _from_tiles(log_sum_exp_TxGxRq[..., None], B, Q, H)[..., 0]
+
+
+def backward(
+    query_BxQxHxD,
+    key_BxKxGxD,
+    value_BxKxGxD,
+    intervals: KeyIntervals,
+    log_sum_exp_BxQxH,
+    delta_BxQxH,
+    out_cotangent_BxQxHxD,
+    *,
+    scale: float,
+    soft_cap: float | None,
+):
+  """See `kernels.attention.backend.Backward`.
+
+  Scores are held with keys first, [k, q]: three of the four other products then need no transposed
+  operand, and the fourth takes a key transposed once for all blocks.
+  """
+  B, Q, H, D = query_BxQxHxD.shape
+  K, G = key_BxKxGxD.shape[1:3]
+  dtype = query_BxQxHxD.dtype
+  q, k = _block(Q, QUERY_BLOCK), _block(K, KEY_BLOCK)
+  key_BxGxKxD, value_BxGxKxD = _key_rows(key_BxKxGxD, k), _key_rows(value_BxKxGxD, k)
+  key_BxGxDxK = jnp.swapaxes(key_BxGxKxD, 2, 3)
+  # An empty row gets weights exp(score - inf) = 0.
+  log_sum_exp_BxQxH = jnp.where(log_sum_exp_BxQxH == -jnp.inf, jnp.inf, log_sum_exp_BxQxH)
+  query_TxGxRqxD = _query_tiles(query_BxQxHxD, G, q)
+  tiles = (
+      _rows_of_tiles(query_TxGxRqxD, B),
+      query_TxGxRqxD,
+      _query_tiles(out_cotangent_BxQxHxD.astype(dtype), G, q),
+      _query_tiles(log_sum_exp_BxQxH[..., None], G, q)[..., 0],
+      _query_tiles(delta_BxQxH[..., None], G, q)[..., 0],
+      _interval_tiles(intervals, q, H // G),
+  )
+
+  def tile(grads, inputs):
+    row, query_GxRqxD, out_cotangent_GxRqxD, log_sum_exp_GxRq, delta_GxRq, intervals_Rq = inputs
+    first, last = _key_blocks(intervals_Rq, k)
+
+    def key_block(index, carry):
+      query_grad_GxDxRq, key_grad_BxGxKxD, value_grad_BxGxKxD = carry
+      key_GxkxD = _load(key_BxGxKxD, row, index, k)
+      value_GxkxD = _load(value_BxGxKxD, row, index, k)
+      scores_GxkxRq = scale * _dot("GKD,GQD->GKQ", key_GxkxD, query_GxRqxD)
+      if soft_cap is not None:
+        tanh_GxkxRq = jnp.tanh(scores_GxkxRq / soft_cap)
+        scores_GxkxRq = soft_cap * tanh_GxkxRq
+      mask_kxRq = _is_seen(intervals_Rq, index, k, keys_first=True)
+      weights_GxkxRq = jnp.exp(
+          jnp.where(mask_kxRq, scores_GxkxRq - log_sum_exp_GxRq[:, None], -jnp.inf)
+      )
+      weights_cotangent_GxkxRq = _dot("GKD,GQD->GKQ", value_GxkxD, out_cotangent_GxRqxD)
+      scores_grad_GxkxRq = weights_GxkxRq * (weights_cotangent_GxkxRq - delta_GxRq[:, None])
+      if soft_cap is not None:
+        scores_grad_GxkxRq *= 1 - tanh_GxkxRq**2
+      scores_grad_GxkxRq = (scale * scores_grad_GxkxRq).astype(dtype)
+
+      key_GxDxk = jax.lax.dynamic_slice(
+          key_BxGxDxK, (row, 0, 0, index * k), (1, *key_BxGxDxK.shape[1:3], k)
+      )[0]
+      query_grad_GxDxRq += _dot("GDK,GKQ->GDQ", key_GxDxk, scores_grad_GxkxRq)
+      key_grad_GxkxD = _dot("GKQ,GQD->GKD", scores_grad_GxkxRq, query_GxRqxD)
+      value_grad_GxkxD = _dot("GKQ,GQD->GKD", weights_GxkxRq.astype(dtype), out_cotangent_GxRqxD)
+      return (
+          query_grad_GxDxRq,
+          _add(key_grad_BxGxKxD, row, index, key_grad_GxkxD),
+          _add(value_grad_BxGxKxD, row, index, value_grad_GxkxD),
+      )
+
+    query_grad_GxDxRq = jnp.swapaxes(jnp.zeros_like(query_GxRqxD, jnp.float32), 1, 2)
+    query_grad_GxDxRq, *grads = jax.lax.fori_loop(
+        first, last, key_block, (query_grad_GxDxRq, *grads)
+    )
+    return tuple(grads), jnp.swapaxes(query_grad_GxDxRq, 1, 2)
+
+  zero_BxGxKxD = jnp.zeros_like(key_BxGxKxD, jnp.float32)
+  (key_grad_BxGxKxD, value_grad_BxGxKxD), query_grad_TxGxRqxD = jax.lax.scan(
+      tile, (zero_BxGxKxD, zero_BxGxKxD), tiles
+  )
+  return (
+      _from_tiles(query_grad_TxGxRqxD, B, Q, H),
+      jnp.swapaxes(key_grad_BxGxKxD, 1, 2)[:, :K],
+      jnp.swapaxes(value_grad_BxGxKxD, 1, 2)[:, :K],
+  )
+
+
+XLA = Backend("xla", lambda query, key: None, forward, backward)
+
+
+def _block(length: int, target: int) -> int:
+  """The smallest equal blocks of at most `target` that cover `length`."""
+  return -(-length // -(-length // target))
+
+
+def _pad(array, length: int):
+  """Pads axis 1 with zeros to `length`."""
+  return jnp.pad(array, [(0, 0), (0, length - array.shape[1])] + [(0, 0)] * (array.ndim - 2))
+
+
+def _key_rows(array_BxKxGxD, k: int):
+  """[B, G, K, D], K padded to whole blocks; no interval reaches the padding."""
+  return jnp.swapaxes(_pad(array_BxKxGxD, -(-array_BxKxGxD.shape[1] // k) * k), 1, 2)
+
+
+def _query_tiles(array_BxQxHxD, G: int, q: int):
+  """[T, G, R * q, D], Q padded to whole blocks."""
+  B, Q, H, D = array_BxQxHxD.shape
+  N = -(-Q // q)
+  array_BxNxqxGxRxD = _pad(array_BxQxHxD, N * q).reshape(B, N, q, G, H // G, D)
+  return jnp.moveaxis(array_BxNxqxGxRxD, 2, 4).reshape(B * N, G, H // G * q, D)
+
+
+def _from_tiles(array_TxGxRqxD, B: int, Q: int, H: int):
+  """The inverse of `_query_tiles`, without the padding."""
+  T, G, Rq, D = array_TxGxRqxD.shape
+  R = H // G
+  array_BxNxGxRxqxD = array_TxGxRqxD.reshape(B, T // B, G, R, Rq // R, D)
+  return jnp.moveaxis(array_BxNxGxRxqxD, 4, 2).reshape(B, -1, H, D)[:, :Q]
+
+
+def _interval_tiles(intervals: KeyIntervals, q: int, R: int) -> KeyIntervals:
+  """Starts and stops [T, R * q], in the order of `_query_tiles`; padding rows are empty."""
+  length = -(-intervals.start_BxQ.shape[1] // q) * q
+  tiles = (jnp.tile(_pad(array, length).reshape(-1, q), (1, R)) for array in intervals)
+  return KeyIntervals(*tiles)
+
+
+def _rows_of_tiles(query_TxGxRqxD, B: int):
+  """The batch row of each tile."""
+  T = query_TxGxRqxD.shape[0]
+  return jnp.arange(T, dtype=jnp.int32) // (T // B)
+
+
+def _key_blocks(intervals_Rq: KeyIntervals, k: int):
+  """The first and last + 1 block of k keys that meet an interval of one query block."""
+  start_q, stop_q = intervals_Rq
+  is_empty_q = stop_q <= start_q
+  first_key = jnp.min(jnp.where(is_empty_q, jnp.iinfo(jnp.int32).max, start_q))
+  stop_key = jnp.max(jnp.where(is_empty_q, 0, stop_q))
+  last = (stop_key + k - 1) // k
+  return jnp.minimum(first_key // k, last), last
+
+
+def _is_seen(intervals_Rq: KeyIntervals, index, k: int, *, keys_first: bool):
+  """Which keys of block `index` each query sees: [k, R * q] if keys first, else [R * q, k]."""
+  key_k = index * k + jnp.arange(k, dtype=jnp.int32)
+  key, (start, stop) = key_k[None, :], (array_Rq[:, None] for array_Rq in intervals_Rq)
+  if keys_first:
+    key, start, stop = key.T, start.T, stop.T
+  return (key >= start) & (key < stop)
+
+
+def _load(array_BxGxKxD, row, index, k: int):
+  B, G, _, D = array_BxGxKxD.shape
+  return jax.lax.dynamic_slice(array_BxGxKxD, (row, 0, index * k, 0), (1, G, k, D))[0]
+
+
+def _add(array_BxGxKxD, row, index, block_GxkxD):
+  k = block_GxkxD.shape[1]
+  block_1xGxkxD = (_load(array_BxGxKxD, row, index, k) + block_GxkxD)[None]
+  return jax.lax.dynamic_update_slice(array_BxGxKxD, block_1xGxkxD, (row, 0, index * k, 0))
+
+
+def _dot(equation: str, left, right):
+  return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)

@@ -1,0 +1,217 @@
+"""RingAttention: exact attention over a sequence sharded over devices (arXiv 2310.01889).
+
+Every device keeps its queries, their intervals and the result; keys and values visit the devices
+one after the other. Three things differ from the original: there are n - 1 hops, not n; keys and
+values travel in their own dtype while partial results stay float32 until the last merge, so that
+the error does not grow with the ring; and a hop's chunk of keys that meets no interval of this
+device's queries is skipped.
+
+B batch, Q query length of a shard, H query heads, G key/value heads, D head_dim, n ring size,
+C chunks in a shard, L tokens in a chunk (Q = C * L).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from kernels.attention import api
+from kernels.attention import backend as backend_lib
+from kernels.attention.intervals import KeyIntervals
+from kernels.attention.intervals import within
+from kernels.attention.merge import merge
+from kernels.ring.layout import Layout
+
+
+class _Ring(NamedTuple):
+  """What is static in one call."""
+
+  backend: backend_lib.Backend
+  layout: Layout
+  axis_name: str
+  scale: float
+  soft_cap: float | None
+
+  def rotate(self, *arrays):
+    """Sends to the next device; what arrives is the shard of the device before."""
+    n = self.layout.ring_size
+    return jax.lax.ppermute(arrays, self.axis_name, [(i, (i + 1) % n) for i in range(n)])
+
+  def chunks(self, hop, *arrays):
+    """Offsets int32 [C] of the key chunks that are here at a hop, and arrays as [C, B, L, ...]."""
+    n, C = self.layout.ring_size, self.layout.chunks_per_shard
+    owner = (jax.lax.axis_index(self.axis_name) - hop) % n
+    offsets_C = self.layout.chunk_offsets(owner, n * arrays[0].shape[1])
+    return offsets_C, *(
+        jnp.moveaxis(array.reshape(array.shape[0], C, -1, *array.shape[2:]), 1, 0)
+        for array in arrays
+    )
+
+
+def ring_attention(
+    query_BxQxHxD: jax.Array,
+    key_BxQxGxD: jax.Array,
+    value_BxQxGxD: jax.Array,
+    intervals: KeyIntervals,
+    *,
+    layout: Layout,
+    axis_name: str,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    backend: str | backend_lib.Backend | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """`kernels.attention.attention` over a sequence sharded over a mesh axis.
+
+  Call it inside `jax.shard_map`, which may shard the batch and the heads over other axes.
+
+  Args:
+    query_BxQxHxD: this device's shard, in the order of `layout`.
+    key_BxQxGxD: likewise; G divides H.
+    value_BxQxGxD: likewise.
+    intervals: of this device's queries, [B, Q], in global indices of the unpermuted keys.
+    layout: which tokens each shard holds.
+    axis_name: the mesh axis of the ring.
+    scale: as in `attention`.
+    soft_cap: as in `attention`.
+    backend: as in `attention`, "reference" excepted.
+
+  Returns:
+    (out [B, Q, H, D] in the query's dtype, log_sum_exp [B, Q, H] float32) of the local queries.
+
+  Raises:
+    ValueError: the layout's ring is not as large as the axis, or `attention` would refuse.
+  """
+  axis_size = jax.lax.axis_size(axis_name)
+  if layout.ring_size != axis_size:
+    raise ValueError(
+        f"The layout is for a ring of {layout.ring_size} but mesh axis {axis_name!r} has "
+        f"{axis_size} devices: make them equal."
+    )
+  if layout.ring_size == 1:
+    return api.attention(
+        query_BxQxHxD,
+        key_BxQxGxD,
+        value_BxQxGxD,
+        intervals,
+        scale=scale,
+        soft_cap=soft_cap,
+        backend=backend,
+    )
+  api.check(query_BxQxHxD, key_BxQxGxD, value_BxQxGxD, intervals)
+  backend = api.choose(backend, query_BxQxHxD, key_BxQxGxD)
+  scale = query_BxQxHxD.shape[-1] ** -0.5 if scale is None else scale
+  ring = _Ring(backend, layout, axis_name, scale, soft_cap)
+  query, key, value, *intervals = backend_lib.vary_alike(
+      query_BxQxHxD, key_BxQxGxD, value_BxQxGxD, *intervals
+  )
+  return _attention(ring, query, key, value, KeyIntervals(*intervals))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(ring: _Ring, query, key, value, intervals):
+  n = ring.layout.ring_size
+  options = dict(scale=ring.scale, soft_cap=ring.soft_cap)
+
+  def add_hop(hop, key, value, partial):
+    """Merges attention over the keys that are here into the partial result."""
+
+    def add_chunk(partial, chunk):
+      offset, key_BxLxGxD, value_BxLxGxD = chunk
+      local = within(intervals, offset, key_BxLxGxD.shape[1])
+
+      def compute(partial):
+        new = ring.backend.forward(
+            query, key_BxLxGxD, value_BxLxGxD, local, out_dtype=jnp.float32, **options
+        )
+        return merge([partial, new])
+
+      return jax.lax.cond(_any_work(local), compute, lambda partial: partial, partial), None
+
+    return jax.lax.scan(add_chunk, partial, ring.chunks(hop, key, value))[0]
+
+  def step(carry, hop):
+    key, value, partial = carry
+    # Sent before the hop's work, so that the two overlap.
+    next_key, next_value = ring.rotate(key, value)
+    return (next_key, next_value, add_hop(hop, key, value, partial)), None
+
+  zero_BxQxHxD = jnp.zeros_like(query, jnp.float32)
+  empty = (zero_BxQxHxD, jnp.full_like(zero_BxQxHxD[..., 0], -jnp.inf))
+  (key, value, partial), _ = jax.lax.scan(step, (key, value, empty), jnp.arange(n - 1))
+  out, log_sum_exp = add_hop(n - 1, key, value, partial)
+  return out.astype(query.dtype), log_sum_exp
+
+
+def _forward(ring, query, key, value, intervals):
+  out, log_sum_exp = _attention.fun(ring, query, key, value, intervals)
+  out = checkpoint_name(out, backend_lib.SAVED_NAMES[0])
+  log_sum_exp = checkpoint_name(log_sum_exp, backend_lib.SAVED_NAMES[1])
+  return (out, log_sum_exp), (query, key, value, intervals, out, log_sum_exp)
+
+
+def _backward(ring, residuals, cotangents):
+  """Gradients of keys and values gather in float32, one hop behind the keys that they belong to."""
+  query, key, value, intervals, out, log_sum_exp = residuals
+  n = ring.layout.ring_size
+  delta = backend_lib.delta(out, log_sum_exp, *cotangents)
+
+  def grads_of_hop(hop, key, value, query_grad):
+    """Adds to the query's gradient; returns it and the gradients of the keys that are here."""
+
+    def grads_of_chunk(query_grad, chunk):
+      offset, key_BxLxGxD, value_BxLxGxD = chunk
+      local = within(intervals, offset, key_BxLxGxD.shape[1])
+
+      def compute(query_grad):
+        new_query_grad, key_grad, value_grad = ring.backend.backward(
+            query,
+            key_BxLxGxD,
+            value_BxLxGxD,
+            local,
+            log_sum_exp,
+            delta,
+            cotangents[0],
+            scale=ring.scale,
+            soft_cap=ring.soft_cap,
+        )
+        return query_grad + new_query_grad, (key_grad, value_grad)
+
+      def skip(query_grad):
+        zero = jnp.zeros_like(key_BxLxGxD, jnp.float32)
+        return query_grad, (zero, zero)
+
+      return jax.lax.cond(_any_work(local), compute, skip, query_grad)
+
+    query_grad, chunk_grads = jax.lax.scan(
+        grads_of_chunk, query_grad, ring.chunks(hop, key, value)
+    )
+    return query_grad, [jnp.moveaxis(grad, 0, 1).reshape(key.shape) for grad in chunk_grads]
+
+  def step(carry, hop):
+    key, value, key_grad, value_grad, query_grad = carry
+    next_key, next_value = ring.rotate(key, value)
+    key_grad, value_grad = ring.rotate(key_grad, value_grad)
+    query_grad, (new_key_grad, new_value_grad) = grads_of_hop(hop, key, value, query_grad)
+    key_grad, value_grad = key_grad + new_key_grad, value_grad + new_value_grad
+    return (next_key, next_value, key_grad, value_grad, query_grad), None
+
+  # The first hop has no gradient to receive and the last no key to send: both stand outside.
+  next_key, next_value = ring.rotate(key, value)
+  query_grad = jnp.zeros_like(query, jnp.float32)
+  query_grad, (key_grad, value_grad) = grads_of_hop(0, key, value, query_grad)
+  (key, value, key_grad, value_grad, query_grad), _ = jax.lax.scan(
+      step, (next_key, next_value, key_grad, value_grad, query_grad), jnp.arange(1, n - 1)
+  )
+  key_grad, value_grad = ring.rotate(key_grad, value_grad)
+  query_grad, (new_key_grad, new_value_grad) = grads_of_hop(n - 1, key, value, query_grad)
+  key_grad, value_grad = ring.rotate(key_grad + new_key_grad, value_grad + new_value_grad)
+  return *(grad.astype(query.dtype) for grad in (query_grad, key_grad, value_grad)), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _any_work(intervals: KeyIntervals) -> jax.Array:
+  return jnp.any(intervals.stop_BxQ > intervals.start_BxQ)
