@@ -1,10 +1,11 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped, and all that a sampler needs.
 
-A checkpoint is a directory `checkpoints/STEP`, STEP counting over all stages, of five items:
-`params`, `optimizer` (moments), `progress` (stage and step: the position in the data too, for batches
-are functions of both), `config` (the experiment) and `tokenizer` (the file itself). Orbax writes it
-beside the training, into a directory of another name that it renames at the end; so a checkpoint is
-complete or is not there, and what a killed run left half done is removed by the next.
+A checkpoint is a directory `checkpoints/STEP`, STEP counting over all stages, of six items: `params`,
+`optimizer` (moments), `progress` (stage and step: the position in the data too, for batches are
+functions of both), `config` (the experiment), `datasets` (SHA-256 of their manifests) and `tokenizer`
+(the file itself). Orbax writes it beside the training, into a directory of another name that it
+renames at the end; so a checkpoint is complete or is not there, and what a killed run left half done
+is removed by the next.
 
 Resume precedence: the newest complete checkpoint of the working directory, whatever the command line
 says, if its config agrees; otherwise freshly initialised parameters. Settings that cannot change
@@ -74,6 +75,18 @@ class Progress:
   total_steps: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Identity:
+  """What a run is: two runs with one identity and one progress go on in the same way.
+
+  `tokenizer` is the content of its file, `manifests` the SHA-256 of each dataset's, by name.
+  """
+
+  experiment: Experiment
+  tokenizer: bytes
+  manifests: dict[str, str]
+
+
 class Checkpoints:
   """The checkpoints of one working directory."""
 
@@ -92,9 +105,7 @@ class Checkpoints:
         ),
     )
 
-  def save(
-      self, state: TrainState, progress: Progress, experiment: Experiment, tokenizer: bytes
-  ) -> None:
+  def save(self, state: TrainState, progress: Progress, identity: Identity) -> None:
     """Starts to write a checkpoint; returns when the arrays have been copied to host memory."""
     self._manager.save(
         progress.total_steps,
@@ -102,16 +113,19 @@ class Checkpoints:
             params=ocp.args.StandardSave(state.params),
             optimizer=ocp.args.StandardSave(state.optimizer_state),
             progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
-            config=ocp.args.JsonSave(dataclasses.asdict(experiment)),
-            tokenizer=FileSave(pathlib.Path(experiment.tokenizer).name, tokenizer),
+            config=ocp.args.JsonSave(dataclasses.asdict(identity.experiment)),
+            datasets=ocp.args.JsonSave(identity.manifests),
+            tokenizer=FileSave(
+                pathlib.Path(identity.experiment.tokenizer).name, identity.tokenizer
+            ),
         ),
     )
 
-  def latest(self, experiment: Experiment, tokenizer: bytes) -> Progress | None:
+  def latest(self, identity: Identity) -> Progress | None:
     """The newest complete checkpoint's progress, or None if there is none.
 
     Raises:
-      UserError: it belongs to another experiment, or to another tokenizer.
+      UserError: it belongs to a run of another identity.
     """
     total_steps = self._manager.latest_step()
     if total_steps is None:
@@ -119,19 +133,22 @@ class Checkpoints:
     stored = self._manager.restore(
         total_steps,
         args=ocp.args.Composite(
-            progress=ocp.args.JsonRestore(), config=ocp.args.JsonRestore(), tokenizer=FileRestore()
+            progress=ocp.args.JsonRestore(),
+            config=ocp.args.JsonRestore(),
+            datasets=ocp.args.JsonRestore(),
+            tokenizer=FileRestore(),
         ),
     )
-    workdir = self._manager.directory.parent
-    difference = first_difference(stored.config, dataclasses.asdict(experiment))
+    difference = first_difference(stored.config, dataclasses.asdict(identity.experiment))
+    if difference is None and stored.tokenizer[1] != identity.tokenizer:
+      difference = f"another tokenizer than {identity.experiment.tokenizer}"
+    for name, manifest in identity.manifests.items():
+      if difference is None and stored.datasets[name] != manifest:
+        difference = f"dataset {name!r} as it was before it was prepared again"
     if difference:
       raise UserError(
-          f"{workdir} holds a run with {difference}; set it back, or start anew with another --workdir."
-      )
-    if stored.tokenizer[1] != tokenizer:
-      raise UserError(
-          f"{workdir} holds a run with another tokenizer than config.tokenizer="
-          f"{experiment.tokenizer!r}; set it back, or start anew with another --workdir."
+          f"{self._manager.directory.parent} holds a run with {difference}: set it back, or start anew "
+          "with another --workdir."
       )
     return Progress(**stored.progress)
 

@@ -25,8 +25,8 @@ def held_out_losses(
 
   Args:
     params: of the model.
-    evaluation_step: lwm.train.step.evaluation_step, compiled.
-    batches: of one dataset's validation split.
+    evaluation_step: of the stage's program.
+    batches: of one dataset's validation split, the weight of every target that counts being 1.
     dataset: its name.
     unigram_entropy: of the split's targets, in nats, by modality.
 

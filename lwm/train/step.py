@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from lwm.experiment import LossConfig
+from lwm.model import LossSums
 from lwm.parallel.sharding import ShardingRules
 from lwm.train.state import TrainState
 
@@ -26,16 +27,15 @@ BATCH_DTYPES = {
     "key_stop": jnp.int32,
 }
 
-# (parameters, batch) -> the weighted sums of each modality's negative log-likelihoods, float32 [2],
-# regularisation included.
-LossSums = Callable[[Any, dict[str, jax.Array]], jax.Array]
+# (parameters, batch) -> weighted sums of each modality's losses: `lwm.model.Model.losses`.
+Losses = Callable[[Any, dict[str, jax.Array]], LossSums]
 
 
 def train_step(
     state: TrainState,
     batch: dict[str, jax.Array],
     *,
-    loss_sums: LossSums,
+    losses: Losses,
     loss: LossConfig,
     optimizer: optax.GradientTransformation,
     learning_rate: Callable[[jax.Array], jax.Array],
@@ -51,16 +51,16 @@ def train_step(
   Args:
     state: float32 parameters, moments and step.
     batch: arrays [B, S] as in BATCH_DTYPES; accumulation_steps divides the rows of each device.
-    loss_sums: the model.
+    losses: the model.
     loss: shares of the modalities.
     optimizer: updates the parameters.
     learning_rate: the optimizer's schedule, for the metrics.
     accumulation_steps: microbatches, run one after the other.
 
   Returns:
-    The next state, and scalars: loss, text_loss and vision_loss (0 without targets),
-    gradient_norm before clipping, learning_rate, and what train_flops wants: tokens, attended_pairs,
-    text_targets, vision_targets.
+    The next state, and float32 scalars: loss, which is what is minimised; text_loss and vision_loss,
+    nats a target (0 without targets); gradient_norm before clipping; learning_rate; and what
+    train_flops wants: tokens, attended_pairs, text_targets, vision_targets.
   """
   weights_2 = modality_sums(batch["loss_weights"], batch["modality"])
   normaliser_2 = jnp.where(weights_2 > 0, 1 / jnp.where(weights_2 > 0, weights_2, 1), 0)
@@ -69,28 +69,28 @@ def train_step(
   share_2 = share_2 / jnp.where(share_2.sum() > 0, share_2.sum(), 1)
 
   def microbatch_loss(params, microbatch):
-    sums_2 = loss_sums(params, microbatch)
-    return jnp.sum(share_2 * normaliser_2 * sums_2), sums_2
+    sums = losses(params, microbatch)
+    return jnp.sum(share_2 * normaliser_2 * sums.loss), jnp.stack([sums.loss, sums.nll])
 
   gradient = jax.grad(microbatch_loss, has_aux=True)
   if accumulation_steps == 1:
-    gradients, sums_2 = gradient(state.params, batch)
+    gradients, (loss_2, nll_2) = gradient(state.params, batch)
   else:
     def accumulate(total, microbatch):
       return jax.tree.map(jnp.add, total, gradient(state.params, microbatch)), None
 
-    zero = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros_like(weights_2))
-    (gradients, sums_2), _ = jax.lax.scan(accumulate, zero, split_rows(batch, accumulation_steps))
+    zero = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros((2, 2)))
+    microbatches = split_rows(batch, accumulation_steps)
+    (gradients, (loss_2, nll_2)), _ = jax.lax.scan(accumulate, zero, microbatches)
 
   updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  losses_2 = sums_2 * normaliser_2
   targets_2 = modality_sums((batch["loss_weights"] > 0).astype(jnp.float32), batch["modality"])
   pairs_BxS = (batch["key_stop"] - batch["key_start"]).astype(jnp.float32)
   metrics = {
-      "loss": jnp.sum(share_2 * losses_2),
-      "text_loss": losses_2[0],
-      "vision_loss": losses_2[1],
+      "loss": jnp.sum(share_2 * normaliser_2 * loss_2),
+      "text_loss": normaliser_2[0] * nll_2[0],
+      "vision_loss": normaliser_2[1] * nll_2[1],
       "gradient_norm": optax.global_norm(gradients),
       "learning_rate": learning_rate(state.step),
       "tokens": jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32),
@@ -102,16 +102,11 @@ def train_step(
 
 
 def evaluation_step(
-    params: Any, batch: dict[str, jax.Array], *, loss_sums: LossSums
+    params: Any, batch: dict[str, jax.Array], *, losses: Losses
 ) -> tuple[jax.Array, jax.Array]:
-  """Sums of negative log-likelihoods and numbers of targets, float32 [2] each.
-
-  Every target that carries loss counts once, whatever the dataset's weighting: the mean is then
-  comparable with the unigram entropy of the targets.
-  """
-  counted_BxS = (batch["loss_weights"] > 0).astype(jnp.float32)
-  batch = batch | {"loss_weights": counted_BxS}
-  return loss_sums(params, batch), modality_sums(counted_BxS, batch["modality"])
+  """Sums of weighted negative log-likelihoods, and of weights, of each modality: float32 [2] each."""
+  sums = losses(params, batch)
+  return sums.nll, sums.weight
 
 
 def modality_sums(values_BxS: jax.Array, modality_BxS: jax.Array) -> jax.Array:

@@ -1,0 +1,47 @@
+"""Trains an experiment, or goes on with it: the same command resumes where its workdir stands.
+
+    python -m experiments.train --config=configs/laptop.py --workdir=runs/laptop
+
+Any setting is a flag: --config.optimizer.peak_learning_rate=1e-3, --config.stages[0].steps=10.
+"""
+
+import os
+import pathlib
+
+from absl import flags
+import jax
+
+from experiments import flags as experiment_flags
+from lwm.train import loop
+from lwm.validate import check_devices
+from lwm.validate import validate
+
+_CONFIG = experiment_flags.define_config()
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where checkpoints, metrics and curves go, and are taken up again."
+)
+flags.mark_flag_as_required("workdir")
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs in ~/.cache/lwm, so that a resumed run starts at once.
+
+  An entry that a kill cut short is passed over with a warning and compiled anew. JAX's own setting,
+  JAX_COMPILATION_CACHE_DIR, comes first.
+  """
+  if jax.config.jax_compilation_cache_dir is None:
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(cache / "lwm" / "jax"))
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  experiment = _CONFIG.value
+  validate(experiment)
+  check_devices(experiment, jax.device_count())
+  use_compilation_cache()
+  loop.train(experiment, pathlib.Path(_WORKDIR.value))
+
+
+if __name__ == "__main__":
+  experiment_flags.run(main)

@@ -1,0 +1,136 @@
+"""What a run says: lines for a person, records and events for tools, curves for both."""
+
+import pathlib
+import time
+from typing import Any
+
+import jax
+
+from lwm import experiment as experiment_lib
+from lwm.experiment import Experiment
+from lwm.experiment import Stage
+from lwm.train import evaluate
+from lwm.train.checkpoint import Progress
+from lwm.train.flops import train_flops
+from lwm.train.metrics import FILE_NAME
+from lwm.train.metrics import MetricsLog
+from lwm.train.metrics import read_metrics
+from lwm.train.peak import peak_flops
+from lwm.train.plots import plot_stage
+from lwm.train.progress import ProgressLine
+
+
+class Reporter:
+  """Turns a step's scalars into a line, a record, events and curves; only process 0 speaks."""
+
+  def __init__(self, experiment: Experiment, workdir: pathlib.Path, done: Progress):
+    stages = experiment.stages
+    self.total_steps = sum(stage.steps for stage in stages)
+    self._experiment = experiment
+    self._workdir = workdir
+    self._first_step = {
+        stage.name: sum(before.steps for before in stages[:index])
+        for index, stage in enumerate(stages)
+    }
+    self._speaks = jax.process_index() == 0
+    self._clock = time.perf_counter()
+    if not self._speaks:
+      return
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.txt").write_text(experiment_lib.dump(experiment))
+    peaks = [peak_flops(device, experiment.model.compute_dtype) for device in jax.local_devices()]
+    # All processes have the same devices.
+    self._peak = None if None in peaks else sum(peaks) * jax.process_count()
+    self._log = MetricsLog(workdir, done.total_steps)
+    tokens = sum(stage.steps * stage.tokens_per_batch for stage in stages[done.stage :])
+    self._line = ProgressLine(
+        steps_done=done.total_steps,
+        steps=self.total_steps,
+        tokens_ahead=tokens - done.step * stages[done.stage].tokens_per_batch,
+    )
+
+  def say(self, text: str) -> None:
+    if self._speaks:
+      self._line.say(text)
+
+  def start_clock(self) -> None:
+    """Whatever came before is not part of the next step's time."""
+    self._clock = time.perf_counter()
+
+  def step(
+      self, stage: Stage, step: int, metrics: dict[str, jax.Array], data_seconds: float
+  ) -> None:
+    """Waits for the scalars of step `step` (from 1) of `stage`, and reports them."""
+    metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
+    if not self._speaks:
+      return
+    now = time.perf_counter()
+    seconds, self._clock = now - self._clock, now
+    flops = train_flops(
+        self._experiment.model,
+        **{name: metrics[name] for name in (
+            "tokens", "attended_pairs", "text_targets", "vision_targets"
+        )},
+        softmax_range=self._experiment.loss.softmax_range,
+    )
+    record = self._record("train", stage, step)
+    record |= {
+        name: value for name, value in metrics.items()
+        if not (name.endswith("_loss") and metrics[name.replace("_loss", "_targets")] == 0)
+    }
+    record |= {
+        "seconds": seconds,
+        "data_seconds": data_seconds,
+        "tokens_per_second": metrics["tokens"] / seconds,
+    }
+    if self._peak:
+      record["mfu"] = flops / seconds / self._peak
+    self._log.write(record)
+    self._line.step(record, stage_steps=stage.steps, batch_tokens=stage.tokens_per_batch)
+
+  def evaluation(self, stage: Stage, step: int, held_out: list[dict[str, Any]]) -> None:
+    """Reports the rows of `evaluate.held_out_losses`."""
+    if not self._speaks:
+      return
+    self._log.write(self._record("evaluation", stage, step) | {"held_out": held_out})
+    if held_out:
+      self.say(evaluate.table(held_out))
+
+  def sync(self) -> None:
+    """Returns when all that was reported is on disk."""
+    if self._speaks:
+      self._log.sync()
+
+  def plot(self, stage: Stage) -> None:
+    """Draws the curves of a finished stage."""
+    if not self._speaks:
+      return
+    path = self._workdir / "curves" / f"{stage.name}.png"
+    path.parent.mkdir(exist_ok=True)
+    plot_stage(read_metrics(self._workdir / FILE_NAME), stage.name, path)
+    self.say(f"curves of {stage.name}: {path}")
+
+  def finish(self, checkpoint: pathlib.Path) -> None:
+    """Says where everything is, and how well the model does."""
+    if not self._speaks:
+      return
+    self._log.close()
+    self._line.close()
+    evaluations = [
+        record for record in read_metrics(self._workdir / FILE_NAME)
+        if record["kind"] == "evaluation" and record["held_out"]
+    ]
+    if evaluations:
+      print(f"\nAfter step {evaluations[-1]['total_steps']}, in nats a target:")
+      print(evaluate.table(evaluations[-1]["held_out"]))
+    print(f"\ncheckpoint  {checkpoint}")
+    print(f"curves      {self._workdir / 'curves'}")
+    print(f"metrics     {self._workdir / FILE_NAME}, {self._workdir / 'tensorboard'}")
+
+  def _record(self, kind: str, stage: Stage, step: int) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "stage": stage.name,
+        "step": step,
+        "total_steps": self._first_step[stage.name] + step,
+    }
