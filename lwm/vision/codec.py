@@ -57,6 +57,7 @@ class Codec:
 
   Attributes:
     config: the VQGAN's sizes.
+    state: all of the variables.
     sha256: of the file, hexadecimal; datasets made with it name it.
   """
 
@@ -94,7 +95,7 @@ class Codec:
       raise UserError(f"{path} is not a VQGAN file that this version reads: {error}.") from error
     with open(path, "rb") as file:
       self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    self._state = nnx.from_flat_state(flat)
+    self.state = nnx.from_flat_state(flat)
     self._batch_size = batch_size
     self._encode = jax.jit(
         lambda state, frames: nnx.merge(graph, state).encode(to_pixels(frames))
@@ -134,6 +135,6 @@ class Codec:
     for begin in range(0, len(inputs), self._batch_size):
       batch = inputs[begin : begin + self._batch_size]
       padding = [(0, self._batch_size - len(batch))] + [(0, 0)] * (inputs.ndim - 1)
-      output = function(self._state, np.pad(batch, padding))
+      output = function(self.state, np.pad(batch, padding))
       outputs.append(np.asarray(output)[: len(batch)])
     return np.concatenate(outputs)

@@ -47,3 +47,34 @@ class VQGANConfig:
           f"norm_groups={self.norm_groups} does not divide the channels of every level: "
           f"{self.level_channels}. Change hidden_channels or norm_groups."
       )
+
+
+@dataclasses.dataclass
+class VQGANTrainingConfig:
+  """How a VQGAN is trained; see `lwm.vision.train`."""
+
+  steps: int = 400
+  # First steps, without quantization; the codebook then starts from clusters of the latents.
+  continuous_steps: int = 100
+  batch_size: int = 16
+  peak_learning_rate: float = 2e-3
+  warmup_steps: int = 20
+  commitment_weight: float = 0.25
+  # Of the moving averages that the code vectors are.
+  codebook_decay: float = 0.97
+  # A code that wins fewer latents a batch than this share of an even split starts anew from one.
+  restart_share: float = 0.02
+
+
+def laptop() -> VQGANConfig:
+  """Small enough to train in two minutes on two cores; 16x16 codes a frame, like LWM's."""
+  return VQGANConfig(
+      resolution=64,
+      hidden_channels=16,
+      channel_multipliers=(1, 2, 4),
+      num_res_blocks=1,
+      latent_channels=32,
+      codebook_size=512,
+      codebook_width=16,
+      norm_groups=8,
+  )

@@ -76,7 +76,8 @@ def crop_and_resize(image: Image.Image, resolution: int, position: float = 0.5) 
   left = round((image.width - side) * position)
   top = round((image.height - side) * position)
   box = (left, top, left + side, top + side)
-  scaled = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
+  # Not by resize(box=...), whose filter would reach over the edges of the square.
+  scaled = image.crop(box).resize((resolution, resolution), Image.Resampling.BICUBIC)
   return np.asarray(scaled, np.uint8)
 
 

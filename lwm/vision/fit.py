@@ -1,0 +1,78 @@
+"""Trains a VQGAN on clips and judges it on held-out frames: weights, PSNR, and a picture.
+
+Legend: N frames, H height, W width in pixels.
+"""
+
+import os
+import pathlib
+from collections.abc import Callable
+from collections.abc import Mapping
+
+import numpy as np
+
+from lwm.vision.codec import Codec
+from lwm.vision.codec import save_vqgan
+from lwm.vision.config import VQGANConfig
+from lwm.vision.config import VQGANTrainingConfig
+from lwm.vision.pictures import peak_signal_to_noise
+from lwm.vision.pictures import save_contact_sheet
+from lwm.vision.train import Metrics
+from lwm.vision.train import train
+
+_REPORTS = 8
+_FRAMES_IN_PICTURE = 6
+
+
+def split_by_time(frames_NxHxWx3: np.ndarray, held_out: float) -> tuple[np.ndarray, np.ndarray]:
+  """The first frames, to train on, and the last `held_out` share of them; no frame is in both."""
+  cut = len(frames_NxHxWx3) - round(len(frames_NxHxWx3) * held_out)
+  return frames_NxHxWx3[:cut], frames_NxHxWx3[cut:]
+
+
+def fit(
+    path: str | os.PathLike,
+    train_frames_NxHxWx3: np.ndarray,
+    held_out: Mapping[str, np.ndarray],
+    config: VQGANConfig,
+    training: VQGANTrainingConfig,
+    seed: int,
+    log: Callable[[str], None] = print,
+) -> Codec:
+  """Trains, writes `path` and beside it a .png of held-out frames, truth above reconstruction.
+
+  Args:
+    path: of the weights (.npz), written last: if it is there, everything is.
+    train_frames_NxHxWx3: uint8.
+    held_out: uint8 frames [N, H, W, 3] of each clip, by name; not trained on.
+    config: sizes.
+    training: steps and rates.
+    seed: of everything drawn.
+    log: takes lines of progress, and the PSNR of each held-out clip.
+
+  Returns:
+    The codec with these weights.
+  """
+  every = max(1, training.steps // _REPORTS)
+
+  def report(step: int, metrics: Metrics) -> None:
+    if step % every == 0 or step == training.steps:
+      used = int((metrics.wins_V > 0).sum())
+      log(
+          f"VQGAN step {step}/{training.steps}: reconstruction {metrics.reconstruction:.4f}, "
+          f"commitment {metrics.commitment:.4f}, codes in the batch {used}/{config.codebook_size}"
+      )
+
+  path = pathlib.Path(path)
+  state = train(train_frames_NxHxWx3, config, training, seed, report)
+  unjudged = path.with_name(path.name + ".unjudged")
+  save_vqgan(unjudged, config, state)
+  codec = Codec(unjudged)
+  rows = []
+  for name, truth in held_out.items():
+    reconstruction = codec.decode(codec.encode(truth))
+    log(f"VQGAN held-out {name}: PSNR {peak_signal_to_noise(truth, reconstruction):.2f} dB")
+    shown = np.linspace(0, len(truth) - 1, _FRAMES_IN_PICTURE).round().astype(int)
+    rows += [truth[shown], reconstruction[shown]]
+  save_contact_sheet(path.with_suffix(".png"), rows)
+  unjudged.rename(path)
+  return codec
