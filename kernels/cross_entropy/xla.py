@@ -113,10 +113,10 @@ def _backward(ranges, chunk, vocab_block, residuals, cotangents):
       hidden_gradient_CxM, head_gradient_MxV = carry
       block = blocks.block(number)
       logits_CxW = block.logits(hidden_CxM, compute_head_MxV)
-      column_W = block.begin + jnp.arange(blocks.width)
+      column_1xW = block.begin + jnp.arange(blocks.width)[None]
       # Columns outside the block have logit -inf, so 0 here.
       gradient_CxW = jnp.exp(logits_CxW - log_sum_exp_C[:, None]) * softmax_cotangent_C[:, None]
-      is_target_CxW = (column_W == targets_C[:, None]) & (column_W >= block.lower)
+      is_target_CxW = (column_1xW == targets_C[:, None]) & (column_1xW >= block.lower)
       gradient_CxW += jnp.where(is_target_CxW, one_hot_cotangent_C[:, None], 0.0)
       gradient_CxW = gradient_CxW.astype(hidden_CxM.dtype)
       hidden_gradient_CxM += jnp.einsum(
@@ -208,8 +208,9 @@ class _Block(NamedTuple):
   def logits(self, hidden_CxM: jax.Array, head_MxV: jax.Array) -> jax.Array:
     """Float32 logits, -inf outside the block."""
     logits_CxW = jnp.dot(hidden_CxM, self.slice(head_MxV), preferred_element_type=jnp.float32)
-    column_W = self.begin + jnp.arange(self.width)
-    return jnp.where((column_W >= self.lower) & (column_W < self.upper), logits_CxW, -jnp.inf)
+    column_1xW = self.begin + jnp.arange(self.width)[None]
+    inside_1xW = (column_1xW >= self.lower) & (column_1xW < self.upper)
+    return jnp.where(inside_1xW, logits_CxW, -jnp.inf)
 
 
 class _Blocks:
