@@ -51,6 +51,11 @@ class DocumentBuilder:
     return self._append([self._tokenizer.eos_id], loss)
 
   def text(self, text: str, loss: bool = True) -> "DocumentBuilder":
+    """Raises BadDocument for half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    try:
+      text.encode("utf-8")
+    except UnicodeEncodeError as error:
+      raise BadDocument(f"not text that can be encoded: {error.reason}") from error
     return self._append(self._tokenizer.encode(text), loss)
 
   def vision(self, codes_NxP: np.ndarray, loss: bool = True) -> "DocumentBuilder":
@@ -132,7 +137,7 @@ def record_document(
       empty = empty and not text.strip()
   if empty:
     raise BadDocument("the document is empty")
-  return builder.build()
+  return builder.eos().build()
 
 
 def choose(alternatives: Sequence[str], seed: int, where: str) -> str:

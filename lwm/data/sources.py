@@ -33,6 +33,8 @@ class Record(NamedTuple):
 def text_files(path: str | os.PathLike, suffix: str = ".txt") -> Iterator[Record]:
   """One document a file: a file, or all files of a folder and below whose names end in `suffix`.
 
+  Hidden files and folders are left out.
+
   Raises:
     UserError: there are none.
   """
@@ -48,7 +50,7 @@ def text_files(path: str | os.PathLike, suffix: str = ".txt") -> Iterator[Record
 def jsonl_files(path: str | os.PathLike, suffix: str = ".jsonl") -> Iterator[Record]:
   """One JSON object a line: a file, or all files of a folder and below that end in `suffix`.
 
-  Blank lines are no records.
+  Hidden files and folders are left out. Blank lines are no records.
 
   Raises:
     UserError: there are no files.
@@ -95,7 +97,7 @@ def tfds_records(
     raise UserError(f"Could not open TFDS dataset {name!r}, split {split!r}: {reason}") from error
   features = examples.dataset_info.features
   if feature not in features:
-    raise UserError(f"TFDS dataset {name!r} has no feature {feature!r}, only {', '.join(features)}.")
+    raise UserError(f"TFDS dataset {name!r} has no feature {feature!r}, only {', '.join(sorted(features))}.")
   for index in range(len(examples)):
     key = f"{split}:{index}"
     where = f"{name}/{key}"
@@ -109,7 +111,11 @@ def tfds_records(
 
 def _files(root: pathlib.Path, suffix: str) -> list[pathlib.Path]:
   if root.is_dir():
-    files = sorted(file for file in root.rglob(f"*{suffix}") if file.is_file())
+    files = sorted(
+        file
+        for file in root.rglob(f"*{suffix}")
+        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(root).parts)
+    )
     if not files:
       raise UserError(f"There is no file that ends in {suffix} in {root}.")
     return files

@@ -1,0 +1,167 @@
+import json
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from lwm.data import Dataset
+from lwm.data import DatasetWriter
+from lwm.data import prepare
+from lwm.data import sources
+from lwm.data import text_document
+from lwm.data.documents import record_document
+from lwm.errors import UserError
+
+
+def _prepare(path, tokenizer, records, to_document=prepare.from_text, fraction=0.0):
+  with DatasetWriter(path, tokenizer) as writer:
+    prepare.add_documents(writer, records, tokenizer, to_document, prepare.by_fraction(fraction))
+  bad = [json.loads(line) for line in (path / "bad_records.jsonl").read_text().splitlines()]
+  return Dataset(path), bad
+
+
+def _documents(dataset, split="train"):
+  split = dataset.split(split)
+  return [split.read(i, 0, int(split.lengths[i]))[0].tolist() for i in range(len(split))]
+
+
+def test_text_files(tokenizer, tmp_path):
+  root = tmp_path / "books"
+  (root / "deeper").mkdir(parents=True)
+  (root / "b.txt").write_text("the fox\n")
+  (root / "deeper" / "c.txt").write_text("a dog")
+  (root / "a.txt").write_bytes(b"caf\xe9")
+  (root / "blank.txt").write_text(" \n")
+  (root / "other.md").write_text("not this")
+  dataset, bad = _prepare(tmp_path / "out", tokenizer, sources.text_files(root))
+  assert _documents(dataset) == [
+      text_document(tokenizer, text).tokens.tolist() for text in ("the fox\n", "a dog")
+  ]
+  assert bad == [
+      {"where": str(root / "a.txt"), "reason": "not UTF-8: byte 0xe9 at 3"},
+      {"where": str(root / "blank.txt"), "reason": "the document is empty"},
+  ]
+  assert dataset.manifest["bad_records"] == 2
+  assert dataset.manifest["documents_by_source"] == {"books": 2}
+
+
+def test_jsonl_with_bad_lines_and_a_bad_file(tokenizer, tmp_path):
+  root = tmp_path / "chat"
+  root.mkdir()
+  good = [{"q": f"fox {i}", "a": f"{i} owls"} for i in range(3)]
+  lines = [
+      json.dumps(good[0]).encode(),
+      b'{"q": "cut off',
+      b"",
+      b'{"q": "\xff", "a": "x"}',
+      b'["a list"]',
+      b'{"q": "no answer"}',
+      json.dumps({"q": "", "a": " "}).encode(),
+      json.dumps(good[1]).encode(),
+  ]
+  (root / "1.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+  (root / "2.jsonl").write_bytes(bytes(range(256)))
+  (root / "3.jsonl").write_text(json.dumps(good[2]))
+  to_document = prepare.from_fields(["[q],a"], "fields", seed=0)
+  dataset, bad = _prepare(tmp_path / "out", tokenizer, sources.jsonl_files(root), to_document)
+  assert _documents(dataset) == [
+      record_document(tokenizer, record, "[q],a").tokens.tolist() for record in good
+  ]
+  file = str(root / "1.jsonl")
+  assert [b["where"] for b in bad[:5]] == [f"{file}:{line}" for line in (2, 4, 5, 6, 7)]
+  assert [b["reason"].partition(":")[0] for b in bad[:5]] == [
+      "not JSON",
+      "not UTF-8",
+      "a JSON list, not an object",
+      "there is no field 'a'",
+      "the document is empty",
+  ]
+  assert {b["where"].rpartition(":")[0] for b in bad[5:]} == {str(root / "2.jsonl")}
+  assert dataset.manifest["documents_by_source"] == {"1.jsonl": 2, "3.jsonl": 1}
+
+
+def test_a_record_says_its_own_fields(tokenizer, tmp_path):
+  records = [
+      {"q": "fox", "a": "owl", "fields": ["[q],a", "[a],q"]},
+      {"q": "fox", "a": "owl", "fields": "q"},
+      {"q": "fox", "fields": []},
+      {"q": "fox"},
+  ]
+  source = tmp_path / "x.jsonl"
+  source.write_text("\n".join(json.dumps(record) for record in [records[0]] * 30 + records[1:]))
+  outputs = []
+  for run in ("a", "b"):
+    to_document = prepare.from_fields([], "fields", seed=3)
+    dataset, bad = _prepare(tmp_path / run, tokenizer, sources.jsonl_files(source), to_document)
+    outputs.append(_documents(dataset))
+    assert [b["where"] for b in bad] == [f"{source}:32", f"{source}:33"]
+  assert outputs[0] == outputs[1]
+  alternatives = [
+      record_document(tokenizer, records[0], fields).tokens.tolist() for fields in ("[q],a", "[a],q")
+  ]
+  chosen = [alternatives.index(document) for document in outputs[0][:30]]
+  assert 5 < sum(chosen) < 25
+  assert outputs[0][30] == record_document(tokenizer, records[1], "q").tokens.tolist()
+
+
+class TinyTfds(tfds.core.GeneratorBasedBuilder):
+  """Three texts, one of them blank."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    features = tfds.features.FeaturesDict({"body": tfds.features.Text(), "label": np.int64})
+    return self.dataset_info_from_configs(features=features)
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples()}
+
+  def _generate_examples(self):
+    for key, text in enumerate(["the fox", " ", "a ü dog"]):
+      yield key, {"body": text, "label": key}
+
+
+def test_tfds_by_name_and_by_directory(tokenizer, tmp_path):
+  expected = sorted(text_document(tokenizer, t).tokens.tolist() for t in ("the fox", "a ü dog"))
+  records = sources.tfds_records("tiny_tfds", "train", "body", str(tmp_path / "tfds"))
+  dataset, bad = _prepare(tmp_path / "by_name", tokenizer, records)
+  assert sorted(_documents(dataset)) == expected
+  assert len(bad) == 1 and bad[0]["where"].startswith("tiny_tfds/train:")
+
+  directory = str(tmp_path / "tfds" / "tiny_tfds" / "1.0.0")
+  dataset, bad = _prepare(
+      tmp_path / "by_directory", tokenizer, sources.tfds_records(directory, "train", "body")
+  )
+  assert sorted(_documents(dataset)) == expected and len(bad) == 1
+
+  with pytest.raises(UserError, match="no feature 'text', only body, label"):
+    next(sources.tfds_records(directory, "train", "text"))
+  with pytest.raises(UserError, match="split 'test'"):
+    next(sources.tfds_records(directory, "test", "body"))
+  with pytest.raises(UserError, match="Could not open TFDS dataset 'nothing_like_it'"):
+    next(sources.tfds_records("nothing_like_it"))
+
+
+def test_a_source_without_a_good_document_ends_the_run(tokenizer, tmp_path):
+  (tmp_path / "in.txt").write_bytes(b"\xff")
+  with pytest.raises(UserError, match=r"No good document .* 1 bad .*in.txt: not UTF-8"):
+    _prepare(tmp_path / "out", tokenizer, sources.text_files(tmp_path))
+  assert not (tmp_path / "out").exists()
+  with pytest.raises(UserError, match="no file that ends in .jsonl in"):
+    _prepare(tmp_path / "out", tokenizer, sources.jsonl_files(tmp_path))
+  with pytest.raises(UserError, match="no input .*missing"):
+    _prepare(tmp_path / "out", tokenizer, sources.text_files(tmp_path / "missing"))
+
+
+def test_the_split_hangs_on_the_document_alone(tokenizer, tmp_path):
+  splits = []
+  for root in ("here", "elsewhere"):
+    (tmp_path / root).mkdir()
+    for i in range(40):
+      if root == "here" or i % 2:  # Other files come and go.
+        (tmp_path / root / f"{i:02}.txt").write_text(f"text {i}")
+    records = list(sources.text_files(tmp_path / root))
+    split = prepare.by_fraction(0.25)
+    splits.append({record.value: split(record) for record in records})
+  assert splits[1].items() <= splits[0].items()
+  assert 3 < list(splits[0].values()).count("validation") < 20
