@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from kernels.attention import KeyIntervals
 from kernels.attention import attention
 from kernels.ring import Layout
+from kernels.ring import ring_attention
 from lwm.model import rope
 from lwm.model.cache import Cache
 from lwm.model.config import ModelConfig
@@ -102,7 +103,9 @@ def _attend_over_ring(rules: ShardingRules, intervals: KeyIntervals, layout: Lay
   query_spec = rules.spec("batch", "sequence", "heads", "head_dim")
   key_spec = rules.spec("batch", "sequence", "kv_heads", "head_dim")
   attend = jax.shard_map(
-      lambda query, key, value, intervals: attention(query, key, value, intervals)[0],
+      lambda *arguments: ring_attention(
+          *arguments, layout=layout, axis_name=rules.sequence
+      )[0],
       in_specs=(query_spec, key_spec, key_spec, KeyIntervals(rows, rows)),
       out_specs=query_spec,
   )

@@ -13,6 +13,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from kernels.feed_forward import feed_forward
 from lwm.model import rope
 from lwm.model.config import ModelConfig
 from lwm.parallel.sharding import LogicalAxes
@@ -100,16 +101,18 @@ class FeedForward(nnx.Module):
     self.down = declare((L, F, M), ("layers", "feed_forward", "model"), std / (2 * L) ** 0.5)
 
   def __call__(self, x_BxSxM: jax.Array) -> jax.Array:
-    dtype, rules = x_BxSxM.dtype, self.rules
-    gate_MxF = rules.gather(self.gate[...], dtype, "model", "feed_forward")
-    up_MxF = rules.gather(self.up[...], dtype, "model", "feed_forward")
-    down_FxM = rules.gather(self.down[...], dtype, "feed_forward", "model")
-    wide = rules.spec("batch", "sequence", "feed_forward")
-    gate_BxSxF = jnp.einsum("bsm,mf->bsf", x_BxSxM, gate_MxF, out_sharding=wide)
-    up_BxSxF = jnp.einsum("bsm,mf->bsf", x_BxSxM, up_MxF, out_sharding=wide)
-    spec = rules.spec("batch", "sequence", None)
-    return jnp.einsum(
-        "bsf,fm->bsm", jax.nn.silu(gate_BxSxF) * up_BxSxF, down_FxM, out_sharding=spec
+    wide, narrow = ("model", "feed_forward"), ("feed_forward", "model")
+    spec = self.rules.spec("batch", "sequence", None)
+    run = jax.shard_map(
+        functools.partial(feed_forward, chunk=self.chunk, axis_name=self.rules.feed_forward),
+        in_specs=(spec, *(self.rules.gathered(*axes) for axes in (wide, wide, narrow))),
+        out_specs=spec,
+    )
+    return run(
+        x_BxSxM,
+        self.rules.gather(self.gate[...], x_BxSxM.dtype, *wide),
+        self.rules.gather(self.up[...], x_BxSxM.dtype, *wide),
+        self.rules.gather(self.down[...], x_BxSxM.dtype, *narrow),
     )
 
 

@@ -69,7 +69,7 @@ class Model:
 
   def abstract(self) -> Params:
     """Shapes and dtypes of the parameters."""
-    return jax.eval_shape(self.init, jax.random.key(0))
+    return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
   def hidden(
       self,
@@ -222,7 +222,9 @@ class Model:
     return jax.shard_map(
         local,
         in_specs=(
-            self.rules.spec("batch", "sequence", None), self.rules.spec(None, "vocab"), rows
+            self.rules.spec("batch", "sequence", None),
+            self.rules.gathered("model", "vocab"),
+            rows,
         ),
         out_specs=(rows, rows),
     )(hidden_BxSxM, head_MxV, targets_BxS)

@@ -6,8 +6,10 @@ type of every array and refuses to guess.
 """
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
@@ -25,26 +27,41 @@ class ShardingRules:
   """
 
   layers: None = None
-  model: str | None = "fsdp"
+  model: str = "fsdp"
   heads: str | None = "tensor"
   kv_heads: str | None = "tensor"
   head_dim: None = None
   feed_forward: str | None = "tensor"
   vocab: str | None = "tensor"
   batch: tuple[str, ...] = ("data", "fsdp")
-  sequence: str = "ring"
+  sequence: str | None = "ring"
+
+  @property
+  def token_axes(self) -> tuple[str, ...]:
+    """The mesh axes that tokens are divided over."""
+    return self.batch if self.sequence is None else (*self.batch, self.sequence)
 
   def spec(self, *logical_axes: str | None) -> PartitionSpec:
     """The partition of an array whose dimensions are these."""
     return PartitionSpec(*(axis and getattr(self, axis) for axis in logical_axes))
 
-  def gather(self, weight: jax.Array, dtype: str, *logical_axes: str | None) -> jax.Array:
-    """A parameter ready for use: cast, then whole along `model`, still sharded over `tensor`.
+  def gathered(self, *logical_axes: str | None) -> PartitionSpec:
+    """The partition of a parameter in use: whole along `model`, still sharded over `tensor`.
 
-    Said in the program, since XLA might otherwise gather the activations instead.
+    `reduced`: every shard of the tokens uses the same copy, and the copy's gradient is a sum over them
+    that has not been taken yet.
     """
-    spec = self.spec(*(None if axis == "model" else axis for axis in logical_axes))
-    return jax.reshard(weight.astype(dtype), spec)
+    axes = (None if axis == "model" else axis for axis in logical_axes)
+    return PartitionSpec(*self.spec(*axes), reduced=set(self.token_axes))
+
+  def gather(self, weight: jax.Array, dtype: str, *logical_axes: str | None) -> jax.Array:
+    """A float32 parameter made ready for use: cast, and then gathered along `model`.
+
+    Said in the program, since XLA might otherwise gather the activations instead. The gradient is
+    reduce-scattered over the axes of `model` and summed over those of the tokens, in float32
+    whatever `dtype` is.
+    """
+    return _gather(weight, jnp.dtype(dtype), self, logical_axes)
 
   def tree_specs(self, logical_axes):
     """PartitionSpecs of a tree whose leaves are tuples of logical axes."""
@@ -55,6 +72,36 @@ class ShardingRules:
     return jax.tree.map(
         lambda axes: NamedSharding(mesh, self.spec(*axes)), logical_axes, is_leaf=_is_axes
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(weight, dtype, rules: ShardingRules, logical_axes: LogicalAxes):
+  return jax.reshard(weight.astype(dtype), rules.gathered(*logical_axes))
+
+
+def _gather_forward(weight, dtype, rules, logical_axes):
+  return _gather(weight, dtype, rules, logical_axes), None
+
+
+def _gather_backward(dtype, rules, logical_axes, _, gradient):
+  # The transpose of `reshard` would be an all-reduce, twice the traffic, in `dtype`.
+  summed = tuple(axis for axis in rules.token_axes if axis != rules.model)
+
+  def reduce(gradient):
+    gradient = jax.lax.psum_scatter(
+        gradient.astype(jnp.float32),
+        rules.model,
+        scatter_dimension=logical_axes.index("model"),
+        tiled=True,
+    )
+    return jax.lax.psum(gradient, summed)
+
+  gathered = rules.gathered(*logical_axes)
+  unreduced = PartitionSpec(*gathered.partitions, unreduced=gathered.reduced)
+  return (jax.shard_map(reduce, in_specs=unreduced, out_specs=rules.spec(*logical_axes))(gradient),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def require_explicit_mesh() -> None:
