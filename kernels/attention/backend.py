@@ -90,9 +90,11 @@ def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
   Outside it changes nothing. The transpose sums the cotangent over the axes added.
   """
-  axes = frozenset().union(*(jax.typeof(array).manual_axis_type.varying for array in arrays))
+  varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+  union = frozenset().union(*varying)
   return tuple(
-      jax.lax.pcast(array, tuple(axes - jax.typeof(array).manual_axis_type.varying), to="varying") for array in arrays
+      jax.lax.pcast(array, tuple(union - axes), to="varying")
+      for array, axes in zip(arrays, varying)
   )
 
 

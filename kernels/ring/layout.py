@@ -49,7 +49,7 @@ class Layout:
     return sequence_length // num_chunks
 
   def chunk_offsets(self, shard_index: jax.Array | int, sequence_length: int) -> jax.Array:
-    """Global index of the first token of each chunk of a shard, int32 [C]; the index may be traced."""
+    """Global index of the first token of each chunk of a shard, int32 [C]; index may be traced."""
     length = self.chunk_length(sequence_length)
     chunks = [shard_index]
     if self.chunks_per_shard == 2:

@@ -1,0 +1,209 @@
+"""Attention over key intervals in Triton: kernels for the gradients of query, and of key and value.
+
+As in the forward kernel a program visits the blocks that meet an interval, those that a boundary
+crosses with a mask and the others without. With p = exp(score - log_sum_exp) and ds = p * (dp -
+delta): dvalue = p^T dout, dkey = ds^T query, dquery = ds key (arXiv 2205.14135, 2307.08691).
+Nothing is added atomically, so gradients are the same in every run.
+
+Arrays are row-major. B batch, Q/K query/key length, H query heads, G = H / GROUP key/value heads,
+D head_dim, N query blocks; q/k queries/keys of one block. log_sum_exp comes in units of log2, and
+as +inf for queries with an empty interval, which makes their weights 0.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.attention.triton_parts import base_2_scores
+from kernels.attention.triton_parts import block_at
+from kernels.attention.triton_parts import load_rows
+from kernels.attention.triton_parts import meeting_blocks
+
+
+@triton.jit
+def query_grad(
+    query_BxQxHxD,
+    key_BxKxGxD,
+    value_BxKxGxD,
+    start_BxQ,
+    stop_BxQ,
+    out_cotangent_BxQxHxD,
+    log_sum_exp_BxHxQ,
+    delta_BxHxQ,
+    num_queries,
+    num_keys,
+    num_heads,
+    grad_BxQxHxD,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+  """Grid (query blocks, H, B): the last block first, since under a causal mask it is the longest."""
+  block = tl.num_programs(0) - 1 - tl.program_id(0)
+  head = tl.program_id(1)
+  batch = tl.program_id(2).to(tl.int64)
+  key_stride = num_heads // GROUP * HEAD_DIM
+  index_q = block * QUERY_BLOCK + tl.arange(0, QUERY_BLOCK)
+  is_query_q = index_q < num_queries
+  index_k = tl.arange(0, KEY_BLOCK)
+  index_D = tl.arange(0, HEAD_DIM)
+
+  start_q = tl.load(start_BxQ + batch * num_queries + index_q, mask=is_query_q, other=0)
+  stop_q = tl.load(stop_BxQ + batch * num_queries + index_q, mask=is_query_q, other=0)
+  offset_q = (batch * num_heads + head) * num_queries + index_q
+  log_sum_exp_q = tl.load(log_sum_exp_BxHxQ + offset_q, mask=is_query_q, other=float("inf"))
+  delta_q = tl.load(delta_BxHxQ + offset_q, mask=is_query_q, other=0.0)
+  row_q = (batch * num_queries + index_q) * num_heads + head
+  offsets_qxD = row_q[:, None] * HEAD_DIM + index_D[None, :]
+  query_qxD = load_rows(query_BxQxHxD + offsets_qxD, is_query_q, False)
+  out_cotangent_qxD = load_rows(out_cotangent_BxQxHxD + offsets_qxD, is_query_q, False)
+  head_offset = batch * num_keys * key_stride + head // GROUP * HEAD_DIM
+  offsets_kxD = index_k[:, None] * key_stride + index_D[None, :]
+
+  grad_qxD = tl.full((QUERY_BLOCK, HEAD_DIM), 0.0, tl.float32)
+  first, last, full_first, full_last = meeting_blocks(start_q, stop_q, num_keys, KEY_BLOCK)
+  num_full = full_last - full_first
+  for IS_FULL in tl.static_range(2):
+    for step in range(0, num_full if IS_FULL else last - first - num_full):
+      key_block = block_at(step, first, last, full_first, full_last, IS_FULL)
+      key_k = key_block * KEY_BLOCK + index_k
+      block_offset = head_offset + key_block.to(tl.int64) * KEY_BLOCK * key_stride
+      key_kxD = load_rows(key_BxKxGxD + block_offset + offsets_kxD, key_k < num_keys, IS_FULL)
+      value_kxD = load_rows(value_BxKxGxD + block_offset + offsets_kxD, key_k < num_keys, IS_FULL)
+      products_qxk = tl.dot(query_qxD, tl.trans(key_kxD), input_precision=PRECISION)
+      scores_qxk, slope_qxk = base_2_scores(products_qxk, SCALE, SOFT_CAP)
+      weights_qxk = tl.exp2(scores_qxk - log_sum_exp_q[:, None])
+      if not IS_FULL:
+        is_seen_qxk = (key_k[None, :] >= start_q[:, None]) & (key_k[None, :] < stop_q[:, None])
+        weights_qxk = tl.where(is_seen_qxk, weights_qxk, 0.0)
+      weights_grad_qxk = tl.dot(out_cotangent_qxD, tl.trans(value_kxD), input_precision=PRECISION)
+      scores_grad_qxk = weights_qxk * (weights_grad_qxk - delta_q[:, None]) * slope_qxk
+      grad_qxD = tl.dot(
+          scores_grad_qxk.to(key_kxD.dtype), key_kxD, grad_qxD, input_precision=PRECISION
+      )
+  tl.store(grad_BxQxHxD + offsets_qxD, grad_qxD * SCALE, mask=is_query_q[:, None])
+
+
+@triton.jit
+def _meeting_query_blocks(key_block, tables_4xN, num_blocks, TABLE_BLOCK: tl.constexpr):
+  """Ranges of query blocks whose key ranges hold a key block: `meeting_blocks` transposed.
+
+  Where starts and stops grow with the query, as in every layout of a packed sequence, the blocks
+  that meet are contiguous. If others stand between them, those are visited too, with a mask.
+  """
+  first, last = num_blocks, 0
+  full_first, full_last, num_full = num_blocks, 0, 0
+  for offset in range(0, num_blocks, TABLE_BLOCK):
+    index_N = offset + tl.arange(0, TABLE_BLOCK)
+    is_block_N = index_N < num_blocks
+    tables_N = tables_4xN + index_N
+    first_N = tl.load(tables_N, mask=is_block_N, other=0)
+    last_N = tl.load(tables_N + num_blocks, mask=is_block_N, other=0)
+    full_first_N = tl.load(tables_N + 2 * num_blocks, mask=is_block_N, other=0)
+    full_last_N = tl.load(tables_N + 3 * num_blocks, mask=is_block_N, other=0)
+    meets_N = (first_N <= key_block) & (key_block < last_N)
+    is_full_N = (full_first_N <= key_block) & (key_block < full_last_N)
+    first = tl.minimum(first, tl.min(tl.where(meets_N, index_N, num_blocks), 0))
+    last = tl.maximum(last, tl.max(tl.where(meets_N, index_N + 1, 0), 0))
+    full_first = tl.minimum(full_first, tl.min(tl.where(is_full_N, index_N, num_blocks), 0))
+    full_last = tl.maximum(full_last, tl.max(tl.where(is_full_N, index_N + 1, 0), 0))
+    num_full += tl.sum(is_full_N.to(tl.int32), 0)
+  is_contiguous = num_full == full_last - full_first
+  first = tl.minimum(first, last)
+  return first, last, tl.where(is_contiguous, full_first, last), tl.where(is_contiguous, full_last, last)
+
+
+@triton.jit
+def key_value_grad(
+    query_BxQxHxD,
+    key_BxKxGxD,
+    value_BxKxGxD,
+    start_BxQ,
+    stop_BxQ,
+    out_cotangent_BxQxHxD,
+    log_sum_exp_BxHxQ,
+    delta_BxHxQ,
+    tables_Bx4xN,
+    num_queries,
+    num_keys,
+    num_heads,
+    key_grad_BxKxGxD,
+    value_grad_BxKxGxD,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    TABLE_BLOCK: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+  """Grid (key blocks, G, B); one program sums over the query heads of its group.
+
+  `tables_Bx4xN` holds what `meeting_blocks` returns for each query block; in full blocks every
+  query exists.
+  """
+  block = tl.program_id(0)
+  kv_head = tl.program_id(1)
+  batch = tl.program_id(2).to(tl.int64)
+  query_stride = num_heads * HEAD_DIM
+  index_k = block * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
+  is_key_k = index_k < num_keys
+  index_D = tl.arange(0, HEAD_DIM)
+  row_k = (batch * num_keys + index_k) * (num_heads // GROUP) + kv_head
+  offsets_kxD = row_k[:, None] * HEAD_DIM + index_D[None, :]
+  key_kxD = load_rows(key_BxKxGxD + offsets_kxD, is_key_k, False)
+  value_kxD = load_rows(value_BxKxGxD + offsets_kxD, is_key_k, False)
+  offsets_qxD = tl.arange(0, QUERY_BLOCK)[:, None] * query_stride + index_D[None, :]
+
+  key_grad_kxD = tl.full((KEY_BLOCK, HEAD_DIM), 0.0, tl.float32)
+  value_grad_kxD = tl.full((KEY_BLOCK, HEAD_DIM), 0.0, tl.float32)
+  num_blocks = (num_queries + QUERY_BLOCK - 1) // QUERY_BLOCK
+  first, last, full_first, full_last = _meeting_query_blocks(
+      block, tables_Bx4xN + batch * 4 * num_blocks, num_blocks, TABLE_BLOCK
+  )
+  num_full = full_last - full_first
+  for IS_FULL in tl.static_range(2):
+    # The heads of a group in turn for each query block: one flat loop, which can be pipelined.
+    for step in range(0, GROUP * (num_full if IS_FULL else last - first - num_full)):
+      query_block = block_at(step // GROUP, first, last, full_first, full_last, IS_FULL)
+      head = kv_head * GROUP + step % GROUP
+      index_q = query_block * QUERY_BLOCK + tl.arange(0, QUERY_BLOCK)
+      is_query_q = index_q < num_queries
+      first_row = batch * num_queries + query_block * QUERY_BLOCK
+      block_offset = first_row * query_stride + head * HEAD_DIM
+      query_qxD = load_rows(query_BxQxHxD + block_offset + offsets_qxD, is_query_q, IS_FULL)
+      out_cotangent_qxD = load_rows(
+          out_cotangent_BxQxHxD + block_offset + offsets_qxD, is_query_q, IS_FULL
+      )
+      offset_q = (batch * num_heads + head) * num_queries + index_q
+      log_sum_exp_q = tl.load(log_sum_exp_BxHxQ + offset_q, mask=is_query_q, other=float("inf"))
+      delta_q = tl.load(delta_BxHxQ + offset_q, mask=is_query_q, other=0.0)
+      # Keys come first, so that weights and score gradients are left operands as they are.
+      products_kxq = tl.dot(key_kxD, tl.trans(query_qxD), input_precision=PRECISION)
+      scores_kxq, slope_kxq = base_2_scores(products_kxq, SCALE, SOFT_CAP)
+      weights_kxq = tl.exp2(scores_kxq - log_sum_exp_q[None, :])
+      if not IS_FULL:
+        row_q = batch * num_queries + index_q
+        start_q = tl.load(start_BxQ + row_q, mask=is_query_q, other=0)
+        stop_q = tl.load(stop_BxQ + row_q, mask=is_query_q, other=0)
+        is_seen_kxq = (index_k[:, None] >= start_q[None, :]) & (index_k[:, None] < stop_q[None, :])
+        weights_kxq = tl.where(is_seen_kxq, weights_kxq, 0.0)
+      value_grad_kxD = tl.dot(
+          weights_kxq.to(value_kxD.dtype),
+          out_cotangent_qxD,
+          value_grad_kxD,
+          input_precision=PRECISION,
+      )
+      weights_grad_kxq = tl.dot(
+          value_kxD, tl.trans(out_cotangent_qxD), input_precision=PRECISION
+      )
+      scores_grad_kxq = weights_kxq * (weights_grad_kxq - delta_q[None, :]) * slope_kxq
+      key_grad_kxD = tl.dot(
+          scores_grad_kxq.to(key_kxD.dtype), query_qxD, key_grad_kxD, input_precision=PRECISION
+      )
+  tl.store(key_grad_BxKxGxD + offsets_kxD, key_grad_kxD * SCALE, mask=is_key_k[:, None])
+  tl.store(value_grad_BxKxGxD + offsets_kxD, value_grad_kxD, mask=is_key_k[:, None])

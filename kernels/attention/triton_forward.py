@@ -1,0 +1,101 @@
+"""Attention over key intervals in Triton: the forward kernel.
+
+One program holds a block of queries of one head and loops over the key blocks that meet an
+interval of them: first those that a boundary crosses, with a mask, then those inside every
+interval, with neither mask nor bounds. The order does not matter to the online softmax
+(arXiv 1805.02867, 2205.14135, 2307.08691), which runs in base 2 and float32; weights are rounded
+to the inputs' dtype before they meet the values.
+
+Arrays are row-major. B batch, Q/K query/key length, H query heads, G = H / GROUP key/value heads,
+D head_dim; q/k queries/keys of one block. Offsets of blocks are int64, inside a block int32.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.attention.triton_parts import LN_2
+from kernels.attention.triton_parts import base_2_scores
+from kernels.attention.triton_parts import block_at
+from kernels.attention.triton_parts import load_rows
+from kernels.attention.triton_parts import meeting_blocks
+
+# Below every score, and finite: the difference of two -inf is no number.
+LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def forward(
+    query_BxQxHxD,
+    key_BxKxGxD,
+    value_BxKxGxD,
+    start_BxQ,
+    stop_BxQ,
+    num_queries,
+    num_keys,
+    num_heads,
+    out_BxQxHxD,
+    log_sum_exp_BxHxQ,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+  """Grid (query blocks, H, B): the last block first, since under a causal mask it is the longest."""
+  block = tl.num_programs(0) - 1 - tl.program_id(0)
+  head = tl.program_id(1)
+  batch = tl.program_id(2).to(tl.int64)
+  key_stride = num_heads // GROUP * HEAD_DIM
+  index_q = block * QUERY_BLOCK + tl.arange(0, QUERY_BLOCK)
+  is_query_q = index_q < num_queries
+  index_k = tl.arange(0, KEY_BLOCK)
+  index_D = tl.arange(0, HEAD_DIM)
+
+  start_q = tl.load(start_BxQ + batch * num_queries + index_q, mask=is_query_q, other=0)
+  stop_q = tl.load(stop_BxQ + batch * num_queries + index_q, mask=is_query_q, other=0)
+  row_q = (batch * num_queries + index_q) * num_heads + head
+  offsets_qxD = row_q[:, None] * HEAD_DIM + index_D[None, :]
+  query_qxD = load_rows(query_BxQxHxD + offsets_qxD, is_query_q, False)
+  head_offset = batch * num_keys * key_stride + head // GROUP * HEAD_DIM
+  offsets_kxD = index_k[:, None] * key_stride + index_D[None, :]
+
+  out_qxD = tl.full((QUERY_BLOCK, HEAD_DIM), 0.0, tl.float32)
+  maximum_q = tl.full((QUERY_BLOCK,), LOWEST, tl.float32)
+  sum_q = tl.full((QUERY_BLOCK,), 0.0, tl.float32)
+  first, last, full_first, full_last = meeting_blocks(start_q, stop_q, num_keys, KEY_BLOCK)
+  num_full = full_last - full_first
+  for IS_FULL in tl.static_range(2):
+    for step in range(0, num_full if IS_FULL else last - first - num_full):
+      key_block = block_at(step, first, last, full_first, full_last, IS_FULL)
+      key_k = key_block * KEY_BLOCK + index_k
+      block_offset = head_offset + key_block.to(tl.int64) * KEY_BLOCK * key_stride
+      key_kxD = load_rows(key_BxKxGxD + block_offset + offsets_kxD, key_k < num_keys, IS_FULL)
+      products_qxk = tl.dot(query_qxD, tl.trans(key_kxD), input_precision=PRECISION)
+      scores_qxk, _ = base_2_scores(products_qxk, SCALE, SOFT_CAP)
+      if not IS_FULL:
+        is_seen_qxk = (key_k[None, :] >= start_q[:, None]) & (key_k[None, :] < stop_q[:, None])
+        scores_qxk = tl.where(is_seen_qxk, scores_qxk, float("-inf"))
+      new_maximum_q = tl.maximum(maximum_q, tl.max(scores_qxk, 1))
+      weights_qxk = tl.exp2(scores_qxk - new_maximum_q[:, None])
+      decay_q = tl.exp2(maximum_q - new_maximum_q)
+      maximum_q = new_maximum_q
+      sum_q = sum_q * decay_q + tl.sum(weights_qxk, 1)
+      value_kxD = load_rows(value_BxKxGxD + block_offset + offsets_kxD, key_k < num_keys, IS_FULL)
+      out_qxD = tl.dot(
+          weights_qxk.to(value_kxD.dtype),
+          value_kxD,
+          out_qxD * decay_q[:, None],
+          input_precision=PRECISION,
+      )
+
+  # A row with an empty interval has gone through the full blocks of its neighbours.
+  is_empty_q = stop_q <= start_q
+  sum_q = tl.where(is_empty_q, 1.0, sum_q)
+  out_qxD = tl.where(is_empty_q[:, None], 0.0, out_qxD / sum_q[:, None])
+  out_qxD = out_qxD.to(out_BxQxHxD.dtype.element_ty)
+  tl.store(out_BxQxHxD + offsets_qxD, out_qxD, mask=is_query_q[:, None])
+  log_sum_exp_q = tl.where(is_empty_q, float("-inf"), (maximum_q + tl.log2(sum_q)) * LN_2)
+  offset_q = (batch * num_heads + head) * num_queries + index_q
+  tl.store(log_sum_exp_BxHxQ + offset_q, log_sum_exp_q, mask=is_query_q)

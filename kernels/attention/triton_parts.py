@@ -1,0 +1,58 @@
+"""What the Triton kernels of attention share: which blocks to visit, bounds and scores.
+
+Imports Triton, which only GPU installs have: `kernels.attention.triton` imports this when used.
+
+D head_dim; q/k queries/keys of one block.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def meeting_blocks(start_q, stop_q, num_keys, KEY_BLOCK: tl.constexpr):
+  """Ranges of key blocks, for the intervals of one block of queries; empty intervals do not count.
+
+  Returns:
+    (first, last, full_first, full_last): blocks [first, last) meet an interval; those of
+    [full_first, full_last), within [first, last], lie inside all of them.
+  """
+  is_empty_q = stop_q <= start_q
+  stop_key = tl.max(tl.where(is_empty_q, 0, stop_q), 0)
+  last = (stop_key + KEY_BLOCK - 1) // KEY_BLOCK
+  first = tl.minimum(tl.min(tl.where(is_empty_q, num_keys, start_q), 0) // KEY_BLOCK, last)
+  full_first = (tl.max(tl.where(is_empty_q, 0, start_q), 0) + KEY_BLOCK - 1) // KEY_BLOCK
+  full_last = tl.min(tl.where(is_empty_q, num_keys, stop_q), 0) // KEY_BLOCK
+  return first, last, full_first, tl.maximum(tl.minimum(full_last, last), full_first)
+
+
+@triton.jit
+def block_at(index, first, last, full_first, full_last, IS_FULL: tl.constexpr):
+  """The index-th block of the full ones, or of the others: [first, full_first), [full_last, last)."""
+  if IS_FULL:
+    return full_first + index
+  else:
+    return tl.where(first + index < full_first, first, full_last - full_first + first) + index
+
+
+@triton.jit
+def load_rows(pointers, is_row, IS_FULL: tl.constexpr):
+  """Loads [rows, D]; zeros where `is_row` [rows] does not hold, which a full block does not ask."""
+  if IS_FULL:
+    return tl.load(pointers)
+  else:
+    return tl.load(pointers, mask=is_row[:, None], other=0.0)
+
+
+@triton.jit
+def base_2_scores(products, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
+  """Scores in units of log2, and the derivative of the capped by the uncapped ones."""
+  if SOFT_CAP is None:
+    return products * (SCALE * LOG2_E), 1.0
+  else:
+    # tanh(x) = 1 - 2 / (1 + e^2x) is right at both ends, where e^2x is infinite or 0.
+    tanh = 1.0 - 2.0 / (1.0 + tl.exp2(products * (2.0 * LOG2_E * SCALE / SOFT_CAP)))
+    return tanh * (SOFT_CAP * LOG2_E), 1.0 - tanh * tanh

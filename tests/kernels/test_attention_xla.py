@@ -1,0 +1,115 @@
+"""What the blockwise backend promises beyond its values: memory, work, and rematerialisation."""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.attention import KeyIntervals
+from kernels.attention import SAVED_NAMES
+from kernels.attention import attention
+from kernels.attention import causal
+from kernels.attention import xla
+from tests.kernels import attention_cases
+
+
+def random_inputs(B, S, H=2, G=1, D=8):
+  random = np.random.default_rng(0)
+  return tuple(
+      jnp.asarray(random.standard_normal((B, S, heads, D)), "float32") for heads in (H, G, G)
+  )
+
+
+def total(query, key, value, intervals):
+  return jnp.sum(attention(query, key, value, intervals, backend="xla")[0] ** 2)
+
+
+def test_memory_is_linear_in_the_sequence():
+  """The compiled gradient's temporaries at 65536 tokens are four times those at 16384."""
+
+  def temporaries(S):
+    shapes = [jax.ShapeDtypeStruct((1, S, heads, 16), jnp.float32) for heads in (2, 1, 1)]
+    grad = jax.jit(jax.grad(lambda q, k, v: total(q, k, v, causal(1, S)), argnums=(0, 1, 2)))
+    return grad.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+  short, long = temporaries(16384), temporaries(65536)
+  assert long < 4.1 * short
+  # Two float32 copies of query, key, value, out and their gradients would be 67 MB;
+  # one score matrix of one head is 17 GB.
+  assert long < 100e6
+
+
+def loads(monkeypatch, intervals, S):
+  """How often each (batch row, key block) was loaded in a forward pass, keys and values alike."""
+  counts = collections.Counter()
+
+  def counted(array, row, index, k):
+    jax.debug.callback(lambda row, index: counts.update([(int(row), int(index))]), row, index)
+    return load(array, row, index, k)
+
+  load = xla._load
+  monkeypatch.setattr(xla, "_load", counted)
+  monkeypatch.setattr(xla, "QUERY_BLOCK", 8)
+  monkeypatch.setattr(xla, "KEY_BLOCK", 8)
+  jax.block_until_ready(attention(*random_inputs(len(intervals[0]), S), intervals, backend="xla"))
+  jax.effects_barrier()
+  return {block: count // 2 for block, count in counts.items()}
+
+
+def test_only_blocks_that_meet_an_interval_are_loaded(monkeypatch):
+  """Row 0 is causal, row 1 two documents, row 2 a window of 8, row 3 empty; blocks of 8."""
+  S = 64
+  start, stop = (np.tile(array, (4, 1)) for array in attention_cases.causal(1, S, S))
+  start[1, 32:] = 32
+  start[2] = np.maximum(stop[2] - 8, 0)
+  stop[3] = 0
+  counts = loads(monkeypatch, KeyIntervals(start, stop), S)
+  expected = {(0, block): 8 - block for block in range(8)}
+  expected |= {(1, block): 4 - block % 4 for block in range(8)}
+  expected |= {(2, block): min(2, 8 - block) for block in range(8)}
+  assert counts == expected
+
+
+def test_keys_outside_every_interval_are_not_read():
+  """A NaN there would reach the output through 0 * NaN, were its block computed."""
+  B, S = 2, 1024
+  query, key, value = random_inputs(B, S)
+  window = KeyIntervals(jnp.full((B, S), 512), jnp.full((B, S), 700))
+  poisoned = (jnp.arange(S) < 512)[:, None, None] | (jnp.arange(S) >= 768)[:, None, None]
+  poison = functools.partial(jnp.where, poisoned, jnp.nan)
+  clean = jax.grad(total, argnums=(0, 1, 2))(query, key, value, window)
+  dirty = jax.grad(total, argnums=(0, 1, 2))(query, poison(key), poison(value), window)
+  for clean_grad, dirty_grad in zip(clean, dirty):
+    np.testing.assert_array_equal(clean_grad, dirty_grad)
+
+
+def exponentials(jaxpr) -> int:
+  """How often `exp` stands in a program: twice in a forward pass, once in a backward pass."""
+  subprograms = [jax.tree.leaves(equation.params) for equation in jaxpr.eqns]
+  return sum(equation.primitive.name == "exp" for equation in jaxpr.eqns) + sum(
+      exponentials(getattr(leaf, "jaxpr", leaf))
+      for leaves in subprograms
+      for leaf in leaves
+      if hasattr(getattr(leaf, "jaxpr", leaf), "eqns")
+  )
+
+
+@pytest.mark.parametrize("names, count", ((SAVED_NAMES, 3), ((), 5)))
+def test_a_remat_policy_that_saves_the_names_needs_no_second_forward(names, count):
+  policy = jax.checkpoint_policies.save_only_these_names(*names)
+  inputs = random_inputs(1, 16)
+
+  def loss(query, key, value):
+    return total(query, key, value, causal(1, 16))
+
+  grad = jax.grad(jax.checkpoint(loss, policy=policy), argnums=(0, 1, 2))
+  assert exponentials(jax.make_jaxpr(grad)(*inputs).jaxpr) == count
+
+
+@pytest.mark.parametrize("length, block", ((1, 1), (256, 256), (257, 129), (520, 174), (4096, 256)))
+def test_blocks_are_equal_and_leave_little_padding(length, block):
+  assert xla._block(length, 256) == block
+  assert -(-length // block) * block - length < -(-length // 256)
