@@ -29,7 +29,8 @@ class Cache(NamedTuple):
   def columns(self, num_tokens: int) -> jax.Array:
     """Columns of the next tokens, int32 [B, Q]."""
     column_Q = self.length + jnp.arange(num_tokens, dtype=jnp.int32)
-    return jnp.broadcast_to(column_Q[None], (self.start_B.shape[0], num_tokens))
+    # Added to zeros that are sharded as the rows are.
+    return jnp.zeros_like(self.start_B)[:, None] + column_Q[None]
 
   def positions(self, num_tokens: int) -> jax.Array:
     """Positions of the next tokens in their rows, int32 [B, Q]."""

@@ -52,7 +52,9 @@ class ShardingRules:
     that has not been taken yet.
     """
     axes = (None if axis == "model" else axis for axis in logical_axes)
-    return PartitionSpec(*self.spec(*axes), reduced=set(self.token_axes))
+    # jax 0.11.2 fails to lower a shard_map with untaken sums on a mesh of one device.
+    alone = jax.sharding.get_abstract_mesh().size == 1
+    return PartitionSpec(*self.spec(*axes), reduced=set() if alone else set(self.token_axes))
 
   def gather(self, weight: jax.Array, dtype: str, *logical_axes: str | None) -> jax.Array:
     """A float32 parameter made ready for use: cast, and then gathered along `model`.
@@ -84,6 +86,10 @@ def _gather_forward(weight, dtype, rules, logical_axes):
 
 
 def _gather_backward(dtype, rules, logical_axes, _, gradient):
+  spec, gathered = rules.spec(*logical_axes), rules.gathered(*logical_axes)
+  if not gathered.reduced:
+    return (jax.reshard(gradient.astype(jnp.float32), spec),)
+
   # The transpose of `reshard` would be an all-reduce, twice the traffic, in `dtype`.
   summed = tuple(axis for axis in rules.token_axes if axis != rules.model)
 
@@ -96,9 +102,8 @@ def _gather_backward(dtype, rules, logical_axes, _, gradient):
     )
     return jax.lax.psum(gradient, summed)
 
-  gathered = rules.gathered(*logical_axes)
   unreduced = PartitionSpec(*gathered.partitions, unreduced=gathered.reduced)
-  return (jax.shard_map(reduce, in_specs=unreduced, out_specs=rules.spec(*logical_axes))(gradient),)
+  return (jax.shard_map(reduce, in_specs=unreduced, out_specs=spec)(gradient),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
