@@ -1,0 +1,166 @@
+"""Samples from the newest checkpoint of a run: text after a prompt, frames after a held-out clip's first.
+
+    python -m experiments.generate --config=configs/laptop.py --workdir=runs/laptop
+
+Writes WORKDIR/samples/text.txt, and WORKDIR/samples/video.png if a dataset of the run has validation
+documents with frames: ground truth above (as the VQGAN shows it), prediction below, frames that the
+model was given with a border.
+"""
+
+import pathlib
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import flags as experiment_flags
+from lwm import infer
+from lwm.data import Dataset
+from lwm.data import load_tokenizer
+from lwm.data import Tokenizer
+from lwm.data import VALIDATION
+from lwm.errors import UserError
+from lwm.experiment import Experiment
+from lwm.experiment import MeshConfig
+from lwm.parallel.mesh import make_mesh
+from lwm.validate import validate
+from lwm.vision.codec import Codec
+from lwm.vision.pictures import save_contact_sheet
+
+_CONFIG = experiment_flags.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", None, "That of experiments.train.")
+_PROMPT = flags.DEFINE_string("prompt", "def main(", "Text to continue.")
+_NUM_TOKENS = flags.DEFINE_integer("num_tokens", 256, "Text tokens to write.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.8, "Of text; 0 takes the likeliest token.", lower_bound=0
+)
+_TOP_K = flags.DEFINE_integer(
+    "top_k", 50, "Draw a text token among that many of the likeliest.", lower_bound=1
+)
+_CLIP = flags.DEFINE_integer(
+    "clip", 0, "Which of the validation documents with frames to continue.", lower_bound=0
+)
+_GIVEN_FRAMES = flags.DEFINE_integer("given_frames", 4, "Frames to start from.", lower_bound=1)
+_FRAMES = flags.DEFINE_integer("frames", 4, "Frames to write.", lower_bound=1)
+_VISION_TEMPERATURE = flags.DEFINE_float(
+    "vision_temperature", 1.0, "Of codes; 0 takes the likeliest code.", lower_bound=0
+)
+# LWM's number for video.
+_VISION_TOP_K = flags.DEFINE_integer(
+    "vision_top_k", 1000, "Draw a code among that many of the likeliest.", lower_bound=1
+)
+_VQGAN = flags.DEFINE_string(
+    "vqgan", None, "File of the VQGAN; vqgan.npz beside the config's tokenizer unless given."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Same seed, same samples.")
+flags.mark_flag_as_required("workdir")
+
+_BORDER = np.array([40, 120, 255], np.uint8)
+
+
+def sample(trained: infer.TrainedModel, prompt, forced, choice: infer.Choice) -> np.ndarray:
+  """The ids that follow one prompt."""
+  tokens_BxT = infer.sample(
+      trained.model,
+      trained.params,
+      jnp.asarray(prompt, jnp.int32)[None],
+      jnp.asarray(forced, jnp.int32),
+      jax.random.key(_SEED.value),
+      choice=choice,
+      rope_theta=trained.rope_theta,
+  )
+  return np.asarray(tokens_BxT[0])
+
+
+def write_text(trained: infer.TrainedModel, tokenizer: Tokenizer, path: pathlib.Path) -> str:
+  """Continues the prompt up to <eos>, and writes both to `path`."""
+  prompt = [tokenizer.bos_id, *tokenizer.encode(_PROMPT.value)]
+  choice = infer.Choice(0, tokenizer.vocab_size, _TEMPERATURE.value, _TOP_K.value)
+  tokens = sample(trained, prompt, np.full(_NUM_TOKENS.value, infer.FREE), choice).tolist()
+  if tokenizer.eos_id in tokens:
+    tokens = tokens[: tokens.index(tokenizer.eos_id)]
+  text = _PROMPT.value + tokenizer.decode(tokens)
+  path.write_text(text + "\n")
+  return text
+
+
+def write_video(
+    trained: infer.TrainedModel, dataset: Dataset, codec: Codec, path: pathlib.Path
+) -> None:
+  """Continues the clip, and writes truth and prediction to `path`."""
+  clip = infer.cut_clip(
+      held_out_clip(dataset), dataset.text_vocab_size, _GIVEN_FRAMES.value, _FRAMES.value
+  )
+  start = dataset.text_vocab_size
+  choice = infer.Choice(
+      start, start + codec.config.codebook_size, _VISION_TEMPERATURE.value, _VISION_TOP_K.value
+  )
+  tokens = sample(trained, clip.prompt, clip.forced, choice)
+  truth = codec.decode(clip.codes_NxP)
+  predicted = codec.decode(infer.sampled_codes(tokens, start))
+  given = [with_border(frame) for frame in truth[: _GIVEN_FRAMES.value]]
+  save_contact_sheet(path, [[*given, *truth[_GIVEN_FRAMES.value :]], [*given, *predicted]])
+
+
+def held_out_clip(dataset: Dataset) -> np.ndarray:
+  """Ids of the validation document with frames that --clip names."""
+  split = dataset.split(VALIDATION)
+  (with_frames,) = np.nonzero(split.targets[:, 1])
+  if _CLIP.value >= len(with_frames):
+    raise UserError(
+        f"--clip={_CLIP.value}: {dataset.path} has {len(with_frames)} validation documents with "
+        "frames, counted from 0."
+    )
+  document = int(with_frames[_CLIP.value])
+  return split.read(document, 0, int(split.lengths[document]))[0]
+
+
+def with_border(frame_HxWx3: np.ndarray) -> np.ndarray:
+  """The frame with its outermost pixels coloured."""
+  marked_HxWx3 = np.broadcast_to(_BORDER, frame_HxWx3.shape).copy()
+  marked_HxWx3[1:-1, 1:-1] = frame_HxWx3[1:-1, 1:-1]
+  return marked_HxWx3
+
+
+def video_dataset(experiment: Experiment) -> Dataset | None:
+  """The first of the experiment's datasets that has frames held out."""
+  for config in experiment.datasets:
+    dataset = Dataset(config.path)
+    if dataset.has_vision and dataset.has_split(VALIDATION):
+      return dataset
+  return None
+
+
+def load_codec(experiment: Experiment, dataset: Dataset) -> Codec:
+  """The VQGAN that the dataset's codes come from."""
+  beside_tokenizer = pathlib.Path(experiment.tokenizer).with_name("vqgan.npz")
+  codec = Codec(_VQGAN.value or beside_tokenizer)
+  if codec.sha256 != dataset.manifest["vqgan_sha256"]:
+    raise UserError(
+        f"{dataset.path} was not made with the VQGAN {_VQGAN.value or beside_tokenizer}: name the "
+        "right one with --vqgan."
+    )
+  return codec
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  experiment, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+  validate(experiment)
+  tokenizer = load_tokenizer(experiment.tokenizer)
+  with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])):
+    trained = infer.load_trained(experiment, workdir)
+    print(f"{workdir}: step {trained.total_steps}, stage {trained.stage}")
+    samples = workdir / "samples"
+    samples.mkdir(exist_ok=True)
+    print(write_text(trained, tokenizer, samples / "text.txt"))
+    print(f"text: {samples / 'text.txt'}")
+    dataset = video_dataset(experiment)
+    if dataset:
+      write_video(trained, dataset, load_codec(experiment, dataset), samples / "video.png")
+      print(f"video: {samples / 'video.png'}")
+
+
+if __name__ == "__main__":
+  experiment_flags.run(main)

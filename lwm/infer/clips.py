@@ -1,0 +1,61 @@
+"""A held-out clip cut for continuation: its first frames given, the frames after them to be predicted.
+
+N frames of P = 256 codes.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from lwm.data.vision_tokens import CODES_PER_FRAME
+from lwm.data.vision_tokens import END_OF_FRAME
+from lwm.data.vision_tokens import TOKENS_PER_FRAME
+from lwm.errors import UserError
+from lwm.infer.sampling import FREE
+
+
+class Clip(NamedTuple):
+  """A video document, cut.
+
+  Attributes:
+    prompt: int32; the document up to the <eof> of the last given frame.
+    forced: int32; for each token to come, <eof> where a frame ends, FREE elsewhere.
+    codes_NxP: int32; the codes of all true frames, given ones first.
+  """
+
+  prompt: np.ndarray
+  forced: np.ndarray
+  codes_NxP: np.ndarray
+
+
+def cut_clip(tokens: np.ndarray, text_vocab_size: int, given: int, predicted: int) -> Clip:
+  """Cuts a document behind its `given`-th frame.
+
+  Args:
+    tokens: int32 ids of the document; its first vision id begins its first frame.
+    text_vocab_size: vision ids follow these.
+    given: frames in the prompt, at least 1.
+    predicted: frames to come.
+
+  Raises:
+    UserError: the document has fewer frames.
+  """
+  (vision,) = np.nonzero(tokens >= text_vocab_size)
+  frames = len(vision) // TOKENS_PER_FRAME
+  if frames < given + predicted:
+    raise UserError(
+        f"The clip has {frames} frames, fewer than {given} given + {predicted} predicted: set "
+        "--given_frames and --frames so that they fit, or take another --clip."
+    )
+  first = vision[0]
+  stop = first + given * TOKENS_PER_FRAME
+  ids = tokens[first : first + (given + predicted) * TOKENS_PER_FRAME] - text_vocab_size
+  forced = np.full((predicted, TOKENS_PER_FRAME), FREE, np.int32)
+  forced[:, -1] = text_vocab_size + END_OF_FRAME
+  codes_NxP = ids.reshape(-1, TOKENS_PER_FRAME)[:, :CODES_PER_FRAME]
+  return Clip(tokens[:stop], forced.reshape(-1), codes_NxP)
+
+
+def sampled_codes(tokens: np.ndarray, text_vocab_size: int) -> np.ndarray:
+  """Codes [N, P] of sampled frames, from ids [257 N]."""
+  return tokens.reshape(-1, TOKENS_PER_FRAME)[:, :CODES_PER_FRAME] - text_vocab_size

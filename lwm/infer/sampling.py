@@ -1,0 +1,88 @@
+"""Sampling: one compiled program reads a prompt and writes tokens after it.
+
+B batch, P prompt tokens, T new tokens, V vocabulary, C ids to choose from.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lwm.model import Model
+
+# In `forced_T`: this token is free.
+FREE = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """How a free token is drawn.
+
+  Attributes:
+    start: first of the ids that may come.
+    stop: behind the last of them.
+    temperature: logits are divided by it; 0 takes the likeliest id.
+    top_k: draws among that many of the likeliest; None draws among all.
+  """
+
+  start: int
+  stop: int
+  temperature: float = 1.0
+  top_k: int | None = None
+
+
+def draw(logits_BxV: jax.Array, key: jax.Array, choice: Choice) -> jax.Array:
+  """One id for each row, int32 [B], from float32 logits over all ids."""
+  logits_BxC = logits_BxV[:, choice.start : choice.stop]
+  if choice.temperature == 0:
+    return choice.start + jnp.argmax(logits_BxC, axis=-1).astype(jnp.int32)
+  if choice.top_k is not None and choice.top_k < choice.stop - choice.start:
+    lowest_Bx1 = jax.lax.top_k(logits_BxC, choice.top_k)[0][:, -1:]
+    logits_BxC = jnp.where(logits_BxC < lowest_Bx1, -jnp.inf, logits_BxC)
+  drawn_B = jax.random.categorical(key, logits_BxC / choice.temperature)
+  return choice.start + drawn_B.astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "choice", "rope_theta"))
+def sample(
+    model: Model,
+    params: Any,
+    prompt_BxP: jax.Array,
+    forced_T: jax.Array,
+    key: jax.Array,
+    *,
+    choice: Choice,
+    rope_theta: float,
+) -> jax.Array:
+  """Continues prompts by T tokens. Call it under `jax.set_mesh`.
+
+  Args:
+    model: hashable: the program is compiled once for each model, choice and shape.
+    params: of the model.
+    prompt_BxP: int32 ids, P >= 1, no padding.
+    forced_T: int32; the id that each new token must have, or FREE. An <eof> is forced after the codes
+      of a frame (LWM, arXiv 2402.08268, generates frames so).
+    key: same key, same tokens.
+    choice: how free tokens are drawn.
+    rope_theta: base of RoPE.
+
+  Returns:
+    int32 [B, T].
+  """
+  batch_size, prompt_length = prompt_BxP.shape
+  cache = model.init_cache(batch_size, prompt_length + len(forced_T))
+  logits_BxV, cache = model.decode(params, prompt_BxP, cache, rope_theta=rope_theta)
+
+  def step(carry, inputs):
+    logits_BxV, cache = carry
+    forced, key = inputs
+    whole_BxV = jax.reshard(logits_BxV, model.rules.spec("batch", None))
+    token_B = jnp.where(forced == FREE, draw(whole_BxV, key, choice), forced)
+    carry = model.decode(params, token_B[:, None], cache, rope_theta=rope_theta)
+    return carry, token_B
+
+  keys_T = jax.random.split(key, len(forced_T))
+  _, tokens_TxB = jax.lax.scan(step, (logits_BxV, cache), (forced_T, keys_T))
+  return tokens_TxB.T
