@@ -102,15 +102,15 @@ def _text_records() -> Iterator[Record]:
   for file in sorted(library.glob("*.py")):
     # Of the platform's build, not of people's hands.
     if not file.name.startswith("_sysconfigdata"):
-      yield Record(file.name, "standard library", file.read_text("utf-8"))
+      yield Record(file.name, str(file), "standard library", file.read_text("utf-8"))
   for name, text in sorted(topics.topics.items()):
-    yield Record(f"topics/{name}", "manual", text)
+    yield Record(f"topics/{name}", f"topics/{name}", "manual", text)
 
 
 def _make_tokenizer(path: pathlib.Path) -> None:
   split = prepare.by_fraction(_TEXT_HELD_OUT)
   records = list(_text_records())
-  texts = [record.value for record in records if split(record.where) == TRAIN]
+  texts = [record.value for record in records if split(record) == TRAIN]
   train_sentencepiece(texts + list(_CLIPS.values()), path, _VOCAB_SIZE)
 
 

@@ -1,6 +1,8 @@
 """From raw files to batches: tokenizers, prepared datasets, packing, and the loader."""
 
 from lwm.data.dataset import Dataset
+from lwm.data.dataset import TRAIN
+from lwm.data.dataset import VALIDATION
 from lwm.data.documents import BadDocument
 from lwm.data.documents import Document
 from lwm.data.documents import DocumentBuilder

@@ -23,6 +23,7 @@ from lwm.data.rows import Rows
 from lwm.data.tokenizer import load_tokenizer
 from lwm.errors import UserError
 from lwm.experiment import Experiment
+from lwm.model.config import ModelConfig
 
 # Held-out rows are the same ones in every experiment.
 _EVALUATION_SEED = 0
@@ -61,7 +62,11 @@ class Loader:
         weights[entry.dataset] += entry.weight
     configs = {config.name: config for config in experiment.datasets}
     # The datasets of this stage, by name.
-    self.datasets = {name: _open(experiment, configs[name].path) for name in weights}
+    self.datasets = {name: Dataset(configs[name].path) for name in weights}
+    tokenizer = load_tokenizer(experiment.tokenizer)
+    for dataset in self.datasets.values():
+      dataset.check_tokenizer(tokenizer)
+      _check_model(dataset, experiment.model)
 
     streams = []
     self._rows = []
@@ -137,18 +142,14 @@ class Loader:
       yield self._evaluation_placement.to_arrays(self._evaluation_placement.read(read_row))
 
 
-def _open(experiment: Experiment, path: str) -> Dataset:
-  dataset = Dataset(path)
-  dataset.check_tokenizer(load_tokenizer(experiment.tokenizer))
-  model = experiment.model
+def _check_model(dataset: Dataset, model: ModelConfig) -> None:
   if dataset.text_vocab_size != model.text_vocab_size:
     raise UserError(
-        f"Dataset {path} has {dataset.text_vocab_size} text ids, but config.model.text_vocab_size is "
-        f"{model.text_vocab_size}: set it to the tokenizer's size."
+        f"Dataset {dataset.path} has {dataset.text_vocab_size} text ids, but "
+        f"config.model.text_vocab_size is {model.text_vocab_size}: set it to the tokenizer's size."
     )
   if dataset.has_vision and dataset.vision_vocab_size != model.vision_vocab_size:
     raise UserError(
-        f"Dataset {path} has vision tokens of {dataset.vision_vocab_size} ids, but "
-        f"config.model.vision_vocab_size is {model.vision_vocab_size}."
+        f"Dataset {dataset.path} has vision tokens of {dataset.vision_vocab_size} ids, but "
+        f"config.model.vision_vocab_size is {model.vision_vocab_size}: make them the same."
     )
-  return dataset
