@@ -1,15 +1,15 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped, and all that a sampler needs.
+"""Checkpoints: all that a run needs to go on as if it had never stopped.
 
-A checkpoint is a directory `checkpoints/STEP`, STEP counting over all stages, of six items: `params`,
-`optimizer` (moments), `progress` (stage and step: the position in the data too, for batches are
-functions of both), `config` (the experiment), `datasets` (SHA-256 of their manifests) and `tokenizer`
-(the file itself). Orbax writes it beside the training, into a directory of another name that it
-renames at the end; so a checkpoint is complete or is not there, and what a killed run left half done
-is removed by the next.
+A checkpoint is a directory `checkpoints/STEP`, STEP counting over all stages, of six items:
+`params`, `optimizer` (moments), `progress` (stage and step: the position in the data too, for
+batches are functions of both), `config` (the experiment), `datasets` (SHA-256 of their manifests)
+and `tokenizer` (the file itself). Orbax writes it beside the training, into a directory of another
+name that it renames at the end; so a checkpoint is complete or is not there, and what a killed run
+left half done is removed by the next.
 
-Resume precedence: the newest complete checkpoint of the working directory, whatever the command line
-says, if its config agrees; otherwise freshly initialised parameters. Settings that cannot change
-what a run computes, but for the order of float32 sums, may change on resume: see FREE.
+Resume precedence: the newest complete checkpoint of the working directory, if its config agrees
+with the command line, else an error; without one, freshly initialised parameters. Settings that
+cannot change what a run computes, but for the order of float32 sums, may change on resume: see FREE.
 """
 
 import dataclasses
@@ -40,6 +40,10 @@ FREE = (
 )
 
 
+# Orbax puts this file into the directory of every complete item.
+ORBAX_MARK = "commit_success.txt"
+
+
 class FileHandler(ocp.CheckpointHandler):
   """Stores one small file under its own name."""
 
@@ -49,7 +53,7 @@ class FileHandler(ocp.CheckpointHandler):
 
   def restore(self, directory: epath.Path, args: "FileRestore") -> tuple[str, bytes]:
     del args
-    (path,) = directory.iterdir()
+    (path,) = (path for path in directory.iterdir() if path.name != ORBAX_MARK)
     return path.name, path.read_bytes()
 
 
@@ -147,8 +151,8 @@ class Checkpoints:
         difference = f"dataset {name!r} as it was before it was prepared again"
     if difference:
       raise UserError(
-          f"{self._manager.directory.parent} holds a run with {difference}: set it back, or start anew "
-          "with another --workdir."
+          f"{self._manager.directory.parent} holds a run with {difference}: set it back, or start "
+          "anew with another --workdir."
       )
     return Progress(**stored.progress)
 

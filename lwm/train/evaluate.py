@@ -1,7 +1,7 @@
 """Held-out loss of each dataset and modality, against the unigram entropy of the same data.
 
-The unigram entropy is what a model that knows nothing but how often each token occurs would score; a
-model that has learnt anything of the order of tokens scores less.
+The unigram entropy is what a model scores that knows nothing but how often each token occurs; one
+that has learnt anything of the order of tokens scores less.
 """
 
 from collections.abc import Callable
@@ -64,13 +64,22 @@ def by_modality(held_out: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
   return totals
 
 
+def summary(held_out: list[dict[str, Any]]) -> str:
+  """Held-out losses of each modality over all datasets, in a line."""
+  return " | ".join(
+      f"{modality} {total['loss']:.3f} (unigram entropy {total['unigram_entropy']:.3f})"
+      for modality, total in by_modality(held_out).items()
+  )
+
+
 def table(held_out: list[dict[str, Any]]) -> str:
   """Held-out losses as lines of text: each dataset and modality, then each modality over all."""
   rows = [(row["dataset"], row["modality"], row) for row in held_out]
   datasets = {row["dataset"] for row in held_out}
   if len(datasets) > 1:
     rows += [("all", modality, total) for modality, total in by_modality(held_out).items()]
-  lines = [f"{'dataset':<16} {'modality':<8} {'held-out loss':>13} {'unigram entropy':>16} {'targets':>9}"]
+  header = ("dataset", "modality", "held-out loss", "unigram entropy", "targets")
+  lines = ["{:<16} {:<8} {:>13} {:>16} {:>9}".format(*header)]
   lines += [
       f"{name:<16} {modality:<8} {row['loss']:>13.3f} {row['unigram_entropy']:>16.3f} "
       f"{row['targets']:>9}"

@@ -1,10 +1,12 @@
 """The run: stage after stage, step after step, from wherever the working directory stands.
 
-One step is always in flight: while step n runs, the host fetches and dispatches n + 1 and reports on
-n. The device waits only where it must: for an evaluation, and for the copy that a checkpoint takes.
+One step is always in flight: while step n runs, the host reports on n - 1, fetches the batch of
+n + 1 and dispatches it. The device waits only where it must: for an evaluation's data, and for the
+copy that a checkpoint takes.
 """
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 import hashlib
 import json
 import pathlib
@@ -30,12 +32,15 @@ from lwm.train.report import Reporter
 from lwm.train.state import TrainState
 
 
-def train(experiment: Experiment, workdir: pathlib.Path) -> None:
+def train(
+    experiment: Experiment, workdir: pathlib.Path, devices: Sequence[jax.Device] | None = None
+) -> None:
   """Trains all stages that are not done yet, leaving checkpoints, metrics and curves in `workdir`.
 
   Args:
     experiment: validated, and checked against the devices.
     workdir: made if need be. What it holds decides where the run starts: see checkpoint.py.
+    devices: all that there are unless given.
 
   Raises:
     UserError: the workdir belongs to another experiment, or data or tokenizer are not there.
@@ -50,7 +55,7 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> None:
   state = None
   for index in range(done.stage, len(experiment.stages)):
     stage = experiment.stages[index]
-    program = build_program(experiment, stage)
+    program = build_program(experiment, stage, devices)
     with jax.set_mesh(program.mesh):
       if state is None and done.total_steps:
         state = checkpoints.restore(done, program.state)

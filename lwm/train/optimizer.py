@@ -44,8 +44,8 @@ def adamw(
   Args:
     optimizer: moments, decay and clipping.
     stage: whose schedule to follow; it counts the stage's own updates from 0.
-    logical_axes: the parameters' logical axis names, a tuple of names for each: weights are decayed,
-      norm scales, which have one axis beside that of the stacked layers, are not.
+    logical_axes: the parameters' logical axis names, a tuple of names for each: weights are
+      decayed, norm scales, which have one axis beside that of the stacked layers, are not.
   """
   decayed = jax.tree.map(
       lambda axes: sum(axis != "layers" for axis in axes) > 1,

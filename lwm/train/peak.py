@@ -26,8 +26,8 @@ PEAK_FLOPS = {
 def peak_flops(device: jax.Device, compute_dtype: str) -> float | None:
   """Peak FLOP/s of one device, or None if its kind is not in the table.
 
-  An accelerator is held against its bfloat16 peak, whatever the run computes in. A CPU has no figure
-  worth the name, so it is measured: the best of a few large matrix products in `compute_dtype` on
+  An accelerator is held against its bfloat16 peak, whatever the run computes in. No data sheet
+  gives a CPU's, so it is measured: the best of a few large matrix products in `compute_dtype` on
   the whole machine, shared equally among its (virtual) devices.
   """
   if device.platform == "cpu":

@@ -1,4 +1,4 @@
-"""Curves of one stage as a PNG: losses by modality against unigram entropy, and the learning rate."""
+"""Curves of a stage as a PNG: losses by modality against unigram entropy, and learning rate."""
 
 import pathlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a run tells the person who watches it: a line a step, and a bar where there is a terminal."""
+"""What a run tells the person who watches it: a line a step, and a bar on a terminal."""
 
 import sys
 from typing import Any

@@ -94,7 +94,7 @@ class Reporter:
       return
     self._log.write(self._record("evaluation", stage, step) | {"held_out": held_out})
     if held_out:
-      self.say(evaluate.table(held_out))
+      self.say(f"{stage.name} {step}/{stage.steps} | held out | {evaluate.summary(held_out)}")
 
   def sync(self) -> None:
     """Returns when all that was reported is on disk."""

@@ -58,9 +58,9 @@ def train_step(
     accumulation_steps: microbatches, run one after the other.
 
   Returns:
-    The next state, and float32 scalars: loss, which is what is minimised; text_loss and vision_loss,
-    nats a target (0 without targets); gradient_norm before clipping; learning_rate; and what
-    train_flops wants: tokens, attended_pairs, text_targets, vision_targets.
+    The next state, and float32 scalars: loss, which is what is minimised; text_loss and
+    vision_loss, nats a target (0 without targets); gradient_norm before clipping; learning_rate; and
+    what train_flops wants: tokens, attended_pairs, text_targets, vision_targets.
   """
   weights_2 = modality_sums(batch["loss_weights"], batch["modality"])
   normaliser_2 = jnp.where(weights_2 > 0, 1 / jnp.where(weights_2 > 0, weights_2, 1), 0)
@@ -91,7 +91,7 @@ def train_step(
       "loss": jnp.sum(share_2 * normaliser_2 * loss_2),
       "text_loss": normaliser_2[0] * nll_2[0],
       "vision_loss": normaliser_2[1] * nll_2[1],
-      "gradient_norm": optax.global_norm(gradients),
+      "gradient_norm": optax.tree.norm(gradients),
       "learning_rate": learning_rate(state.step),
       "tokens": jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32),
       "attended_pairs": jnp.sum(pairs_BxS),
@@ -104,7 +104,7 @@ def train_step(
 def evaluation_step(
     params: Any, batch: dict[str, jax.Array], *, losses: Losses
 ) -> tuple[jax.Array, jax.Array]:
-  """Sums of weighted negative log-likelihoods, and of weights, of each modality: float32 [2] each."""
+  """Sums of weighted negative log-likelihoods, and of weights, by modality: float32 [2] each."""
   sums = losses(params, batch)
   return sums.nll, sums.weight
 

@@ -1,22 +1,16 @@
-"""A tiny experiment on data that is prepared here: sentences, and a pattern that moves over frames."""
+"""Data for a tiny experiment, prepared here: sentences, and a pattern that moves over frames."""
 
-import copy
 import pathlib
 import random
+import runpy
 
 import numpy as np
 import pytest
 
-from configs import models
 from lwm import data
-from lwm.experiment import CheckpointConfig
-from lwm.experiment import DatasetConfig
-from lwm.experiment import EvaluationConfig
 from lwm.experiment import Experiment
-from lwm.experiment import MeshConfig
-from lwm.experiment import MixtureEntry
-from lwm.experiment import OptimizerConfig
-from lwm.experiment import Stage
+
+CONFIG = pathlib.Path(__file__).with_name("tiny.py")
 
 
 @pytest.fixture(scope="session")
@@ -46,24 +40,5 @@ def prepared(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture
 def experiment(prepared) -> Experiment:
-  """Two short stages: text at 64 tokens, then text and video at 128; 12 steps in all."""
-  one_device = MeshConfig(fsdp=1)
-  return Experiment(
-      name="tiny",
-      tokenizer=str(prepared / "tokenizer.model"),
-      model=models.debug(text_vocab_size=320),
-      optimizer=OptimizerConfig(schedule="cosine", peak_learning_rate=1e-2, end_learning_rate=1e-3),
-      datasets=[
-          DatasetConfig(name="text", path=str(prepared / "text")),
-          DatasetConfig(name="video", path=str(prepared / "video"), weighting="example"),
-      ],
-      stages=[
-          Stage(name="text_64", sequence_length=64, tokens_per_batch=512, steps=7, warmup_steps=2,
-                mixture=[MixtureEntry("text")], mesh=copy.copy(one_device)),
-          Stage(name="video_128", sequence_length=128, tokens_per_batch=1024, rope_theta=1e5,
-                steps=5, warmup_steps=1,
-                mixture=[MixtureEntry("text"), MixtureEntry("video")], mesh=one_device),
-      ],
-      checkpoint=CheckpointConfig(every_steps=3, keep=2),
-      evaluation=EvaluationConfig(every_steps=4, rows=6),
-  )
+  """That of tiny.py."""
+  return runpy.run_path(str(CONFIG))["get_config"](str(prepared))
