@@ -1,0 +1,90 @@
+"""Reading the model out of a run's checkpoints."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import models
+from lwm import model as model_lib
+from lwm.errors import UserError
+from lwm.experiment import Experiment
+from lwm.experiment import MeshConfig
+from lwm.experiment import Stage
+from lwm.infer import load_trained
+from lwm.parallel.mesh import make_mesh
+from lwm.train.checkpoint import Checkpoints
+from lwm.train.checkpoint import Identity
+from lwm.train.checkpoint import Progress
+from lwm.train.state import TrainState
+
+
+@pytest.fixture
+def experiment(tmp_path) -> Experiment:
+  tokenizer = tmp_path / "tokenizer.model"
+  tokenizer.write_bytes(b"pieces")
+  return Experiment(
+      tokenizer=str(tokenizer),
+      model=models.debug(),
+      stages=[Stage(name="short", rope_theta=1e4), Stage(name="long", rope_theta=1e6)],
+  )
+
+
+def save(experiment: Experiment, workdir: pathlib.Path, *all_progress: Progress):
+  """Checkpoints whose parameters differ by their step; the initial ones."""
+  params = jax.jit(model_lib.build(experiment.model).init)(jax.random.key(0))
+  checkpoints = Checkpoints(workdir / "checkpoints", keep=2)
+  identity = Identity(experiment, pathlib.Path(experiment.tokenizer).read_bytes(), {})
+  for progress in all_progress:
+    moved = jax.tree.map(lambda w: w + progress.total_steps, params)
+    state = TrainState(moved, {"moments": jnp.zeros(3)}, jnp.int32(progress.step))
+    checkpoints.save(state, progress, identity)
+  checkpoints.close()
+  return params
+
+
+@pytest.fixture(autouse=True)
+def mesh():
+  with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])) as mesh:
+    yield mesh
+
+
+def test_newest_parameters_and_the_theta_of_their_stage(experiment, tmp_path):
+  params = save(experiment, tmp_path / "run", Progress(0, 4, 4), Progress(1, 2, 6))
+  before = sorted((tmp_path / "run").rglob("*"))
+  experiment.stages[1].rope_theta = 7.0  # What the run did counts, not what its config says now.
+  trained = load_trained(experiment, tmp_path / "run")
+  assert (trained.stage, trained.step, trained.total_steps) == ("long", 2, 6)
+  assert trained.rope_theta == 1e6
+  for actual, initial in zip(jax.tree.leaves(trained.params), jax.tree.leaves(params), strict=True):
+    np.testing.assert_array_equal(actual, initial + 6)
+  assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+def test_a_checkpoint_being_written_is_left_alone(experiment, tmp_path):
+  save(experiment, tmp_path / "run", Progress(0, 4, 4))
+  unfinished = tmp_path / "run" / "checkpoints" / "9.orbax-checkpoint-tmp"
+  unfinished.mkdir()
+  assert load_trained(experiment, tmp_path / "run").total_steps == 4
+  assert unfinished.is_dir()
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_no_checkpoint_is_one_sentence(experiment, tmp_path, exists):
+  if exists:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+  with pytest.raises(UserError, match=r"no checkpoint in .*run: train first, with .*train"):
+    load_trained(experiment, tmp_path / "run")
+
+
+def test_another_model_or_tokenizer_is_one_sentence(experiment, tmp_path):
+  save(experiment, tmp_path / "run", Progress(0, 4, 4))
+  wider = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, width=64))
+  with pytest.raises(UserError, match=r"config.model.width=32, not 64"):
+    load_trained(wider, tmp_path / "run")
+  pathlib.Path(experiment.tokenizer).write_bytes(b"others")
+  with pytest.raises(UserError, match="another tokenizer than"):
+    load_trained(experiment, tmp_path / "run")
