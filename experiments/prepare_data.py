@@ -7,9 +7,9 @@
     python -m experiments.prepare_data --source=tfds --input=lm1b --text_feature=text \\
         --tokenizer=tokenizer.model --output=data/lm1b
 
-The output is written in full or not at all; records that were skipped are named, with the reason, in
-its bad_records.jsonl. lwm/data/documents.py says what --fields means, lwm/data/dataset.py what the
-output holds.
+The output is written in full or not at all; records that were skipped are named, with the reason,
+in its bad_records.jsonl. lwm/data/documents.py says what --fields means, lwm/data/dataset.py what
+the output holds.
 """
 
 import functools
@@ -78,8 +78,8 @@ def main(argv: list[str]) -> None:
   if _TRAIN_TOKENIZER_VOCAB.value:
     if os.path.exists(_TOKENIZER.value):
       raise UserError(
-          f"{_TOKENIZER.value} exists already: leave --train_tokenizer_vocab out to use it, or name "
-          "another --tokenizer."
+          f"{_TOKENIZER.value} exists already: leave --train_tokenizer_vocab out to use it, or "
+          "name another --tokenizer."
       )
     corpus = prepare.texts(_records(), _FIELDS_FROM.value)
     train_sentencepiece(corpus, _TOKENIZER.value, _TRAIN_TOKENIZER_VOCAB.value)

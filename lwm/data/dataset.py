@@ -5,7 +5,7 @@ L tokens of a document, D documents of a split, two modalities (0 text, 1 vision
 The directory is a TensorFlow Datasets directory (`tfds.builder_from_directory(path)`), with
 
   tokens-SPLIT.array_record-*   records of at most `chunk_tokens` tokens of one document, so that a
-                                slice of a long document reads only the records that it meets: fields
+                                slice of a long one reads only the records that it meets; fields
                                 document, offset, tokens (int32), loss_mask (uint8)
   SPLIT_lengths.npy             int64 [D], tokens of each document
   SPLIT_targets.npy             int64 [D, 2], targets that count in the loss, by modality
@@ -77,7 +77,7 @@ class Dataset:
           "`python -m experiments.prepare_data`."
       ) from None
     except json.JSONDecodeError as error:
-      raise UserError(f"{self.path / 'manifest.json'} is damaged ({error}): prepare it again.") from None
+      raise UserError(f"{path}/manifest.json is damaged ({error}): prepare it again.") from None
     if self.manifest.get("format_version") != FORMAT_VERSION:
       raise UserError(
           f"Dataset {path} has format {self.manifest.get('format_version')}, this program reads "
@@ -124,6 +124,6 @@ class Dataset:
     if made_with["sha256"] != tokenizer.sha256:
       raise UserError(
           f"Dataset {self.path} was prepared with tokenizer {made_with['path']} (sha256 "
-          f"{made_with['sha256'][:12]}), not with {tokenizer.path} (sha256 {tokenizer.sha256[:12]}): "
-          "prepare it again, or use its tokenizer."
+          f"{made_with['sha256'][:12]}), not with {tokenizer.path} (sha256 "
+          f"{tokenizer.sha256[:12]}): prepare it again, or use its tokenizer."
       )

@@ -106,7 +106,7 @@ def record_document(
                      joined by `+` to texts, which then stand before or after it
 
   Raises:
-    BadDocument: a field is missing or of the wrong type, a code is out of range, or nothing is left.
+    BadDocument: a field is missing or of the wrong type, a code is out of range, or all is blank.
   """
   builder = DocumentBuilder(tokenizer).bos()
   empty = True

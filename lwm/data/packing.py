@@ -2,10 +2,10 @@
 
 D documents, R rows, P slices, S sequence_length.
 
-A document of at most S tokens stands whole in one row. A longer one is cut into rows of S tokens and
-a rest that is packed like a short document. Documents come in a shuffled order, and each piece goes
-to the row with the least room that it still fits in (best-fit): less than 1% of padding where pieces
-are short beside rows. The rows' order says little (long documents come first): shuffle it.
+A document of at most S tokens stands whole in one row. A longer one is cut into rows of S tokens
+and a rest that is packed like a short document. Documents come in a shuffled order, and each piece
+goes to the row with the least room that it still fits in (best-fit): less than 1% of padding where
+pieces are short beside rows. Rows that long documents fill come first: shuffle them.
 """
 
 import bisect

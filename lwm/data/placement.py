@@ -40,7 +40,8 @@ class Placement:
     self.shape = (num_rows, sequence_length)
     self.sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "ring"))
     permutation_S = layout.permutation(sequence_length)
-    shards = {self._key(i) for i in self.sharding.addressable_devices_indices_map(self.shape).values()}
+    indices = self.sharding.addressable_devices_indices_map(self.shape).values()
+    shards = {self._key(index) for index in indices}
     self._groups = []
     for rows in sorted({key[:2] for key in shards}):
       columns = sorted(key[2:] for key in shards if key[:2] == rows)

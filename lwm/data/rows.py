@@ -32,9 +32,9 @@ class Rows:
   """One epoch of a split as rows of `sequence_length` tokens.
 
   weighting `token` gives every target that counts the weight 1. `example` gives the targets of a
-  document equal weights, the same sum for every document: for each modality apart, the mean number of
-  targets of the documents that have any, over the number in this document; so the weights of a split
-  sum to its targets either way.
+  document equal weights, with the same sum for every document: for each modality apart, the mean
+  number of targets of the documents that have any, over the number in this document. The weights of
+  a split sum to its number of targets either way.
   """
 
   def __init__(

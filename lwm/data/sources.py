@@ -1,7 +1,7 @@
 """Where raw documents come from: text files, JSON lines, TensorFlow Datasets.
 
-A source is an iterator of records. What cannot be read is a record too, with its problem said, so that
-one bad line or file ends no run.
+A source is an iterator of records. What cannot be read is a record too, with its problem said, so
+that one bad line or file ends no run.
 """
 
 import json
@@ -80,7 +80,7 @@ def tfds_records(
     data_dir: where TFDS keeps its datasets; its own default if None.
 
   Raises:
-    UserError: no such dataset, split or feature, or it cannot be prepared or read without TensorFlow.
+    UserError: no such dataset, split or feature, or it needs TensorFlow to prepare or read.
   """
   try:
     if pathlib.Path(name).is_dir():
@@ -97,7 +97,8 @@ def tfds_records(
     raise UserError(f"Could not open TFDS dataset {name!r}, split {split!r}: {reason}") from error
   features = examples.dataset_info.features
   if feature not in features:
-    raise UserError(f"TFDS dataset {name!r} has no feature {feature!r}, only {', '.join(sorted(features))}.")
+    names = ", ".join(sorted(features))
+    raise UserError(f"TFDS dataset {name!r} has no feature {feature!r}, only {names}.")
   for index in range(len(examples)):
     key = f"{split}:{index}"
     where = f"{name}/{key}"

@@ -3,8 +3,8 @@
 N frames, P = 256 codes in a frame (a 16 x 16 grid, row by row).
 
 A frame is its 256 codes and one end mark: <eof> after each frame but the last, <eov> after the last
-in its place (LWM's `lwm/data.py`; a single image ends in <eov>). So N frames take 257 N tokens. Codes
-and marks are ids of the vision range; in the model's id space they follow the text ids.
+in its place (LWM's `lwm/data.py`; a single image ends in <eov>). So N frames take 257 N tokens.
+Codes and marks are ids of the vision range; in the model's id space they follow the text ids.
 """
 
 import numpy as np

@@ -61,7 +61,7 @@ def test_jsonl(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--input=/nothing/there", "--tokenizer=/nothing/t.model"], "no tokenizer file /nothing/t.model"),
+        (["--tokenizer=/nothing/t.model"], "no tokenizer file /nothing/t.model"),
         (["--validation_fraction=2"], "--validation_fraction=2.0 is not in"),
         (["--validation_fraction=0.5", "--validation_input=x"], "not both"),
     ],

@@ -39,10 +39,12 @@ def documents(tokenizer) -> dict[str, list[Document]]:
   text = [text_document(tokenizer, make_text(rng, n)) for n in rng.integers(2, 90, 40)]
   # An instruction without loss before an answer, as in chat data.
   text = [
-      Document(d.tokens, d.loss_mask & (np.arange(len(d.tokens)) >= len(d.tokens) // 3)) for d in text
+      Document(d.tokens, d.loss_mask & (np.arange(len(d.tokens)) >= len(d.tokens) // 3))
+      for d in text
   ]
   video = [
-      video_document(tokenizer, rng.integers(0, 8192, (n, 256)), make_text(rng, 3)) for n in (1, 2, 3)
+      video_document(tokenizer, rng.integers(0, 8192, (n, 256)), make_text(rng, 3))
+      for n in (1, 2, 3)
   ]
   return {"text": text, "video": video}
 

@@ -1,6 +1,6 @@
 """One process of test_processes.py: hashes its shards of a batch stream into a JSON file.
 
-    python stream_worker.py EXPERIMENT.pickle OUT.json NUM_DEVICES PORT NUM_PROCESSES RANK START_STEP
+    python stream_worker.py EXPERIMENT.pickle OUT.json NUM_DEVICES PORT NUM_PROCESSES RANK START
 """
 
 import hashlib
@@ -37,7 +37,8 @@ def main(experiment_path, out, num_devices, port, num_processes, rank, start_ste
     mesh = jax.make_mesh(shape, ("data", "fsdp", "ring", "tensor"))
     read.clear()
     hashes = {}
-    for step, batch in enumerate(Loader(experiment, 0, mesh).iterate(int(start_step)), int(start_step)):
+    batches = Loader(experiment, 0, mesh).iterate(int(start_step))
+    for step, batch in enumerate(batches, int(start_step)):
       for field, array in batch.items():
         for shard in array.addressable_shards:
           place = [part.indices(size)[:2] for part, size in zip(shard.index, array.shape)]

@@ -35,7 +35,7 @@ def _starts(documents):
 
 
 def _check_row(row, documents, places, text_vocab_size, weight_of, seen):
-  """A row is slices of documents, each field of each as its definition says; counts them in `seen`."""
+  """A row is slices of documents, each field as its definition says; counts them in `seen`."""
   num_segments = row["segment_ids"].max()
   at = 0
   for segment in range(1, num_segments + 1):

@@ -97,7 +97,8 @@ def test_a_record_says_its_own_fields(tokenizer, tmp_path):
     assert [b["where"] for b in bad] == [f"{source}:32", f"{source}:33"]
   assert outputs[0] == outputs[1]
   alternatives = [
-      record_document(tokenizer, records[0], fields).tokens.tolist() for fields in ("[q],a", "[a],q")
+      record_document(tokenizer, records[0], fields).tokens.tolist()
+      for fields in ("[q],a", "[a],q")
   ]
   chosen = [alternatives.index(document) for document in outputs[0][:30]]
   assert 5 < sum(chosen) < 25

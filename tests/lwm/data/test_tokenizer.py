@@ -7,7 +7,8 @@ from lwm.errors import UserError
 
 
 @pytest.mark.parametrize(
-    "text", ["", " ", "a\n\n  b\t\r\n", "  leading and trailing  ", "ü 漢字 🦉 \x00", "12345", "<bos>"]
+    "text",
+    ["", " ", "a\n\n  b\t\r\n", "  leading and trailing  ", "ü 漢字 🦉 \x00", "12345", "<bos>"],
 )
 def test_a_trained_tokenizer_gives_every_text_back(tokenizer, text):
   assert tokenizer.decode(tokenizer.encode(text)) == text
