@@ -32,7 +32,7 @@ _EVALUATION_SEED = 0
 class Loader:
   """Batches of one stage of an experiment: dicts of the FIELDS of lwm/data/rows.py, [B, S] each.
 
-  The rows of each dataset come in an order shuffled anew each epoch, and the mixture interleaves the
+  The rows of each dataset come in an order shuffled anew each epoch; the mixture interleaves the
   datasets in proportion to their weights; step s takes rows [s B, (s + 1) B) of that stream. Arrays
   are sharded by PartitionSpec(("data", "fsdp"), "ring") with columns in the order of the stage's
   layout, and each process reads only what its own devices hold.
