@@ -27,9 +27,9 @@ def merge(partials: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, j
   maximum_BxQxH = jax.lax.stop_gradient(jnp.max(log_sum_exp_PxBxQxH, axis=0))
   is_empty_BxQxH = maximum_BxQxH == -jnp.inf
   maximum_BxQxH = jnp.where(is_empty_BxQxH, 0.0, maximum_BxQxH)
-  weight_PxBxQxH = jnp.exp(log_sum_exp_PxBxQxH - maximum_BxQxH)
+  weight_PxBxQxH = jnp.exp(log_sum_exp_PxBxQxH - maximum_BxQxH[None])
   sum_BxQxH = jnp.where(is_empty_BxQxH, 1.0, jnp.sum(weight_PxBxQxH, axis=0))
-  weight_PxBxQxH /= sum_BxQxH
+  weight_PxBxQxH /= sum_BxQxH[None]
   out_BxQxHxD = sum(
       weight_BxQxH[..., None] * out.astype(jnp.float32)
       for weight_BxQxH, (out, _) in zip(weight_PxBxQxH, partials)

@@ -143,6 +143,7 @@ def _call(kernel, arrays, sizes, out_type, *, grid, blocks, scale, soft_cap, **c
       grid=grid,
       num_warps=blocks.num_warps,
       num_stages=blocks.num_stages,
+      backend_options=dict(enable_fp_fusion=True),
       GROUP=query_BxQxHxD.shape[2] // key_BxKxGxD.shape[2],
       HEAD_DIM=query_BxQxHxD.shape[3],
       QUERY_BLOCK=blocks.query,

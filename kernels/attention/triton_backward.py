@@ -41,14 +41,15 @@ def query_grad(
     SOFT_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-  """Grid (query blocks, H, B): the last block first, since under a causal mask it is the longest."""
+  """Grid (query blocks, H, B); the last blocks, the longest under a causal mask, start first."""
   block = tl.num_programs(0) - 1 - tl.program_id(0)
   head = tl.program_id(1)
   batch = tl.program_id(2).to(tl.int64)
   key_stride = num_heads // GROUP * HEAD_DIM
-  index_q = block * QUERY_BLOCK + tl.arange(0, QUERY_BLOCK)
+  row_q = tl.arange(0, QUERY_BLOCK)
+  index_q = block * QUERY_BLOCK + row_q
   is_query_q = index_q < num_queries
-  index_k = tl.arange(0, KEY_BLOCK)
+  row_k = tl.arange(0, KEY_BLOCK)
   index_D = tl.arange(0, HEAD_DIM)
 
   start_q = tl.load(start_BxQ + batch * num_queries + index_q, mask=is_query_q, other=0)
@@ -56,12 +57,14 @@ def query_grad(
   offset_q = (batch * num_heads + head) * num_queries + index_q
   log_sum_exp_q = tl.load(log_sum_exp_BxHxQ + offset_q, mask=is_query_q, other=float("inf"))
   delta_q = tl.load(delta_BxHxQ + offset_q, mask=is_query_q, other=0.0)
-  row_q = (batch * num_queries + index_q) * num_heads + head
-  offsets_qxD = row_q[:, None] * HEAD_DIM + index_D[None, :]
-  query_qxD = load_rows(query_BxQxHxD + offsets_qxD, is_query_q, False)
-  out_cotangent_qxD = load_rows(out_cotangent_BxQxHxD + offsets_qxD, is_query_q, False)
+  query_offset = ((batch * num_queries + block * QUERY_BLOCK) * num_heads + head) * HEAD_DIM
+  offsets_qxD = row_q[:, None] * (num_heads * HEAD_DIM) + index_D[None, :]
+  query_qxD = load_rows(query_BxQxHxD + query_offset + offsets_qxD, is_query_q, False)
+  out_cotangent_qxD = load_rows(
+      out_cotangent_BxQxHxD + query_offset + offsets_qxD, is_query_q, False
+  )
   head_offset = batch * num_keys * key_stride + head // GROUP * HEAD_DIM
-  offsets_kxD = index_k[:, None] * key_stride + index_D[None, :]
+  offsets_kxD = row_k[:, None] * key_stride + index_D[None, :]
 
   grad_qxD = tl.full((QUERY_BLOCK, HEAD_DIM), 0.0, tl.float32)
   first, last, full_first, full_last = meeting_blocks(start_q, stop_q, num_keys, KEY_BLOCK)
@@ -69,22 +72,22 @@ def query_grad(
   for IS_FULL in tl.static_range(2):
     for step in range(0, num_full if IS_FULL else last - first - num_full):
       key_block = block_at(step, first, last, full_first, full_last, IS_FULL)
-      key_k = key_block * KEY_BLOCK + index_k
+      index_k = key_block * KEY_BLOCK + row_k
       block_offset = head_offset + key_block.to(tl.int64) * KEY_BLOCK * key_stride
-      key_kxD = load_rows(key_BxKxGxD + block_offset + offsets_kxD, key_k < num_keys, IS_FULL)
-      value_kxD = load_rows(value_BxKxGxD + block_offset + offsets_kxD, key_k < num_keys, IS_FULL)
-      products_qxk = tl.dot(query_qxD, tl.trans(key_kxD), input_precision=PRECISION)
+      index_kxD = load_rows(key_BxKxGxD + block_offset + offsets_kxD, index_k < num_keys, IS_FULL)
+      value_kxD = load_rows(value_BxKxGxD + block_offset + offsets_kxD, index_k < num_keys, IS_FULL)
+      products_qxk = tl.dot(query_qxD, tl.trans(index_kxD), input_precision=PRECISION)
       scores_qxk, slope_qxk = base_2_scores(products_qxk, SCALE, SOFT_CAP)
       weights_qxk = tl.exp2(scores_qxk - log_sum_exp_q[:, None])
       if not IS_FULL:
-        is_seen_qxk = (key_k[None, :] >= start_q[:, None]) & (key_k[None, :] < stop_q[:, None])
+        is_seen_qxk = (index_k[None, :] >= start_q[:, None]) & (index_k[None, :] < stop_q[:, None])
         weights_qxk = tl.where(is_seen_qxk, weights_qxk, 0.0)
       weights_grad_qxk = tl.dot(out_cotangent_qxD, tl.trans(value_kxD), input_precision=PRECISION)
       scores_grad_qxk = weights_qxk * (weights_grad_qxk - delta_q[:, None]) * slope_qxk
       grad_qxD = tl.dot(
-          scores_grad_qxk.to(key_kxD.dtype), key_kxD, grad_qxD, input_precision=PRECISION
+          scores_grad_qxk.to(index_kxD.dtype), index_kxD, grad_qxD, input_precision=PRECISION
       )
-  tl.store(grad_BxQxHxD + offsets_qxD, grad_qxD * SCALE, mask=is_query_q[:, None])
+  tl.store(grad_BxQxHxD + query_offset + offsets_qxD, grad_qxD * SCALE, mask=is_query_q[:, None])
 
 
 @triton.jit
@@ -113,7 +116,9 @@ def _meeting_query_blocks(key_block, tables_4xN, num_blocks, TABLE_BLOCK: tl.con
     num_full += tl.sum(is_full_N.to(tl.int32), 0)
   is_contiguous = num_full == full_last - full_first
   first = tl.minimum(first, last)
-  return first, last, tl.where(is_contiguous, full_first, last), tl.where(is_contiguous, full_last, last)
+  full_first = tl.where(is_contiguous, full_first, last)
+  full_last = tl.where(is_contiguous, full_last, last)
+  return first, last, full_first, full_last
 
 
 @triton.jit
@@ -150,14 +155,17 @@ def key_value_grad(
   kv_head = tl.program_id(1)
   batch = tl.program_id(2).to(tl.int64)
   query_stride = num_heads * HEAD_DIM
-  index_k = block * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
+  num_kv_heads = num_heads // GROUP
+  row_k = tl.arange(0, KEY_BLOCK)
+  index_k = block * KEY_BLOCK + row_k
   is_key_k = index_k < num_keys
+  row_q = tl.arange(0, QUERY_BLOCK)
   index_D = tl.arange(0, HEAD_DIM)
-  row_k = (batch * num_keys + index_k) * (num_heads // GROUP) + kv_head
-  offsets_kxD = row_k[:, None] * HEAD_DIM + index_D[None, :]
-  key_kxD = load_rows(key_BxKxGxD + offsets_kxD, is_key_k, False)
-  value_kxD = load_rows(value_BxKxGxD + offsets_kxD, is_key_k, False)
-  offsets_qxD = tl.arange(0, QUERY_BLOCK)[:, None] * query_stride + index_D[None, :]
+  key_offset = ((batch * num_keys + block * KEY_BLOCK) * num_kv_heads + kv_head) * HEAD_DIM
+  offsets_kxD = row_k[:, None] * (num_kv_heads * HEAD_DIM) + index_D[None, :]
+  key_kxD = load_rows(key_BxKxGxD + key_offset + offsets_kxD, is_key_k, False)
+  value_kxD = load_rows(value_BxKxGxD + key_offset + offsets_kxD, is_key_k, False)
+  offsets_qxD = row_q[:, None] * query_stride + index_D[None, :]
 
   key_grad_kxD = tl.full((KEY_BLOCK, HEAD_DIM), 0.0, tl.float32)
   value_grad_kxD = tl.full((KEY_BLOCK, HEAD_DIM), 0.0, tl.float32)
@@ -171,7 +179,7 @@ def key_value_grad(
     for step in range(0, GROUP * (num_full if IS_FULL else last - first - num_full)):
       query_block = block_at(step // GROUP, first, last, full_first, full_last, IS_FULL)
       head = kv_head * GROUP + step % GROUP
-      index_q = query_block * QUERY_BLOCK + tl.arange(0, QUERY_BLOCK)
+      index_q = query_block * QUERY_BLOCK + row_q
       is_query_q = index_q < num_queries
       first_row = batch * num_queries + query_block * QUERY_BLOCK
       block_offset = first_row * query_stride + head * HEAD_DIM
@@ -187,9 +195,8 @@ def key_value_grad(
       scores_kxq, slope_kxq = base_2_scores(products_kxq, SCALE, SOFT_CAP)
       weights_kxq = tl.exp2(scores_kxq - log_sum_exp_q[None, :])
       if not IS_FULL:
-        row_q = batch * num_queries + index_q
-        start_q = tl.load(start_BxQ + row_q, mask=is_query_q, other=0)
-        stop_q = tl.load(stop_BxQ + row_q, mask=is_query_q, other=0)
+        start_q = tl.load(start_BxQ + batch * num_queries + index_q, mask=is_query_q, other=0)
+        stop_q = tl.load(stop_BxQ + batch * num_queries + index_q, mask=is_query_q, other=0)
         is_seen_kxq = (index_k[:, None] >= start_q[None, :]) & (index_k[:, None] < stop_q[None, :])
         weights_kxq = tl.where(is_seen_kxq, weights_kxq, 0.0)
       value_grad_kxD = tl.dot(
@@ -198,12 +205,11 @@ def key_value_grad(
           value_grad_kxD,
           input_precision=PRECISION,
       )
-      weights_grad_kxq = tl.dot(
-          value_kxD, tl.trans(out_cotangent_qxD), input_precision=PRECISION
-      )
+      weights_grad_kxq = tl.dot(value_kxD, tl.trans(out_cotangent_qxD), input_precision=PRECISION)
       scores_grad_kxq = weights_kxq * (weights_grad_kxq - delta_q[None, :]) * slope_kxq
       key_grad_kxD = tl.dot(
           scores_grad_kxq.to(key_kxD.dtype), query_qxD, key_grad_kxD, input_precision=PRECISION
       )
-  tl.store(key_grad_BxKxGxD + offsets_kxD, key_grad_kxD * SCALE, mask=is_key_k[:, None])
-  tl.store(value_grad_BxKxGxD + offsets_kxD, value_grad_kxD, mask=is_key_k[:, None])
+  is_key_kx1 = is_key_k[:, None]
+  tl.store(key_grad_BxKxGxD + key_offset + offsets_kxD, key_grad_kxD * SCALE, mask=is_key_kx1)
+  tl.store(value_grad_BxKxGxD + key_offset + offsets_kxD, value_grad_kxD, mask=is_key_kx1)

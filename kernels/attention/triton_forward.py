@@ -43,23 +43,24 @@ def forward(
     SOFT_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-  """Grid (query blocks, H, B): the last block first, since under a causal mask it is the longest."""
+  """Grid (query blocks, H, B); the last blocks, the longest under a causal mask, start first."""
   block = tl.num_programs(0) - 1 - tl.program_id(0)
   head = tl.program_id(1)
   batch = tl.program_id(2).to(tl.int64)
   key_stride = num_heads // GROUP * HEAD_DIM
-  index_q = block * QUERY_BLOCK + tl.arange(0, QUERY_BLOCK)
+  row_q = tl.arange(0, QUERY_BLOCK)
+  index_q = block * QUERY_BLOCK + row_q
   is_query_q = index_q < num_queries
-  index_k = tl.arange(0, KEY_BLOCK)
+  row_k = tl.arange(0, KEY_BLOCK)
   index_D = tl.arange(0, HEAD_DIM)
 
   start_q = tl.load(start_BxQ + batch * num_queries + index_q, mask=is_query_q, other=0)
   stop_q = tl.load(stop_BxQ + batch * num_queries + index_q, mask=is_query_q, other=0)
-  row_q = (batch * num_queries + index_q) * num_heads + head
-  offsets_qxD = row_q[:, None] * HEAD_DIM + index_D[None, :]
-  query_qxD = load_rows(query_BxQxHxD + offsets_qxD, is_query_q, False)
+  query_offset = ((batch * num_queries + block * QUERY_BLOCK) * num_heads + head) * HEAD_DIM
+  offsets_qxD = row_q[:, None] * (num_heads * HEAD_DIM) + index_D[None, :]
+  query_qxD = load_rows(query_BxQxHxD + query_offset + offsets_qxD, is_query_q, False)
   head_offset = batch * num_keys * key_stride + head // GROUP * HEAD_DIM
-  offsets_kxD = index_k[:, None] * key_stride + index_D[None, :]
+  offsets_kxD = row_k[:, None] * key_stride + index_D[None, :]
 
   out_qxD = tl.full((QUERY_BLOCK, HEAD_DIM), 0.0, tl.float32)
   maximum_q = tl.full((QUERY_BLOCK,), LOWEST, tl.float32)
@@ -69,20 +70,20 @@ def forward(
   for IS_FULL in tl.static_range(2):
     for step in range(0, num_full if IS_FULL else last - first - num_full):
       key_block = block_at(step, first, last, full_first, full_last, IS_FULL)
-      key_k = key_block * KEY_BLOCK + index_k
+      index_k = key_block * KEY_BLOCK + row_k
       block_offset = head_offset + key_block.to(tl.int64) * KEY_BLOCK * key_stride
-      key_kxD = load_rows(key_BxKxGxD + block_offset + offsets_kxD, key_k < num_keys, IS_FULL)
-      products_qxk = tl.dot(query_qxD, tl.trans(key_kxD), input_precision=PRECISION)
+      index_kxD = load_rows(key_BxKxGxD + block_offset + offsets_kxD, index_k < num_keys, IS_FULL)
+      products_qxk = tl.dot(query_qxD, tl.trans(index_kxD), input_precision=PRECISION)
       scores_qxk, _ = base_2_scores(products_qxk, SCALE, SOFT_CAP)
       if not IS_FULL:
-        is_seen_qxk = (key_k[None, :] >= start_q[:, None]) & (key_k[None, :] < stop_q[:, None])
+        is_seen_qxk = (index_k[None, :] >= start_q[:, None]) & (index_k[None, :] < stop_q[:, None])
         scores_qxk = tl.where(is_seen_qxk, scores_qxk, float("-inf"))
       new_maximum_q = tl.maximum(maximum_q, tl.max(scores_qxk, 1))
       weights_qxk = tl.exp2(scores_qxk - new_maximum_q[:, None])
       decay_q = tl.exp2(maximum_q - new_maximum_q)
       maximum_q = new_maximum_q
       sum_q = sum_q * decay_q + tl.sum(weights_qxk, 1)
-      value_kxD = load_rows(value_BxKxGxD + block_offset + offsets_kxD, key_k < num_keys, IS_FULL)
+      value_kxD = load_rows(value_BxKxGxD + block_offset + offsets_kxD, index_k < num_keys, IS_FULL)
       out_qxD = tl.dot(
           weights_qxk.to(value_kxD.dtype),
           value_kxD,
@@ -95,7 +96,7 @@ def forward(
   sum_q = tl.where(is_empty_q, 1.0, sum_q)
   out_qxD = tl.where(is_empty_q[:, None], 0.0, out_qxD / sum_q[:, None])
   out_qxD = out_qxD.to(out_BxQxHxD.dtype.element_ty)
-  tl.store(out_BxQxHxD + offsets_qxD, out_qxD, mask=is_query_q[:, None])
+  tl.store(out_BxQxHxD + query_offset + offsets_qxD, out_qxD, mask=is_query_q[:, None])
   log_sum_exp_q = tl.where(is_empty_q, float("-inf"), (maximum_q + tl.log2(sum_q)) * LN_2)
   offset_q = (batch * num_heads + head) * num_queries + index_q
   tl.store(log_sum_exp_BxHxQ + offset_q, log_sum_exp_q, mask=is_query_q)

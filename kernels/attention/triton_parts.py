@@ -31,7 +31,7 @@ def meeting_blocks(start_q, stop_q, num_keys, KEY_BLOCK: tl.constexpr):
 
 @triton.jit
 def block_at(index, first, last, full_first, full_last, IS_FULL: tl.constexpr):
-  """The index-th block of the full ones, or of the others: [first, full_first), [full_last, last)."""
+  """The index-th full block; or else of [first, full_first) and then [full_last, last)."""
   if IS_FULL:
     return full_first + index
   else:

@@ -1,5 +1,7 @@
 """One suite for every attention backend: values and gradients against a float64 judge."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from tests.kernels.attention_cases import CASES
 BACKENDS = ("reference", "xla")
 # Largest error over the largest value; the rounding of one operation is 6e-8, 4e-3 and 5e-4.
 TOLERANCES = {"float32": 3e-6, "bfloat16": 1.5e-2, "float16": 2e-3}
+NAMES = ("out", "log_sum_exp", "query gradient", "key gradient", "value gradient")
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -25,14 +28,14 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(xla, "KEY_BLOCK", 12)
 
 
-def with_grads(case, backend):
-  """A compiled function of `case.arrays()` that returns what `judge` returns."""
+@functools.cache
+def with_grads(backend, soft_cap=None):
+  """A compiled function of `Case.arrays()` that returns what `judge` returns."""
 
   def run(query, key, value, intervals, out_cotangent, log_sum_exp_cotangent):
     def function(query, key, value):
-      return attention(
-          query, key, value, KeyIntervals(*intervals), soft_cap=case.soft_cap, backend=backend
-      )
+      pairs = KeyIntervals(*intervals)
+      return attention(query, key, value, pairs, soft_cap=soft_cap, backend=backend)
 
     results, pull_back = jax.vjp(function, query, key, value)
     return *results, *pull_back((out_cotangent, log_sum_exp_cotangent))
@@ -66,23 +69,20 @@ def judged(arrays, soft_cap):
 def test_values_and_gradients(case, backend):
   arrays, exact = rounded(case.arrays(), "float32")
   expected = judged(exact, case.soft_cap)
-  for name, actual, wanted in zip(
-      ("out", "log_sum_exp", "query", "key", "value"), with_grads(case, backend)(*arrays), expected
-  ):
-    assert actual.dtype == jnp.float32
-    assert error(actual, wanted) < TOLERANCES["float32"], name
+  for name, array, wanted in zip(NAMES, with_grads(backend, case.soft_cap)(*arrays), expected):
+    assert error(array, wanted) < TOLERANCES["float32"], name
 
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ("many_documents", "empty_rows", "soft_cap"))
+@pytest.mark.parametrize("name", ("packed", "empty_rows", "soft_cap"))
 def test_half_precision(name, backend, dtype):
   case = BY_NAME[name]
   arrays, exact = rounded(case.arrays(), dtype)
   expected = judged(exact, case.soft_cap)
-  actual = with_grads(case, backend)(*arrays)
+  actual = with_grads(backend, case.soft_cap)(*arrays)
   assert [array.dtype for array in actual] == [dtype, "float32", dtype, dtype, dtype]
-  for name, array, wanted in zip(("out", "log_sum_exp", "query", "key", "value"), actual, expected):
+  for name, array, wanted in zip(NAMES, actual, expected):
     assert error(array, wanted) < TOLERANCES[dtype], name
 
 
@@ -92,7 +92,7 @@ def test_empty_rows_are_exact(backend):
   arrays, _ = rounded(case.arrays(), "float32")
   start, stop = case.arrays()[3]
   is_empty = stop <= start
-  out, log_sum_exp, query_grad, key_grad, value_grad = with_grads(case, backend)(*arrays)
+  out, log_sum_exp, query_grad, key_grad, value_grad = with_grads(backend, case.soft_cap)(*arrays)
   assert not np.asarray(out)[is_empty].any()
   assert (np.asarray(log_sum_exp)[is_empty] == -np.inf).all()
   assert not np.asarray(query_grad)[is_empty].any()
@@ -105,37 +105,42 @@ def test_large_scores_do_not_overflow(backend):
   case = BY_NAME["causal"]
   query, *rest = case.arrays()
   arrays, exact = rounded((query * 1e4, *rest), "float32")
-  actual = with_grads(case, backend)(*arrays)
+  actual = with_grads(backend, case.soft_cap)(*arrays)
   out, log_sum_exp, *_ = judged(exact, None)
   assert all(np.isfinite(array).all() for array in actual)
   assert error(actual[1], log_sum_exp) < 1e-6
   assert error(actual[0], out) < 5e-3  # scores of 1e5 carry an absolute error of 1e-2
 
 
-@pytest.mark.parametrize("parts", ((0, 32), (0, 10, 32), (0, 8, 16, 24, 32)))
-@pytest.mark.parametrize("name", ("causal", "many_documents", "empty_rows"))
-def test_merge_of_partials_equals_the_whole(name, parts):
-  """Over a partition of the keys, some parts empty for some rows; values and gradients."""
-  case = BY_NAME[name]
-  arrays, exact = rounded(case.arrays(), "float32")
-  parts = [bound * case.K // 32 for bound in parts]
+@functools.cache
+def merged_with_grads(bounds):
+  """What `judge` returns, from attention over each part of the keys; `bounds` cut them."""
 
-  def merged(query, key, value):
-    intervals = KeyIntervals(*arrays[3])
-    return attention_lib.merge([
-        attention(
-            query,
-            key[:, first:last],
-            value[:, first:last],
-            attention_lib.within(intervals, first, last - first),
-            backend="reference",
-        )
-        for first, last in zip(parts, parts[1:])
-    ])
+  def run(query, key, value, intervals, *cotangents):
+    def function(query, key, value):
+      return attention_lib.merge([
+          attention(
+              query,
+              key[:, first:last],
+              value[:, first:last],
+              attention_lib.within(KeyIntervals(*intervals), first, last - first),
+              backend="reference",
+          )
+          for first, last in zip(bounds, bounds[1:])
+      ])
 
-  results, pull_back = jax.vjp(jax.jit(merged), *arrays[:3])
-  actual = *results, *pull_back(tuple(arrays[4:]))
-  for array, wanted in zip(actual, judged(exact, None)):
+    results, pull_back = jax.vjp(function, query, key, value)
+    return *results, *pull_back(cotangents)
+
+  return jax.jit(run)
+
+
+@pytest.mark.parametrize("bounds", ((0, 37), (0, 8, 16, 24, 37)))
+@pytest.mark.parametrize("name", ("causal", "packed", "empty_rows"))
+def test_merge_of_partials_equals_the_whole(name, bounds):
+  """Some or all partials are empty for some rows."""
+  arrays, exact = rounded(BY_NAME[name].arrays(), "float32")
+  for array, wanted in zip(merged_with_grads(bounds)(*arrays), judged(exact, None)):
     assert error(array, wanted) < TOLERANCES["float32"]
 
 
