@@ -1,0 +1,126 @@
+"""A tiny model, packed batches for it, and its losses and gradients on any mesh."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from kernels.ring import Layout
+from lwm.experiment import LossConfig
+from lwm.experiment import MeshConfig
+from lwm.model import ModelConfig
+from lwm.model import build
+from lwm.parallel.mesh import make_mesh
+
+ROPE_THETA = 1e4
+
+
+@pytest.fixture(autouse=True)
+def no_implicit_rank_promotion():
+  with jax.numpy_rank_promotion("raise"):
+    yield
+
+
+def tiny_config(**changes) -> ModelConfig:
+  # Chunks that divide nothing, so that ragged ends are covered.
+  return ModelConfig(**{
+      **dict(
+          num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, feed_forward_width=48,
+          text_vocab_size=40, vision_vocab_size=24, compute_dtype="float32", initializer_std=0.2,
+          feed_forward_chunk=3, loss_chunk=5,
+      ),
+      **changes,
+  })
+
+
+def mesh_of(**sizes):
+  config = MeshConfig(**{"fsdp": 1, **sizes})
+  return make_mesh(config, jax.devices()[: config.data * config.fsdp * config.ring * config.tensor])
+
+
+def document(rng, length, modality, config=tiny_config()):
+  """(tokens, targets, weights, modality) of a document whose targets are of one modality."""
+  first = config.text_vocab_size if modality else 0
+  size = config.vision_vocab_size if modality else config.text_vocab_size
+  ids = first + rng.integers(0, size, length + 1)
+  return ids[:-1], ids[1:], np.ones(length), np.full(length, modality)
+
+
+def pack(rows, sequence_length):
+  """A batch in global order of rows, which are lists of documents; what is left is padding."""
+  shape = len(rows), sequence_length
+  batch = {
+      name: np.zeros(shape, np.int32)
+      for name in ("tokens", "targets", "segment_ids", "positions", "modality", "key_start", "key_stop")
+  }
+  batch["loss_weights"] = np.zeros(shape, np.float32)
+  for r, documents in enumerate(rows):
+    begin = 0
+    for n, (tokens, targets, weights, modality) in enumerate(documents):
+      own = slice(begin, begin + len(tokens))
+      batch["tokens"][r, own] = tokens
+      batch["targets"][r, own] = targets
+      batch["loss_weights"][r, own] = weights
+      batch["modality"][r, own] = modality
+      batch["segment_ids"][r, own] = n + 1
+      batch["positions"][r, own] = np.arange(len(tokens))
+      batch["key_start"][r, own] = begin
+      batch["key_stop"][r, own] = np.arange(begin, own.stop) + 1
+      begin = own.stop
+  return batch
+
+
+def place(batch, layout, mesh, rules):
+  """The batch in the order of the layout, on the mesh."""
+  sharding = jax.NamedSharding(mesh, rules.spec("batch", "sequence"))
+  order = layout.permutation(batch["tokens"].shape[1])
+  return {name: jax.device_put(array[:, order], sharding) for name, array in batch.items()}
+
+
+def init(model, mesh, seed=0):
+  shardings = model.rules.tree_shardings(model.logical_axes, mesh)
+  return jax.jit(model.init, out_shardings=shardings)(jax.random.key(seed))
+
+
+def half_each(sums):
+  """The loss that training minimises when both modalities have one half."""
+  return 0.5 * (sums.loss / sums.weight).sum()
+
+
+def loss_and_gradients(config, mesh, kind, batch, loss=LossConfig(), combine=half_each):
+  """(LossSums, gradients of `combine` of them) as NumPy arrays, of parameters from seed 0."""
+  model = build(config)
+  layout = Layout(kind, mesh.shape["ring"])
+
+  def objective(params, batch):
+    sums = model.losses(params, batch, rope_theta=ROPE_THETA, layout=layout, loss=loss)
+    return combine(sums), sums
+
+  with jax.set_mesh(mesh):
+    params = init(model, mesh)
+    gradients, sums = jax.jit(jax.grad(objective, has_aux=True))(
+        params, place(batch, layout, mesh, model.rules)
+    )
+  same = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), gradients, params)
+  assert all(jax.tree.leaves(same)), "a gradient is sharded unlike its parameter"
+  return jax.tree.map(np.asarray, (sums, gradients))
+
+
+def assert_trees_close(actual, expected, tolerance):
+  """Largest difference of each array relative to its largest element."""
+  def check(path, a, b):
+    error = np.abs(a - b).max() / np.abs(b).max()
+    assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.2e} > {tolerance:.0e}"
+
+  jax.tree_util.tree_map_with_path(check, actual, expected)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+  """The functions above, under one name: test modules cannot import each other."""
+  return types.SimpleNamespace(
+      config=tiny_config, mesh=mesh_of, document=document, pack=pack, place=place, init=init,
+      half_each=half_each, loss_and_gradients=loss_and_gradients, assert_close=assert_trees_close,
+      rope_theta=ROPE_THETA,
+  )
