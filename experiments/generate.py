@@ -86,13 +86,10 @@ def write_text(trained: infer.TrainedModel, tokenizer: Tokenizer, path: pathlib.
 
 
 def write_video(
-    trained: infer.TrainedModel, dataset: Dataset, codec: Codec, path: pathlib.Path
+    trained: infer.TrainedModel, clip: infer.Clip, codec: Codec, path: pathlib.Path
 ) -> None:
   """Continues the clip, and writes truth and prediction to `path`."""
-  clip = infer.cut_clip(
-      held_out_clip(dataset), dataset.text_vocab_size, _GIVEN_FRAMES.value, _FRAMES.value
-  )
-  start = dataset.text_vocab_size
+  start = trained.model.config.text_vocab_size
   choice = infer.Choice(
       start, start + codec.config.codebook_size, _VISION_TEMPERATURE.value, _VISION_TOP_K.value
   )
@@ -103,8 +100,8 @@ def write_video(
   save_contact_sheet(path, [[*given, *truth[_GIVEN_FRAMES.value :]], [*given, *predicted]])
 
 
-def held_out_clip(dataset: Dataset) -> np.ndarray:
-  """Ids of the validation document with frames that --clip names."""
+def held_out_clip(dataset: Dataset) -> infer.Clip:
+  """The validation document with frames that --clip names, cut."""
   split = dataset.split(VALIDATION)
   (with_frames,) = np.nonzero(split.targets[:, 1])
   if _CLIP.value >= len(with_frames):
@@ -113,7 +110,8 @@ def held_out_clip(dataset: Dataset) -> np.ndarray:
         "frames, counted from 0."
     )
   document = int(with_frames[_CLIP.value])
-  return split.read(document, 0, int(split.lengths[document]))[0]
+  tokens, _ = split.read(document, 0, int(split.lengths[document]))
+  return infer.cut_clip(tokens, dataset.text_vocab_size, _GIVEN_FRAMES.value, _FRAMES.value)
 
 
 def with_border(frame_HxWx3: np.ndarray) -> np.ndarray:
@@ -151,14 +149,15 @@ def main(argv: list[str]) -> None:
   tokenizer = load_tokenizer(experiment.tokenizer)
   with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])):
     trained = infer.load_trained(experiment, workdir)
+    dataset = video_dataset(experiment)
+    clip_and_codec = dataset and (held_out_clip(dataset), load_codec(experiment, dataset))
     print(f"{workdir}: step {trained.total_steps}, stage {trained.stage}")
     samples = workdir / "samples"
     samples.mkdir(exist_ok=True)
     print(write_text(trained, tokenizer, samples / "text.txt"))
     print(f"text: {samples / 'text.txt'}")
-    dataset = video_dataset(experiment)
-    if dataset:
-      write_video(trained, dataset, load_codec(experiment, dataset), samples / "video.png")
+    if clip_and_codec:
+      write_video(trained, *clip_and_codec, samples / "video.png")
       print(f"video: {samples / 'video.png'}")
 
 

@@ -1,0 +1,130 @@
+"""The program that samples, from the command line to its files."""
+
+import pathlib
+import runpy
+import subprocess
+import sys
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+
+from lwm import data
+from lwm import model as model_lib
+from lwm.experiment import MeshConfig
+from lwm.parallel.mesh import make_mesh
+from lwm.train.checkpoint import Checkpoints
+from lwm.train.checkpoint import Identity
+from lwm.train.checkpoint import Progress
+from lwm.train.state import TrainState
+from lwm.vision.codec import Codec
+from lwm.vision.codec import save_vqgan
+from lwm.vision.config import VQGANConfig
+from lwm.vision.vqgan import VQGAN
+
+VISION = VQGANConfig(
+    resolution=32, hidden_channels=8, channel_multipliers=(1, 1), num_res_blocks=1,
+    latent_channels=8, codebook_size=16, codebook_width=4, norm_groups=4,
+)  # fmt: skip
+ROOT = pathlib.Path(__file__).parent.parent.parent
+CODES_NxP = np.random.default_rng(0).integers(0, VISION.codebook_size, (3, 256))
+CONFIG = """
+from configs import models
+from lwm.experiment import DatasetConfig
+from lwm.experiment import Experiment
+from lwm.experiment import MixtureEntry
+from lwm.experiment import Stage
+
+def get_config(directory):
+  return Experiment(
+      tokenizer=f"{directory}/tokenizer.model",
+      model=models.debug(text_vocab_size=300),
+      datasets=[
+          DatasetConfig(name="text", path=f"{directory}/text"),
+          DatasetConfig(name="video", path=f"{directory}/video"),
+      ],
+      stages=[Stage(name="only", mixture=[MixtureEntry("text")])],
+  )
+"""
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> pathlib.Path:
+  """Config, tokenizer, VQGAN, datasets, and a run of one checkpoint: all of random weights."""
+  directory = tmp_path_factory.mktemp("generate")
+  (directory / "config.py").write_text(CONFIG)
+  tokenizer_path = directory / "tokenizer.model"
+  data.train_sentencepiece(["the cat sees a red house and runs"] * 9, tokenizer_path, 300)
+  tokenizer = data.load_tokenizer(tokenizer_path)
+  save_vqgan(directory / "vqgan.npz", VISION, nnx.state(VQGAN(VISION, rngs=nnx.Rngs(0))))
+  with data.DatasetWriter(directory / "text", tokenizer) as writer:
+    writer.write("train", data.text_document(tokenizer, "the cat runs"))
+  with data.DatasetWriter(
+      directory / "video", tokenizer, vqgan_sha256=Codec(directory / "vqgan.npz").sha256
+  ) as writer:
+    writer.write("validation", data.text_document(tokenizer, "the cat runs"))
+    writer.write("validation", data.video_document(tokenizer, CODES_NxP, "a cat"))
+
+  experiment = runpy.run_path(str(directory / "config.py"))["get_config"](str(directory))
+  with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])):
+    params = jax.jit(model_lib.build(experiment.model).init)(jax.random.key(0))
+    checkpoints = Checkpoints(directory / "run" / "checkpoints", keep=1)
+    identity = Identity(experiment, tokenizer_path.read_bytes(), {})
+    state = TrainState(params, {"moments": jnp.zeros(3)}, jnp.int32(5))
+    checkpoints.save(state, Progress(0, 5, 5), identity)
+    checkpoints.close()
+  return directory
+
+
+def run(directory: pathlib.Path, *arguments: str, workdir: str = "run"):
+  command = [
+      sys.executable, "-m", "experiments.generate", f"--config={directory}/config.py:{directory}",
+      f"--workdir={directory / workdir}", "--num_tokens=5", "--given_frames=1", "--frames=2",
+  ]  # fmt: skip
+  return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_text_and_frames(directory):
+  done = run(directory, "--prompt=the cat")
+  assert done.returncode == 0, done.stderr
+  samples = directory / "run" / "samples"
+  text = (samples / "text.txt").read_text()
+  assert text.startswith("the cat") and text.strip() in done.stdout
+  assert str(samples / "text.txt") in done.stdout and str(samples / "video.png") in done.stdout
+
+  picture = np.asarray(Image.open(samples / "video.png").convert("RGB"))
+  # Three columns and two rows of 32 pixels, doubled, with gaps of four.
+  assert picture.shape == (2 * 64 + 4, 3 * 64 + 2 * 4, 3)
+  truth, prediction = picture[:64], picture[68:]
+  frames = Codec(directory / "vqgan.npz").decode(CODES_NxP).repeat(2, 1).repeat(2, 2)
+  np.testing.assert_array_equal(truth[:, 68:132], frames[1])
+  np.testing.assert_array_equal(truth[:, 136:], frames[2])
+  # The given frame has a border in both rows.
+  np.testing.assert_array_equal(truth[:, :64], prediction[:, :64])
+  np.testing.assert_array_equal(truth[2:-2, 2:62], frames[0][2:-2, 2:-2])
+  assert (truth[:2, :64] == truth[0, 0]).all() and (truth[0, 0] != frames[0][0, 0]).any()
+
+  assert run(directory, "--prompt=the cat", "--seed=4").returncode == 0
+  other = np.asarray(Image.open(samples / "video.png").convert("RGB"))
+  np.testing.assert_array_equal(other[:64], truth)
+  assert (other[68:] != prediction).any()
+
+
+@pytest.mark.parametrize(
+    "arguments, workdir, message",
+    [
+        ([], "nowhere", "There is no checkpoint in"),
+        (["--frames=3"], "run", "The clip has 3 frames, fewer than 1 given + 3 predicted"),
+        (["--clip=1"], "run", "has 1 validation documents with frames"),
+        (["--vqgan=config.py"], "run", "There is no VQGAN file config.py"),
+    ],
+    ids=["checkpoint", "frames", "clip", "vqgan"],
+)
+def test_mistakes_end_in_one_sentence(directory, arguments, workdir, message):
+  done = run(directory, *arguments, workdir=workdir)
+  assert done.returncode == 1
+  assert done.stderr.strip().splitlines()[-1].startswith("error: ") and message in done.stderr
+  assert "Traceback" not in done.stderr
