@@ -141,7 +141,8 @@ def _make_video(
               writer.write(split, video_document(tokenizer, window, caption), name)
 
 
-def _print_dataset(dataset: Dataset) -> None:
+def _print_dataset(dataset: Dataset, tokenizer: Tokenizer) -> None:
+  dataset.check_tokenizer(tokenizer)
   for name, split in dataset.manifest["splits"].items():
     entropy = ", ".join(f"{m} {nats:.3f}" for m, nats in split["unigram_entropy"].items())
     print(
@@ -174,13 +175,13 @@ def main(argv: list[str]) -> None:
   part(model, lambda: _make_tokenizer(model))
   tokenizer = load_tokenizer(model)
   part(text, lambda: _make_text(text, tokenizer))
-  _print_dataset(Dataset(text))
+  _print_dataset(Dataset(text), tokenizer)
   codec = Codec(vqgan)
   part(video, lambda: _make_video(video, tokenizer, codec, clips))
   dataset = Dataset(video)
   if dataset.manifest["vqgan_sha256"] != codec.sha256:
     raise UserError(f"{video} was made with another VQGAN than {vqgan}: delete {video}.")
-  _print_dataset(dataset)
+  _print_dataset(dataset, tokenizer)
 
 
 if __name__ == "__main__":

@@ -53,10 +53,10 @@ class VQGANConfig:
 class VQGANTrainingConfig:
   """How a VQGAN is trained; see `lwm.vision.train`."""
 
-  steps: int = 400
+  steps: int = 800
   # First steps, without quantization; the codebook then starts from clusters of the latents.
-  continuous_steps: int = 100
-  batch_size: int = 16
+  continuous_steps: int = 200
+  batch_size: int = 8
   peak_learning_rate: float = 2e-3
   warmup_steps: int = 20
   commitment_weight: float = 0.25
