@@ -1,10 +1,10 @@
-"""Samples from the newest checkpoint of a run: text after a prompt, frames after a held-out clip's first.
+"""Samples from the newest checkpoint of a run: goes on with a text, and with a held-out clip.
 
     python -m experiments.generate --config=configs/laptop.py --workdir=runs/laptop
 
-Writes WORKDIR/samples/text.txt, and WORKDIR/samples/video.png if a dataset of the run has validation
-documents with frames: ground truth above (as the VQGAN shows it), prediction below, frames that the
-model was given with a border.
+Writes WORKDIR/samples/text.txt, and WORKDIR/samples/video.png if a dataset of the run has
+validation documents with frames: ground truth above (as the VQGAN shows it), prediction below,
+frames that the model was given with a border.
 """
 
 import pathlib

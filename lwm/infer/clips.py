@@ -1,4 +1,4 @@
-"""A held-out clip cut for continuation: its first frames given, the frames after them to be predicted.
+"""A held-out clip, cut: its first frames are given, those after them are to be predicted.
 
 N frames of P = 256 codes.
 """

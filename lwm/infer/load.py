@@ -53,9 +53,8 @@ def load_trained(experiment: Experiment, workdir: pathlib.Path) -> TrainedModel:
   manager = None
   if directory.is_dir():
     manager = ocp.CheckpointManager(
-        directory.absolute(), options=ocp.CheckpointManagerOptions(
-            read_only=True, save_interval_steps=0, create=False, cleanup_tmp_directories=False
-        )
+        directory.absolute(),
+        options=ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False),
     )
   if manager is None or manager.latest_step() is None:
     raise UserError(
@@ -75,7 +74,9 @@ def load_trained(experiment: Experiment, workdir: pathlib.Path) -> TrainedModel:
   if difference is None and stored.tokenizer[1] != pathlib.Path(experiment.tokenizer).read_bytes():
     difference = f"another tokenizer than {experiment.tokenizer}"
   if difference:
-    raise UserError(f"{workdir} holds a model with {difference}: give the --config it was trained by.")
+    raise UserError(
+        f"{workdir} holds a model with {difference}: give the --config that it was trained by."
+    )
 
   # One token does not divide over a ring.
   rules = ShardingRules(sequence=None)

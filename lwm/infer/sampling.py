@@ -62,8 +62,8 @@ def sample(
     model: hashable: the program is compiled once for each model, choice and shape.
     params: of the model.
     prompt_BxP: int32 ids, P >= 1, no padding.
-    forced_T: int32; the id that each new token must have, or FREE. An <eof> is forced after the codes
-      of a frame (LWM, arXiv 2402.08268, generates frames so).
+    forced_T: int32; the id that each new token must have, or FREE. An <eof> is forced after the
+      codes of a frame (LWM, arXiv 2402.08268, generates frames so).
     key: same key, same tokens.
     choice: how free tokens are drawn.
     rope_theta: base of RoPE.
