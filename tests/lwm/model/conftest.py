@@ -1,5 +1,7 @@
 """A tiny model, packed batches for it, and its losses and gradients on any mesh."""
 
+import dataclasses
+import functools
 import types
 
 import jax
@@ -78,9 +80,24 @@ def place(batch, layout, mesh, rules):
   return {name: jax.device_put(array[:, order], sharding) for name, array in batch.items()}
 
 
-def init(model, mesh, seed=0):
-  shardings = model.rules.tree_shardings(model.logical_axes, mesh)
-  return jax.jit(model.init, out_shardings=shardings)(jax.random.key(seed))
+def compile_quickly(function, **options):
+  """`jax.jit` for programs that run once: most of a test's time is LLVM's."""
+  return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
+
+
+@functools.cache
+def _params_on_one_device(config_fields):
+  with jax.set_mesh(mesh_of()):
+    init = build(ModelConfig(**dict(config_fields))).init
+    return jax.tree.map(np.asarray, compile_quickly(init)(jax.random.key(0)))
+
+
+def init(model, mesh):
+  """The parameters of seed 0 on the mesh."""
+  # The number of layers and the like fix the parameters; what is only computed with does not.
+  fields = dataclasses.asdict(model.config) | {"remat": "full", "compute_dtype": "float32"}
+  params = _params_on_one_device(tuple(fields.items()))
+  return jax.device_put(params, model.rules.tree_shardings(model.logical_axes, mesh))
 
 
 def half_each(sums):
@@ -99,7 +116,7 @@ def loss_and_gradients(config, mesh, kind, batch, loss=LossConfig(), combine=hal
 
   with jax.set_mesh(mesh):
     params = init(model, mesh)
-    gradients, sums = jax.jit(jax.grad(objective, has_aux=True))(
+    gradients, sums = compile_quickly(jax.grad(objective, has_aux=True))(
         params, place(batch, layout, mesh, model.rules)
     )
   same = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), gradients, params)
@@ -121,6 +138,6 @@ def tiny():
   """The functions above, under one name: test modules cannot import each other."""
   return types.SimpleNamespace(
       config=tiny_config, mesh=mesh_of, document=document, pack=pack, place=place, init=init,
-      half_each=half_each, loss_and_gradients=loss_and_gradients, assert_close=assert_trees_close,
+      jit=compile_quickly, half_each=half_each, loss_and_gradients=loss_and_gradients, assert_close=assert_trees_close,
       rope_theta=ROPE_THETA,
   )

@@ -1,0 +1,61 @@
+"""Decoding with a cache gives the logits of a full forward pass."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.attention import KeyIntervals
+from kernels.ring import Layout
+from lwm.model import build
+from lwm.parallel.sharding import ShardingRules
+
+LAYOUT = Layout("contiguous", 1)
+LENGTHS = (11, 8)
+
+
+def full_logits(tiny, tokens):
+  """Logits of every token of a row [S] alone."""
+  model, mesh = build(tiny.config()), tiny.mesh()
+
+  @tiny.jit
+  def logits(params, tokens):
+    position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    intervals = KeyIntervals(jnp.zeros_like(position), position + 1)
+    hidden = model.hidden(
+        params, tokens, position, intervals, rope_theta=tiny.rope_theta, layout=LAYOUT
+    )
+    return model.logits(params, hidden)
+
+  with jax.set_mesh(mesh):
+    return np.asarray(logits(tiny.init(model, mesh), tokens[None]))[0]
+
+
+@pytest.mark.parametrize("sizes", [dict(), dict(data=2, fsdp=1, tensor=2)], ids=str)
+def test_cached_decode_equals_full_forward(tiny, sizes):
+  """Rows of different length, padded on the left: a prompt at once, then a token at a time."""
+  rng = np.random.default_rng(4)
+  rows = [rng.integers(0, 64, length).astype(np.int32) for length in LENGTHS]
+  padding = max(LENGTHS) - np.array(LENGTHS, np.int32)
+  tokens = np.stack([np.pad(row, (pad, 0)) for row, pad in zip(rows, padding)])
+  model, mesh = build(tiny.config(), ShardingRules(sequence=None)), tiny.mesh(**sizes)
+  decode = tiny.jit(
+      lambda params, tokens, cache: model.decode(params, tokens, cache, rope_theta=tiny.rope_theta)
+  )
+  with jax.set_mesh(mesh):
+    params = tiny.init(model, mesh)
+    cache = model.init_cache(2, 16, padding)
+    steps, at = [], 0
+    for count in (6, 1, 1, 1, 1, 1):
+      logits, cache = decode(params, tokens[:, at : at + count], cache)
+      at += count
+      steps.append((at, np.asarray(logits)))
+  assert at == max(LENGTHS) and int(cache.length) == at
+  for r, row in enumerate(rows):
+    expected = full_logits(tiny, row)
+    for column, logits in steps:
+      np.testing.assert_allclose(
+          logits[r], expected[column - 1 - padding[r]], rtol=1e-5, atol=1e-5
+      )

@@ -1,0 +1,91 @@
+"""What crosses the mesh in a compiled gradient: never a sequence, and each gradient once."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kernels.ring import Layout
+from lwm.experiment import LossConfig
+from lwm.experiment import MeshConfig
+from lwm.model import ModelConfig
+from lwm.model import build
+from lwm.parallel.mesh import make_mesh
+
+B, S, M = 2, 512, 16
+INTEGERS = ("tokens", "targets", "positions", "modality", "key_start", "key_stop")
+
+
+def collectives(remat="full", **sizes):
+  """[(kind, elements of one of its results, where it comes from)] of the compiled gradient."""
+  model = build(ModelConfig(
+      num_layers=2, width=M, num_heads=2, num_kv_heads=2, head_dim=8, feed_forward_width=24,
+      text_vocab_size=40, vision_vocab_size=24, compute_dtype="float32", remat=remat,
+  ))
+  mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
+  layout = Layout("zigzag", mesh.shape["ring"])
+
+  def loss(params, batch):
+    sums = model.losses(params, batch, rope_theta=1e4, layout=layout, loss=LossConfig())
+    return sums.loss.sum()
+
+  with jax.set_mesh(mesh):
+    params = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        model.abstract(), model.rules.tree_shardings(model.logical_axes, mesh),
+    )
+    rows = jax.NamedSharding(mesh, model.rules.spec("batch", "sequence"))
+    dtypes = dict.fromkeys(INTEGERS, jnp.int32) | {"loss_weights": jnp.float32}
+    batch = {
+        name: jax.ShapeDtypeStruct((B, S), dtype, sharding=rows) for name, dtype in dtypes.items()
+    }
+    compiled = jax.jit(
+        jax.grad(loss), compiler_options={"xla_backend_optimization_level": 0}
+    ).lower(params, batch).compile()
+  pattern = re.compile(
+      r" = (.*?) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
+      r".*?op_name=\"(.*?)\""
+  )
+  found = []
+  for match in pattern.finditer(compiled.as_text()):
+    shapes, kind, origin = match.groups()
+    for shape in re.findall(r"\w+\[([\d,]*)\]", shapes):
+      found.append((kind, math.prod(int(size) for size in shape.split(",") if size), origin))
+  assert found
+  return found
+
+
+def test_a_ring_gathers_nothing():
+  found = collectives(ring=8)
+  assert not {"all-gather", "all-to-all"} & {kind for kind, _, _ in found}
+  # Nothing is larger than a device's own tokens.
+  assert max(size for _, size, _ in found) <= B * S * M // 8
+
+
+def test_with_other_axes_only_weights_are_gathered():
+  found = collectives(fsdp=2, ring=2, tensor=2)
+  gathered = [size for kind, size, _ in found if kind == "all-gather"]
+  assert gathered and max(gathered) <= 64 * M // 2
+  assert "all-to-all" not in {kind for kind, _, _ in found}
+
+
+def test_gradients_over_fsdp_are_scattered_not_all_reduced():
+  found = collectives(fsdp=2, ring=4)
+  scattered = sum(size for kind, size, _ in found if kind == "reduce-scatter")
+  # Every weight but the norm scales, once a layer: half of it on each device.
+  layer = 4 * M * 2 * 8 + 3 * M * 24
+  assert scattered == (layer + 2 * 64 * M) // 2
+  # What is then summed over the ring is the scattered part.
+  summed = sum(size for _, size, origin in found if "unreduced_psum" in origin)
+  assert summed == scattered
+
+
+@pytest.mark.parametrize("remat,hops", [("full", 2), ("attention", 0)])
+def test_saved_attention_is_not_sent_around_again(remat, hops):
+  again = [
+      origin for kind, _, origin in collectives(remat, ring=8)
+      if kind == "collective-permute" and "rematted_computation" in origin
+  ]
+  assert len(again) == hops

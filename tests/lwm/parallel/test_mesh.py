@@ -1,0 +1,78 @@
+"""Meshes, what fits on them, and where parameters lie."""
+
+import re
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from lwm.experiment import ConfigError
+from lwm.experiment import MeshConfig
+from lwm.model import ModelConfig
+from lwm.model import build
+from lwm.parallel.mesh import check_model_fits_mesh
+from lwm.parallel.mesh import make_mesh
+
+
+def test_axes_are_explicit_and_tensor_is_nearest():
+  mesh = make_mesh(MeshConfig(data=2, fsdp=-1, ring=1, tensor=2))
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "ring": 1, "tensor": 2}
+  assert set(mesh.axis_types) == {AxisType.Explicit}
+  assert [d.id for d in mesh.devices[0, 0, 0]] == [0, 1]
+
+
+def test_sizes_must_use_the_devices():
+  with pytest.raises(ConfigError, match="does not divide the 8 devices"):
+    make_mesh(MeshConfig(data=3))
+
+
+@pytest.mark.parametrize(
+    "sizes,changes,message",
+    [
+        (dict(tensor=4), {}, "config.model.num_kv_heads = 2 does not divide over mesh.tensor = 4"),
+        (dict(fsdp=3), {}, "config.model.width = 64 does not divide over mesh.fsdp = 3"),
+        (
+            dict(tensor=2), dict(text_vocab_size=257),
+            "config.model.text_vocab_size + vision_vocab_size = 257 does not divide over mesh.tensor = 2",
+        ),
+        (dict(tensor=2), dict(feed_forward_width=129), "config.model.feed_forward_width = 129"),
+        (dict(tensor=2), dict(num_heads=3, num_kv_heads=3), "config.model.num_heads = 3"),
+    ],
+)
+def test_what_does_not_fit_is_named(sizes, changes, message):
+  ones = dict(data=1, fsdp=1, ring=1, tensor=1)
+  check_model_fits_mesh(ModelConfig(), ones | dict(fsdp=8, tensor=2))
+  with pytest.raises(ConfigError, match=re.escape(message)):
+    check_model_fits_mesh(ModelConfig(**changes), ones | sizes)
+
+
+def test_lwm_7b_fits_the_meshes_of_the_paper():
+  lwm = ModelConfig(
+      num_layers=32, width=4096, num_heads=32, num_kv_heads=32, head_dim=128,
+      feed_forward_width=11008, text_vocab_size=32000, vision_vocab_size=8448,
+  )
+  for tensor in (4, 8, 16, 32):
+    check_model_fits_mesh(lwm, dict(data=1, fsdp=64, ring=4, tensor=tensor))
+  abstract = build(lwm).abstract()
+  # Llama-2-7B's parameters and the rows and columns of the vision ids.
+  expected = 6_738_415_616 + 2 * 8448 * 4096
+  assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == expected
+
+
+def test_parameters_are_the_same_on_any_mesh_and_never_whole():
+  model = build(ModelConfig(num_layers=1, width=16, feed_forward_width=32, text_vocab_size=32))
+  drawn = []
+  for sizes in (dict(fsdp=1), dict(fsdp=4, tensor=2)):
+    mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: sizes["fsdp"] * sizes.get("tensor", 1)])
+    with jax.set_mesh(mesh):
+      drawn.append(jax.jit(model.init)(jax.random.key(0)))
+  jax.tree.map(np.testing.assert_array_equal, *drawn)
+  blocks = drawn[1]["blocks"]
+  assert blocks["attention"]["query"].sharding.spec == P(None, "fsdp", "tensor", None)
+  assert blocks["attention"]["out"].sharding.spec == P(None, "tensor", None, "fsdp")
+  assert blocks["feed_forward"]["down"].sharding.spec == P(None, "tensor", "fsdp")
+  assert drawn[1]["embedding"].sharding.spec == P("tensor", "fsdp")
+  assert drawn[1]["output"].sharding.spec == P("fsdp", "tensor")
+  assert drawn[1]["embedding"].addressable_shards[0].data.shape == (16, 4)
