@@ -9,7 +9,7 @@ left half done is removed by the next.
 
 Resume precedence: the newest complete checkpoint of the working directory, if its config agrees
 with the command line, else an error; without one, freshly initialised parameters. Settings that
-cannot change what a run computes, but for the order of float32 sums, may change on resume: see FREE.
+cannot change what a run computes, but for the order of float32 sums, may change: see FREE.
 """
 
 import dataclasses

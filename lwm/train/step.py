@@ -59,8 +59,8 @@ def train_step(
 
   Returns:
     The next state, and float32 scalars: loss, which is what is minimised; text_loss and
-    vision_loss, nats a target (0 without targets); gradient_norm before clipping; learning_rate; and
-    what train_flops wants: tokens, attended_pairs, text_targets, vision_targets.
+    vision_loss, nats a target (0 without targets); gradient_norm before clipping; learning_rate;
+    and what train_flops wants: tokens, attended_pairs, text_targets, vision_targets.
   """
   weights_2 = modality_sums(batch["loss_weights"], batch["modality"])
   normaliser_2 = jnp.where(weights_2 > 0, 1 / jnp.where(weights_2 > 0, weights_2, 1), 0)

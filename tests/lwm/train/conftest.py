@@ -1,8 +1,11 @@
 """Data for a tiny experiment, prepared here: sentences, and a pattern that moves over frames."""
 
+import os
 import pathlib
 import random
 import runpy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from lwm import data
 from lwm.experiment import Experiment
 
 CONFIG = pathlib.Path(__file__).with_name("tiny.py")
+CHECKOUT = pathlib.Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +46,29 @@ def prepared(tmp_path_factory) -> pathlib.Path:
 def experiment(prepared) -> Experiment:
   """That of tiny.py."""
   return runpy.run_path(str(CONFIG))["get_config"](str(prepared))
+
+
+@pytest.fixture(scope="session")
+def start_run(prepared):
+  """Starts `experiments.train` on tiny.py, as a process with one device."""
+
+  def start(workdir: pathlib.Path, *flags: str) -> subprocess.Popen:
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "experiments.train", f"--config={CONFIG}:{prepared}"]
+    return subprocess.Popen(
+        [*command, f"--workdir={workdir}", *flags],
+        cwd=CHECKOUT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )
+
+  return start
+
+
+@pytest.fixture(scope="session")
+def undisturbed(start_run, tmp_path_factory) -> pathlib.Path:
+  """The workdir of a run of tiny.py from start to end."""
+  workdir = tmp_path_factory.mktemp("undisturbed")
+  process = start_run(workdir)
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 0, output
+  return workdir

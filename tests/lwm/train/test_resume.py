@@ -1,0 +1,96 @@
+"""Runs that are killed with SIGKILL, and end as if they had not been."""
+
+from collections.abc import Callable
+import signal
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from lwm.train.metrics import read_metrics
+
+
+def kill_when(process, moment: Callable[[], bool]) -> None:
+  """Sends SIGKILL at the first sight of `moment`."""
+  while not moment():
+    assert process.poll() is None, process.communicate()[0]
+    time.sleep(0.0005)
+  process.kill()
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
+
+
+def steps_done(workdir) -> list[int]:
+  return [r["total_steps"] for r in read_metrics(workdir / "metrics.jsonl") if r["kind"] == "train"]
+
+
+def complete(workdir) -> list[int]:
+  """Complete checkpoints, by their total steps."""
+  paths = (workdir / "checkpoints").glob("*")
+  return sorted(int(path.name) for path in paths if path.name.isdigit())
+
+
+def incomplete(workdir) -> list[str]:
+  return [path.name for path in (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*")]
+
+
+def final_state(workdir):
+  checkpoint = workdir / "checkpoints" / "12"
+  with ocp.StandardCheckpointer() as checkpointer:
+    return jax.tree.map(
+        np.asarray,
+        [checkpointer.restore(checkpoint / item) for item in ("params", "optimizer")],
+    )
+
+
+def what_was_learnt(workdir) -> list:
+  """All that metrics.jsonl says but times."""
+  timed = ("seconds", "data_seconds", "tokens_per_second", "mfu")
+  return [
+      {name: value for name, value in record.items() if name not in timed}
+      for record in read_metrics(workdir / "metrics.jsonl")
+  ]
+
+
+@pytest.mark.slow
+def test_killed_thrice_ends_as_if_undisturbed(start_run, undisturbed, tmp_path):
+  killed = tmp_path / "killed"
+
+  # In mid-step: step 4 is on record, so step 5 or a later one is under way, or just reported.
+  kill_when(start_run(killed), lambda: max(steps_done(killed), default=0) >= 4)
+  done = steps_done(killed)[-1]
+  assert 4 <= done < 7
+
+  # Between stages: the last checkpoint of the first stage is complete, the next has no step yet.
+  process = start_run(killed)
+  kill_when(process, lambda: 7 in complete(killed))
+  assert steps_done(killed) == [1, 2, 3, 4, 5, 6, 7]
+
+  # In mid-checkpoint: step 9 is being written.
+  process = start_run(killed)
+  kill_when(process, lambda: any(name.startswith("10.") for name in incomplete(killed)))
+  assert incomplete(killed) and 10 not in complete(killed)
+
+  process = start_run(killed)
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 0, output
+  assert f"resuming {killed} after step 7 of 12" in output
+  assert incomplete(killed) == []
+  assert complete(killed) == complete(undisturbed) == [10, 12]
+  assert what_was_learnt(killed) == what_was_learnt(undisturbed)
+  assert steps_done(killed) == list(range(1, 13))
+  left, right = final_state(killed), final_state(undisturbed)
+  assert jax.tree.structure(left) == jax.tree.structure(right)
+  for one, other in zip(jax.tree.leaves(left), jax.tree.leaves(right)):
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_another_config_is_one_sentence(start_run, undisturbed):
+  output, _ = start_run(undisturbed, "--config.seed=5").communicate(timeout=120)
+  assert output == (
+      f"error: {undisturbed} holds a run with config.seed=0, not 5: set it back, or start anew with "
+      "another --workdir.\n"
+  )
