@@ -40,10 +40,11 @@ def main(argv: list[str]) -> None:
     raise UserError(f"--output={output} does not end in .npz.")
   if not 0 < _HELD_OUT.value < 1:
     raise UserError(f"--held_out={_HELD_OUT.value} is not between 0 and 1.")
-  try:
-    _VQGAN.value.validate()
-  except ValueError as error:
-    raise UserError(f"--vqgan: {error}") from error
+  for flag, settings in (("vqgan", _VQGAN.value), ("training", _TRAINING.value)):
+    try:
+      settings.validate()
+    except ValueError as error:
+      raise UserError(f"--{flag}: {error}") from error
   train_frames, held_out = [], {}
   for path in _VIDEO.value:
     frames = read_clip(path, _VQGAN.value.resolution, _FRAMES_PER_SECOND.value)

@@ -65,6 +65,14 @@ class VQGANTrainingConfig:
   # A code that wins fewer latents a batch than this share of an even split starts anew from one.
   restart_share: float = 0.02
 
+  def validate(self) -> None:
+    """Raises ValueError naming the settings that do not go together."""
+    for name in ("warmup_steps", "continuous_steps"):
+      if not 0 <= getattr(self, name) < self.steps:
+        raise ValueError(
+            f"{name}={getattr(self, name)} is not in [0, steps), steps={self.steps}: change one."
+        )
+
 
 def laptop() -> VQGANConfig:
   """Small enough to train in two minutes on two cores; 16x16 codes a frame, like LWM's."""

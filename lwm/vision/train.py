@@ -117,8 +117,12 @@ def train(
 
   Returns:
     All variables of the model, for `save_vqgan`.
+
+  Raises:
+    ValueError: settings that do not go together.
   """
   config.validate()
+  training.validate()
   model = VQGAN(config, rngs=nnx.Rngs(seed))
   graph, params, codebook = nnx.split(model, nnx.Param, Codebook)
   schedule = optax.warmup_cosine_decay_schedule(

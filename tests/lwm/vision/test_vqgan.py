@@ -98,6 +98,8 @@ def test_settings_that_do_not_go_together_are_named():
     VQGANConfig(resolution=100).validate()
   with pytest.raises(ValueError, match="norm_groups=48"):
     VQGANConfig(norm_groups=48).validate()
+  with pytest.raises(ValueError, match="warmup_steps=20 .* steps=10"):
+    VQGANTrainingConfig(steps=10, continuous_steps=0).validate()
 
 
 def test_nearest_codes_are_the_nearest():
