@@ -76,10 +76,11 @@ class Loader:
           dataset.split(TRAIN), dataset.text_vocab_size, length, configs[name].weighting, seed
       )
       self._rows.append(source)
+      # As often as the stage could need it alone: grain cannot count the rows of an endless mixture.
       streams.append(
           grain.MapDataset.range(len(source))
           .shuffle(seed=seed)
-          .repeat()
+          .repeat(-(-self._stage.steps * rows // len(source)))
           .map(lambda row, index=index: (index, row))
       )
     mixed = grain.MapDataset.mix(streams, list(weights.values()))
