@@ -28,6 +28,9 @@ from lwm.model.config import ModelConfig
 # Held-out rows are the same ones in every experiment.
 _EVALUATION_SEED = 0
 
+# More than any stage reads of a dataset.
+_ROWS_OF_STREAM = 1 << 48
+
 
 class Loader:
   """Batches of one stage of an experiment: dicts of the FIELDS of lwm/data/rows.py, [B, S] each.
@@ -76,11 +79,11 @@ class Loader:
           dataset.split(TRAIN), dataset.text_vocab_size, length, configs[name].weighting, seed
       )
       self._rows.append(source)
-      # As often as the stage could need it alone: grain cannot count the rows of an endless mixture.
+      # Not endless: grain could not count the rows of a mixture of such.
       streams.append(
           grain.MapDataset.range(len(source))
           .shuffle(seed=seed)
-          .repeat(-(-self._stage.steps * rows // len(source)))
+          .repeat(-(-_ROWS_OF_STREAM // len(source)))
           .map(lambda row, index=index: (index, row))
       )
     mixed = grain.MapDataset.mix(streams, list(weights.values()))
