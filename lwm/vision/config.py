@@ -39,8 +39,8 @@ class VQGANConfig:
     """Raises ValueError naming the settings that do not go together."""
     if self.resolution % self.downsampling:
       raise ValueError(
-          f"resolution={self.resolution} does not divide by {self.downsampling}, the downsampling of "
-          f"channel_multipliers={self.channel_multipliers}."
+          f"resolution={self.resolution} does not divide by {self.downsampling}, the downsampling "
+          f"of channel_multipliers={self.channel_multipliers}."
       )
     if any(channels % self.norm_groups for channels in self.level_channels):
       raise ValueError(

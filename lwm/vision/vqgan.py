@@ -17,7 +17,7 @@ from lwm.vision.config import VQGANConfig
 
 
 class Codebook(nnx.Variable):
-  """The code vectors: a type of their own, because moving averages set them and gradients do not."""
+  """The code vectors: a type of their own, as moving averages set them and gradients do not."""
 
 
 class ResidualBlock(nnx.Module):
@@ -91,7 +91,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-  """Latents on the grid to pixels, about [-1, 1]; one residual block a level more than the encoder."""
+  """Latents on the grid to pixels, about [-1, 1]; a level has one block more than the encoder's."""
 
   def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs):
     channels = config.level_channels[-1]
@@ -124,12 +124,12 @@ def nearest_codes(latents_BxhxwxE: jax.Array, codebook_VxE: jax.Array) -> jax.Ar
 
 
 def straight_through(latents_BxhxwxE: jax.Array, quantized_BxhxwxE: jax.Array) -> jax.Array:
-  """The quantized value, with the gradient of the latents (van den Oord et al., arXiv 1711.00937)."""
+  """The quantized value with the gradient of the latents (van den Oord et al., 1711.00937)."""
   return latents_BxhxwxE + jax.lax.stop_gradient(quantized_BxhxwxE - latents_BxhxwxE)
 
 
 class VQGAN(nnx.Module):
-  """Encoder, codebook and decoder. Pixels are float32 in [-1, 1], codes int32 in [0, codebook_size)."""
+  """Encoder, codebook, decoder. Pixels are float32 in [-1, 1], codes int32 below codebook_size."""
 
   def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs):
     config.validate()

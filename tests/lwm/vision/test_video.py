@@ -17,7 +17,7 @@ RATE = 10
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-  """Two seconds of 96 x 64 pixels: grey that grows by 10 a frame, with a red left and blue right edge."""
+  """Two seconds of 96 x 64 pixels: grey that grows by 10 a frame, left edge red, right blue."""
   path = tmp_path_factory.mktemp("video") / "clip.mp4"
   with av.open(str(path), "w") as container:
     stream = container.add_stream("mpeg4", rate=RATE)

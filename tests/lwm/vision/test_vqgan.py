@@ -77,7 +77,8 @@ def _parameters(channels, num_res_blocks, latent, codes, code_width) -> int:
     return 2 * inputs + 2 * outputs + both + shortcut
 
   top = channels[-1]
-  total = codes * code_width + convolution(latent, code_width, 1) + convolution(code_width, latent, 1)
+  total = codes * code_width
+  total += convolution(latent, code_width, 1) + convolution(code_width, latent, 1)
   total += convolution(3, channels[0], 3) + convolution(channels[0], 3, 3)
   total += convolution(top, latent, 3) + convolution(latent, top, 3)
   total += 2 * top + 2 * channels[0] + 4 * block(top, top)
@@ -88,7 +89,7 @@ def _parameters(channels, num_res_blocks, latent, codes, code_width) -> int:
   for width in reversed(channels):
     total += block(before, width) + num_res_blocks * block(width, width)
     before = width
-  # A convolution below each of the encoder's levels but the last, above the decoder's but the first.
+  # A convolution after each level of the encoder but the last, and of the decoder likewise.
   total += sum(convolution(width, width, 3) for width in channels[:-1])
   return total + sum(convolution(width, width, 3) for width in channels[1:])
 
