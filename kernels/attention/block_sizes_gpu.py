@@ -1,4 +1,8 @@
-"""Block sizes of the GPU kernels."""
+"""Block sizes of the GPU kernels, by compute capability.
+
+Chosen without a GPU: the largest blocks that `python -m tests.kernels.triton_resources` shows to
+fit the shared memory with few or no spilled registers. Nothing here has been timed.
+"""
 
 from typing import NamedTuple
 
@@ -6,13 +10,58 @@ import jax.numpy as jnp
 
 
 class Blocks(NamedTuple):
+  """Queries and keys of a block, warps of a program, and blocks in flight."""
+
   query: int
   key: int
   num_warps: int
   num_stages: int
 
 
-def triton_blocks(kernel: str, capability: int, head_dim: int, dtype) -> Blocks:
-  if jnp.dtype(dtype) == jnp.float32:
-    return Blocks(64, 32, 4, 2)
-  return Blocks(128, 64, 8, 2)
+# Rows: head_dim 64, 128, 256. Keys of a table: the lowest compute capability that it is for.
+# 8.6, 8.9 and 12.0 have 99 KiB of shared memory; 8.0 has 163 KiB, 9.0 and 10.0 have 227 KiB.
+SMALL_MEMORY = {
+    "forward": (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2)),
+    "query_grad": (Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 2), Blocks(32, 32, 4, 2)),
+    "key_value_grad": (Blocks(64, 64, 4, 2), Blocks(32, 64, 8, 2), Blocks(16, 32, 4, 2)),
+}
+HALF_PRECISION = {
+    80: {
+        "forward": (Blocks(128, 64, 4, 2), Blocks(128, 64, 8, 3), Blocks(64, 32, 8, 2)),
+        "query_grad": (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2)),
+        "key_value_grad": (Blocks(64, 128, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2)),
+    },
+    86: SMALL_MEMORY,
+    90: {
+        "forward": (Blocks(128, 128, 8, 3), Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2)),
+        "query_grad": (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2)),
+        "key_value_grad": (Blocks(64, 128, 8, 2), Blocks(64, 128, 8, 2), Blocks(32, 64, 8, 2)),
+    },
+    100: {
+        "forward": (Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2)),
+        "query_grad": (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
+        "key_value_grad": (Blocks(64, 128, 8, 2), Blocks(64, 128, 8, 2), Blocks(32, 64, 8, 2)),
+    },
+    120: SMALL_MEMORY,
+}
+SINGLE_PRECISION = {
+    "forward": (Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1)),
+    "query_grad": (Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1)),
+    "key_value_grad": (Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1)),
+}
+
+
+def triton_blocks(kernel: str, capability: int, head_dim: int, dtype: jnp.dtype) -> Blocks:
+  """Blocks of one Triton kernel.
+
+  Args:
+    kernel: "forward", "query_grad" or "key_value_grad".
+    capability: compute capability times ten, 80 or more.
+    head_dim: 64, 128 or 256.
+    dtype: of query, key and value.
+  """
+  if jnp.dtype(dtype).itemsize == 4:
+    table = SINGLE_PRECISION
+  else:
+    table = HALF_PRECISION[max(lowest for lowest in HALF_PRECISION if lowest <= capability)]
+  return table[kernel][(64, 128, 256).index(head_dim)]

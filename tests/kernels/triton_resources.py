@@ -1,0 +1,102 @@
+"""Compiles Triton attention kernels to machine code without a GPU and prints what they take.
+
+  python -m tests.kernels.triton_resources [--forward] CAPABILITY DTYPE HEAD_DIM
+
+prints one JSON line per kernel: shared memory and spilled bytes per thread (the stack), registers,
+and the kind of matrix instruction, with the block sizes of `block_sizes_gpu`.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.attention import triton_backward
+from kernels.attention import triton_forward
+from kernels.attention.block_sizes_gpu import Blocks
+from kernels.attention.block_sizes_gpu import triton_blocks
+
+KERNELS = {
+    "forward": triton_forward.forward,
+    "query_grad": triton_backward.query_grad,
+    "key_value_grad": triton_backward.key_value_grad,
+}
+TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+INSTRUCTIONS = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}
+
+
+def resources(name: str, capability: int, dtype: str, head_dim: int, blocks: Blocks) -> dict:
+  """Compiles one kernel for one kind of GPU, with a soft cap left out and four heads in a group."""
+  kernel = KERNELS[name]
+  constants = dict(GROUP=4, HEAD_DIM=head_dim, QUERY_BLOCK=blocks.query, KEY_BLOCK=blocks.key)
+  constants |= dict(SCALE=head_dim**-0.5, SOFT_CAP=None, TABLE_BLOCK=256)
+  constants["PRECISION"] = "tf32x3" if dtype == "float32" else None
+  signature, attributes = {}, {}
+  for i, parameter in enumerate(kernel.params):
+    argument = parameter.name
+    if parameter.is_constexpr:
+      signature[argument] = "constexpr"
+    elif argument.startswith("num_"):
+      signature[argument] = "i32"
+    else:
+      is_index = argument.startswith(("start", "stop", "tables"))
+      is_statistic = any(part in argument for part in ("log_sum_exp", "delta", "grad"))
+      signature[argument] = "*i32" if is_index else "*fp32" if is_statistic else TYPES[dtype]
+      attributes[(i,)] = [["tt.divisibility", 16]]
+  constants = {
+      (i,): constants[parameter.name]
+      for i, parameter in enumerate(kernel.params)
+      if parameter.is_constexpr
+  }
+  compiled = triton.compile(
+      ASTSource(kernel, signature, constants, attributes),
+      target=GPUTarget("cuda", capability, 32),
+      options=dict(
+          num_warps=blocks.num_warps, num_stages=blocks.num_stages, enable_fp_fusion=True
+      ),
+  )
+  with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+    file.write(compiled.asm["cubin"])
+    file.flush()
+    usage = subprocess.run(
+        [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+  registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+  instructions = [kind for text, kind in INSTRUCTIONS.items() if text in compiled.asm["ptx"]]
+  return dict(
+      kernel=name,
+      capability=capability,
+      dtype=dtype,
+      head_dim=head_dim,
+      blocks=blocks,
+      shared=compiled.metadata.shared,
+      registers=int(registers),
+      stack=int(stack),
+      instructions=instructions,
+      asynchronous_copies=compiled.asm["ptx"].count("cp.async."),
+  )
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--forward", action="store_true", help="the forward kernel only")
+  parser.add_argument("capability", type=int)
+  parser.add_argument("dtype", choices=TYPES)
+  parser.add_argument("head_dim", type=int)
+  flags = parser.parse_args()
+  for name in ["forward"] if flags.forward else KERNELS:
+    blocks = triton_blocks(name, flags.capability, flags.head_dim, flags.dtype)
+    used = resources(name, flags.capability, flags.dtype, flags.head_dim, blocks)
+    print(json.dumps(used), flush=True)
+
+
+if __name__ == "__main__":
+  main()
