@@ -33,13 +33,13 @@ def packed(segment_ids_BxS: jax.Array) -> KeyIntervals:
   Args:
     segment_ids_BxS: integers; equal neighbours are one document, 0 is padding.
   """
-  index_S = jnp.arange(segment_ids_BxS.shape[1], dtype=jnp.int32)
+  index_1xS = jnp.arange(segment_ids_BxS.shape[1], dtype=jnp.int32)[None]
   before_BxS = jnp.pad(segment_ids_BxS[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-  first_BxS = jnp.where(segment_ids_BxS != before_BxS, index_S, 0)
+  first_BxS = jnp.where(segment_ids_BxS != before_BxS, index_1xS, 0)
   is_token_BxS = segment_ids_BxS > 0
   return KeyIntervals(
       jnp.where(is_token_BxS, jax.lax.cummax(first_BxS, axis=1), 0),
-      jnp.where(is_token_BxS, index_S + 1, 0),
+      jnp.where(is_token_BxS, index_1xS + 1, 0),
   )
 
 
@@ -53,5 +53,6 @@ def within(intervals: KeyIntervals, offset: jax.Array | int, length: int) -> Key
 
 def mask(intervals: KeyIntervals, num_keys: int) -> jax.Array:
   """The same as a bool [B, Q, K] array; for references and tests, since it takes O(S^2) memory."""
-  key_K = jnp.arange(num_keys)
-  return (key_K >= intervals.start_BxQ[..., None]) & (key_K < intervals.stop_BxQ[..., None])
+  key_1x1xK = jnp.arange(num_keys)[None, None]
+  start_BxQx1, stop_BxQx1 = (array_BxQ[..., None] for array_BxQ in intervals)
+  return (key_1x1xK >= start_BxQx1) & (key_1x1xK < stop_BxQx1)

@@ -34,7 +34,11 @@ def forward(
   G = key_BxKxGxD.shape[2]
   dtype = query_BxQxHxD.dtype
   q, k = _block(Q, QUERY_BLOCK), _block(key_BxKxGxD.shape[1], KEY_BLOCK)
-  key_BxGxKxD, value_BxGxKxD = _key_rows(key_BxKxGxD, k), _key_rows(value_BxKxGxD, k)
+  # Many query blocks read a key block, so that it is transposed once. One block, as in decoding,
+  # reads what it needs once: a transpose of the whole cache would cost more than the attention.
+  key_rows, value_rows, load = (_pad(key_BxKxGxD, k), _pad(value_BxKxGxD, k), _load_transposed)
+  if Q > q:
+    key_rows, value_rows, load = jnp.swapaxes(key_rows, 1, 2), jnp.swapaxes(value_rows, 1, 2), _load
   query_TxGxRqxD = _query_tiles(query_BxQxHxD, G, q)
   intervals_TxRq = _interval_tiles(intervals, q, H // G)
   rows_T = _rows_of_tiles(query_TxGxRqxD, B)
@@ -45,16 +49,16 @@ def forward(
 
     def key_block(index, carry):
       out_GxRqxD, maximum_GxRq, sum_GxRq = carry
-      key_GxkxD = _load(key_BxGxKxD, row, index, k)
+      key_GxkxD = load(key_rows, row, index, k)
       scores_GxRqxk = scale * _dot("GQD,GKD->GQK", query_GxRqxD, key_GxkxD)
       if soft_cap is not None:
         scores_GxRqxk = soft_cap * jnp.tanh(scores_GxRqxk / soft_cap)
       mask_Rqxk = _is_seen(intervals_Rq, index, k, keys_first=False)
-      scores_GxRqxk = jnp.where(mask_Rqxk, scores_GxRqxk, -jnp.inf)
+      scores_GxRqxk = jnp.where(mask_Rqxk[None], scores_GxRqxk, -jnp.inf)
       new_maximum_GxRq = jnp.maximum(maximum_GxRq, jnp.max(scores_GxRqxk, axis=-1))
       weights_GxRqxk = jnp.exp(scores_GxRqxk - new_maximum_GxRq[..., None])
       decay_GxRq = jnp.exp(maximum_GxRq - new_maximum_GxRq)
-      value_GxkxD = _load(value_BxGxKxD, row, index, k)
+      value_GxkxD = load(value_rows, row, index, k)
       out_GxRqxD = decay_GxRq[..., None] * out_GxRqxD + _dot(
           "GQK,GKD->GQD", weights_GxRqxk.astype(dtype), value_GxkxD
       )
@@ -100,7 +104,8 @@ def backward(
   K, G = key_BxKxGxD.shape[1:3]
   dtype = query_BxQxHxD.dtype
   q, k = _block(Q, QUERY_BLOCK), _block(K, KEY_BLOCK)
-  key_BxGxKxD, value_BxGxKxD = _key_rows(key_BxKxGxD, k), _key_rows(value_BxKxGxD, k)
+  key_BxGxKxD = jnp.swapaxes(_pad(key_BxKxGxD, k), 1, 2)
+  value_BxGxKxD = jnp.swapaxes(_pad(value_BxKxGxD, k), 1, 2)
   key_BxGxDxK = jnp.swapaxes(key_BxGxKxD, 2, 3)
   # An empty row gets weights exp(score - inf) = 0.
   log_sum_exp_BxQxH = jnp.where(log_sum_exp_BxQxH == -jnp.inf, jnp.inf, log_sum_exp_BxQxH)
@@ -128,7 +133,7 @@ def backward(
         scores_GxkxRq = soft_cap * tanh_GxkxRq
       mask_kxRq = _is_seen(intervals_Rq, index, k, keys_first=True)
       weights_GxkxRq = jnp.exp(
-          jnp.where(mask_kxRq, scores_GxkxRq - log_sum_exp_GxRq[:, None], -jnp.inf)
+          jnp.where(mask_kxRq[None], scores_GxkxRq - log_sum_exp_GxRq[:, None], -jnp.inf)
       )
       weights_cotangent_GxkxRq = _dot("GKD,GQD->GKQ", value_GxkxD, out_cotangent_GxRqxD)
       scores_grad_GxkxRq = weights_GxkxRq * (weights_cotangent_GxkxRq - delta_GxRq[:, None])
@@ -173,22 +178,16 @@ def _block(length: int, target: int) -> int:
   return -(-length // -(-length // target))
 
 
-def _pad(array, length: int):
-  """Pads axis 1 with zeros to `length`."""
-  return jnp.pad(array, [(0, 0), (0, length - array.shape[1])] + [(0, 0)] * (array.ndim - 2))
-
-
-def _key_rows(array_BxKxGxD, k: int):
-  """[B, G, K, D], K padded to whole blocks; no interval reaches the padding."""
-  return jnp.swapaxes(_pad(array_BxKxGxD, -(-array_BxKxGxD.shape[1] // k) * k), 1, 2)
+def _pad(array, block: int):
+  """Pads axis 1 with zeros to whole blocks; padded queries are empty, padded keys are not seen."""
+  return jnp.pad(array, [(0, 0), (0, -array.shape[1] % block)] + [(0, 0)] * (array.ndim - 2))
 
 
 def _query_tiles(array_BxQxHxD, G: int, q: int):
   """[T, G, R * q, D], Q padded to whole blocks."""
-  B, Q, H, D = array_BxQxHxD.shape
-  N = -(-Q // q)
-  array_BxNxqxGxRxD = _pad(array_BxQxHxD, N * q).reshape(B, N, q, G, H // G, D)
-  return jnp.moveaxis(array_BxNxqxGxRxD, 2, 4).reshape(B * N, G, H // G * q, D)
+  B, _, H, D = array_BxQxHxD.shape
+  array_BxNxqxGxRxD = _pad(array_BxQxHxD, q).reshape(B, -1, q, G, H // G, D)
+  return jnp.moveaxis(array_BxNxqxGxRxD, 2, 4).reshape(-1, G, H // G * q, D)
 
 
 def _from_tiles(array_TxGxRqxD, B: int, Q: int, H: int):
@@ -201,8 +200,7 @@ def _from_tiles(array_TxGxRqxD, B: int, Q: int, H: int):
 
 def _interval_tiles(intervals: KeyIntervals, q: int, R: int) -> KeyIntervals:
   """Starts and stops [T, R * q], in the order of `_query_tiles`; padding rows are empty."""
-  length = -(-intervals.start_BxQ.shape[1] // q) * q
-  tiles = (jnp.tile(_pad(array, length).reshape(-1, q), (1, R)) for array in intervals)
+  tiles = (jnp.tile(_pad(array, q).reshape(-1, q), (1, R)) for array in intervals)
   return KeyIntervals(*tiles)
 
 
@@ -232,8 +230,14 @@ def _is_seen(intervals_Rq: KeyIntervals, index, k: int, *, keys_first: bool):
 
 
 def _load(array_BxGxKxD, row, index, k: int):
-  B, G, _, D = array_BxGxKxD.shape
+  _, G, _, D = array_BxGxKxD.shape
   return jax.lax.dynamic_slice(array_BxGxKxD, (row, 0, index * k, 0), (1, G, k, D))[0]
+
+
+def _load_transposed(array_BxKxGxD, row, index, k: int):
+  _, _, G, D = array_BxKxGxD.shape
+  block_kxGxD = jax.lax.dynamic_slice(array_BxKxGxD, (row, index * k, 0, 0), (1, k, G, D))[0]
+  return jnp.swapaxes(block_kxGxD, 0, 1)
 
 
 def _add(array_BxGxKxD, row, index, block_GxkxD):

@@ -28,6 +28,12 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(xla, "KEY_BLOCK", 12)
 
 
+@pytest.fixture(autouse=True)
+def no_silent_broadcast():
+  with jax.numpy_rank_promotion("raise"):
+    yield
+
+
 @functools.cache
 def with_grads(backend, soft_cap=None):
   """A compiled function of `Case.arrays()` that returns what `judge` returns."""

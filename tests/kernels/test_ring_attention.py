@@ -43,6 +43,12 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(xla, "KEY_BLOCK", 8)
 
 
+@pytest.fixture(autouse=True)
+def no_silent_broadcast():
+  with jax.numpy_rank_promotion("raise"):
+    yield
+
+
 def inputs(case, dtype="float32"):
   query, key, value, intervals, *cotangents = case.arrays()
   arrays = [jnp.asarray(array, dtype) for array in (query, key, value, cotangents[0])]
