@@ -52,10 +52,8 @@ def load_trained(experiment: Experiment, workdir: pathlib.Path) -> TrainedModel:
   directory = workdir / "checkpoints"
   manager = None
   if directory.is_dir():
-    manager = ocp.CheckpointManager(
-        directory.absolute(),
-        options=ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False),
-    )
+    options = ocp.CheckpointManagerOptions(create=False)
+    manager = ocp.CheckpointManager(directory.absolute(), options=options)
   if manager is None or manager.latest_step() is None:
     raise UserError(
         f"There is no checkpoint in {workdir}: train first, with `python -m experiments.train "
