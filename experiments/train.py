@@ -5,13 +5,13 @@
 Any setting is a flag: --config.optimizer.peak_learning_rate=1e-3, --config.stages[0].steps=10.
 """
 
-import os
 import pathlib
 
 from absl import flags
 import jax
 
 from experiments import flags as experiment_flags
+from experiments.runtime import use_compilation_cache
 from lwm.train import loop
 from lwm.validate import check_devices
 from lwm.validate import validate
@@ -21,17 +21,6 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where checkpoints, metrics and curves go, and are taken up again."
 )
 flags.mark_flag_as_required("workdir")
-
-
-def use_compilation_cache() -> None:
-  """Keeps compiled programs in ~/.cache/lwm, so that a resumed run starts at once.
-
-  An entry that a kill cut short is passed over with a warning and compiled anew. JAX's own setting,
-  JAX_COMPILATION_CACHE_DIR, comes first.
-  """
-  if jax.config.jax_compilation_cache_dir is None:
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(cache / "lwm" / "jax"))
 
 
 def main(argv: list[str]) -> None:

@@ -110,12 +110,17 @@ class Reporter:
     plot_stage(read_metrics(self._workdir / FILE_NAME), stage.name, path)
     self.say(f"curves of {stage.name}: {path}")
 
+  def close(self) -> None:
+    """Writes out and gives up the files."""
+    if self._speaks:
+      self._log.close()
+      self._line.close()
+
   def finish(self, checkpoint: pathlib.Path) -> None:
     """Says where everything is, and how well the model does."""
+    self.close()
     if not self._speaks:
       return
-    self._log.close()
-    self._line.close()
     evaluations = [
         record for record in read_metrics(self._workdir / FILE_NAME)
         if record["kind"] == "evaluation" and record["held_out"]

@@ -1,0 +1,17 @@
+"""What every program that runs JAX sets first."""
+
+import os
+import pathlib
+
+import jax
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs in ~/.cache/lwm, so that a resumed run starts at once.
+
+  An entry that a kill cut short is passed over with a warning and compiled anew. JAX's own setting,
+  JAX_COMPILATION_CACHE_DIR, comes first.
+  """
+  if jax.config.jax_compilation_cache_dir is None:
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(cache / "lwm" / "jax"))

@@ -1,0 +1,100 @@
+"""Speed of the real training loop, and what of its time the compiled step does not account for."""
+
+import dataclasses
+import pathlib
+import statistics
+import time
+
+import jax
+
+from lwm.data import Loader
+from lwm.experiment import Experiment
+from lwm.train.checkpoint import Progress
+from lwm.train.loop import compile_train_step
+from lwm.train.loop import run_steps
+from lwm.train.metrics import FILE_NAME
+from lwm.train.metrics import read_metrics
+from lwm.train.program import build_program
+from lwm.train.report import Reporter
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSpeed:
+  """Medians over the rounds of a measurement.
+
+  Attributes:
+    stage: its name.
+    sequence_length: tokens in a row.
+    tokens_per_second: of the loop, padding not counted.
+    mfu: model FLOPs utilisation of the loop (see flops.py and peak.py), or None if the peak of the
+      device is not known.
+    step_seconds: a step in the loop: wall time, with data, reports and files.
+    compiled_step_seconds: the compiled step alone, run back to back on the same batches.
+    outside: share of the loop's time that the compiled step alone does not take.
+  """
+
+  stage: str
+  sequence_length: int
+  tokens_per_second: float
+  mfu: float | None
+  step_seconds: float
+  compiled_step_seconds: float
+  outside: float
+
+
+def measure_stage(
+    experiment: Experiment, index: int, workdir: pathlib.Path, *, rounds: int, steps: int
+) -> StageSpeed:
+  """Measures stage `index` from random parameters, on its real data.
+
+  Each round runs `steps` steps through the loop, then the compiled step alone on the same batches;
+  so both see the same work and the same machine. The loader's buffer is full when either begins.
+
+  Args:
+    experiment: validated; the stage must have (rounds + 1) x steps steps.
+    index: of the stage.
+    workdir: for the loop's files; metrics of this measurement only.
+    rounds: measured rounds; one more warms up.
+    steps: steps a round.
+  """
+  stage = experiment.stages[index]
+  program = build_program(experiment, stage)
+  reporter = Reporter(experiment, workdir, Progress(stage=index, step=0, total_steps=0))
+  loop_seconds, alone_seconds, tokens, mfus = [], [], [], []
+  with jax.set_mesh(program.mesh):
+    loader = Loader(experiment, index, program.mesh)
+    train_step = compile_train_step(program, stage, reporter)
+    state = program.fresh_state(program.initial_params(experiment.seed))
+    batches = loader.iterate()
+    for round_ in range(rounds + 1):
+      window = range(round_ * steps, (round_ + 1) * steps)
+      started = time.perf_counter()
+      state = run_steps(train_step, batches, state, stage, window, reporter)
+      loop_seconds.append(time.perf_counter() - started)
+      records = read_metrics(workdir / FILE_NAME)[-steps:]
+      tokens.append(sum(record["tokens"] for record in records))
+      mfus.append([record["mfu"] * record["seconds"] for record in records if "mfu" in record])
+
+      same = [loader.batch(step) for step in window]
+      jax.block_until_ready(same)
+      started = time.perf_counter()
+      for batch in same:
+        state, metrics = train_step(state, batch)
+      jax.block_until_ready((state, metrics))
+      alone_seconds.append(time.perf_counter() - started)
+    batches.close()
+  reporter.close()
+
+  loop_seconds, alone_seconds, tokens, mfus = (
+      measured[1:] for measured in (loop_seconds, alone_seconds, tokens, mfus)
+  )
+  median = statistics.median
+  return StageSpeed(
+      stage=stage.name,
+      sequence_length=stage.sequence_length,
+      tokens_per_second=median(t / s for t, s in zip(tokens, loop_seconds)),
+      mfu=median(sum(m) / s for m, s in zip(mfus, loop_seconds)) if mfus[0] else None,
+      step_seconds=median(loop_seconds) / steps,
+      compiled_step_seconds=median(alone_seconds) / steps,
+      outside=median(1 - a / s for a, s in zip(alone_seconds, loop_seconds)),
+  )
