@@ -58,15 +58,21 @@ class DocumentBuilder:
       raise BadDocument(f"not text that can be encoded: {error.reason}") from error
     return self._append(self._tokenizer.encode(text), loss)
 
-  def vision(self, codes_NxP: np.ndarray, loss: bool = True) -> "DocumentBuilder":
-    """<vision>, the frames (see `frame_tokens`), </vision>. Raises BadDocument for bad codes."""
+  def vision(
+      self, codes_NxP: np.ndarray, loss: bool = True, marks_loss: bool | None = None
+  ) -> "DocumentBuilder":
+    """<vision>, the frames (see `frame_tokens`), </vision>; `marks_loss` is `loss` unless given.
+
+    Raises BadDocument for bad codes.
+    """
+    marks_loss = loss if marks_loss is None else marks_loss
     try:
       frames = frame_tokens(codes_NxP)
     except ValueError as error:
       raise BadDocument(str(error)) from error
-    self.text(VISION_START, loss)
+    self.text(VISION_START, marks_loss)
     self._append(self._tokenizer.vocab_size + frames, loss)
-    return self.text(VISION_END, loss)
+    return self.text(VISION_END, marks_loss)
 
   def build(self) -> Document:
     return Document(np.concatenate(self._tokens), np.concatenate(self._loss))
@@ -82,11 +88,15 @@ def text_document(tokenizer: Tokenizer, text: str) -> Document:
 def video_document(
     tokenizer: Tokenizer, codes_NxP: np.ndarray, caption: str = ""
 ) -> Document:
-  """<bos> caption <vision> frames </vision> <eos>; the caption does not count in the loss."""
+  """<bos> caption <vision> frames </vision> <eos>; only the frames count in the loss.
+
+  Where a clip begins and ends is for the sampler to say; and the few marks of a batch of films would
+  otherwise make up all of its text loss.
+  """
   builder = DocumentBuilder(tokenizer).bos()
   if caption:
     builder.text(caption, loss=False)
-  return builder.vision(codes_NxP).eos().build()
+  return builder.vision(codes_NxP, marks_loss=False).eos(loss=False).build()
 
 
 def record_document(

@@ -65,7 +65,7 @@ def test_vision_fields(tokenizer, codes):
   _check(
       video_document(tokenizer, np.reshape(CODES, (2, 256)), "watch"),
       ([1], False), (tokenizer.encode("watch"), False),
-      (start, True), (vision, True), (end, True), ([2], True),
+      (start, False), (vision, True), (end, False), ([2], False),
   )
 
 
