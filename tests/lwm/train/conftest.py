@@ -49,26 +49,25 @@ def experiment(prepared) -> Experiment:
 
 
 @pytest.fixture(scope="session")
-def start_run(prepared):
-  """Starts `experiments.train` on tiny.py, as a process with one device."""
+def start_program(prepared):
+  """Starts `experiments.NAME` on tiny.py, as a process with one device."""
 
-  def start(workdir: pathlib.Path, *flags: str) -> subprocess.Popen:
+  def start(name: str, *arguments: str) -> subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "experiments.train", f"--config={CONFIG}:{prepared}"]
     return subprocess.Popen(
-        [*command, f"--workdir={workdir}", *flags],
+        [sys.executable, "-m", f"experiments.{name}", f"--config={CONFIG}:{prepared}", *arguments],
         cwd=CHECKOUT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )
 
   return start
 
 
 @pytest.fixture(scope="session")
-def undisturbed(start_run, tmp_path_factory) -> pathlib.Path:
+def undisturbed(start_program, tmp_path_factory) -> pathlib.Path:
   """The workdir of a run of tiny.py from start to end."""
   workdir = tmp_path_factory.mktemp("undisturbed")
-  process = start_run(workdir)
-  output, _ = process.communicate(timeout=300)
-  assert process.returncode == 0, output
+  process = start_program("train", f"--workdir={workdir}")
+  _, errors = process.communicate(timeout=300)
+  assert process.returncode == 0, errors
   return workdir

@@ -15,7 +15,7 @@ from lwm.train.metrics import read_metrics
 def kill_when(process, moment: Callable[[], bool]) -> None:
   """Sends SIGKILL at the first sight of `moment`."""
   while not moment():
-    assert process.poll() is None, process.communicate()[0]
+    assert process.poll() is None, process.communicate()[1]
     time.sleep(0.0005)
   process.kill()
   process.communicate()
@@ -55,27 +55,27 @@ def what_was_learnt(workdir) -> list:
 
 
 @pytest.mark.slow
-def test_killed_thrice_ends_as_if_undisturbed(start_run, undisturbed, tmp_path):
+def test_killed_thrice_ends_as_if_undisturbed(start_program, undisturbed, tmp_path):
   killed = tmp_path / "killed"
 
-  # In mid-step: step 4 is on record, so step 5 or a later one is under way, or just reported.
-  kill_when(start_run(killed), lambda: max(steps_done(killed), default=0) >= 4)
-  done = steps_done(killed)[-1]
-  assert 4 <= done < 7
+  def run():
+    return start_program("train", f"--workdir={killed}")
+
+  # In mid-step: step 5 is on record, and step 6 was dispatched before.
+  kill_when(run(), lambda: max(steps_done(killed), default=0) >= 5)
+  assert 5 <= steps_done(killed)[-1] < 7
 
   # Between stages: the last checkpoint of the first stage is complete, the next has no step yet.
-  process = start_run(killed)
-  kill_when(process, lambda: 7 in complete(killed))
+  kill_when(run(), lambda: 7 in complete(killed))
   assert steps_done(killed) == [1, 2, 3, 4, 5, 6, 7]
 
-  # In mid-checkpoint: step 9 is being written.
-  process = start_run(killed)
-  kill_when(process, lambda: any(name.startswith("10.") for name in incomplete(killed)))
+  # In mid-checkpoint: that of step 10 is being written.
+  kill_when(run(), lambda: any(name.startswith("10.") for name in incomplete(killed)))
   assert incomplete(killed) and 10 not in complete(killed)
 
-  process = start_run(killed)
-  output, _ = process.communicate(timeout=300)
-  assert process.returncode == 0, output
+  process = run()
+  output, errors = process.communicate(timeout=300)
+  assert process.returncode == 0, errors
   assert f"resuming {killed} after step 7 of 12" in output
   assert incomplete(killed) == []
   assert complete(killed) == complete(undisturbed) == [10, 12]
@@ -88,9 +88,10 @@ def test_killed_thrice_ends_as_if_undisturbed(start_run, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_config_is_one_sentence(start_run, undisturbed):
-  output, _ = start_run(undisturbed, "--config.seed=5").communicate(timeout=120)
-  assert output == (
+def test_another_config_is_one_sentence(start_program, undisturbed):
+  process = start_program("train", f"--workdir={undisturbed}", "--config.seed=5")
+  _, errors = process.communicate(timeout=120)
+  assert errors == (
       f"error: {undisturbed} holds a run with config.seed=0, not 5: set it back, or start anew with "
       "another --workdir.\n"
   )
