@@ -69,8 +69,9 @@ def train() -> None:
     print(f"{speed.stage:<12} {speed.sequence_length:>7} {speed.tokens_per_second:>9.0f} {mfu:>7} "
           f"{speed.step_seconds:>6.3f} s {speed.compiled_step_seconds:>7.3f} s "
           f"{speed.outside:>8.1%}")
-  print("MFU: model FLOPs (lwm/train/flops.py) over the peak (lwm/train/peak.py). Outside: the share "
-        "of the\nloop's time that the compiled step, run alone on the same batches, does not take.")
+  print("MFU: model FLOPs (lwm/train/flops.py) over the peak (lwm/train/peak.py).\n"
+        "Outside: share of the loop's time that the compiled step, run alone on the same batches, "
+        "does not take.")
 
 
 def machine() -> str:

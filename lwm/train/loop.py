@@ -64,7 +64,8 @@ def train(
       else:
         # The old moments go before the new ones come.
         params, state = state.params, None
-        state = program.fresh_state(program.place_params(params))
+        params = program.place_params(params)
+        state = program.fresh_state(params)
         done = Progress(stage=index, step=0, total_steps=done.total_steps)
       if done.step < stage.steps:
         state, done = train_stage(
