@@ -11,10 +11,11 @@ from kernels.attention.backend import Backend
 from kernels.attention.backend import differentiable
 from kernels.attention.backend import vary_alike
 from kernels.attention.intervals import KeyIntervals
+from kernels.attention.pallas_tpu import PALLAS_TPU
 from kernels.attention.xla import XLA
 
 # The best first; the last takes everything.
-BACKENDS = (XLA,)
+BACKENDS = (PALLAS_TPU, XLA)
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -40,8 +41,8 @@ def attention(
     intervals: int32 key indices, `start` and `stop`, both [B, Q].
     scale: multiplies the scores; 1 / sqrt(D) unless given.
     soft_cap: scores become soft_cap * tanh(scores / soft_cap) if given (Gemma 2, arXiv 2408.00118).
-    backend: "xla" (blockwise), "reference" (materialises the scores), a Backend of your own, or
-      None for the best here.
+    backend: "pallas_tpu" (TPU kernels), "xla" (blockwise), "reference" (materialises the scores),
+      a Backend of your own, or None for the best here.
 
   Returns:
     (out [B, Q, H, D] in the query's dtype, log_sum_exp [B, Q, H] float32). A row with an empty

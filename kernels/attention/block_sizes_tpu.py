@@ -1,20 +1,52 @@
-"""Block sizes of the TPU kernels, by device kind."""
+"""Block sizes of the TPU kernels, by device kind.
+
+No TPU was at hand. The sizes come from the schedules that libtpu compiles, cycle by cycle,
+
+    python -m experiments.tpu_schedule --kernel=forward --device=v6e --rows=1024 --keys=1024
+
+which tells how much of a block's time the matrix units work. Blocks of twice the size win up to a
+tenth there, and lose more at the diagonal and at the edges of short documents.
+"""
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
+MIB = 2**20
+
 
 class BlockSizes(NamedTuple):
-  rows: int
-  keys: int
-  max_queries: int = 512
+  """At most so many rows (queries x heads) in a tile, queries in a tile, and keys in a block."""
+
+  rows: int = 1024
+  queries: int = 512
+  keys: int = 512
 
 
-TABLE = {}
+# Where a kernel is not listed, the default. Matrix units of v6e and later are so fast that the
+# forward kernel needs longer blocks to hide the start of each behind products.
+TABLE = {
+    "TPU v4": {},
+    "TPU v5 lite": {},  # v5e
+    "TPU v5": {},  # v5p
+    "TPU v6 lite": {"forward": BlockSizes(keys=1024)},  # v6e
+    "TPU7x": {"forward": BlockSizes(keys=1024)},
+}
+# Of the memory next to a core: 16 MiB on v4, which has to suffice, and 64 to 128 MiB since.
+VMEM_BYTES = {"TPU v4": 16 * MIB}
+DEFAULT_VMEM_BYTES = 32 * MIB
+# A row of a query tile up to here, head_dim 256 in bfloat16, leaves room for the scores.
+MOST_ROW_BYTES = 512
 
 
-def block_sizes(kernel: str, device_kind: str, head_dim: int, dtype) -> BlockSizes:
-  return TABLE.get((kernel, device_kind), BlockSizes(1024, 512))
+def block_sizes(kernel: str, device_kind: str, head_dim: int, dtype: jnp.dtype) -> BlockSizes:
+  """Sizes for `kernel`, one of "forward", "query_grad" and "key_grads"."""
+  sizes = TABLE.get(device_kind, {}).get(kernel, BlockSizes())
+  if head_dim * jnp.dtype(dtype).itemsize > MOST_ROW_BYTES:
+    return sizes._replace(rows=sizes.rows // 2)
+  return sizes
 
 
-def vmem_limit(device_kind):
-  return {"TPU v4": 16, "TPU v5": 64, "TPU7x": 64}.get(device_kind, 128) * 2**20
+def vmem_bytes(device_kind: str) -> int:
+  """The vector memory that a kernel may take."""
+  return VMEM_BYTES.get(device_kind, DEFAULT_VMEM_BYTES)

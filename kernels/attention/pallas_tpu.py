@@ -16,7 +16,7 @@ from kernels.attention import pallas_tpu_tiles as tiles
 from kernels.attention.backend import Backend
 from kernels.attention.backend import vary_alike
 from kernels.attention.block_sizes_tpu import block_sizes
-from kernels.attention.block_sizes_tpu import vmem_limit
+from kernels.attention.block_sizes_tpu import vmem_bytes
 from kernels.attention.intervals import KeyIntervals
 from kernels.attention.pallas_tpu_tiles import LANES
 from kernels.attention.pallas_tpu_tiles import round_up
@@ -50,7 +50,7 @@ def forward(
       scale=scale,
       soft_cap=soft_cap,
       out_dtype=out_dtype,
-      vmem_limit=vmem_limit(_device_kind()),
+      vmem_limit=vmem_bytes(_device().device_kind),
   )
   return (
       tiles.from_query_tiles(out_TxNxDxR, tiling),
@@ -88,7 +88,7 @@ def backward(
         tiles.key_spans(intervals_BxNx2xR, tiling),
     )
     grads = kernel(
-        *arrays, tiling, scale=scale, soft_cap=soft_cap, vmem_limit=vmem_limit(_device_kind())
+        *arrays, tiling, scale=scale, soft_cap=soft_cap, vmem_limit=vmem_bytes(_device().device_kind)
     )
     return grads, tiling
 
@@ -102,13 +102,12 @@ def choose_tiling(kernel: str, query_BxQxHxD: jax.Array, key_BxKxGxD: jax.Array)
   """Equal tiles of at most the table's sizes; as many heads to a tile as fit its rows."""
   B, Q, H, D = query_BxQxHxD.shape
   K, G = key_BxKxGxD.shape[1:3]
-  sizes = block_sizes(kernel, _device_kind(), D, query_BxQxHxD.dtype)
-  group = H // G
-  heads = max(n for n in range(1, group + 1) if group % n == 0 and n * LANES <= max(sizes.rows, LANES))
-  queries = _even(Q, min(sizes.rows // heads, sizes.max_queries))
-  is_odd = B * H // heads % 2 == 1
-  cores = _num_cores() if is_odd else 1
-  return Tiling(Q, K, H, G, heads, queries, _even(K, sizes.keys), cores)
+  sizes = block_sizes(kernel, _device().device_kind, D, query_BxQxHxD.dtype)
+  group, most_heads = H // G, sizes.rows // LANES
+  heads = max(n for n in range(1, group + 1) if group % n == 0 and n <= most_heads)
+  queries = min(sizes.rows // heads // LANES * LANES, sizes.queries)
+  cores = _num_cores() if B * H // heads % 2 else 1
+  return Tiling(Q, K, H, G, heads, _even(Q, queries), _even(K, sizes.keys), cores)
 
 
 def unsupported(query_BxQxHxD, key_BxKxGxD) -> str | None:
@@ -130,12 +129,11 @@ def _even(length: int, most: int) -> int:
   return round_up(-(-length // -(-length // most)), LANES)
 
 
-def _device_kind() -> str:
+def _device():
   """What the program will run on: the mesh's devices (also ahead of time), else the default."""
-  device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-  return device.device_kind
+  return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def _num_cores() -> int:
-  device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-  return device.num_cores
+  """TensorCores that share a device's kernels: two on v4 and v5p. Other platforms do not say."""
+  return getattr(_device(), "num_cores", None) or 1

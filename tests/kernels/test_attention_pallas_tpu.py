@@ -1,0 +1,226 @@
+"""The TPU kernels in Pallas's TPU interpreter on a CPU: values, gradients, work and races.
+
+The interpreter copies only when a kernel waits for a copy, fills fresh memory with NaN and visits
+"parallel" grid rows in random order, so that a missing wait or an assumed order shows.
+"""
+
+import dataclasses
+import functools
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec
+import numpy as np
+import pytest
+
+from kernels import attention as attention_lib
+from kernels.attention import KeyIntervals
+from kernels.attention import pallas_tpu
+from kernels.attention import pallas_tpu_tiles as tiles
+from kernels.attention.block_sizes_tpu import BlockSizes
+from kernels.attention.pallas_tpu import PALLAS_TPU
+from kernels.ring import Layout
+from kernels.ring import ring_attention
+from tests.kernels import attention_cases
+from tests.kernels.attention_cases import Case
+from tests.kernels.test_attention import NAMES
+from tests.kernels.test_attention import TOLERANCES
+from tests.kernels.test_attention import error
+from tests.kernels.test_attention import judged
+from tests.kernels.test_attention import rounded
+from tests.kernels.test_attention import with_grads
+
+
+# Sizes of several blocks of 128, the least that a TPU's lanes allow, and one that divides none.
+CASES = tuple(
+    dataclasses.replace(case, **changes)
+    for case, changes in (
+        (Case("packed", attention_cases.packed), dict(B=2, Q=300, K=300)),
+        (Case("sliding_window", attention_cases.sliding_window), dict(B=2, Q=300, K=300)),
+        (Case("empty_rows", attention_cases.empty_rows), dict(B=2, Q=300, K=300)),
+        (Case("frames", attention_cases.frames, soft_cap=1.5), dict(B=1, Q=260, K=256, G=4)),
+        (Case("heads_in_two_tiles", attention_cases.packed), dict(B=1, Q=140, K=140, G=1)),
+        (Case("decode_few", attention_cases.decode), dict(B=2, Q=4, K=400)),
+    )
+)
+BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+  """Tiles of 128 queries of two heads, and blocks of 128 keys."""
+  monkeypatch.setattr(pallas_tpu, "block_sizes", lambda *_: BlockSizes(rows=256, keys=128))
+
+
+@pytest.fixture(autouse=True)
+def interpreter():
+  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(random_seed=0)):
+    yield
+  pltpu.reset_tpu_interpret_mode_state()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_values_and_gradients(case):
+  arrays, exact = rounded(case.arrays(), "float32")
+  actual = with_grads(PALLAS_TPU, case.soft_cap)(*arrays)
+  for name, array, wanted in zip(NAMES, actual, judged(exact, case.soft_cap)):
+    assert array.dtype == jnp.float32
+    assert error(array, wanted) < TOLERANCES["float32"], name
+
+
+def test_bfloat16():
+  case = BY_NAME["packed"]
+  arrays, exact = rounded(case.arrays(), "bfloat16")
+  actual = with_grads(PALLAS_TPU, case.soft_cap)(*arrays)
+  assert [array.dtype.name for array in actual] == ["bfloat16", "float32"] + ["bfloat16"] * 3
+  for name, array, wanted in zip(NAMES, actual, judged(exact, None)):
+    assert error(array, wanted) < TOLERANCES["bfloat16"], name
+
+
+def test_two_cores_share_the_tiles_of_one_row_without_races(monkeypatch, capfd):
+  """As on v4 and v5p, whose chips are two cores: one batch row, one key head, three tiles."""
+  monkeypatch.setattr(pallas_tpu, "_num_cores", lambda: 2)
+  case = dataclasses.replace(BY_NAME["packed"], B=1, H=2, G=1)
+  arrays, exact = rounded(case.arrays(), "float32")
+  parameters = pltpu.InterpretParams(num_cores_or_threads=2, detect_races=True, random_seed=1)
+  with pltpu.force_tpu_interpret_mode(parameters):
+    actual = jax.block_until_ready(with_grads(PALLAS_TPU)(*arrays))
+  for name, array, wanted in zip(NAMES, actual, judged(exact, None)):
+    assert error(array, wanted) < TOLERANCES["float32"], name
+  assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+def test_blocks_that_meet_no_interval_are_never_computed():
+  """NaN stands in every key block but one, and in a query tile between two that read it."""
+  case = Case("", None, B=1, Q=384, K=512, H=2, G=1)
+  query, key, value, _, out_cotangent, log_sum_exp_cotangent = dataclasses.replace(
+      case, mask=attention_cases.bidirectional
+  ).arrays()
+  start, stop = np.full((1, 384), 130, np.int32), np.full((1, 384), 250, np.int32)
+  stop[:, 128:256] = 0
+  for array in (query, out_cotangent, log_sum_exp_cotangent):
+    array[:, 128:256] = np.nan
+  for array in (key, value):
+    array[:, :128] = array[:, 256:] = np.nan
+  arrays, exact = rounded(
+      (query, key, value, (start, stop), out_cotangent, log_sum_exp_cotangent), "float32"
+  )
+  out, log_sum_exp, query_grad, key_grad, value_grad = with_grads(PALLAS_TPU)(*arrays)
+  expected = judged(exact, None)
+  for array, wanted in zip((out, query_grad, key_grad, value_grad), (*expected[:1], *expected[2:])):
+    assert np.isfinite(array).all()
+    assert error(array, wanted) < TOLERANCES["float32"]
+  assert (np.asarray(log_sum_exp)[:, 128:256] == -np.inf).all()
+
+
+def random_intervals(B, Q, K):
+  random = np.random.default_rng(0)
+  start = random.integers(0, K, (B, Q), np.int32)
+  return start, np.minimum(start + random.integers(0, 300, (B, Q), np.int32), K).astype(np.int32)
+
+
+TILING = tiles.Tiling(
+    query_length=1000,
+    key_length=900,
+    num_heads=4,
+    num_key_heads=2,
+    heads=2,
+    queries=128,
+    keys=128,
+    cores=2,
+)
+
+
+def visits(mask, tiling=TILING):
+  """Per query tile and key block: what the kernels visit, visit unmasked, and what they have to."""
+  Q, K, N, M = tiling.query_length, tiling.key_length, tiling.num_query_tiles, tiling.num_key_blocks
+  start, stop = (np.clip(bound, 0, K) for bound in mask(2, Q, K))
+  intervals = KeyIntervals(jnp.asarray(start), jnp.asarray(stop))
+  interval_tiles = tiles.interval_tiles(intervals, tiling)
+  key_spans = tiles.key_spans(interval_tiles, tiling)
+  spans = np.asarray(key_spans).reshape(2, N, 1, 4)
+  block = np.arange(M)
+  visited = (spans[..., tiles.FIRST] <= block) & (block < spans[..., tiles.STOP])
+  full = (spans[..., tiles.FULL_FIRST] <= block) & (block < spans[..., tiles.FULL_STOP])
+  dense = np.zeros((2, N * tiling.queries, M * tiling.keys), bool)
+  dense[:, :Q, :K] = attention_lib.mask(intervals, K)
+  dense[:, Q : -(-Q // tiling.queries) * tiling.queries] = dense[:, Q - 1 : Q]
+  dense = dense.reshape(2, N, tiling.queries, M, tiling.keys)
+  query_spans = np.asarray(tiles.query_spans(key_spans, tiling)).reshape(2, 1, M, 2)
+  tile = np.arange(N)[:, None]
+  # As `QueryWalk`: within the span of the block, and reading it.
+  by_keys = visited & (query_spans[..., 0] <= tile) & (tile < query_spans[..., 1])
+  np.testing.assert_array_equal(by_keys, visited)
+  starts_right = visited | (tile != query_spans[..., 0]) | (query_spans[..., 0] == query_spans[..., 1])
+  assert starts_right.all(), "the first tile of a span is not looked up before it is loaded"
+  return visited, full & visited, dense.any((2, 4)), dense.all((2, 4))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    (
+        attention_cases.causal,
+        attention_cases.packed,
+        attention_cases.sliding_window,
+        attention_cases.frames,
+        attention_cases.bidirectional,
+        attention_cases.empty_rows,
+    ),
+    ids=lambda mask: mask.__name__,
+)
+def test_work_is_the_blocks_that_meet_an_interval(mask):
+  """Both loops, over keys and over queries, visit exactly those, and mask only where they must."""
+  visited, unmasked, meets, is_full = visits(mask)
+  np.testing.assert_array_equal(visited, meets)
+  np.testing.assert_array_equal(unmasked, is_full)
+  assert visited.any()
+
+
+def test_no_block_is_missed_whatever_the_intervals():
+  """Where a tile's queries see separate stretches of keys, what lies between is visited too."""
+  visited, unmasked, meets, is_full = visits(random_intervals)
+  assert (visited | ~meets).all()
+  np.testing.assert_array_equal(unmasked, is_full)
+
+
+def test_work_of_packed_documents_is_linear_in_the_sequence():
+  """Documents of 256 tokens: no more blocks than two for each tile, at any length."""
+
+  def documents(B, Q, K):
+    start = np.tile(np.arange(Q, dtype=np.int32) // 256 * 256, (B, 1))
+    return start, np.tile(np.arange(1, Q + 1, dtype=np.int32), (B, 1))
+
+  for length in (1024, 4096):
+    visited, *_ = visits(documents, TILING._replace(query_length=length, key_length=length))
+    assert visited.sum() == 2 * (length // 128) * 1.5
+
+
+def test_inside_a_ring():
+  """Local shards under `shard_map` with the check of varying axes on; float32 partials.
+
+  Every hop has work: the interpreter waits for all devices, and would for one that skips.
+  """
+  case = Case("", attention_cases.bidirectional, B=1, Q=256, K=256, H=2, G=1)
+  arrays, exact = rounded(case.arrays(), "float32")
+  query, key, value, intervals, *cotangents = arrays
+  mesh = jax.make_mesh((2,), ("ring",), (AxisType.Auto,), devices=jax.devices()[:2])
+  spec = PartitionSpec(None, "ring")
+  attend = jax.shard_map(
+      functools.partial(
+          ring_attention,
+          layout=Layout("contiguous", 2),
+          axis_name="ring",
+          backend=PALLAS_TPU,
+      ),
+      mesh=mesh,
+      in_specs=spec,
+      out_specs=spec,
+  )
+  with jax.set_mesh(mesh):
+    function = jax.jit(lambda *qkv: attend(*qkv, KeyIntervals(*intervals)))
+    results, pull_back = jax.vjp(function, query, key, value)
+    actual = *results, *pull_back(tuple(cotangents))
+  for name, array, wanted in zip(NAMES, actual, judged(exact, None)):
+    assert error(array, wanted) < TOLERANCES["float32"], name
