@@ -2,7 +2,7 @@
 
 float32 inputs multiply as three TensorFloat-32 products ("tf32x3"), whose error is that of float32.
 
-B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim, N query blocks.
+B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim.
 """
 
 import importlib.util
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from kernels.attention.backend import Backend
 from kernels.attention.backend import vary_alike
 from kernels.attention.block_sizes_gpu import triton_blocks
+from kernels.attention.block_tables import block_tables
 from kernels.attention.intervals import KeyIntervals
 
 HEAD_DIMS = (64, 128, 256)
@@ -97,7 +98,7 @@ def backward(
   blocks = _blocks("key_value_grad", query_BxQxHxD)
   key_grad_BxKxGxD, value_grad_BxKxGxD = _call(
       triton_backward.key_value_grad,
-      (*arrays, _block_tables(intervals, K, blocks.query, blocks.key)),
+      (*arrays, block_tables(intervals, K, blocks.query, blocks.key)),
       (Q, K, H),
       (key_grad_type, key_grad_type),
       grid=(-(-K // blocks.key), G, B),
@@ -155,25 +156,3 @@ def _call(kernel, arrays, sizes, out_type, *, grid, blocks, scale, soft_cap, **c
   )
   # jax-triton says nothing of axes of a surrounding shard_map.
   return jax.tree.map(lambda result: vary_alike(query_BxQxHxD, result)[1], results)
-
-
-def _block_tables(intervals: KeyIntervals, num_keys: int, q: int, k: int) -> jax.Array:
-  """`triton_parts.meeting_blocks` of every query block, int32 [B, 4, N].
-
-  A block that ends beyond the last query has no full key blocks: those are read without bounds.
-  """
-  start_BxQ, stop_BxQ = intervals
-  is_empty_BxQ = stop_BxQ <= start_BxQ
-
-  def over_blocks(reduce, array_BxQ, other, padding):
-    array_BxQ = jnp.where(is_empty_BxQ, other, array_BxQ)
-    B, Q = array_BxQ.shape
-    array_BxQ = jnp.pad(array_BxQ, ((0, 0), (0, -Q % q)), constant_values=padding)
-    return reduce(array_BxQ.reshape(B, -1, q), axis=2)
-
-  last_BxN = (over_blocks(jnp.max, stop_BxQ, 0, 0) + k - 1) // k
-  first_BxN = over_blocks(jnp.min, start_BxQ, num_keys, num_keys) // k
-  full_first_BxN = (over_blocks(jnp.max, start_BxQ, 0, num_keys) + k - 1) // k
-  full_last_BxN = over_blocks(jnp.min, stop_BxQ, num_keys, 0) // k
-  full_last_BxN = jnp.minimum(full_last_BxN, last_BxN)
-  return jnp.stack([first_BxN, last_BxN, full_first_BxN, full_last_BxN], axis=1)

@@ -98,27 +98,6 @@ def test_part_of_the_keys_given_statistics_over_all():
     np.testing.assert_allclose(together, wanted[i], atol=4e-6)
 
 
-@pytest.mark.parametrize("name", ("causal", "packed", "sliding_window", "empty_rows"))
-def test_block_tables_against_the_mask(name):
-  case = next(case for case in CASES if case.name == name)
-  start, stop = intervals = case.arrays()[3]
-  q, k = 8, 4
-  tables = np.asarray(
-      triton_backend._block_tables(KeyIntervals(*map(jnp.asarray, intervals)), case.K, q, k)
-  )
-  mask = (np.arange(case.K) >= start[..., None]) & (np.arange(case.K) < stop[..., None])
-  num_full = 0
-  for b, i, j in np.ndindex(case.B, -(-case.Q // q), -(-case.K // k)):
-    rows = mask[b, i * q : (i + 1) * q, j * k : (j + 1) * k]
-    rows = rows[(stop > start)[b, i * q : (i + 1) * q]]
-    first, last, full_first, full_last = tables[b, :, i]
-    assert not rows.any() or first <= j < last
-    if full_first <= j < full_last:
-      num_full += 1
-      assert rows.shape[1] == k and rows.all() and (i + 1) * q <= case.Q
-  assert num_full or name in ("sliding_window",)
-
-
 def test_only_blocks_that_meet_an_interval_are_visited(monkeypatch):
   """Matrix products are counted: two a pair of blocks forward, three and four backward."""
   counts = []
