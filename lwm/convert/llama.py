@@ -1,7 +1,7 @@
 """Parameters from and to the names and layouts of Hugging Face's LlamaForCausalLM.
 
 Both turn pairs (i, i + D/2) in RoPE, so that only shapes change: torch keeps a linear layer as
-[out, in], and all layers apart. L layers, M model width, H heads (G of keys and values), D head_dim,
+[out, in], and all layers apart. M model width, H heads (G of keys and values), D head_dim,
 F feed-forward width, V vocabulary.
 """
 
@@ -47,7 +47,9 @@ def config_from_hugging_face(config: Mapping) -> tuple[ModelConfig, float]:
   theta = rope.get("rope_theta", config.get("rope_theta", 1e4))
   kind = rope.get("rope_type", "default")
   if kind not in ("default", "llama3"):
-    raise UserError(f"config.json: rope_type {kind!r} is not supported; only default and llama3 are.")
+    raise UserError(
+        f"config.json: rope_type {kind!r} is not supported; convert a model with default or llama3."
+    )
   scaling = None
   if kind == "llama3":
     scaling = RopeScaling(
@@ -117,7 +119,9 @@ def to_hugging_face(params: Params, config: ModelConfig) -> dict[str, np.ndarray
   def give(value, ours: str) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(value).reshape(shapes[ours][1]).T)
 
-  weights = {_EMBEDDING: np.asarray(params["embedding"]), _NORM: np.asarray(params["norm"]["scale"])}
+  weights = {
+      _EMBEDDING: np.asarray(params["embedding"]), _NORM: np.asarray(params["norm"]["scale"])
+  }
   for module, ours, theirs in _BLOCK:
     stacked = params["blocks"][module][ours]
     for i in range(config.num_layers):

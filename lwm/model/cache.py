@@ -12,7 +12,9 @@ from kernels.attention import KeyIntervals
 
 
 class Cache(NamedTuple):
-  """Keys, already turned to their positions, and values. Rows shorter than others are padded on the left.
+  """Keys, already turned to their positions, and values.
+
+  Rows shorter than others are padded on the left.
 
   Attributes:
     key_LxBxKxGxD: in the compute dtype; columns from `length` on are not yet written.

@@ -37,7 +37,8 @@ class ModelConfig:
   rope_scaling: RopeScaling | None = None
   initializer_std: float = 0.02
   compute_dtype: str = "bfloat16"
-  # What the backward pass keeps of a block: everything, matrix products, attention outputs, nothing.
+  # What the backward pass keeps of a block: everything, matrix products, attention outputs,
+  # nothing.
   remat: str = "full"
   # Tokens per chunk of the blockwise feed-forward and of the cross-entropy.
   feed_forward_chunk: int = 2048

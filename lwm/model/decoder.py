@@ -64,7 +64,7 @@ class Decoder(nnx.Module):
     return self.norm(x_BxSxM)
 
   def decode(self, tokens_BxQ: jax.Array, cache: Cache, rope_theta) -> tuple[jax.Array, Cache]:
-    """Hidden states of the tokens that follow those in the cache, [B, Q, M], and the cache with them."""
+    """Hidden states of the tokens that follow the cache's, [B, Q, M], and the cache with them."""
     graph, stacked_layers = nnx.split(self.blocks)
     cosine, sine = self._rotations(cache.positions(tokens_BxQ.shape[1]), rope_theta)
 

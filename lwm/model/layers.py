@@ -1,8 +1,8 @@
 """The parts of a decoder block.
 
 Every parameter of a block has a leading axis of layers while it is stored; `lax.scan` takes it away
-before a part is called. Shapes: B batch, S sequence, M model width, H query heads, G key/value heads,
-D head_dim, P = D/2 pairs, F feed-forward width, V vocabulary.
+before a part is called. Shapes: L layers, B batch, S sequence, M model width, H query heads,
+G key/value heads, D head_dim, P = D/2 pairs, F feed-forward width, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from lwm.model.config import ModelConfig
 from lwm.parallel.sharding import LogicalAxes
 from lwm.parallel.sharding import ShardingRules
 
-# (query [B, S, H, D], key, value [B, S, G, D]) -> (out [B, S, H, D], anything to carry out of the block).
+# (query [B, S, H, D], key, value [B, S, G, D]) -> (out [B, S, H, D], anything to carry out).
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 

@@ -44,8 +44,8 @@ class LossSums(NamedTuple):
 class Model:
   """Functions of parameters for one configuration. Build it once; it holds no arrays.
 
-  All but `logical_axes` and `abstract` run under `jax.set_mesh` with a mesh of `lwm.parallel.mesh`, and
-  are to be called inside `jax.jit`.
+  All but `logical_axes` and `abstract` run under `jax.set_mesh` with a mesh of
+  `lwm.parallel.mesh`, and are to be called inside `jax.jit`.
   """
 
   def __init__(self, config: ModelConfig, rules: ShardingRules):
@@ -106,8 +106,8 @@ class Model:
   ) -> LossSums:
     """Sums over a batch by modality; dividing by the weights of the whole batch is the caller's.
 
-    Neither logits nor hidden states of more than a chunk of tokens exist in one place: the sequence stays
-    sharded over the ring, the head over `tensor`.
+    Logits exist for a chunk of tokens at a time, and hidden states are never gathered: the
+    sequence stays sharded over the ring, the head over `tensor`.
 
     Args:
       params: of `init`.
@@ -175,10 +175,11 @@ class Model:
   def decode(
       self, params: Params, tokens_BxQ: jax.Array, cache: Cache, *, rope_theta: float | jax.Array
   ) -> tuple[jax.Array, Cache]:
-    """Logits after the last of some tokens that follow the cache's, float32 [B, V], and the new cache.
+    """Logits after the last of some tokens that follow the cache's, float32 [B, V], and the cache.
 
-    Q may be a whole prompt or one token. Nothing checks that the cache has room for them. On a mesh with a
-    ring, build the model with `ShardingRules(sequence=None)`: one token does not divide over a ring.
+    Q may be a whole prompt or one token. Nothing checks that the cache has room for them. On a
+    mesh with a ring, build the model with `ShardingRules(sequence=None)`: one token does not
+    divide over a ring.
     """
     decoder = self._decoder(params)
     hidden_BxQxM, cache = decoder.decode(self._place(tokens_BxQ), cache, rope_theta)

@@ -1,7 +1,7 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864), pairs laid out as Hugging Face does.
 
-Element i of a head is turned together with element i + D/2. Meta's and LWM's checkpoints pair 2i with
-2i + 1 instead; conversion permutes them.
+Element i of a head is turned together with element i + D/2. Meta's and LWM's checkpoints pair 2i
+with 2i + 1 instead; conversion permutes them.
 
 B batch, S sequence, H heads, D head_dim, P = D/2 pairs.
 """
@@ -22,8 +22,8 @@ def frequencies(head_dim: int, theta: float | jax.Array, scaling: RopeScaling | 
     head_dim: even.
     theta: base; a Python number, or a float32 scalar that may be traced.
     scaling: Llama-3 scaling: frequencies that turn fewer than `low_frequency_factor` times in the
-      original context are divided by `factor`, those that turn more than `high_frequency_factor` times
-      are kept, with a linear ramp between.
+      original context are divided by `factor`, those that turn more than
+      `high_frequency_factor` times are kept, with a linear ramp between.
   """
   xp = jnp if isinstance(theta, jax.Array) else np
   pairs = head_dim // 2
@@ -42,8 +42,8 @@ def rotations(positions_BxS: jax.Array, frequency_P) -> tuple[jax.Array, jax.Arr
   """Cosine and sine of position x frequency, float32 [B, S, P], to 1e-6 at any int32 position.
 
   A float32 product is wrong by a tenth of a radian at positions of a million. Here the frequency is
-  an integer of 2^-32 turns, so that the product wraps at whole turns without error, and what the integer
-  lacks of the frequency is added.
+  an integer of 2^-32 turns, so that the product wraps at whole turns without error, and what the
+  integer lacks of the frequency is added.
   """
   turns_P = frequency_P / (2 * math.pi)
   whole_P = turns_P * 2.0**32 // 1

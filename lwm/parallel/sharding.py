@@ -1,6 +1,6 @@
 """Which mesh axis carries which dimension. The only place that knows.
 
-Parameters and activations name their dimensions by logical axes ("model", "heads", "sequence", ...);
+Parameters and activations name their dimensions by logical axes ("model", "heads", "sequence");
 `ShardingRules` maps those to mesh axes. All mesh axes are explicit: JAX keeps the sharding in the
 type of every array and refuses to guess.
 """
@@ -48,8 +48,8 @@ class ShardingRules:
   def gathered(self, *logical_axes: str | None) -> PartitionSpec:
     """The partition of a parameter in use: whole along `model`, still sharded over `tensor`.
 
-    `reduced`: every shard of the tokens uses the same copy, and the copy's gradient is a sum over them
-    that has not been taken yet.
+    `reduced`: every shard of the tokens uses the same copy, and the copy's gradient is a sum over
+    them that has not been taken yet.
     """
     axes = (None if axis == "model" else axis for axis in logical_axes)
     # jax 0.11.2 fails to lower a shard_map with untaken sums on a mesh of one device.
@@ -65,14 +65,12 @@ class ShardingRules:
     """
     return _gather(weight, jnp.dtype(dtype), self, logical_axes)
 
-  def tree_specs(self, logical_axes):
-    """PartitionSpecs of a tree whose leaves are tuples of logical axes."""
-    return jax.tree.map(lambda axes: self.spec(*axes), logical_axes, is_leaf=_is_axes)
-
   def tree_shardings(self, logical_axes, mesh: Mesh):
     """NamedShardings of a tree whose leaves are tuples of logical axes."""
     return jax.tree.map(
-        lambda axes: NamedSharding(mesh, self.spec(*axes)), logical_axes, is_leaf=_is_axes
+        lambda axes: NamedSharding(mesh, self.spec(*axes)),
+        logical_axes,
+        is_leaf=lambda node: isinstance(node, tuple),
     )
 
 
@@ -117,7 +115,3 @@ def require_explicit_mesh() -> None:
         "The model runs on a mesh, even of one device: call it under "
         "jax.set_mesh(lwm.parallel.mesh.make_mesh(...))."
     )
-
-
-def _is_axes(value) -> bool:
-  return isinstance(value, tuple)

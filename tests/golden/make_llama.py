@@ -4,8 +4,8 @@ Run by hand, where torch and transformers are installed, from the root of the re
 
   python tests/golden/make_llama.py
 
-Written with Python 3.11, torch 2.13.0 (CPU) and transformers 5.23.0. Weights are float16 numbers, so that half the
-bytes hold them exactly; the logits are computed in float32.
+Written with Python 3.11, torch 2.13.0 (CPU) and transformers 5.23.0. Weights are
+float16 numbers, so that half the bytes hold them exactly; the logits are computed in float32.
 """
 
 import json

@@ -24,9 +24,8 @@ CASES = ("multi_head", "grouped_query", "llama3_scaling", "tied")
 
 def load(case):
   with np.load(GOLDEN / f"llama_{case}.npz") as arrays:
-    weights = {
-        name.removeprefix("weights/"): arrays[name] for name in arrays if name.startswith("weights/")
-    }
+    names = [name for name in arrays if name.startswith("weights/")]
+    weights = {name.removeprefix("weights/"): arrays[name] for name in names}
     return json.loads(str(arrays["config"])), weights, arrays["ids"], arrays["logits"]
 
 
@@ -37,7 +36,8 @@ def our_logits(config, params, rope_theta, ids):
   def logits(params, ids):
     positions = jax.numpy.arange(ids.shape[1], dtype=jax.numpy.int32)[None]
     hidden = model.hidden(
-        params, ids, positions, causal(*ids.shape), rope_theta=rope_theta, layout=Layout("contiguous", 1)
+        params, ids, positions, causal(*ids.shape),
+        rope_theta=rope_theta, layout=Layout("contiguous", 1),
     )
     return model.logits(params, hidden)
 
@@ -80,7 +80,7 @@ def test_errors_name_the_weight_and_the_setting():
   config, _ = config_from_hugging_face(hugging_face_config)
   with pytest.raises(UserError, match="lacks 'model.norm.weight'"):
     from_hugging_face({k: v for k, v in weights.items() if k != "model.norm.weight"}, config)
-  with pytest.raises(UserError, match=r"'model.layers.0.self_attn.k_proj.weight' has shape \(24, 32\)"):
+  with pytest.raises(UserError, match=r"'model.layers.0.self_attn.k_proj.weight' has shape \(24"):
     from_hugging_face(weights, dataclasses.replace(config, num_kv_heads=4))
   with pytest.raises(UserError, match="rope_type 'yarn'"):
     config_from_hugging_face(hugging_face_config | {"rope_parameters": {"rope_type": "yarn"}})

@@ -52,10 +52,10 @@ def document(rng, length, modality, config=tiny_config()):
 def pack(rows, sequence_length):
   """A batch in global order of rows, which are lists of documents; what is left is padding."""
   shape = len(rows), sequence_length
-  batch = {
-      name: np.zeros(shape, np.int32)
-      for name in ("tokens", "targets", "segment_ids", "positions", "modality", "key_start", "key_stop")
-  }
+  names = (
+      "tokens", "targets", "segment_ids", "positions", "modality", "key_start", "key_stop"
+  )
+  batch = {name: np.zeros(shape, np.int32) for name in names}
   batch["loss_weights"] = np.zeros(shape, np.float32)
   for r, documents in enumerate(rows):
     begin = 0
@@ -119,7 +119,9 @@ def loss_and_gradients(config, mesh, kind, batch, loss=LossConfig(), combine=hal
     gradients, sums = compile_quickly(jax.grad(objective, has_aux=True))(
         params, place(batch, layout, mesh, model.rules)
     )
-  same = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), gradients, params)
+  same = jax.tree.map(
+      lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), gradients, params
+  )
   assert all(jax.tree.leaves(same)), "a gradient is sharded unlike its parameter"
   return jax.tree.map(np.asarray, (sums, gradients))
 
@@ -138,6 +140,6 @@ def tiny():
   """The functions above, under one name: test modules cannot import each other."""
   return types.SimpleNamespace(
       config=tiny_config, mesh=mesh_of, document=document, pack=pack, place=place, init=init,
-      jit=compile_quickly, half_each=half_each, loss_and_gradients=loss_and_gradients, assert_close=assert_trees_close,
+      jit=compile_quickly, loss_and_gradients=loss_and_gradients, assert_close=assert_trees_close,
       rope_theta=ROPE_THETA,
   )

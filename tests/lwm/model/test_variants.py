@@ -1,4 +1,4 @@
-"""What a setting may change of losses and gradients: remat nothing, bfloat16 little, ranges a lot."""
+"""What settings change of losses and gradients: remat nothing, bfloat16 little, ranges a lot."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def test_tied_head_on_a_mesh(tiny, batch):
 
 @pytest.mark.parametrize("softmax_range", ["modality", "all"])
 def test_losses_by_hand_from_logits(tiny, batch, softmax_range):
-  """Each target's softmax runs over its own modality's ids, or over all; z-loss over the same ids."""
+  """Each target's softmax runs over its own modality's ids, or over all; z-loss likewise."""
   config = tiny.config()
   model, mesh = build(config), tiny.mesh()
   with jax.set_mesh(mesh):

@@ -35,7 +35,7 @@ def test_sizes_must_use_the_devices():
         (dict(fsdp=3), {}, "config.model.width = 64 does not divide over mesh.fsdp = 3"),
         (
             dict(tensor=2), dict(text_vocab_size=257),
-            "config.model.text_vocab_size + vision_vocab_size = 257 does not divide over mesh.tensor = 2",
+            "text_vocab_size + vision_vocab_size = 257 does not divide over mesh.tensor = 2",
         ),
         (dict(tensor=2), dict(feed_forward_width=129), "config.model.feed_forward_width = 129"),
         (dict(tensor=2), dict(num_heads=3, num_kv_heads=3), "config.model.num_heads = 3"),
