@@ -12,3 +12,5 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "lwm-test-jax-cache")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Test processes side by side compile for TPUs with libtpu, which no one here runs on.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

@@ -1,0 +1,110 @@
+"""How well an attention kernel's blocks are scheduled on a TPU, without one.
+
+    python -m experiments.tpu_schedule --kernel=forward --device=v5p --rows=1024 --keys=512
+
+compiles the kernel with libtpu, reads the instruction bundles (one a cycle, if nothing stalls) of
+its two loop bodies, the one for full blocks and the one with a mask, and prints how many there are
+and what share of the slots of each unit they use. The sizes in `kernels.attention.block_sizes_tpu`
+were chosen this way.
+"""
+
+import os
+import pathlib
+import re
+import tempfile
+
+from absl import app
+from absl import flags
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+
+from kernels.attention import pallas_tpu_backward
+from kernels.attention import pallas_tpu_forward
+from kernels.attention.block_sizes_tpu import vmem_bytes
+from kernels.attention.pallas_tpu_tiles import Tiling
+
+_KERNELS = ("forward", "query_grad", "key_grads")
+_TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
+
+_KERNEL = flags.DEFINE_enum("kernel", "forward", _KERNELS, "Which kernel.")
+_DEVICE = flags.DEFINE_enum("device", "v5p", list(_TOPOLOGIES), "Which TPU.")
+_ROWS = flags.DEFINE_integer("rows", 1024, "Queries x heads in a tile.", lower_bound=128)
+_KEYS = flags.DEFINE_integer("keys", 512, "Keys in a block.", lower_bound=128)
+_HEAD_DIM = flags.DEFINE_enum("head_dim", "128", ["64", "128", "256"], "Width of a head.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the operands.")
+
+# The columns of the compiler's table, one row a bundle.
+_UNITS = ("matrix", "cross-lane", "vector", "pop", "exp", "load", "refill", "store", "spill", "scalar")
+
+
+def main(argv):
+  del argv
+  with tempfile.TemporaryDirectory() as directory:
+    # Read when libtpu is loaded, at the first use below.
+    os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
+    jax.config.update("jax_platforms", "cpu")
+    _compile(_TOPOLOGIES[_DEVICE.value])
+    print(f"{_KERNEL.value} on {_DEVICE.value}, head_dim {_HEAD_DIM.value}, {_DTYPE.value}:")
+    for name, (cycles, shares) in zip(("full", "masked"), _loop_bodies(pathlib.Path(directory))):
+      units = ", ".join(f"{unit} {share:.0%}" for unit, share in shares.items())
+      print(f"  {name} block of {_ROWS.value} rows x {_KEYS.value} keys: {cycles} bundles; {units}")
+
+
+def _compile(topology_name: str) -> None:
+  """Compiles the kernel alone, for its side effect: the compiler's reports."""
+  device = topologies.get_topology_desc(platform="tpu", topology_name=topology_name).devices[0]
+  R, k, D, dtype = _ROWS.value, _KEYS.value, int(_HEAD_DIM.value), _DTYPE.value
+  tiling = Tiling(8 * R, 8 * k, 1, 1, heads=1, queries=R, keys=k, cores=1)
+  mesh = jax.sharding.Mesh([device], ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+  def array(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  query, key = array((1, 8, R, D), dtype), array((1, 8, k, D), dtype)
+  cotangent = [query, array((1, 8, 2, R), jnp.float32)]
+  tables = [array((1, 8, 2, R), jnp.int32), array((1, 1, 32), jnp.int32)]
+  options = dict(scale=D**-0.5, soft_cap=None, vmem_limit=vmem_bytes(device.device_kind))
+  if _KERNEL.value == "forward":
+    function, operands = pallas_tpu_forward.forward, [query, key, key, *tables]
+    options |= dict(out_dtype=dtype)
+  else:
+    function = getattr(pallas_tpu_backward, _KERNEL.value)
+    operands = [query, key, key, *cotangent, *tables]
+  with jax.set_mesh(mesh):
+    jax.jit(lambda *arrays: function(*arrays, tiling, **options)).lower(*operands).compile()
+
+
+def _loop_bodies(directory: pathlib.Path) -> list[tuple[int, dict[str, float]]]:
+  """Bundles, and the share of each unit's slots in use, of the two longest runs without a branch."""
+  name = f"*attention_{_KERNEL.value}*"
+  (bundles,) = (
+      path for path in directory.glob(f"{name}-final_bundles.txt") if "analysis" not in path.name
+  )
+  (table,) = directory.glob(f"{name}-final_hlo-static-per-bundle-utilization.txt")
+  capacity, use = table.read_text().split("== UTILIZATION:")
+  capacity = [int(slots) for slots in capacity.splitlines()[-1].split()]
+  use = [[int(slots) for slots in line.split()] for line in use.splitlines() if line.strip()]
+
+  runs = [[]]
+  for line in bundles.read_text().splitlines():
+    if bundle := re.match(r"\s*(0x[0-9a-f]+|0)\s+(\w\w)?\s*:", line):
+      runs[-1].append(use[int(bundle[1], 16)])
+      if bundle[2] or "sbr.rel" in line:
+        runs.append([])
+  shares = []
+  for run in sorted(sorted(runs, key=len)[-2:], key=len):
+    total = [sum(column) / slots / len(run) for column, slots in zip(zip(*run), capacity)]
+    shares.append((len(run), dict(zip(_UNITS, total))))
+  return shares
+
+
+if __name__ == "__main__":
+  app.run(main)
