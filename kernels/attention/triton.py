@@ -2,7 +2,7 @@
 
 float32 inputs multiply as three TensorFloat-32 products ("tf32x3"), whose error is that of float32.
 
-B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim.
+B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim, N/M query/key blocks.
 """
 
 import importlib.util
@@ -12,15 +12,13 @@ import jax
 from jax.experimental.pallas import triton as pallas_triton
 import jax.numpy as jnp
 
+from kernels.attention import block_tables
 from kernels.attention.backend import Backend
-from kernels.attention.backend import vary_alike
 from kernels.attention.block_sizes_gpu import triton_blocks
-from kernels.attention.block_tables import block_tables
 from kernels.attention.intervals import KeyIntervals
+from kernels.varying import vary_alike
 
 HEAD_DIMS = (64, 128, 256)
-# Entries of the block tables that the key/value kernel compares at once.
-TABLE_BLOCK = 256
 
 
 def forward(
@@ -96,16 +94,18 @@ def backward(
       soft_cap=soft_cap,
   )
   blocks = _blocks("key_value_grad", query_BxQxHxD)
+  num_key_blocks = -(-K // blocks.key)
+  tables_Bx4xN = block_tables.of_queries(intervals, K, blocks.query, blocks.key)
+  tables_Bx4xM = block_tables.of_keys(tables_Bx4xN, num_key_blocks)
   key_grad_BxKxGxD, value_grad_BxKxGxD = _call(
       triton_backward.key_value_grad,
-      (*arrays, block_tables(intervals, K, blocks.query, blocks.key)),
+      (*arrays, tables_Bx4xM),
       (Q, K, H),
       (key_grad_type, key_grad_type),
-      grid=(-(-K // blocks.key), G, B),
+      grid=(num_key_blocks, G, B),
       blocks=blocks,
       scale=scale,
       soft_cap=soft_cap,
-      TABLE_BLOCK=TABLE_BLOCK,
   )
   return query_grad_BxQxHxD, key_grad_BxKxGxD, value_grad_BxKxGxD
 
@@ -131,7 +131,7 @@ def _blocks(kernel: str, query_BxQxHxD):
   return triton_blocks(kernel, capability, query_BxQxHxD.shape[-1], query_BxQxHxD.dtype)
 
 
-def _call(kernel, arrays, sizes, out_type, *, grid, blocks, scale, soft_cap, **constants):
+def _call(kernel, arrays, sizes, out_type, *, grid, blocks, scale, soft_cap):
   """Launches a kernel; its results vary over the mesh axes that its arguments vary over."""
   import jax_triton
 
@@ -152,7 +152,6 @@ def _call(kernel, arrays, sizes, out_type, *, grid, blocks, scale, soft_cap, **c
       SCALE=float(scale),
       SOFT_CAP=None if soft_cap is None else float(soft_cap),
       PRECISION="tf32x3" if query_BxQxHxD.dtype == jnp.float32 else None,
-      **constants,
   )
   # jax-triton says nothing of axes of a surrounding shard_map.
   return jax.tree.map(lambda result: vary_alike(query_BxQxHxD, result)[1], results)

@@ -6,7 +6,7 @@ delta): dvalue = p^T dout, dkey = ds^T query, dquery = ds key (arXiv 2205.14135,
 Nothing is added atomically, so gradients are the same in every run.
 
 Arrays are row-major. B batch, Q/K query/key length, H query heads, G = H / GROUP key/value heads,
-D head_dim, N query blocks; q/k queries/keys of one block. log_sum_exp comes in units of log2, and
+D head_dim, M key blocks; q/k queries/keys of one block. log_sum_exp comes in units of log2, and
 as +inf for queries with an empty interval, which makes their weights 0.
 """
 
@@ -91,37 +91,6 @@ def query_grad(
 
 
 @triton.jit
-def _meeting_query_blocks(key_block, tables_4xN, num_blocks, TABLE_BLOCK: tl.constexpr):
-  """Ranges of query blocks whose key ranges hold a key block: `meeting_blocks` transposed.
-
-  Where starts and stops grow with the query, as in every layout of a packed sequence, the blocks
-  that meet are contiguous. If others stand between them, those are visited too, with a mask.
-  """
-  first, last = num_blocks, 0
-  full_first, full_last, num_full = num_blocks, 0, 0
-  for offset in range(0, num_blocks, TABLE_BLOCK):
-    index_N = offset + tl.arange(0, TABLE_BLOCK)
-    is_block_N = index_N < num_blocks
-    tables_N = tables_4xN + index_N
-    first_N = tl.load(tables_N, mask=is_block_N, other=0)
-    last_N = tl.load(tables_N + num_blocks, mask=is_block_N, other=0)
-    full_first_N = tl.load(tables_N + 2 * num_blocks, mask=is_block_N, other=0)
-    full_last_N = tl.load(tables_N + 3 * num_blocks, mask=is_block_N, other=0)
-    meets_N = (first_N <= key_block) & (key_block < last_N)
-    is_full_N = (full_first_N <= key_block) & (key_block < full_last_N)
-    first = tl.minimum(first, tl.min(tl.where(meets_N, index_N, num_blocks), 0))
-    last = tl.maximum(last, tl.max(tl.where(meets_N, index_N + 1, 0), 0))
-    full_first = tl.minimum(full_first, tl.min(tl.where(is_full_N, index_N, num_blocks), 0))
-    full_last = tl.maximum(full_last, tl.max(tl.where(is_full_N, index_N + 1, 0), 0))
-    num_full += tl.sum(is_full_N.to(tl.int32), 0)
-  is_contiguous = num_full == full_last - full_first
-  first = tl.minimum(first, last)
-  full_first = tl.where(is_contiguous, full_first, last)
-  full_last = tl.where(is_contiguous, full_last, last)
-  return first, last, full_first, full_last
-
-
-@triton.jit
 def key_value_grad(
     query_BxQxHxD,
     key_BxKxGxD,
@@ -131,7 +100,7 @@ def key_value_grad(
     out_cotangent_BxQxHxD,
     log_sum_exp_BxHxQ,
     delta_BxHxQ,
-    tables_Bx4xN,
+    tables_Bx4xM,
     num_queries,
     num_keys,
     num_heads,
@@ -141,15 +110,14 @@ def key_value_grad(
     HEAD_DIM: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
-    TABLE_BLOCK: tl.constexpr,
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
   """Grid (key blocks, G, B); one program sums over the query heads of its group.
 
-  `tables_Bx4xN` holds what `meeting_blocks` returns for each query block; in full blocks every
-  query exists.
+  `tables_Bx4xM` holds ranges of query blocks as `meeting_blocks` gives them of key blocks; in full
+  ones every query exists.
   """
   block = tl.program_id(0)
   kv_head = tl.program_id(1)
@@ -169,10 +137,10 @@ def key_value_grad(
 
   key_grad_kxD = tl.full((KEY_BLOCK, HEAD_DIM), 0.0, tl.float32)
   value_grad_kxD = tl.full((KEY_BLOCK, HEAD_DIM), 0.0, tl.float32)
-  num_blocks = (num_queries + QUERY_BLOCK - 1) // QUERY_BLOCK
-  first, last, full_first, full_last = _meeting_query_blocks(
-      block, tables_Bx4xN + batch * 4 * num_blocks, num_blocks, TABLE_BLOCK
-  )
+  num_blocks = tl.num_programs(0)
+  tables = tables_Bx4xM + batch * 4 * num_blocks + block
+  first, last = tl.load(tables), tl.load(tables + num_blocks)
+  full_first, full_last = tl.load(tables + 2 * num_blocks), tl.load(tables + 3 * num_blocks)
   num_full = full_last - full_first
   for IS_FULL in tl.static_range(2):
     # The heads of a group in turn for each query block: one flat loop, which can be pipelined.

@@ -30,7 +30,6 @@ def interpreted(monkeypatch):
   """Blocks so small that most cases have full ones, crossed ones and ones that nothing meets."""
   monkeypatch.setattr(jax_triton, "triton_call", triton_interpreter.triton_call)
   monkeypatch.setattr(triton_backend, "_blocks", lambda *_: SMALL_BLOCKS)
-  monkeypatch.setattr(triton_backend, "TABLE_BLOCK", 2)
 
 
 def results_and_gradients(case, dtype):

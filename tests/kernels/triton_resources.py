@@ -34,7 +34,7 @@ def resources(name: str, capability: int, dtype: str, head_dim: int, blocks: Blo
   """Compiles one kernel for one kind of GPU, with a soft cap left out and four heads in a group."""
   kernel = KERNELS[name]
   constants = dict(GROUP=4, HEAD_DIM=head_dim, QUERY_BLOCK=blocks.query, KEY_BLOCK=blocks.key)
-  constants |= dict(SCALE=head_dim**-0.5, SOFT_CAP=None, TABLE_BLOCK=256)
+  constants |= dict(SCALE=head_dim**-0.5, SOFT_CAP=None)
   constants["PRECISION"] = "tf32x3" if dtype == "float32" else None
   signature, attributes = {}, {}
   for i, parameter in enumerate(kernel.params):
