@@ -1,7 +1,8 @@
-"""Block sizes of the GPU kernels, by compute capability.
+"""Block sizes of the GPU kernels.
 
-Chosen without a GPU: the largest blocks that `python -m tests.kernels.triton_resources` shows to
-fit the shared memory with few or no spilled registers. Nothing here has been timed.
+Chosen without a GPU: the largest blocks that fit the shared memory with few or no spilled
+registers, as `python -m tests.kernels.triton_resources` and `tests.kernels.compile_for_gpu` show.
+Nothing here has been timed.
 """
 
 from typing import NamedTuple
@@ -18,7 +19,7 @@ class Blocks(NamedTuple):
   num_stages: int
 
 
-# Rows: head_dim 64, 128, 256. Keys of a table: the lowest compute capability that it is for.
+# Triton. Rows: head_dim 64, 128, 256. Keys of a table: the lowest compute capability that it is for.
 # 8.6, 8.9 and 12.0 have 99 KiB of shared memory; 8.0 has 163 KiB, 9.0 and 10.0 have 227 KiB.
 SMALL_MEMORY = {
     "forward": (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2)),
@@ -48,6 +49,14 @@ SINGLE_PRECISION = {
     "forward": (Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1)),
     "query_grad": (Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1)),
     "key_value_grad": (Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1)),
+}
+
+# Keys (forward, query_grad) or queries (key_value_grad) of a streamed block, and blocks in flight,
+# by head_dim.
+MOSAIC_GPU = {
+    "forward": {64: (128, 4), 128: (128, 2)},
+    "query_grad": {64: (128, 3), 128: (64, 3)},
+    "key_value_grad": {64: (64, 4), 128: (64, 3)},
 }
 
 

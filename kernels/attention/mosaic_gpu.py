@@ -1,0 +1,119 @@
+"""Attention over key intervals on NVIDIA Hopper: Pallas kernels with TMA and wgmma.
+
+The kernels have been interpreted and compiled for an H200, but not yet been run on one: `api`
+takes them only by name, and Triton otherwise, until they have been measured.
+
+B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim, N/M tiles of
+queries/keys.
+"""
+
+import math
+
+import jax
+from jax.experimental.pallas import triton as pallas_triton
+import jax.numpy as jnp
+
+from kernels.attention import block_tables
+from kernels.attention import mosaic_gpu_backward
+from kernels.attention import mosaic_gpu_forward
+from kernels.attention.backend import Backend
+from kernels.attention.block_sizes_gpu import MOSAIC_GPU as BLOCKS
+from kernels.attention.intervals import KeyIntervals
+from kernels.attention.mosaic_gpu_parts import TILE
+from kernels.varying import vary_alike
+
+HEAD_DIMS = (64, 128)
+
+
+def forward(
+    query_BxQxHxD,
+    key_BxKxGxD,
+    value_BxKxGxD,
+    intervals: KeyIntervals,
+    *,
+    scale: float,
+    soft_cap: float | None,
+    out_dtype: jnp.dtype,
+):
+  """See `kernels.attention.backend.Forward`."""
+  Q = query_BxQxHxD.shape[1]
+  k, slots = BLOCKS["forward"][query_BxQxHxD.shape[3]]
+  query, key, value, start, stop = map(
+      _whole_tiles, (query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, *intervals)
+  )
+  tables_Bx4xN = block_tables.of_queries(KeyIntervals(start, stop), key.shape[1], TILE, k)
+  out_BxQxHxD, log_sum_exp_BxHxQ = mosaic_gpu_forward.forward(
+      *vary_alike(query, key, value, start, stop, tables_Bx4xN),
+      k=k,
+      slots=slots,
+      scale=scale,
+      soft_cap=soft_cap,
+      out_dtype=out_dtype,
+  )
+  return out_BxQxHxD[:, :Q], jnp.swapaxes(log_sum_exp_BxHxQ, 1, 2)[:, :Q]
+
+
+def backward(
+    query_BxQxHxD,
+    key_BxKxGxD,
+    value_BxKxGxD,
+    intervals: KeyIntervals,
+    log_sum_exp_BxQxH,
+    delta_BxQxH,
+    out_cotangent_BxQxHxD,
+    *,
+    scale: float,
+    soft_cap: float | None,
+):
+  """See `kernels.attention.backend.Backward`; dQ is one kernel, dK and dV are another."""
+  Q, K, D = query_BxQxHxD.shape[1], *key_BxKxGxD.shape[1::2]
+  query, key, value, start, stop, out_cotangent, log_sum_exp, delta = map(
+      _whole_tiles,
+      (
+          query_BxQxHxD,
+          key_BxKxGxD,
+          value_BxKxGxD,
+          *intervals,
+          out_cotangent_BxQxHxD.astype(query_BxQxHxD.dtype),
+          log_sum_exp_BxQxH * math.log2(math.e),
+          delta_BxQxH,
+      ),
+  )
+  log_sum_exp = jnp.where((stop <= start)[..., None], jnp.inf, log_sum_exp)
+  statistics = (jnp.swapaxes(array, 1, 2) for array in (log_sum_exp, delta))
+  arrays = query, key, value, start, stop, out_cotangent, *statistics
+  options = dict(scale=scale, soft_cap=soft_cap)
+
+  k, slots = BLOCKS["query_grad"][D]
+  tables = block_tables.of_queries(KeyIntervals(start, stop), key.shape[1], TILE, k)
+  query_grad_BxQxHxD = mosaic_gpu_backward.query_grad(
+      *vary_alike(*arrays, tables), k=k, slots=slots, **options
+  )
+  q, slots = BLOCKS["key_value_grad"][D]
+  tables = block_tables.of_queries(KeyIntervals(start, stop), key.shape[1], q, TILE)
+  tables = block_tables.of_keys(tables, key.shape[1] // TILE)
+  key_grad_BxKxGxD, value_grad_BxKxGxD = mosaic_gpu_backward.key_value_grad(
+      *vary_alike(*arrays, tables), q=q, slots=slots, **options
+  )
+  return query_grad_BxQxHxD[:, :Q], key_grad_BxKxGxD[:, :K], value_grad_BxKxGxD[:, :K]
+
+
+def unsupported(query_BxQxHxD, key_BxKxGxD) -> str | None:
+  """What stands against Mosaic GPU here, or None; see `kernels.attention.backend.Backend`."""
+  if not pallas_triton.is_gpu_device() or pallas_triton.get_gpu_info().compute_capability != 90:
+    return "it needs an NVIDIA Hopper GPU (H100, H200); 'triton' runs on others, 'xla' everywhere"
+  if query_BxQxHxD.dtype.itemsize != 2:
+    return f"it takes bfloat16 and float16, not {query_BxQxHxD.dtype}; 'triton' takes float32"
+  if query_BxQxHxD.shape[-1] not in HEAD_DIMS:
+    return f"it takes head_dim {HEAD_DIMS}, not {query_BxQxHxD.shape[-1]}; 'triton' also takes 256"
+  return None
+
+
+MOSAIC_GPU = Backend("mosaic_gpu", unsupported, forward, backward)
+
+
+def _whole_tiles(array: jax.Array) -> jax.Array:
+  """Pads axis 1 with zeros to whole tiles: queries with empty intervals, keys that none sees."""
+  padding = [(0, 0)] * array.ndim
+  padding[1] = (0, -array.shape[1] % TILE)
+  return jnp.pad(array, padding)
