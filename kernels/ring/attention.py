@@ -23,6 +23,7 @@ from kernels.attention.intervals import KeyIntervals
 from kernels.attention.intervals import within
 from kernels.attention.merge import merge
 from kernels.ring.layout import Layout
+from kernels.varying import vary_alike
 
 
 class _Ring(NamedTuple):
@@ -103,7 +104,7 @@ def ring_attention(
   backend = api.choose(backend, query_BxQxHxD, key_BxQxGxD)
   scale = query_BxQxHxD.shape[-1] ** -0.5 if scale is None else scale
   ring = _Ring(backend, layout, axis_name, scale, soft_cap)
-  query, key, value, *intervals = backend_lib.vary_alike(
+  query, key, value, *intervals = vary_alike(
       query_BxQxHxD, key_BxQxGxD, value_BxQxGxD, *intervals
   )
   return _attention(ring, query, key, value, KeyIntervals(*intervals))
@@ -152,62 +153,76 @@ def _forward(ring, query, key, value, intervals):
 
 
 def _backward(ring, residuals, cotangents):
-  """Gradients of keys and values gather in float32, one hop behind the keys that they belong to."""
+  """Gradients of keys and values gather in float32, one hop behind the keys that they belong to.
+
+  No transfer stands alone: while the first keys travel, a device computes the second half of its
+  own, and while the last gradients travel home, the first half. (Under a causal mask that half has
+  three times the work, and float32 gradients have twice the bytes of keys.)
+  """
   query, key, value, intervals, out, log_sum_exp = residuals
-  n = ring.layout.ring_size
+  n, half = ring.layout.ring_size, query.shape[1] // 2
   delta = backend_lib.delta(out, log_sum_exp, *cotangents)
 
+  def grads_of_chunk(query_grad, chunk):
+    """Adds to the query's gradient; returns it and the gradients of the chunk's keys."""
+    offset, key_BxLxGxD, value_BxLxGxD = chunk
+    local = within(intervals, offset, key_BxLxGxD.shape[1])
+
+    def compute(query_grad):
+      new_query_grad, key_grad, value_grad = ring.backend.backward(
+          query,
+          key_BxLxGxD,
+          value_BxLxGxD,
+          local,
+          log_sum_exp,
+          delta,
+          cotangents[0],
+          scale=ring.scale,
+          soft_cap=ring.soft_cap,
+      )
+      return query_grad + new_query_grad, (key_grad, value_grad)
+
+    def skip(query_grad):
+      zero = jnp.zeros_like(key_BxLxGxD, jnp.float32)
+      return query_grad, (zero, zero)
+
+    return jax.lax.cond(_any_work(local), compute, skip, query_grad)
+
   def grads_of_hop(hop, key, value, query_grad):
-    """Adds to the query's gradient; returns it and the gradients of the keys that are here."""
-
-    def grads_of_chunk(query_grad, chunk):
-      offset, key_BxLxGxD, value_BxLxGxD = chunk
-      local = within(intervals, offset, key_BxLxGxD.shape[1])
-
-      def compute(query_grad):
-        new_query_grad, key_grad, value_grad = ring.backend.backward(
-            query,
-            key_BxLxGxD,
-            value_BxLxGxD,
-            local,
-            log_sum_exp,
-            delta,
-            cotangents[0],
-            scale=ring.scale,
-            soft_cap=ring.soft_cap,
-        )
-        return query_grad + new_query_grad, (key_grad, value_grad)
-
-      def skip(query_grad):
-        zero = jnp.zeros_like(key_BxLxGxD, jnp.float32)
-        return query_grad, (zero, zero)
-
-      return jax.lax.cond(_any_work(local), compute, skip, query_grad)
-
     query_grad, chunk_grads = jax.lax.scan(
         grads_of_chunk, query_grad, ring.chunks(hop, key, value)
     )
     return query_grad, [jnp.moveaxis(grad, 0, 1).reshape(key.shape) for grad in chunk_grads]
 
-  def step(carry, hop):
-    key, value, key_grad, value_grad, query_grad = carry
-    next_key, next_value = ring.rotate(key, value)
-    key_grad, value_grad = ring.rotate(key_grad, value_grad)
-    query_grad, (new_key_grad, new_value_grad) = grads_of_hop(hop, key, value, query_grad)
-    key_grad, value_grad = key_grad + new_key_grad, value_grad + new_value_grad
-    return (next_key, next_value, key_grad, value_grad, query_grad), None
+  def grads_of_own(first, last, query_grad):
+    """Of the columns [first, last), one half of this device's keys."""
+    offsets_C, keys_CxBxLxGxD = ring.chunks(0, key)
+    chunk, column = divmod(first, keys_CxBxLxGxD.shape[2])
+    own = offsets_C[chunk] + column, key[:, first:last], value[:, first:last]
+    return grads_of_chunk(query_grad, own)
 
-  # The first hop has no gradient to receive and the last no key to send: both stand outside.
+  def step(carry, hop):
+    key, value, *grads, query_grad = carry
+    next_key, next_value = ring.rotate(key, value)
+    grads = ring.rotate(*grads)
+    query_grad, new_grads = grads_of_hop(hop, key, value, query_grad)
+    return (next_key, next_value, *map(jnp.add, grads, new_grads), query_grad), None
+
   next_key, next_value = ring.rotate(key, value)
   query_grad = jnp.zeros_like(query, jnp.float32)
-  query_grad, (key_grad, value_grad) = grads_of_hop(0, key, value, query_grad)
-  (key, value, key_grad, value_grad, query_grad), _ = jax.lax.scan(
-      step, (next_key, next_value, key_grad, value_grad, query_grad), jnp.arange(1, n - 1)
+  query_grad, late_grads = grads_of_own(half, query.shape[1], query_grad)
+  grads = [jnp.pad(grad, ((0, 0), (half, 0), (0, 0), (0, 0))) for grad in late_grads]
+  # The last hop has no key to send: it stands outside the loop.
+  (key_there, value_there, *grads, query_grad), _ = jax.lax.scan(
+      step, (next_key, next_value, *grads, query_grad), jnp.arange(1, n - 1)
   )
-  key_grad, value_grad = ring.rotate(key_grad, value_grad)
-  query_grad, (new_key_grad, new_value_grad) = grads_of_hop(n - 1, key, value, query_grad)
-  key_grad, value_grad = ring.rotate(key_grad + new_key_grad, value_grad + new_value_grad)
-  return *(grad.astype(query.dtype) for grad in (query_grad, key_grad, value_grad)), None
+  grads = ring.rotate(*grads)
+  query_grad, new_grads = grads_of_hop(n - 1, key_there, value_there, query_grad)
+  grads = ring.rotate(*map(jnp.add, grads, new_grads))
+  if half:  # A shard of one token has no first half.
+    query_grad, early_grads = grads_of_own(0, half, query_grad)
+    grads = [grad.at[:, :half].add(early) for grad, early in zip(grads, early_grads)]
+  return *(grad.astype(query.dtype) for grad in (query_grad, *grads)), None
 
 
 _attention.defvjp(_forward, _backward)

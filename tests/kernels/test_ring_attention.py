@@ -6,6 +6,8 @@ import re
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Var
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
@@ -191,7 +193,10 @@ def counting(counts):
 
 
 def visible_chunks(kind, ring_size, intervals, length):
-  """How many (shard of queries, chunk of keys) pairs meet, by the mask itself."""
+  """How many (shard of queries, chunk of keys) pairs meet, by the mask itself.
+
+  The second number counts a shard's own keys in halves, as the backward pass does.
+  """
   layout = Layout(kind, ring_size)
   permutation = layout.permutation(length)
   start, stop = intervals
@@ -199,22 +204,60 @@ def visible_chunks(kind, ring_size, intervals, length):
   seen = (key >= start[..., None]) & (key < stop[..., None])
   seen = seen.any(axis=0)[permutation][:, permutation]
   chunks = ring_size * layout.chunks_per_shard
-  return seen.reshape(ring_size, -1, chunks, length // chunks).any(axis=(1, 3)).sum()
+  pairs = seen.reshape(ring_size, -1, chunks, length // chunks).any(axis=(1, 3))
+  halves = seen.reshape(ring_size, -1, 2 * ring_size, length // ring_size // 2).any(axis=(1, 3))
+  own = np.eye(ring_size, dtype=bool)
+  others = pairs & ~np.repeat(own, layout.chunks_per_shard, axis=1)
+  return pairs.sum(), others.sum() + (halves & np.repeat(own, 2, axis=1)).sum()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "name, contiguous, zigzag", (("causal", 10, 26), ("sliding_window", 7, 14), ("packed", 9, 23))
+    "name, contiguous, zigzag",
+    (("causal", (10, 14), 26), ("sliding_window", (7, 11), 14), ("packed", (9, 13), 23)),
 )
 def test_hops_without_work_are_skipped(name, contiguous, zigzag, kind):
   """Of 16 pairs of shards (contiguous) or 32 of shard and chunk (zigzag)."""
   case = BY_NAME[name]
-  expected = dict(contiguous=contiguous, zigzag=zigzag)[kind]
+  expected = dict(contiguous=contiguous, zigzag=(zigzag, zigzag))[kind]
   assert visible_chunks(kind, 4, case.mask(case.B, case.Q, case.K), case.Q) == expected
   counts = collections.Counter()
   ring_of(kind, 4).run(inputs(case), backend=counting(counts))
   jax.effects_barrier()
-  assert counts == dict(forward=expected, backward=expected)
+  assert counts == dict(zip(("forward", "backward"), expected))
+
+
+def alone(jaxpr):
+  """Transfers of a program beside which no attention can run, by its data dependences.
+
+  Looks at each block of code that sends something: a matrix product within the same block, however
+  deeply nested, must neither need what is sent nor be needed for it.
+  """
+  found, needs, made_by = [], [], {}
+  for index, equation in enumerate(jaxpr.eqns):
+    direct = {made_by[v] for v in equation.invars if isinstance(v, Var) and v in made_by}
+    needs.append(direct.union(*(needs[i] for i in direct)))
+    made_by |= dict.fromkeys(equation.outvars, index)
+  products = [i for i, equation in enumerate(jaxpr.eqns) if "dot_general" in str(equation)]
+  for index, equation in enumerate(jaxpr.eqns):
+    if equation.primitive.name == "ppermute":
+      if all(i in needs[index] or index in needs[i] for i in products):
+        found.append(equation)
+    for inner in jaxprs_in_params(equation.params):
+      found += alone(inner)
+  return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ring_size", (2, 4))
+def test_every_transfer_has_attention_to_run_beside_it(kind, ring_size):
+  ring = ring_of(kind, ring_size)
+  with jax.set_mesh(ring.mesh):
+    permutation = ring.layout.permutation(64)
+    placed = jax.tree.map(lambda array: ring.place(array, permutation), inputs(CASES[0]))
+    program = jax.make_jaxpr(with_grads(ring.attention))(*placed)
+  assert "ppermute" in str(program)
+  assert not alone(program.jaxpr)
 
 
 def lowered(ring_size, dtype="bfloat16"):
