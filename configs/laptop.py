@@ -30,7 +30,7 @@ def get_config() -> Experiment:
       tokenizer="data/laptop/tokenizer.model",
       model=models.laptop(text_vocab_size=2048),
       optimizer=OptimizerConfig(
-          schedule="cosine", peak_learning_rate=2e-3, end_learning_rate=2e-4, weight_decay=0.1
+          schedule="cosine", peak_learning_rate=4e-3, end_learning_rate=4e-4, weight_decay=0.1
       ),
       datasets=[
           DatasetConfig(name="text", path="data/laptop/text"),
@@ -38,13 +38,13 @@ def get_config() -> Experiment:
       ],
       stages=[
           Stage(name="text_512", sequence_length=512, rope_theta=1e4, tokens_per_batch=4096,
-                steps=200, warmup_steps=20, mixture=_text()),
+                steps=160, warmup_steps=20, mixture=_text()),
           Stage(name="text_1k", sequence_length=1024, rope_theta=1e4, tokens_per_batch=4096,
-                steps=100, warmup_steps=10, mixture=_text()),
+                steps=80, warmup_steps=10, mixture=_text()),
           Stage(name="video_2k", sequence_length=2048, rope_theta=1e5, tokens_per_batch=4096,
-                steps=200, warmup_steps=20, mixture=_text_and_video()),
-          Stage(name="video_4k", sequence_length=4096, rope_theta=1e5, tokens_per_batch=4096,
-                steps=100, warmup_steps=10, mixture=_text_and_video()),
+                steps=360, warmup_steps=20, mixture=_text_and_video()),
+          Stage(name="video_4k", sequence_length=4096, rope_theta=1e5, tokens_per_batch=8192,
+                steps=80, warmup_steps=10, peak_learning_rate=2e-3, mixture=_text_and_video()),
       ],
       checkpoint=CheckpointConfig(every_steps=100, keep=2),
       evaluation=EvaluationConfig(every_steps=100, rows=8),

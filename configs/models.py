@@ -42,14 +42,14 @@ def llama3_8b(vision: bool = False, scaled_rope: bool = True) -> ModelConfig:
 
 
 def laptop(text_vocab_size: int) -> ModelConfig:
-  """Six million parameters, for two CPU cores: float32, nothing recomputed."""
+  """3.5 million parameters, for two CPU cores: float32, nothing recomputed."""
   return ModelConfig(
       num_layers=4,
-      width=192,
-      num_heads=6,
+      width=128,
+      num_heads=4,
       num_kv_heads=2,
       head_dim=32,
-      feed_forward_width=512,
+      feed_forward_width=384,
       text_vocab_size=text_vocab_size,
       vision_vocab_size=VISION_VOCAB_SIZE,
       compute_dtype="float32",

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from kernels.attention import reference
 from kernels.attention.backend import Backend
 from kernels.attention.backend import differentiable
-from kernels.attention.backend import vary_alike
 from kernels.attention.intervals import KeyIntervals
 from kernels.attention.pallas_tpu import PALLAS_TPU
 from kernels.attention.xla import XLA
+from kernels.varying import vary_alike
 
 # The best first; the last takes everything.
 BACKENDS = (PALLAS_TPU, XLA)

@@ -85,19 +85,6 @@ def delta(
   return jnp.where(is_empty_BxQxH, 0.0, sum_BxQxH - log_sum_exp_cotangent_BxQxH)
 
 
-def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """Inside `shard_map`, makes all arrays vary over the mesh axes that any of them varies over.
-
-  Outside it changes nothing. The transpose sums the cotangent over the axes added.
-  """
-  varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
-  union = frozenset().union(*varying)
-  return tuple(
-      jax.lax.pcast(array, tuple(union - axes), to="varying")
-      for array, axes in zip(arrays, varying)
-  )
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def differentiable(backend: Backend, scale, soft_cap, query, key, value, intervals):
   """`backend.forward`, with `backend.backward` as its derivative."""

@@ -14,13 +14,13 @@ from kernels.attention import pallas_tpu_backward
 from kernels.attention import pallas_tpu_forward
 from kernels.attention import pallas_tpu_tiles as tiles
 from kernels.attention.backend import Backend
-from kernels.attention.backend import vary_alike
 from kernels.attention.block_sizes_tpu import block_sizes
 from kernels.attention.block_sizes_tpu import vmem_bytes
 from kernels.attention.intervals import KeyIntervals
 from kernels.attention.pallas_tpu_tiles import LANES
 from kernels.attention.pallas_tpu_tiles import round_up
 from kernels.attention.pallas_tpu_tiles import Tiling
+from kernels.varying import vary_alike
 
 HEAD_DIMS = (64, 128, 256)
 
@@ -87,9 +87,8 @@ def backward(
         intervals_BxNx2xR,
         tiles.key_spans(intervals_BxNx2xR, tiling),
     )
-    grads = kernel(
-        *arrays, tiling, scale=scale, soft_cap=soft_cap, vmem_limit=vmem_bytes(_device().device_kind)
-    )
+    vmem_limit = vmem_bytes(_device().device_kind)
+    grads = kernel(*arrays, tiling, scale=scale, soft_cap=soft_cap, vmem_limit=vmem_limit)
     return grads, tiling
 
   query_grad_TxNxDxR, tiling = run(pallas_tpu_backward.query_grad, "query_grad")

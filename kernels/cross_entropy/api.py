@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from kernels.cross_entropy import reference
 from kernels.cross_entropy import xla
 from kernels.cross_entropy.reference import Ranges
+from kernels.varying import vary_alike
 
 
 class TokenLosses(NamedTuple):
@@ -72,8 +73,7 @@ def linear_cross_entropy(
     first_column = jnp.int32(0)
     if axis_name is not None:
       first_column = head_MxV.shape[1] * jax.lax.axis_index(axis_name)
-    # The transposes of these casts are the sums of the gradients over the axes that shared a value.
-    arrays = _vary_alike((hidden_NxM, head_MxV, targets_N, first_column))
+    arrays = vary_alike(hidden_NxM, head_MxV, targets_N, first_column)
     log_sum_exp_N, target_logit_N = xla.statistics(*arrays, ranges, chunk, vocab_block)
     if axis_name is not None:
       log_sum_exp_N = _log_sum_exp_over(log_sum_exp_N, axis_name)
@@ -86,12 +86,6 @@ def linear_cross_entropy(
   log_probability_N = target_logit_N - log_sum_exp_N
   loss_N = z_loss * jnp.square(log_sum_exp_N) - log_probability_N
   return TokenLosses(loss_N, log_probability_N, log_sum_exp_N)
-
-
-def _vary_alike(arrays):
-  varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
-  axes = frozenset().union(*varying)
-  return [jax.lax.pcast(x, tuple(axes - own), to="varying") for x, own in zip(arrays, varying)]
 
 
 def _log_sum_exp_over(log_sum_exp_N: jax.Array, axis_name: str) -> jax.Array:

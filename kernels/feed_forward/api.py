@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.feed_forward import reference
+from kernels.varying import vary_alike
 
 
 def feed_forward(
@@ -40,13 +41,7 @@ def feed_forward(
   Returns:
     [B, S, M] in x's dtype.
   """
-  arrays = (x_BxSxM, gate_MxF, up_MxF, down_FxM)
-  axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
-  # The transposes of these casts are the sums of the gradients over the axes that shared a value.
-  x_BxSxM, *weights = (
-      jax.lax.pcast(x, tuple(axes - jax.typeof(x).manual_axis_type.varying), to="varying")
-      for x in arrays
-  )
+  x_BxSxM, *weights = vary_alike(x_BxSxM, gate_MxF, up_MxF, down_FxM)
   if x_BxSxM.shape[1] <= chunk:
     out_BxSxM = reference.feed_forward(x_BxSxM, *weights)
   else:

@@ -71,7 +71,7 @@ def _experiment(**changes):
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"model__num_kv_heads": 4}, ["num_heads=6", "num_kv_heads=4"]),
+        ({"model__num_kv_heads": 3}, ["num_heads=4", "num_kv_heads=3"]),
         ({"model__remat": "some"}, ["remat='some'", "'full'"]),
         ({"model__head_dim": 7}, ["head_dim=7"]),
         ({"stages__0__mixture__0__dataset": "txt"}, ["stages[0].mixture[0]", "'text'"]),
