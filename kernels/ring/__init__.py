@@ -2,3 +2,4 @@
 
 from kernels.ring.attention import ring_attention
 from kernels.ring.layout import Layout
+from kernels.ring.work import blocks_per_device
