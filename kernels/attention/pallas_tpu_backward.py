@@ -182,14 +182,15 @@ def key_grads(
     soft_cap: float | None,
     vmem_limit: int,
 ) -> tuple[jax.Array, jax.Array]:
-  """The cotangents of key and value, float32 [T, M, k, D], to be summed over the rows of a group."""
+  """The cotangents of key and value, float32 [T, M, k, D], to be added where rows share keys."""
   T, _, R, D = query_TxNxRxD.shape
   M, k, cores = tiling.num_key_blocks, tiling.keys, tiling.cores
   dtype = query_TxNxRxD.dtype
   query_spans_Bx1xM2 = tiles.query_spans(spans_Bx1xN4, tiling)
   specs = TileSpecs(tiling, T // spans_Bx1xN4.shape[0])
+  rows_per_key_row = cores * tiling.key_sharing
   key_spec = pl.BlockSpec(
-      (1, 1, k, D), lambda row, step: (row // (cores * tiling.key_sharing), specs.tile(row, step), 0, 0)
+      (1, 1, k, D), lambda row, step: (row // rows_per_key_row, specs.tile(row, step), 0, 0)
   )
   return pl.pallas_call(
       functools.partial(

@@ -22,6 +22,10 @@ LOG2_E = math.log2(math.e)
 # Finite, since -inf - -inf is no number: a row without a key keeps a sum of 0.
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
+# A tile's rows in parts: the scores of the next come before the weights of this one, so that matrix
+# and vector units work at the same time.
+PART_ROWS = 512
+
 
 class KeyWalk:
   """The key blocks of the query tile of each step."""
@@ -122,21 +126,32 @@ def _kernel(
   maximum_ref[...] = jnp.full_like(maximum_ref, LOWEST)
   sum_ref[...] = jnp.zeros_like(sum_ref)
 
+  R = tiling.rows
+  parts = [slice(first, min(first + PART_ROWS, R)) for first in range(0, R, PART_ROWS)]
+
+  def part_scores(part, index, slot, is_masked):
+    scores_kxR, _ = scores(key_ref[slot], query_ref[0, 0, part], scale, soft_cap)
+    if not is_masked:
+      return scores_kxR
+    mask_kxR = mask(intervals_ref[0, 0, :, part], index, scores_kxR.shape)
+    return jnp.where(mask_kxR, scores_kxR, -jnp.inf)
+
   def add(index, slot, is_masked):
-    scores_kxR, _ = scores(key_ref[slot], query_ref[0, 0], scale, soft_cap)
-    if is_masked:
-      mask_kxR = mask(intervals_ref[0, 0], index, scores_kxR.shape)
-      scores_kxR = jnp.where(mask_kxR, scores_kxR, -jnp.inf)
-    old_maximum_1xR = maximum_ref[...]
-    maximum_1xR = jnp.maximum(old_maximum_1xR, jnp.max(scores_kxR, axis=0, keepdims=True))
-    weights_kxR = jnp.exp2(scores_kxR - maximum_1xR)
-    decay_1xR = jnp.exp2(old_maximum_1xR - maximum_1xR)
-    maximum_ref[...] = maximum_1xR
-    sum_ref[...] = decay_1xR * sum_ref[...] + jnp.sum(weights_kxR, axis=0, keepdims=True)
-    value_kxD = value_ref[slot]
-    sum_out_ref[...] = decay_1xR * sum_out_ref[...] + dot(
-        value_kxD, weights_kxR.astype(value_kxD.dtype), (0, 0)
-    )
+    next_scores_kxR = part_scores(parts[0], index, slot, is_masked)
+    for part, next_part in zip(parts, [*parts[1:], None]):
+      scores_kxR = next_scores_kxR
+      if next_part is not None:
+        next_scores_kxR = part_scores(next_part, index, slot, is_masked)
+      old_maximum_1xR = maximum_ref[:, part]
+      maximum_1xR = jnp.maximum(old_maximum_1xR, jnp.max(scores_kxR, axis=0, keepdims=True))
+      weights_kxR = jnp.exp2(scores_kxR - maximum_1xR)
+      decay_1xR = jnp.exp2(old_maximum_1xR - maximum_1xR)
+      maximum_ref[:, part] = maximum_1xR
+      sum_1xR = jnp.sum(weights_kxR, axis=0, keepdims=True)
+      sum_ref[:, part] = decay_1xR * sum_ref[:, part] + sum_1xR
+      weights_kxR = weights_kxR.astype(value_ref.dtype)
+      out_DxR = dot(value_ref[slot], weights_kxR, (0, 0))
+      sum_out_ref[:, part] = decay_1xR * sum_out_ref[:, part] + out_DxR
 
   stream(
       walk,

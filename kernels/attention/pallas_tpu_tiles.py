@@ -4,8 +4,9 @@ A query tile holds q consecutive queries of the r heads that share one key/value
 rows: every key block that is loaded serves them all. The tables take O(S / block) scalars and XLA
 computes them from the intervals without a Q x K array.
 
-B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim, T = B * H / r rows of
-tiles, N query tiles, M key blocks, q queries in a tile, k keys in a block, R = q * r rows in a tile.
+B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim, N query tiles, M key
+blocks, q queries in a tile, k keys in a block, R = q * r rows in a tile, P = H / r, T = B * P rows
+of tiles.
 """
 
 from typing import NamedTuple
