@@ -10,12 +10,15 @@ from kernels.attention import reference
 from kernels.attention.backend import Backend
 from kernels.attention.backend import differentiable
 from kernels.attention.intervals import KeyIntervals
+from kernels.attention.mosaic_gpu import MOSAIC_GPU
 from kernels.attention.pallas_tpu import PALLAS_TPU
+from kernels.attention.triton import TRITON
 from kernels.attention.xla import XLA
 from kernels.varying import vary_alike
 
-# The best first; the last takes everything.
-BACKENDS = (PALLAS_TPU, XLA)
+# The best first. XLA takes everything; what follows it has not been measured, and is taken only by
+# name.
+BACKENDS = (PALLAS_TPU, TRITON, XLA, MOSAIC_GPU)
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -41,8 +44,9 @@ def attention(
     intervals: int32 key indices, `start` and `stop`, both [B, Q].
     scale: multiplies the scores; 1 / sqrt(D) unless given.
     soft_cap: scores become soft_cap * tanh(scores / soft_cap) if given (Gemma 2, arXiv 2408.00118).
-    backend: "pallas_tpu" (TPU kernels), "xla" (blockwise), "reference" (materialises the scores),
-      a Backend of your own, or None for the best here.
+    backend: "pallas_tpu" (TPU kernels), "triton" (NVIDIA GPUs), "mosaic_gpu" (Hopper), "xla"
+      (blockwise), "reference" (materialises the scores), a Backend of your own, or None for the
+      best here.
 
   Returns:
     (out [B, Q, H, D] in the query's dtype, log_sum_exp [B, Q, H] float32). A row with an empty

@@ -19,7 +19,7 @@ class Blocks(NamedTuple):
   num_stages: int
 
 
-# Triton. Rows: head_dim 64, 128, 256. Keys of a table: the lowest compute capability that it is for.
+# Triton. Columns: head_dim 64, 128, 256; keys: the lowest compute capability that a table is for.
 # 8.6, 8.9 and 12.0 have 99 KiB of shared memory; 8.0 has 163 KiB, 9.0 and 10.0 have 227 KiB.
 SMALL_MEMORY = {
     "forward": (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2)),
@@ -51,9 +51,11 @@ SINGLE_PRECISION = {
     "key_value_grad": (Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1)),
 }
 
+# Mosaic GPU. Queries (or keys, for their gradients) of a tile: 64 for each of two warpgroups.
+MOSAIC_GPU_TILE = 128
 # Keys (forward, query_grad) or queries (key_value_grad) of a streamed block, and blocks in flight,
 # by head_dim.
-MOSAIC_GPU = {
+MOSAIC_GPU_BLOCKS = {
     "forward": {64: (128, 4), 128: (128, 2)},
     "query_grad": {64: (128, 3), 128: (64, 3)},
     "key_value_grad": {64: (64, 4), 128: (64, 3)},

@@ -14,12 +14,10 @@ from jax.experimental.pallas import triton as pallas_triton
 import jax.numpy as jnp
 
 from kernels.attention import block_tables
-from kernels.attention import mosaic_gpu_backward
-from kernels.attention import mosaic_gpu_forward
 from kernels.attention.backend import Backend
-from kernels.attention.block_sizes_gpu import MOSAIC_GPU as BLOCKS
+from kernels.attention.block_sizes_gpu import MOSAIC_GPU_BLOCKS as BLOCKS
+from kernels.attention.block_sizes_gpu import MOSAIC_GPU_TILE as TILE
 from kernels.attention.intervals import KeyIntervals
-from kernels.attention.mosaic_gpu_parts import TILE
 from kernels.varying import vary_alike
 
 HEAD_DIMS = (64, 128)
@@ -36,6 +34,8 @@ def forward(
     out_dtype: jnp.dtype,
 ):
   """See `kernels.attention.backend.Forward`."""
+  from kernels.attention import mosaic_gpu_forward  # Loading Mosaic GPU takes a while.
+
   Q = query_BxQxHxD.shape[1]
   k, slots = BLOCKS["forward"][query_BxQxHxD.shape[3]]
   query, key, value, start, stop = map(
@@ -66,6 +66,8 @@ def backward(
     soft_cap: float | None,
 ):
   """See `kernels.attention.backend.Backward`; dQ is one kernel, dK and dV are another."""
+  from kernels.attention import mosaic_gpu_backward  # Loading Mosaic GPU takes a while.
+
   Q, K, D = query_BxQxHxD.shape[1], *key_BxKxGxD.shape[1::2]
   query, key, value, start, stop, out_cotangent, log_sum_exp, delta = map(
       _whole_tiles,

@@ -20,9 +20,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from kernels.attention.mosaic_gpu_parts import COLUMNS
+from kernels.attention.mosaic_gpu_parts import COMPUTE_REGISTERS
 from kernels.attention.mosaic_gpu_parts import COMPUTE_WARPGROUPS
 from kernels.attention.mosaic_gpu_parts import MATRIX
 from kernels.attention.mosaic_gpu_parts import ROWS
+from kernels.attention.mosaic_gpu_parts import STREAM_REGISTERS
 from kernels.attention.mosaic_gpu_parts import Steps
 from kernels.attention.mosaic_gpu_parts import TILE
 from kernels.attention.mosaic_gpu_parts import WARPGROUP_ROWS
@@ -69,7 +71,7 @@ def query_grad(
 
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def _compute():
-      plgpu.set_max_registers(232, action="increase")
+      plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
       rows = pl.ds(tile * TILE + warpgroup * q, q)
       query_qxD, cotangent_qxD = own_query.at[warpgroup], own_cotangent.at[warpgroup]
       is_ready = ready.at[warpgroup]
@@ -110,15 +112,18 @@ def query_grad(
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _stream():
-      plgpu.set_max_registers(40, action="decrease")
+      plgpu.set_max_registers(STREAM_REGISTERS, action="decrease")
 
-      @pl.loop(0, steps.num)
+      @pl.loop(0, steps.num + slots)
       def _(index):
         slot = lax.rem(index, slots)
-        block = batch, pl.ds(steps.block(index) * k, k), lax.div(head, R)
         pl.when(index >= slots)(lambda: plgpu.barrier_wait(consumed.at[slot]))
-        plgpu.copy_gmem_to_smem(key.at[block], keys.at[slot], filled.at[slot])
-        plgpu.copy_gmem_to_smem(value.at[block], values.at[slot], filled.at[slot])
+
+        @pl.when(index < steps.num)
+        def _():
+          block = batch, pl.ds(steps.block(index) * k, k), lax.div(head, R)
+          plgpu.copy_gmem_to_smem(key.at[block], keys.at[slot], filled.at[slot])
+          plgpu.copy_gmem_to_smem(value.at[block], values.at[slot], filled.at[slot])
 
   return launch(
       kernel,
@@ -190,7 +195,7 @@ def key_value_grad(
 
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def _compute():
-      plgpu.set_max_registers(232, action="increase")
+      plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
       first_key = tile * TILE + warpgroup * k
       rows = batch, pl.ds(first_key, k), kv_head
       key_kxD, value_kxD = own_key.at[warpgroup], own_value.at[warpgroup]
@@ -221,6 +226,7 @@ def key_value_grad(
             (grads[0], scores_grad_kxq.astype(dtype), query_qxD),
             (grads[1], weights_kxq.astype(dtype), cotangent_qxD),
         )
+        plgpu.commit_smem()  # The vectors were read by threads; TMA is to write over them.
         plgpu.barrier_arrive(consumed.at[slot])
         return grads
 
@@ -233,24 +239,27 @@ def key_value_grad(
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _stream():
-      plgpu.set_max_registers(40, action="decrease")
+      plgpu.set_max_registers(STREAM_REGISTERS, action="decrease")
 
-      @pl.loop(0, steps.num)
+      @pl.loop(0, steps.num + slots)
       def _(index):
         slot = lax.rem(index, slots)
-        head = kv_head * R + lax.rem(index, R)
-        rows = pl.ds(steps.block(index) * q, q)
         pl.when(index >= slots)(lambda: plgpu.barrier_wait(consumed.at[slot]))
-        sources = (
-            query.at[batch, rows, head],
-            out_cotangent.at[batch, rows, head],
-            start.at[batch, rows],
-            stop.at[batch, rows],
-            log_sum_exp.at[batch, head, rows],
-            delta.at[batch, head, rows],
-        )
-        for source, target in zip(sources, (queries, cotangents, *vectors)):
-          plgpu.copy_gmem_to_smem(source, target.at[slot], filled.at[slot])
+
+        @pl.when(index < steps.num)
+        def _():
+          head = kv_head * R + lax.rem(index, R)
+          rows = pl.ds(steps.block(index) * q, q)
+          sources = (
+              query.at[batch, rows, head],
+              out_cotangent.at[batch, rows, head],
+              start.at[batch, rows],
+              stop.at[batch, rows],
+              log_sum_exp.at[batch, head, rows],
+              delta.at[batch, head, rows],
+          )
+          for source, target in zip(sources, (queries, cotangents, *vectors)):
+            plgpu.copy_gmem_to_smem(source, target.at[slot], filled.at[slot])
 
   grad_type = jax.ShapeDtypeStruct(key_BxKxGxD.shape, jnp.float32)
   return launch(

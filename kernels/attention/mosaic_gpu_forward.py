@@ -19,10 +19,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from kernels.attention.mosaic_gpu_parts import COMPUTE_REGISTERS
 from kernels.attention.mosaic_gpu_parts import COMPUTE_WARPGROUPS
 from kernels.attention.mosaic_gpu_parts import LOWEST
 from kernels.attention.mosaic_gpu_parts import MATRIX
 from kernels.attention.mosaic_gpu_parts import ROWS
+from kernels.attention.mosaic_gpu_parts import STREAM_REGISTERS
 from kernels.attention.mosaic_gpu_parts import Steps
 from kernels.attention.mosaic_gpu_parts import TILE
 from kernels.attention.mosaic_gpu_parts import WARPGROUP_ROWS
@@ -64,7 +66,7 @@ def forward(
 
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def _compute():
-      plgpu.set_max_registers(232, action="increase")
+      plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
       rows = pl.ds(tile * TILE + warpgroup * q, q)
       query_qxD = query_2xqxD.at[warpgroup]
       query_barrier = query_barriers.at[warpgroup]
@@ -124,15 +126,18 @@ def forward(
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _stream():
-      plgpu.set_max_registers(40, action="decrease")
+      plgpu.set_max_registers(STREAM_REGISTERS, action="decrease")
 
-      @pl.loop(0, steps.num)
+      @pl.loop(0, steps.num + slots)
       def _(index):
         slot = lax.rem(index, slots)
         block = batch, pl.ds(steps.block(index) * k, k), lax.div(head, R)
         for i, (source, target) in enumerate(((key, keys), (value, values))):
           pl.when(index >= slots)(lambda: plgpu.barrier_wait(consumed[i].at[slot]))
-          plgpu.copy_gmem_to_smem(source.at[block], target.at[slot], filled[i].at[slot])
+
+          @pl.when(index < steps.num)
+          def _():
+            plgpu.copy_gmem_to_smem(source.at[block], target.at[slot], filled[i].at[slot])
 
   return launch(
       kernel,

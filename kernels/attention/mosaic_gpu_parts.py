@@ -10,13 +10,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from kernels.attention.block_sizes_gpu import MOSAIC_GPU_TILE as TILE
+
 MATRIX = plgpu.Layout.WGMMA
 ROWS = plgpu.Layout.WGMMA.reduce(1)
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 # Rows of a warpgroup's matrix instruction.
 WARPGROUP_ROWS = 64
-COMPUTE_WARPGROUPS = 2
-TILE = COMPUTE_WARPGROUPS * WARPGROUP_ROWS
+COMPUTE_WARPGROUPS = TILE // WARPGROUP_ROWS
+# Of a thread, once the warpgroup that streams has given up what it does not need.
+COMPUTE_REGISTERS, STREAM_REGISTERS = 240, 24
 # Below every score, and finite: the difference of two -inf is no number.
 LOWEST = -3.0e38
 
@@ -64,7 +67,7 @@ def tiled_memory(shape, dtype):
 
 
 def products(*pairs, after=lambda: None):
-  """left @ right of each pair, float32; calls `after` when all are issued, before they are there."""
+  """left @ right of each pair in float32; calls `after` once all are issued, and then waits."""
   shapes = [(left.shape[0], right.shape[1]) for left, right in pairs]
 
   def multiply(*accumulators):

@@ -1,8 +1,9 @@
 """Compiles attention, forward and backward, for an H200 by XLA on a machine without a GPU.
 
-  python -m tests.kernels.compile_for_gpu triton
+  python -m tests.kernels.compile_for_gpu BACKEND HEAD_DIM DTYPE
 
-Prints the bytes of temporaries as JSON. Needs JAX's CUDA plugin, and a ptxas that knows the PTX
+Prints bytes of temporaries, of the scores if they were materialised, and of registers spilled by
+each Mosaic GPU kernel (a thread), as JSON. Needs JAX's CUDA plugin, and a ptxas that knows the PTX
 version of Triton: the one inside the Triton package is put first.
 """
 
@@ -11,6 +12,7 @@ import importlib
 import json
 import os
 import pathlib
+import re
 import sys
 import tempfile
 
@@ -54,20 +56,19 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H200"
 """
+SHAPE = dict(B=1, S=8192, H=8, G=2)
 
 
 def h200() -> jax.sharding.Mesh:
   """A mesh of one H200 that is not there."""
-  with contextlib.suppress(jax.errors.JaxRuntimeError):  # Says so if JAX has loaded it already.
-    importlib.import_module("jax_plugins.xla_cuda13").initialize()
-  topology = topologies.get_topology_desc(
-      platform="cuda", topology="1x1x1", target_config=H200
-  )
+  jax.devices()  # Loads the plugin.
+  topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H200)
   return jax.sharding.Mesh(topology.devices, ("data",))
 
 
-def compile_attention(backend, *, B=1, S=2048, H=8, G=2, D=128, dtype=jnp.bfloat16):
+def compile_attention(backend, *, D: int, dtype: jnp.dtype):
   """The compiled step: values and gradients of one attention, causal or any other intervals."""
+  B, S, H, G = SHAPE.values()
 
   def step(query, key, value, start, stop, cotangents):
     def function(*arrays):
@@ -91,15 +92,39 @@ def compile_attention(backend, *, B=1, S=2048, H=8, G=2, D=128, dtype=jnp.bfloat
 
 
 def main() -> None:
+  name, head_dim, dtype = sys.argv[1:]
+  os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
   with tempfile.TemporaryDirectory() as folder:
     triton = pathlib.Path(importlib.util.find_spec("triton").origin).parent
     assembler = triton / "backends" / "nvidia" / "bin" / "ptxas-blackwell"
     (pathlib.Path(folder) / "ptxas").symlink_to(assembler)
     os.environ["PATH"] = folder + os.pathsep + os.environ["PATH"]
-    module = importlib.import_module(f"kernels.attention.{sys.argv[1]}")
-    compiled = compile_attention(getattr(module, sys.argv[1].upper()))
-    memory = compiled.memory_analysis()
-    print(json.dumps(dict(temporary_bytes=memory.temp_size_in_bytes)))
+    module = importlib.import_module(f"kernels.attention.{name}")
+    with printed_to(pathlib.Path(folder) / "assembler") as log:
+      compiled = compile_attention(
+          getattr(module, name.upper()), D=int(head_dim), dtype=jnp.dtype(dtype)
+      )
+    spilled = re.findall(r"(\d+) bytes spill stores", log.read_text())
+  made = dict(
+      temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
+      scores_bytes=4 * SHAPE["B"] * SHAPE["H"] * SHAPE["S"] ** 2,
+      spilled_bytes=[int(count) for count in spilled],
+  )
+  print(json.dumps(made))
+
+
+@contextlib.contextmanager
+def printed_to(path: pathlib.Path):
+  """Sends what this process prints, C++ included, to a file."""
+  sys.stdout.flush()
+  kept = os.dup(1)
+  with open(path, "w") as file:
+    os.dup2(file.fileno(), 1)
+    try:
+      yield path
+    finally:
+      os.dup2(kept, 1)
+      os.close(kept)
 
 
 if __name__ == "__main__":

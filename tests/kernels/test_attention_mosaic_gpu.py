@@ -1,0 +1,105 @@
+"""The Hopper backend under JAX's interpreter of Mosaic GPU: values, gradients, races, deadlocks.
+
+The interpreter runs the warpgroups as threads, with barriers, TMA copies and vector clocks. What it
+does not cover: memory layouts, registers and the matrix instruction itself; `accumulate` stands in
+here for the one use of it (left operand and accumulator in registers) that it cannot run.
+"""
+
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.attention import backend as backend_lib
+from kernels.attention import mosaic_gpu
+from kernels.attention import mosaic_gpu_backward
+from kernels.attention import mosaic_gpu_forward
+from kernels.attention.intervals import KeyIntervals
+from tests.kernels import attention_cases
+from tests.kernels.attention_cases import Case
+
+TOLERANCES = {"bfloat16": 1.5e-2, "float16": 2e-3}
+NAMES = ("out", "log_sum_exp", "query gradient", "key gradient", "value gradient")
+SMALL = dict(B=1, H=1, G=1, D=64)
+
+
+def grouped_documents(B, Q, K):
+  """Documents of 100 and 60 tokens, then padding: full, crossed and untouched blocks."""
+  index = np.arange(Q)[None]
+  start, stop = np.where(index < 100, 0, 100), index + 1
+  return tuple((array * (index < 160)).astype(np.int32) for array in (start, stop))
+
+
+def mostly_empty(B, Q, K):
+  """The second tile of queries has no key at all; the first sees a window."""
+  index = np.arange(Q, dtype=np.int32)[None]
+  stop = np.where((index < 100) & (index % 7 > 0), index + 1, 0)
+  return np.maximum(stop - 40, 0), stop
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+  def accumulate(*terms):
+    rights = [right[...] for _, _, right in terms]
+    plgpu.commit_smem()  # Matrix instructions read by the way that TMA writes, threads do not.
+    return [
+        total + jnp.matmul(left, right, preferred_element_type=jnp.float32)
+        for (total, left, _), right in zip(terms, rights)
+    ]
+
+  for module in (mosaic_gpu_forward, mosaic_gpu_backward):
+    monkeypatch.setattr(module, "accumulate", accumulate)
+  blocks = {name: {64: (64, 2), 128: (64, 2)} for name in mosaic_gpu.BLOCKS}
+  monkeypatch.setattr(mosaic_gpu, "BLOCKS", blocks)
+  yield
+  interpret_pallas_call.reset_gpu_interpret_mode_state()
+
+
+@pytest.fixture(autouse=True)
+def no_races(capfd):
+  """The interpreter prints each race that it finds."""
+  yield
+  printed = capfd.readouterr().out
+  assert "RACE" not in printed, printed
+
+
+def check(case, dtype):
+  query, key, value, intervals, *cotangents = case.arrays()
+  arrays = [jnp.asarray(array, dtype) for array in (query, key, value)]
+  pairs = KeyIntervals(*map(jnp.asarray, intervals))
+  cotangents = jnp.asarray(cotangents[0], dtype), jnp.asarray(cotangents[1], "float32")
+  options = dict(scale=case.D**-0.5, soft_cap=case.soft_cap)
+  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    results = mosaic_gpu.forward(*arrays, pairs, **options, out_dtype=arrays[0].dtype)
+    delta = backend_lib.delta(*results, *cotangents)
+    grads = mosaic_gpu.backward(*arrays, pairs, results[1], delta, cotangents[0], **options)
+    actual = [np.asarray(array, "float64") for array in (*results, *grads)]
+  exact = [np.asarray(array, "float64") for array in (*arrays, *cotangents)]
+  expected = attention_cases.judge(*exact[:3], intervals, *exact[3:], soft_cap=case.soft_cap)
+  for name, array, wanted in zip(NAMES, actual, expected):
+    is_finite = np.isfinite(wanted)
+    np.testing.assert_array_equal(array[~is_finite], wanted[~is_finite], name)
+    error = np.abs(array[is_finite] - wanted[is_finite]).max()
+    assert error <= TOLERANCES[dtype] * np.abs(wanted[is_finite]).max(), name
+
+
+def test_documents_with_grouped_heads():
+  check(Case("documents", grouped_documents, Q=170, K=170, **(SMALL | dict(H=2))), "bfloat16")
+
+
+def test_empty_rows_and_tiles_with_a_soft_cap():
+  check(Case("empty", mostly_empty, Q=130, K=100, soft_cap=1.5, **SMALL), "float16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("mask", ("causal", "packed", "sliding_window", "frames", "bidirectional"))
+def test_masks(mask, dtype):
+  shape = dict(B=2, Q=200, K=300 if mask == "bidirectional" else 200, H=4, G=2, D=128)
+  check(Case(mask, getattr(attention_cases, mask), **shape), dtype)
+
+
+def test_what_is_not_supported_is_said():
+  query = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
+  assert "Hopper" in mosaic_gpu.unsupported(query, query)
