@@ -44,6 +44,8 @@ class MeshConfig:
   data: int = 1
   fsdp: int = -1
   ring: int = 1
+  # Inside a ring: neighbours that exchange heads for tokens; sequences divide over ring x ulysses.
+  ulysses: int = 1
   tensor: int = 1
 
   def axis_sizes(self) -> dict[str, int]:

@@ -52,7 +52,7 @@ def check_devices(experiment: Experiment, num_devices: int) -> None:
           f"{stage.sequence_length} / accumulation_steps {stage.accumulation_steps}) do not divide "
           f"over mesh data x fsdp = {sizes['data']} x {sizes['fsdp']}."
       )
-    _check_ring(where, stage, sizes["ring"])
+    _check_sequence(where, stage, sizes["ring"], sizes["ulysses"])
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -110,16 +110,21 @@ def _check_stage(where: str, stage: Stage, datasets: list[str]) -> None:
       raise ConfigError(f"config.{where}.mixture[{index}].weight={entry.weight} is not a weight.")
   if sum(entry.weight for entry in stage.mixture) <= 0:
     raise ConfigError(f"config.{where}.mixture: all weights are 0.")
-  if stage.mesh.ring > 0:
-    _check_ring(f"config.{where}", stage, stage.mesh.ring)
+  if stage.mesh.ring > 0 and stage.mesh.ulysses > 0:
+    _check_sequence(f"config.{where}", stage, stage.mesh.ring, stage.mesh.ulysses)
 
 
-def _check_ring(where: str, stage: Stage, ring: int) -> None:
+def _check_sequence(where: str, stage: Stage, ring: int, ulysses: int) -> None:
   chunks = 2 * ring if stage.layout == "zigzag" and ring > 1 else ring
   if stage.sequence_length % chunks:
     raise ConfigError(
         f"{where}.sequence_length={stage.sequence_length} does not divide into the {chunks} chunks "
         f"of mesh.ring={ring} with layout={stage.layout!r}."
+    )
+  if stage.sequence_length % (ring * ulysses):
+    raise ConfigError(
+        f"{where}.sequence_length={stage.sequence_length} does not divide over mesh ring x ulysses "
+        f"= {ring} x {ulysses}."
     )
 
 

@@ -37,8 +37,8 @@ class Loader:
 
   The rows of each dataset come in an order shuffled anew each epoch; the mixture interleaves the
   datasets in proportion to their weights; step s takes rows [s B, (s + 1) B) of that stream. Arrays
-  are sharded by PartitionSpec(("data", "fsdp"), "ring") with columns in the order of the stage's
-  layout, and each process reads only what its own devices hold.
+  are sharded by PartitionSpec(("data", "fsdp"), ("ring", "ulysses")) with columns in the order of
+  the stage's layout, and each process reads only what its own devices hold.
   """
 
   def __init__(self, experiment: Experiment, stage: int, mesh: Mesh):
@@ -46,7 +46,7 @@ class Loader:
     Args:
       experiment: a validated experiment whose datasets are prepared.
       stage: index of the stage.
-      mesh: with axes data, fsdp and ring (others replicate).
+      mesh: with axes data, fsdp, ring and ulysses (others replicate).
 
     Raises:
       UserError: a dataset is missing, or does not go with the experiment's tokenizer or model.

@@ -34,11 +34,14 @@ class _RowGroup:
 
 
 class Placement:
-  """Batches [B, S] over a mesh: rows over (data, fsdp), columns over ring in the layout's order."""
+  """Batches [B, S] over a mesh.
+
+  Rows lie over (data, fsdp), columns, in the layout's order, over (ring, ulysses).
+  """
 
   def __init__(self, mesh: Mesh, layout: Layout, num_rows: int, sequence_length: int):
     self.shape = (num_rows, sequence_length)
-    self.sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "ring"))
+    self.sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), ("ring", "ulysses")))
     permutation_S = layout.permutation(sequence_length)
     indices = self.sharding.addressable_devices_indices_map(self.shape).values()
     shards = {self._key(index) for index in indices}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from kernels.attention import KeyIntervals
 from kernels.attention import attention
 from kernels.ring import Layout
-from kernels.ring import ring_attention
+from kernels.ulysses import ulysses_attention
 from lwm.model import rope
 from lwm.model.cache import Cache
 from lwm.model.config import ModelConfig
@@ -52,7 +52,7 @@ class Decoder(nnx.Module):
 
   def hidden(self, tokens_BxS, positions_BxS, intervals, rope_theta, layout) -> jax.Array:
     """Hidden states after the final norm, [B, S, M] in the compute dtype."""
-    attend = _attend_over_ring(self.rules, intervals, layout)
+    attend = _attend_over_mesh(self.rules, intervals, layout)
     graph, stacked_layers = nnx.split(self.blocks)
     cosine, sine = self._rotations(positions_BxS, rope_theta)
 
@@ -98,13 +98,14 @@ class Decoder(nnx.Module):
     return rope.rotations(positions_BxS, frequency_P)
 
 
-def _attend_over_ring(rules: ShardingRules, intervals: KeyIntervals, layout: Layout) -> Attend:
+def _attend_over_mesh(rules: ShardingRules, intervals: KeyIntervals, layout: Layout) -> Attend:
   rows = rules.spec("batch", "sequence")
   query_spec = rules.spec("batch", "sequence", "heads", "head_dim")
   key_spec = rules.spec("batch", "sequence", "kv_heads", "head_dim")
+  ring_axis, ulysses_axis = rules.sequence
   attend = jax.shard_map(
-      lambda *arguments: ring_attention(
-          *arguments, layout=layout, axis_name=rules.sequence
+      lambda *arguments: ulysses_attention(
+          *arguments, layout=layout, ring_axis=ring_axis, ulysses_axis=ulysses_axis
       )[0],
       in_specs=(query_spec, key_spec, key_spec, KeyIntervals(rows, rows)),
       out_specs=query_spec,

@@ -12,7 +12,7 @@ from lwm.experiment import MeshConfig
 from lwm.model.config import ModelConfig
 from lwm.parallel.sharding import ShardingRules
 
-AXES = ("data", "fsdp", "ring", "tensor")
+AXES = ("data", "fsdp", "ring", "ulysses", "tensor")
 
 # Of the model's settings, the dimension that each one is.
 _DIMENSIONS = {
@@ -25,7 +25,7 @@ _DIMENSIONS = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh with explicit axes (data, fsdp, ring, tensor), the last on the nearest neighbours.
+  """A mesh with explicit axes (data, fsdp, ring, ulysses, tensor), nearest neighbours last.
 
   Args:
     config: sizes; one may be -1.
@@ -64,4 +64,14 @@ def check_model_fits_mesh(
       name = "config.model.text_vocab_size + vision_vocab_size"
     raise ConfigError(
         f"{name} = {size} does not divide over mesh.{axis} = {sizes[axis]}: change one of them."
+    )
+  if rules.sequence is None:
+    return
+  # Key/value heads are repeated where there are too few of them.
+  ulysses = rules.sequence[1]
+  if model.num_heads % (sizes[rules.heads] * sizes[ulysses]):
+    raise ConfigError(
+        f"config.model.num_heads = {model.num_heads} does not divide over mesh.{rules.heads} x "
+        f"{ulysses} = {sizes[rules.heads]} x {sizes[ulysses]}: change one of them, or use a larger "
+        f"mesh.{rules.sequence[0]} instead."
     )

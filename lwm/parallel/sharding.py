@@ -23,7 +23,8 @@ class ShardingRules:
   """Mesh axes of each logical axis; None is replicated.
 
   `model` is the width of the model in a parameter, stored in shards and gathered for use; the width
-  of an activation has no name: it is never sharded.
+  of an activation has no name: it is never sharded. `sequence` is a ring of groups of neighbours
+  that exchange heads for tokens (kernels/ulysses).
   """
 
   layers: None = None
@@ -34,12 +35,12 @@ class ShardingRules:
   feed_forward: str | None = "tensor"
   vocab: str | None = "tensor"
   batch: tuple[str, ...] = ("data", "fsdp")
-  sequence: str | None = "ring"
+  sequence: tuple[str, str] | None = ("ring", "ulysses")
 
   @property
   def token_axes(self) -> tuple[str, ...]:
     """The mesh axes that tokens are divided over."""
-    return self.batch if self.sequence is None else (*self.batch, self.sequence)
+    return (*self.batch, *(self.sequence or ()))
 
   def spec(self, *logical_axes: str | None) -> PartitionSpec:
     """The partition of an array whose dimensions are these."""

@@ -81,7 +81,7 @@ def build_program(
   rules = ShardingRules()
   check_model_fits_mesh(experiment.model, mesh.shape, rules)
   model = model_lib.build(experiment.model)
-  layout = Layout(stage.layout, mesh.shape[rules.sequence])
+  layout = Layout(stage.layout, mesh.shape[rules.sequence[0]])
   abstract_params = jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
       model.abstract(),

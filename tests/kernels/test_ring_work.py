@@ -22,7 +22,7 @@ def busiest(kind, intervals, ring_size=8, block=256):
 @pytest.mark.parametrize("kind", ("contiguous", "zigzag"))
 @pytest.mark.parametrize("name", ("causal", "packed", "sliding_window", "frames", "empty_rows"))
 def test_counts_are_those_of_the_mask(name, kind):
-  """Against the mask itself: intervals of these cases leave no hole between the blocks they meet."""
+  """Against the mask itself: in these cases there is no hole between the blocks that meet."""
   intervals = KeyIntervals(*map(jnp.asarray, getattr(attention_cases, name)(2, 64, 64)))
   layout = Layout(kind, 4)
   permutation = layout.permutation(64)

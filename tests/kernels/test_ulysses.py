@@ -152,7 +152,8 @@ def test_bfloat16_error_does_not_grow_with_the_mesh(G):
     ]
   # Copies of a key/value head round their gradients one by one; a sum of roundings is no larger
   # than some three halves of one rounding of the sum.
-  bounds = dict(out=1.1, lse=1.1, query=1.1, key=1.1 if G == 8 else 1.5, value=1.1 if G == 8 else 1.5)
+  copied = 1.1 if G == 8 else 1.5
+  bounds = dict(out=1.1, lse=1.1, query=1.1, key=copied, value=copied)
   for (name, bound), alone, sharded in zip(bounds.items(), errors[1, 1], errors[2, 4]):
     assert sharded <= bound * alone or sharded < 1e-6, name
 
@@ -170,7 +171,9 @@ def test_another_document_changes_no_bit(ring_size, ulysses):
   ]
   others = segment_ids != segment_ids[0, token]
   others[1:] = True
-  before, after = (run(arrays, "zigzag", ring_size, ulysses) for arrays in (before_inputs, perturbed))
+  before, after = (
+      run(arrays, "zigzag", ring_size, ulysses) for arrays in (before_inputs, perturbed)
+  )
   for array_before, array_after in zip(before, after):
     np.testing.assert_array_equal(array_before[others], array_after[others])
     assert (array_before[~others] != array_after[~others]).any()

@@ -87,7 +87,7 @@ def experiment(tokenizer, datasets) -> Experiment:
 @pytest.fixture
 def make_mesh():
   def make(**sizes: int) -> jax.sharding.Mesh:
-    axes = ("data", "fsdp", "ring", "tensor")
+    axes = ("data", "fsdp", "ring", "ulysses", "tensor")
     shape = tuple(sizes.get(axis, 1) for axis in axes)
     return jax.make_mesh(shape, axes, devices=jax.devices()[: int(np.prod(shape))])
 

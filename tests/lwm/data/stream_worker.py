@@ -33,8 +33,9 @@ def main(experiment_path, out, num_devices, port, num_processes, rank, start_ste
   Split.read = counting_read
   result = {}
   experiment = pickle.loads(pathlib.Path(experiment_path).read_bytes())
-  for name, shape in {"rows": (4, 1, 2, 1), "ring": (1, 1, 8, 1), "both": (1, 2, 2, 2)}.items():
-    mesh = jax.make_mesh(shape, ("data", "fsdp", "ring", "tensor"))
+  shapes = {"rows": (4, 1, 2, 1, 1), "ring": (1, 1, 8, 1, 1), "both": (1, 2, 2, 1, 2)}
+  for name, shape in shapes.items():
+    mesh = jax.make_mesh(shape, ("data", "fsdp", "ring", "ulysses", "tensor"))
     read.clear()
     hashes = {}
     batches = Loader(experiment, 0, mesh).iterate(int(start_step))

@@ -70,6 +70,7 @@ def _check_row(row, documents, places, text_vocab_size, weight_of, seen):
         ("contiguous", {"fsdp": 2, "ring": 4}),
         ("zigzag", {"data": 2, "ring": 2, "tensor": 2}),
         ("zigzag", {"data": 2, "ring": 4}),
+        ("zigzag", {"ring": 2, "ulysses": 4}),
     ],
 )
 @pytest.mark.parametrize("weighting", ["token", "example"])
@@ -135,7 +136,8 @@ def test_batches_are_sharded_and_typed_as_training_expects(experiment, make_mesh
   for name, array in batch.items():
     assert array.shape == (8, S)
     assert array.dtype == (np.float32 if name == "loss_weights" else np.int32)
-    assert array.sharding == jax.NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "ring"))
+    spec = PartitionSpec(("data", "fsdp"), ("ring", "ulysses"))
+    assert array.sharding == jax.NamedSharding(mesh, spec)
 
 
 def _equal(a, b):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import types
 
 import jax
@@ -38,7 +39,7 @@ def tiny_config(**changes) -> ModelConfig:
 
 def mesh_of(**sizes):
   config = MeshConfig(**{"fsdp": 1, **sizes})
-  return make_mesh(config, jax.devices()[: config.data * config.fsdp * config.ring * config.tensor])
+  return make_mesh(config, jax.devices()[: math.prod(config.axis_sizes().values())])
 
 
 def document(rng, length, modality, config=tiny_config()):

@@ -10,6 +10,8 @@ MESHES = [
     (dict(data=2, fsdp=2, tensor=2), "contiguous"),
     (dict(fsdp=2, ring=2, tensor=2), "zigzag"),
     (dict(data=2, ring=4), "zigzag"),
+    (dict(ring=2, ulysses=4), "zigzag"),
+    (dict(fsdp=2, ulysses=2, tensor=2), "contiguous"),
 ]
 
 

@@ -18,9 +18,9 @@ from lwm.parallel.mesh import make_mesh
 
 def test_axes_are_explicit_and_tensor_is_nearest():
   mesh = make_mesh(MeshConfig(data=2, fsdp=-1, ring=1, tensor=2))
-  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "ring": 1, "tensor": 2}
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "ring": 1, "ulysses": 1, "tensor": 2}
   assert set(mesh.axis_types) == {AxisType.Explicit}
-  assert [d.id for d in mesh.devices[0, 0, 0]] == [0, 1]
+  assert [d.id for d in mesh.devices[0, 0, 0, 0]] == [0, 1]
 
 
 def test_sizes_must_use_the_devices():
@@ -39,10 +39,14 @@ def test_sizes_must_use_the_devices():
         ),
         (dict(tensor=2), dict(feed_forward_width=129), "config.model.feed_forward_width = 129"),
         (dict(tensor=2), dict(num_heads=3, num_kv_heads=3), "config.model.num_heads = 3"),
+        (
+            dict(tensor=2, ulysses=4), {},
+            "config.model.num_heads = 4 does not divide over mesh.tensor x ulysses = 2 x 4",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(sizes, changes, message):
-  ones = dict(data=1, fsdp=1, ring=1, tensor=1)
+  ones = dict(data=1, fsdp=1, ring=1, ulysses=1, tensor=1)
   check_model_fits_mesh(ModelConfig(), ones | dict(fsdp=8, tensor=2))
   with pytest.raises(ConfigError, match=re.escape(message)):
     check_model_fits_mesh(ModelConfig(**changes), ones | sizes)
@@ -54,7 +58,7 @@ def test_lwm_7b_fits_the_meshes_of_the_paper():
       feed_forward_width=11008, text_vocab_size=32000, vision_vocab_size=8448,
   )
   for tensor in (4, 8, 16, 32):
-    check_model_fits_mesh(lwm, dict(data=1, fsdp=64, ring=4, tensor=tensor))
+    check_model_fits_mesh(lwm, dict(data=1, fsdp=64, ring=4, ulysses=1, tensor=tensor))
   abstract = build(lwm).abstract()
   # Llama-2-7B's parameters and the rows and columns of the vision ids.
   expected = 6_738_415_616 + 2 * 8448 * 4096

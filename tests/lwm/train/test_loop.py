@@ -14,44 +14,33 @@ from lwm.train.program import build_program
 
 
 @pytest.mark.slow
-def test_a_run_learns_and_leaves_what_it_says(experiment, tmp_path, capsys):
-  experiment.stages[0].steps = 60
-  experiment.evaluation.every_steps = 30
-  experiment.checkpoint.every_steps = 30
-  with jax.numpy_rank_promotion("raise"):
-    loop.train(experiment, tmp_path / "run", jax.devices()[:1])
-  output = capsys.readouterr().out
-
-  records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+def test_a_run_learns_and_leaves_what_it_says(undisturbed):
+  records = read_metrics(undisturbed / "metrics.jsonl")
   train = [record for record in records if record["kind"] == "train"]
-  assert [record["total_steps"] for record in train] == list(range(1, 66))
-  assert [record["step"] for record in train] == [*range(1, 61), *range(1, 6)]
-  assert all("vision_loss" not in record for record in train[:60])
-  assert all("vision_loss" in record and "text_loss" in record for record in train[60:])
+  assert [record["total_steps"] for record in train] == list(range(1, 52))
+  assert [record["step"] for record in train] == [*range(1, 47), *range(1, 6)]
+  assert all("vision_loss" not in record for record in train[:46])
+  assert all("vision_loss" in record and "text_loss" in record for record in train[46:])
   assert train[0]["text_loss"] == pytest.approx(np.log(320), rel=0.05)
-  assert train[64]["vision_loss"] < train[60]["vision_loss"] - 0.5
+  assert train[50]["vision_loss"] < train[46]["vision_loss"] - 0.5
 
   held_out = {
       record["total_steps"]: by_modality(record["held_out"])
       for record in records if record["kind"] == "evaluation"
   }
-  assert list(held_out) == [30, 60, 65]
-  assert held_out[60]["text"]["loss"] < held_out[60]["text"]["unigram_entropy"]
-  assert set(held_out[65]) == {"text", "vision"}
+  assert list(held_out) == [20, 40, 46, 51]
+  assert held_out[46]["text"]["loss"] < held_out[46]["text"]["unigram_entropy"]
+  assert set(held_out[51]) == {"text", "vision"}
 
-  assert "text_64 60/60 | loss" in output
-  assert "held-out loss" in output and str(tmp_path / "run" / "checkpoints" / "65") in output
-  assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-      "checkpoints", "config.txt", "curves", "metrics.jsonl", "tensorboard"
-  ]
-  assert sorted(path.name for path in (tmp_path / "run" / "curves").iterdir()) == [
+  output = (undisturbed / "output.txt").read_text()
+  assert "text_64 46/46 | loss" in output and "video_128 5/5 | loss" in output
+  assert "held-out loss" in output and str(undisturbed / "checkpoints" / "51") in output
+  assert sorted(path.name for path in (undisturbed / "curves").iterdir()) == [
       "text_64.png", "video_128.png"
   ]
-  assert (tmp_path / "run" / "checkpoints" / "65" / "params").is_dir()
-
-  # The same command, once more: nothing is left to do, and nothing is lost.
-  loop.train(experiment, tmp_path / "run", jax.devices()[:1])
-  assert read_metrics(tmp_path / "run" / "metrics.jsonl") == records
+  assert (undisturbed / "checkpoints" / "51" / "params").is_dir()
+  assert "name='video_128'" in (undisturbed / "config.txt").read_text()
+  assert list((undisturbed / "tensorboard").iterdir())
 
 
 MESHES = {
@@ -60,42 +49,45 @@ MESHES = {
     "ring": (MeshConfig(fsdp=1, ring=4), "contiguous"),
     "ring_zigzag": (MeshConfig(fsdp=1, ring=4), "zigzag"),
     "tensor": (MeshConfig(fsdp=1, tensor=2), "contiguous"),
+    "ring_ulysses": (MeshConfig(fsdp=1, ring=2, ulysses=2), "zigzag"),
     "data_ring_tensor": (MeshConfig(data=2, fsdp=1, ring=2, tensor=2), "zigzag"),
     "fsdp_ring_accumulated": (MeshConfig(fsdp=2, ring=2), "zigzag", 4),
-    "accumulated": (MeshConfig(fsdp=1), "contiguous", 4),
 }
 
 
-def losses_on(experiment, mesh, layout, accumulation_steps=1) -> np.ndarray:
+def losses_on(experiment, params, mesh, layout, accumulation_steps=1) -> np.ndarray:
   """Losses and gradient norms of five steps of the second stage: float32 [5, 4]."""
   stage = experiment.stages[1]
   stage.mesh, stage.layout, stage.accumulation_steps = mesh, layout, accumulation_steps
   num_devices = np.prod([size for size in mesh.axis_sizes().values()])
   program = build_program(experiment, stage, jax.devices()[:num_devices])
+  names = ("loss", "text_loss", "vision_loss", "gradient_norm")
   losses = []
   with jax.set_mesh(program.mesh), jax.numpy_rank_promotion("raise"):
-    state = program.fresh_state(program.initial_params(experiment.seed))
-    loader = Loader(experiment, 1, program.mesh)
-    for batch in loader.iterate():
+    state = program.fresh_state(program.place_params(params))
+    for batch in Loader(experiment, 1, program.mesh).iterate():
       state, metrics = program.train_step(state, batch)
-      names = ("loss", "text_loss", "vision_loss", "gradient_norm")
       losses.append([metrics[name] for name in names])
     return np.array(jax.device_get(losses))
 
 
 @pytest.fixture(scope="module")
-def one_device_losses():
-  return {}
+def initial(make_experiment):
+  """Parameters to start from, on the host, and what one device makes of them."""
+  experiment = make_experiment()
+  experiment.stages[1].mesh = MeshConfig(fsdp=1)
+  program = build_program(experiment, experiment.stages[1], jax.devices()[:1])
+  with jax.set_mesh(program.mesh):
+    params = jax.device_get(program.initial_params(experiment.seed))
+  return params, losses_on(experiment, params, MeshConfig(fsdp=1), "contiguous")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
-def test_a_mesh_changes_no_loss(name, experiment, one_device_losses):
-  if not one_device_losses:
-    one_device_losses["losses"] = losses_on(experiment, MeshConfig(fsdp=1), "contiguous")
-  expected = one_device_losses["losses"]
+def test_a_mesh_changes_no_loss(name, experiment, initial):
+  params, expected = initial
   assert np.all(np.diff(expected[:, 0]) < 0)
-  losses = losses_on(experiment, *MESHES[name])
+  losses = losses_on(experiment, params, *MESHES[name])
   np.testing.assert_allclose(losses[:, :3], expected[:, :3], rtol=1e-5)
   # Adam and clipping would hide gradients that are all off by one factor.
   np.testing.assert_allclose(losses[:, 3], expected[:, 3], rtol=1e-4)
@@ -111,8 +103,10 @@ def test_stages_on_different_meshes(experiment, undisturbed, tmp_path):
       [record["loss"] for record in read_metrics(workdir / "metrics.jsonl") if "loss" in record]
       for workdir in (tmp_path / "run", undisturbed)
   )
-  assert len(one) == 12
-  np.testing.assert_allclose(many, one, rtol=2e-5)
+  assert len(one) == 51
+  np.testing.assert_allclose(many[:5], one[:5], rtol=1e-5)
+  # Fifty steps at a high rate add up round-off, and no more than that.
+  np.testing.assert_allclose(many, one, rtol=2e-3)
 
 
 def test_a_missing_dataset_is_one_sentence(experiment, tmp_path):
