@@ -43,14 +43,22 @@ def forward(
   )
   tables_Bx4xN = block_tables.of_queries(KeyIntervals(start, stop), key.shape[1], TILE, k)
   out_BxQxHxD, log_sum_exp_BxHxQ = mosaic_gpu_forward.forward(
-      *vary_alike(query, key, value, start, stop, tables_Bx4xN),
+      query,
+      key,
+      value,
+      start,
+      stop,
+      tables_Bx4xN,
       k=k,
       slots=slots,
       scale=scale,
       soft_cap=soft_cap,
       out_dtype=out_dtype,
   )
-  return out_BxQxHxD[:, :Q], jnp.swapaxes(log_sum_exp_BxHxQ, 1, 2)[:, :Q]
+  return _varying(
+      (query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, *intervals),
+      (out_BxQxHxD[:, :Q], jnp.swapaxes(log_sum_exp_BxHxQ, 1, 2)[:, :Q]),
+  )
 
 
 def backward(
@@ -89,15 +97,17 @@ def backward(
   k, slots = BLOCKS["query_grad"][D]
   tables = block_tables.of_queries(KeyIntervals(start, stop), key.shape[1], TILE, k)
   query_grad_BxQxHxD = mosaic_gpu_backward.query_grad(
-      *vary_alike(*arrays, tables), k=k, slots=slots, **options
+      *arrays, tables, k=k, slots=slots, **options
   )
   q, slots = BLOCKS["key_value_grad"][D]
   tables = block_tables.of_queries(KeyIntervals(start, stop), key.shape[1], q, TILE)
   tables = block_tables.of_keys(tables, key.shape[1] // TILE)
   key_grad_BxKxGxD, value_grad_BxKxGxD = mosaic_gpu_backward.key_value_grad(
-      *vary_alike(*arrays, tables), q=q, slots=slots, **options
+      *arrays, tables, q=q, slots=slots, **options
   )
-  return query_grad_BxQxHxD[:, :Q], key_grad_BxKxGxD[:, :K], value_grad_BxKxGxD[:, :K]
+  return _varying(
+      arrays, (query_grad_BxQxHxD[:, :Q], key_grad_BxKxGxD[:, :K], value_grad_BxKxGxD[:, :K])
+  )
 
 
 def unsupported(query_BxQxHxD, key_BxKxGxD) -> str | None:
@@ -119,3 +129,8 @@ def _whole_tiles(array: jax.Array) -> jax.Array:
   padding = [(0, 0)] * array.ndim
   padding[1] = (0, -array.shape[1] % TILE)
   return jnp.pad(array, padding)
+
+
+def _varying(arrays, results):
+  """The results, varying over what the arguments vary over, of which Mosaic GPU says nothing."""
+  return vary_alike(*arrays, *results)[len(arrays) :]

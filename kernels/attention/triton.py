@@ -83,11 +83,11 @@ def backward(
   key_grad_type = jax.ShapeDtypeStruct(key_BxKxGxD.shape, jnp.float32)
 
   blocks = _blocks("query_grad", query_BxQxHxD)
-  query_grad_BxQxHxD = _call(
+  (query_grad_BxQxHxD,) = _call(
       triton_backward.query_grad,
       arrays,
       (Q, K, H),
-      jax.ShapeDtypeStruct(query_BxQxHxD.shape, jnp.float32),
+      (jax.ShapeDtypeStruct(query_BxQxHxD.shape, jnp.float32),),
       grid=(-(-Q // blocks.query), H, B),
       blocks=blocks,
       scale=scale,
@@ -154,4 +154,4 @@ def _call(kernel, arrays, sizes, out_type, *, grid, blocks, scale, soft_cap):
       PRECISION="tf32x3" if query_BxQxHxD.dtype == jnp.float32 else None,
   )
   # jax-triton says nothing of axes of a surrounding shard_map.
-  return jax.tree.map(lambda result: vary_alike(query_BxQxHxD, result)[1], results)
+  return vary_alike(*arrays, *results)[len(arrays) :]

@@ -5,6 +5,7 @@ does not cover: memory layouts, registers and the matrix instruction itself; `ac
 here for the one use of it (left operand and accumulator in registers) that it cannot run.
 """
 
+import jax
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -98,6 +99,29 @@ def test_empty_rows_and_tiles_with_a_soft_cap():
 def test_masks(mask, dtype):
   shape = dict(B=2, Q=200, K=300 if mask == "bidirectional" else 200, H=4, G=2, D=128)
   check(Case(mask, getattr(attention_cases, mask), **shape), dtype)
+
+
+def test_results_vary_over_the_axes_of_a_surrounding_shard_map():
+  """Traced only."""
+  mesh = jax.make_mesh((2,), ("ring",), devices=jax.devices()[:2])
+  spec = jax.P(None, "ring")
+
+  def local(query, start, stop, statistics):
+    intervals = KeyIntervals(start, stop)
+    options = dict(scale=1.0, soft_cap=None)
+    results = mosaic_gpu.forward(query, query, query, intervals, out_dtype="float32", **options)
+    rest = statistics, statistics, query
+    grads = mosaic_gpu.backward(query, query, query, intervals, *rest, **options)
+    for result in (*results, *grads):
+      assert jax.typeof(result).manual_axis_type.varying == {"ring"}
+    return results[0]
+
+  shapes = (((1, 256, 2, 64), "bfloat16"), ((1, 256), "int32"), ((1, 256), "int32"))
+  shapes += (((1, 256, 2), "float32"),)
+  sharding = jax.NamedSharding(mesh, spec)
+  arguments = [jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes]
+  with jax.set_mesh(mesh):
+    jax.eval_shape(jax.shard_map(local, in_specs=spec, out_specs=spec), *arguments)
 
 
 def test_what_is_not_supported_is_said():
