@@ -42,10 +42,16 @@ def prepared(tmp_path_factory) -> pathlib.Path:
   return directory
 
 
+@pytest.fixture(scope="session")
+def make_experiment(prepared):
+  """Makes the Experiment of tiny.py."""
+  get_config = runpy.run_path(str(CONFIG))["get_config"]
+  return lambda: get_config(str(prepared))
+
+
 @pytest.fixture
-def experiment(prepared) -> Experiment:
-  """That of tiny.py."""
-  return runpy.run_path(str(CONFIG))["get_config"](str(prepared))
+def experiment(make_experiment) -> Experiment:
+  return make_experiment()
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +60,7 @@ def start_program(prepared):
 
   def start(name: str, *arguments: str) -> subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["JAX_NUMPY_RANK_PROMOTION"] = "raise"
     return subprocess.Popen(
         [sys.executable, "-m", f"experiments.{name}", f"--config={CONFIG}:{prepared}", *arguments],
         cwd=CHECKOUT, env=environment, text=True,
@@ -68,6 +75,7 @@ def undisturbed(start_program, tmp_path_factory) -> pathlib.Path:
   """The workdir of a run of tiny.py from start to end."""
   workdir = tmp_path_factory.mktemp("undisturbed")
   process = start_program("train", f"--workdir={workdir}")
-  _, errors = process.communicate(timeout=300)
+  output, errors = process.communicate(timeout=300)
   assert process.returncode == 0, errors
+  (workdir / "output.txt").write_text(output)
   return workdir

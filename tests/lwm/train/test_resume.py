@@ -37,7 +37,7 @@ def incomplete(workdir) -> list[str]:
 
 
 def final_state(workdir):
-  checkpoint = workdir / "checkpoints" / "12"
+  checkpoint = workdir / "checkpoints" / "51"
   with ocp.StandardCheckpointer() as checkpointer:
     return jax.tree.map(
         np.asarray,
@@ -61,30 +61,40 @@ def test_killed_thrice_ends_as_if_undisturbed(start_program, undisturbed, tmp_pa
   def run():
     return start_program("train", f"--workdir={killed}")
 
-  # In mid-step: step 5 is on record, and step 6 was dispatched before.
-  kill_when(run(), lambda: max(steps_done(killed), default=0) >= 5)
-  assert 5 <= steps_done(killed)[-1] < 7
+  # In mid-step: step 45 is on record, and step 46 was dispatched before.
+  kill_when(run(), lambda: max(steps_done(killed), default=0) >= 45)
+  assert 45 <= steps_done(killed)[-1] <= 46
 
   # Between stages: the last checkpoint of the first stage is complete, the next has no step yet.
-  kill_when(run(), lambda: 7 in complete(killed))
-  assert steps_done(killed) == [1, 2, 3, 4, 5, 6, 7]
+  kill_when(run(), lambda: 46 in complete(killed))
+  assert steps_done(killed) == list(range(1, 47))
 
-  # In mid-checkpoint: that of step 10 is being written.
-  kill_when(run(), lambda: any(name.startswith("10.") for name in incomplete(killed)))
-  assert incomplete(killed) and 10 not in complete(killed)
+  # In mid-checkpoint: that of step 50 is being written.
+  kill_when(run(), lambda: any(name.startswith("50.") for name in incomplete(killed)))
+  assert incomplete(killed) and 50 not in complete(killed)
 
   process = run()
   output, errors = process.communicate(timeout=300)
   assert process.returncode == 0, errors
-  assert f"resuming {killed} after step 7 of 12" in output
+  assert f"resuming {killed} after step 46 of 51" in output
   assert incomplete(killed) == []
-  assert complete(killed) == complete(undisturbed) == [10, 12]
+  assert complete(killed) == complete(undisturbed) == [50, 51]
   assert what_was_learnt(killed) == what_was_learnt(undisturbed)
-  assert steps_done(killed) == list(range(1, 13))
+  assert steps_done(killed) == list(range(1, 52))
   left, right = final_state(killed), final_state(undisturbed)
   assert jax.tree.structure(left) == jax.tree.structure(right)
   for one, other in zip(jax.tree.leaves(left), jax.tree.leaves(right)):
     np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_the_same_command_after_the_end_changes_nothing(start_program, undisturbed):
+  before = read_metrics(undisturbed / "metrics.jsonl")
+  process = start_program("train", f"--workdir={undisturbed}")
+  output, errors = process.communicate(timeout=300)
+  assert process.returncode == 0, errors
+  assert "resuming" in output and str(undisturbed / "checkpoints" / "51") in output
+  assert read_metrics(undisturbed / "metrics.jsonl") == before
 
 
 @pytest.mark.slow

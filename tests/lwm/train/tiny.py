@@ -1,4 +1,4 @@
-"""A tiny experiment: text at 64 tokens, then text and video at 128; 12 steps in all.
+"""A tiny experiment: text at 64 tokens, then text and video at 128; 51 steps in all.
 
     --config=tests/lwm/train/tiny.py:DIRECTORY    # with tokenizer.model, text and video
 """
@@ -24,11 +24,11 @@ def get_config(directory: str) -> Experiment:
           DatasetConfig(name="video", path=f"{directory}/video", weighting="example"),
       ],
       stages=[
-          Stage(name="text_64", sequence_length=64, tokens_per_batch=512, steps=7, warmup_steps=2,
+          Stage(name="text_64", sequence_length=64, tokens_per_batch=512, steps=46, warmup_steps=2,
                 mixture=[MixtureEntry("text")]),
           Stage(name="video_128", sequence_length=128, tokens_per_batch=1024, rope_theta=1e5,
                 steps=5, warmup_steps=1, mixture=[MixtureEntry("text"), MixtureEntry("video")]),
       ],
-      checkpoint=CheckpointConfig(every_steps=3, keep=2),
-      evaluation=EvaluationConfig(every_steps=4, rows=6),
+      checkpoint=CheckpointConfig(every_steps=4, keep=2),
+      evaluation=EvaluationConfig(every_steps=20, rows=6),
   )
