@@ -1,6 +1,8 @@
 # make train: the laptop experiment, end to end.    make test: all tests.
 PYTHON ?= $(shell command -v python3.12 || command -v python3 || echo python3)
 WORKDIR ?= runs/laptop
+# The laptop experiment is for CPUs; make train JAX_PLATFORMS=cuda takes a GPU.
+export JAX_PLATFORMS ?= cpu
 BIN := .venv/bin
 
 .PHONY: train data test check-python clean

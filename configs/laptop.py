@@ -21,7 +21,7 @@ def _text() -> list[MixtureEntry]:
 
 
 def _text_and_video() -> list[MixtureEntry]:
-  return [MixtureEntry("text", 0.25), MixtureEntry("video", 0.75)]
+  return [MixtureEntry("text", 0.16), MixtureEntry("video", 0.84)]
 
 
 def get_config() -> Experiment:
@@ -38,13 +38,13 @@ def get_config() -> Experiment:
       ],
       stages=[
           Stage(name="text_512", sequence_length=512, rope_theta=1e4, tokens_per_batch=4096,
-                steps=160, warmup_steps=20, mixture=_text()),
+                steps=140, warmup_steps=20, mixture=_text()),
           Stage(name="text_1k", sequence_length=1024, rope_theta=1e4, tokens_per_batch=4096,
-                steps=80, warmup_steps=10, mixture=_text()),
-          Stage(name="video_2k", sequence_length=2048, rope_theta=1e5, tokens_per_batch=4096,
-                steps=360, warmup_steps=20, mixture=_text_and_video()),
+                steps=60, warmup_steps=10, mixture=_text()),
+          Stage(name="video_1k", sequence_length=1024, rope_theta=1e4, tokens_per_batch=4096,
+                steps=440, warmup_steps=20, mixture=_text_and_video()),
           Stage(name="video_4k", sequence_length=4096, rope_theta=1e5, tokens_per_batch=8192,
-                steps=80, warmup_steps=10, peak_learning_rate=2e-3, mixture=_text_and_video()),
+                steps=60, warmup_steps=10, peak_learning_rate=2e-3, mixture=_text_and_video()),
       ],
       checkpoint=CheckpointConfig(every_steps=100, keep=2),
       evaluation=EvaluationConfig(every_steps=100, rows=8),
