@@ -43,21 +43,6 @@ class Cache(NamedTuple):
     stop_BxQ = self.columns(num_tokens) + 1
     return KeyIntervals(jnp.broadcast_to(self.start_B[:, None], stop_BxQ.shape), stop_BxQ)
 
-  def write(self, layer: jax.Array, key_BxQxGxD: jax.Array, value_BxQxGxD: jax.Array) -> "Cache":
-    """The cache with the next tokens of one layer."""
-    at = (layer, 0, self.length, 0, 0)
-    return self._replace(
-        key_LxBxKxGxD=jax.lax.dynamic_update_slice(self.key_LxBxKxGxD, key_BxQxGxD[None], at),
-        value_LxBxKxGxD=jax.lax.dynamic_update_slice(self.value_LxBxKxGxD, value_BxQxGxD[None], at),
-    )
-
-  def read(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Key and value of one layer, [B, K, G, D]."""
-    return tuple(
-        jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
-        for array in (self.key_LxBxKxGxD, self.value_LxBxKxGxD)
-    )
-
   def advance(self, num_tokens: int) -> "Cache":
     """The cache once all layers have written the next tokens."""
     return self._replace(length=self.length + num_tokens)

@@ -10,8 +10,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from kernels import decode
 from kernels.attention import KeyIntervals
-from kernels.attention import attention
 from kernels.ring import Layout
 from kernels.ulysses import ulysses_attention
 from lwm.model import rope
@@ -114,13 +114,29 @@ def _attend_over_mesh(rules: ShardingRules, intervals: KeyIntervals, layout: Lay
 
 
 def _attend_to_cache(rules: ShardingRules, cache: Cache, layer: jax.Array, query, key, value):
-  cache = cache.write(layer, key, value)
+  """Writes the new keys and values where they belong, each device its part, and attends to all."""
   rows = rules.spec("batch", None)
   query_spec = rules.spec("batch", None, "heads", "head_dim")
   key_spec = rules.spec("batch", None, "kv_heads", "head_dim")
-  attend = jax.shard_map(
-      lambda *arguments: attention(*arguments)[0],
-      in_specs=(query_spec, key_spec, key_spec, KeyIntervals(rows, rows)),
-      out_specs=query_spec,
+  cache_spec = rules.spec("layers", "batch", "cache", "kv_heads", "head_dim")
+
+  def local(query, key, value, keys, values, intervals, layer, length):
+    keys = decode.write(keys, key, layer, length, rules.cache)
+    values = decode.write(values, value, layer, length, rules.cache)
+    out, _ = decode.decode_attention(
+        query, keys, values, intervals, layer=layer, axis_names=rules.cache
+    )
+    return out, keys, values
+
+  out, keys, values = jax.shard_map(
+      local,
+      in_specs=(
+          query_spec, key_spec, key_spec, cache_spec, cache_spec, KeyIntervals(rows, rows),
+          rules.spec(), rules.spec(),
+      ),
+      out_specs=(query_spec, cache_spec, cache_spec),
+  )(
+      query, key, value, cache.key_LxBxKxGxD, cache.value_LxBxKxGxD,
+      cache.intervals(query.shape[1]), layer, cache.length,
   )
-  return attend(query, *cache.read(layer), cache.intervals(query.shape[1])), cache
+  return out, cache._replace(key_LxBxKxGxD=keys, value_LxBxKxGxD=values)

@@ -164,7 +164,7 @@ class Model:
     require_explicit_mesh()
     config = self.config
     shape = config.num_layers, batch_size, max_length, config.num_kv_heads, config.head_dim
-    spec = self.rules.spec("layers", "batch", None, "kv_heads", "head_dim")
+    spec = self.rules.spec("layers", "batch", "cache", "kv_heads", "head_dim")
     empty = functools.partial(
         jnp.zeros, shape, jnp.dtype(config.compute_dtype), out_sharding=spec
     )
@@ -178,8 +178,9 @@ class Model:
     """Logits after the last of some tokens that follow the cache's, float32 [B, V], and the cache.
 
     Q may be a whole prompt or one token. Nothing checks that the cache has room for them. On a
-    mesh with a ring, build the model with `ShardingRules(sequence=None)`: one token does not
-    divide over a ring.
+    mesh with a ring, build the model with `ShardingRules(sequence=None)`, since one token does not
+    divide over a ring; with `cache=("ring", "ulysses")` as well, each device holds its part of the
+    cached positions.
     """
     decoder = self._decoder(params)
     hidden_BxQxM, cache = decoder.decode(self._place(tokens_BxQ), cache, rope_theta)

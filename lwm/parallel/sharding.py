@@ -36,6 +36,8 @@ class ShardingRules:
   vocab: str | None = "tensor"
   batch: tuple[str, ...] = ("data", "fsdp")
   sequence: tuple[str, str] | None = ("ring", "ulysses")
+  # Positions of the key/value cache of a sampler.
+  cache: tuple[str, ...] = ()
 
   @property
   def token_axes(self) -> tuple[str, ...]:

@@ -33,14 +33,17 @@ def full_logits(tiny, tokens):
     return np.asarray(logits(tiny.init(model, mesh), tokens[None]))[0]
 
 
-@pytest.mark.parametrize("sizes", [dict(), dict(data=2, fsdp=1, tensor=2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [dict(), dict(data=2, fsdp=1, tensor=2), dict(ring=2, ulysses=2, tensor=2)], ids=str
+)
 def test_cached_decode_equals_full_forward(tiny, sizes):
   """Rows of different length, padded on the left: a prompt at once, then a token at a time."""
   rng = np.random.default_rng(4)
   rows = [rng.integers(0, 64, length).astype(np.int32) for length in LENGTHS]
   padding = max(LENGTHS) - np.array(LENGTHS, np.int32)
   tokens = np.stack([np.pad(row, (pad, 0)) for row, pad in zip(rows, padding)])
-  model, mesh = build(tiny.config(), ShardingRules(sequence=None)), tiny.mesh(**sizes)
+  rules = ShardingRules(sequence=None, cache=("ring", "ulysses") if "ring" in sizes else ())
+  model, mesh = build(tiny.config(), rules), tiny.mesh(**sizes)
   decode = tiny.jit(
       lambda params, tokens, cache: model.decode(params, tokens, cache, rope_theta=tiny.rope_theta)
   )
