@@ -37,6 +37,7 @@ def linear_cross_entropy(
     chunk: int = 1024,
     vocab_block: int = 4096,
     z_loss: float = 0.0,
+    soft_cap: float | None = None,
     axis_name: str | None = None,
     backend: str = "xla",
 ) -> TokenLosses:
@@ -61,6 +62,7 @@ def linear_cross_entropy(
     chunk: tokens whose logits exist at a time.
     vocab_block: columns whose logits exist at a time, about.
     z_loss: weight of log_sum_exp**2 in the loss (PaLM, arXiv 2204.02311, section 5).
+    soft_cap: logits become soft_cap * tanh(logits / soft_cap) if given (Gemma 2, arXiv 2408.00118).
     axis_name: mesh axis that the columns of the head are sharded over.
     backend: "xla", or "reference", which materialises the logits and takes no `axis_name`.
 
@@ -68,13 +70,17 @@ def linear_cross_entropy(
     ValueError: for an unknown backend, or "reference" with `axis_name`.
   """
   if backend == "reference" and axis_name is None:
-    log_sum_exp_N, target_logit_N = reference.statistics(hidden_NxM, head_MxV, targets_N, ranges)
+    log_sum_exp_N, target_logit_N = reference.statistics(
+        hidden_NxM, head_MxV, targets_N, ranges, soft_cap
+    )
   elif backend == "xla":
     first_column = jnp.int32(0)
     if axis_name is not None:
       first_column = head_MxV.shape[1] * jax.lax.axis_index(axis_name)
     arrays = vary_alike(hidden_NxM, head_MxV, targets_N, first_column)
-    log_sum_exp_N, target_logit_N = xla.statistics(*arrays, ranges, chunk, vocab_block)
+    log_sum_exp_N, target_logit_N = xla.statistics(
+        *arrays, ranges, chunk, vocab_block, soft_cap
+    )
     if axis_name is not None:
       log_sum_exp_N = _log_sum_exp_over(log_sum_exp_N, axis_name)
       target_logit_N = jax.lax.psum(target_logit_N, axis_name)

@@ -15,6 +15,7 @@ def statistics(
     head_MxV: jax.Array,
     targets_N: jax.Array,
     ranges: Ranges,
+    soft_cap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Log-sum-exp of the logits of each target's range, and the target's logit: float32 [N] each.
 
@@ -23,6 +24,8 @@ def statistics(
   logits_NxV = jnp.dot(
       hidden_NxM, head_MxV.astype(hidden_NxM.dtype), preferred_element_type=jnp.float32
   )
+  if soft_cap is not None:
+    logits_NxV = soft_cap * jnp.tanh(logits_NxV / soft_cap)
   log_sum_exp_N = jnp.zeros(targets_N.shape, jnp.float32)
   target_logit_N = jnp.zeros(targets_N.shape, jnp.float32)
   for start, stop in ranges:

@@ -21,7 +21,7 @@ from kernels.cross_entropy.reference import Ranges
 _LANES = 128
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def statistics(
     hidden_NxM: jax.Array,
     head_MxV: jax.Array,
@@ -30,6 +30,7 @@ def statistics(
     ranges: Ranges,
     chunk: int,
     vocab_block: int,
+    soft_cap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Log-sum-exp over the local columns of each target's range, and the target's logit.
 
@@ -44,16 +45,19 @@ def statistics(
     ranges: disjoint [start, stop) of the whole vocabulary.
     chunk: tokens at a time.
     vocab_block: columns at a time, about.
+    soft_cap: see `linear_cross_entropy`.
 
   Returns:
     Float32 [N] each, both differentiable. The log-sum-exp is -inf if no local column is in the
     target's range; the logit is 0 if the target is no local column. Both are 0 if it lies in no
     range.
   """
-  return _forward(hidden_NxM, head_MxV, targets_N, first_column, ranges, chunk, vocab_block)[0]
+  return _forward(
+      hidden_NxM, head_MxV, targets_N, first_column, ranges, chunk, vocab_block, soft_cap
+  )[0]
 
 
-def _forward(hidden_NxM, head_MxV, targets_N, first_column, ranges, chunk, vocab_block):
+def _forward(hidden_NxM, head_MxV, targets_N, first_column, ranges, chunk, vocab_block, soft_cap):
   compute_head_MxV = head_MxV.astype(hidden_NxM.dtype)
   vary = _vary_like(hidden_NxM)
 
@@ -64,7 +68,7 @@ def _forward(hidden_NxM, head_MxV, targets_N, first_column, ranges, chunk, vocab
     def add_block(number, carry):
       maximum_C, total_C, target_logit_C = carry
       block = blocks.block(number)
-      logits_CxW = block.logits(hidden_CxM, compute_head_MxV)
+      logits_CxW = block.logits(hidden_CxM, compute_head_MxV, soft_cap)
       new_maximum_C = jnp.maximum(maximum_C, logits_CxW.max(axis=1))
       total_C *= jnp.exp(maximum_C - new_maximum_C)
       total_C += jnp.exp(logits_CxW - new_maximum_C[:, None]).sum(axis=1)
@@ -95,7 +99,7 @@ def _forward(hidden_NxM, head_MxV, targets_N, first_column, ranges, chunk, vocab
   return (log_sum_exp_N, order.restore(target_logit_P)), residuals
 
 
-def _backward(ranges, chunk, vocab_block, residuals, cotangents):
+def _backward(ranges, chunk, vocab_block, soft_cap, residuals, cotangents):
   hidden_NxM, head_MxV, targets_N, first_column, log_sum_exp_N = residuals
   log_sum_exp_cotangent_N, target_logit_cotangent_N = cotangents
   compute_head_MxV = head_MxV.astype(hidden_NxM.dtype)
@@ -112,12 +116,16 @@ def _backward(ranges, chunk, vocab_block, residuals, cotangents):
     def add_block(number, carry):
       hidden_gradient_CxM, head_gradient_MxV = carry
       block = blocks.block(number)
-      logits_CxW = block.logits(hidden_CxM, compute_head_MxV)
+      logits_CxW = block.logits(hidden_CxM, compute_head_MxV, soft_cap)
       column_1xW = block.begin + jnp.arange(blocks.width)[None]
       # Columns outside the block have logit -inf, so 0 here.
       gradient_CxW = jnp.exp(logits_CxW - log_sum_exp_C[:, None]) * softmax_cotangent_C[:, None]
       is_target_CxW = (column_1xW == targets_C[:, None]) & (column_1xW >= block.lower)
       gradient_CxW += jnp.where(is_target_CxW, one_hot_cotangent_C[:, None], 0.0)
+      if soft_cap is not None:
+        # The derivative of the cap, 1 - tanh**2; outside the block the gradient is 0 already.
+        inside_CxW = jnp.where(logits_CxW == -jnp.inf, 0.0, logits_CxW)
+        gradient_CxW *= 1 - jnp.square(inside_CxW / soft_cap)
       gradient_CxW = gradient_CxW.astype(hidden_CxM.dtype)
       hidden_gradient_CxM += jnp.einsum(
           "cw,mw->cm", gradient_CxW, block.slice(compute_head_MxV),
@@ -205,9 +213,13 @@ class _Block(NamedTuple):
   def slice(self, head_MxV: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(head_MxV, self.begin, self.width, axis=1)
 
-  def logits(self, hidden_CxM: jax.Array, head_MxV: jax.Array) -> jax.Array:
-    """Float32 logits, -inf outside the block."""
+  def logits(
+      self, hidden_CxM: jax.Array, head_MxV: jax.Array, soft_cap: float | None
+  ) -> jax.Array:
+    """Float32 logits, capped if so wanted, -inf outside the block."""
     logits_CxW = jnp.dot(hidden_CxM, self.slice(head_MxV), preferred_element_type=jnp.float32)
+    if soft_cap is not None:
+      logits_CxW = soft_cap * jnp.tanh(logits_CxW / soft_cap)
     column_1xW = self.begin + jnp.arange(self.width)[None]
     inside_1xW = (column_1xW >= self.lower) & (column_1xW < self.upper)
     return jnp.where(inside_1xW, logits_CxW, -jnp.inf)
