@@ -25,6 +25,7 @@ class Chip:
     network_bandwidth: bytes/s one way of the device's share of the network between hosts (GPU) or
       slices (TPU).
     host_bandwidth: bytes/s one way to the host's memory.
+    devices_per_chip: JAX devices that are one chip.
   """
 
   name: str
@@ -35,6 +36,7 @@ class Chip:
   link_bandwidth: float
   network_bandwidth: float
   host_bandwidth: float
+  devices_per_chip: int = 1
 
   @property
   def is_tpu(self) -> bool:
@@ -49,7 +51,7 @@ CHIPS = (
     # It calls itself "TPU v5" or "TPU v5p".
     Chip("v5p", ("tpu v5",), 459e12, int(95.73 * GIB), 2.765e12, 90e9, 6e9, 16e9),
     Chip("v6e", ("tpu v6",), 918e12, int(31.24 * GIB), 1.64e12, 90e9, 12e9, 16e9),
-    Chip("tpu7x", ("tpu7x", "tpu v7x"), 1153.5e12, int(94.74 * GIB), 3.69e12, 90e9, 6e9, 16e9),
+    Chip("tpu7x", ("tpu7x", "tpu v7x"), 1153.5e12, int(94.74 * GIB), 3.69e12, 90e9, 6e9, 16e9, 2),
     Chip("a100", ("a100",), 312e12, 85_100_068_864, 2.04e12, 300e9, 25e9, 32e9),
     Chip("h100-pcie", ("h100 pcie",), 756e12, 85_100_068_864, 2.04e12, 64e9, 50e9, 64e9),
     Chip("h100", ("h100",), 989e12, 84_942_979_072, 3.35e12, 450e9, 50e9, 64e9),

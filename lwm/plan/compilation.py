@@ -1,0 +1,146 @@
+"""A program compiled ahead of time, and what XLA says of its buffers.
+
+The compiler's own dump of its buffer assignment is read, since it is there also for a program that
+does not fit, and it alone says which operation a buffer belongs to.
+"""
+
+import dataclasses
+import pathlib
+import re
+import tempfile
+import time
+
+import jax
+
+from lwm.errors import UserError
+
+# Memory spaces ("colors") of XLA's buffer assignment: 0 is the device's main memory everywhere, 1
+# that of collectives on GPUs but a scratchpad on TPUs, 5 the host's.
+_DEVICE_SPACES = {"tpu": {0}, "gpu": {0, 1}, "cuda": {0, 1}, "cpu": {0}}
+_HOST_SPACE = 5
+_ALLOCATION = re.compile(r"allocation \d+: size (\d+)(?:, color (\d+))?(?:, page \d+)?(.*)")
+_VALUE = re.compile(
+    
+)
+    r" value: <\d+ (\S+?)(?:\{[^ ]*)?( \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)"
+)
+_OPERATION = re.compile(r'^\s*(?:ROOT )?%?(\S+) = .*op_name="([^"]*)"', re.MULTILINE)
+# Not of the vector memory of a kernel, which no other mesh would mend.
+_OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED.*\bhbm\b", re.IGNORECASE | re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+  """One of a device's buffers.
+
+  Attributes:
+    bytes: its size, with padding.
+    shape: as XLA writes it, `bf16[32,2,32768,4096]`.
+    operation: JAX's name of the operation that it belongs to, "" if XLA made it up.
+  """
+
+  bytes: int
+  shape: str
+  operation: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Compilation:
+  """What became of a program; sizes are bytes of one device.
+
+  Attributes:
+    text: the optimised HLO.
+    arguments: what the program is given, donated or not.
+    temporaries: the heap for all that lives between arguments and results.
+    total: arguments, temporaries, results that share no memory with arguments, and constants.
+    host: what it takes of the host's memory.
+    buffers: the largest first; those that follow one another in the same place count once.
+    seconds: of compilation.
+  """
+
+  text: str
+  arguments: int
+  temporaries: int
+  total: int
+  host: int
+  buffers: tuple[Buffer, ...]
+  seconds: float
+
+
+def compile_ahead(lowered: jax.stages.Lowered, platform: str) -> Compilation:
+  """Compiles for the devices that the program was lowered for; too large is no error.
+
+  Args:
+    lowered: of `jax.jit(...).lower(...)`.
+    platform: `jax.Device.platform` of those devices.
+
+  Raises:
+    UserError: the compiler refuses the program, for another reason than the device's memory.
+  """
+  started = time.perf_counter()
+  with tempfile.TemporaryDirectory() as folder:
+    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    failure = None
+    # A program out of the cache would leave no dump.
+    was_enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+      lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+      failure = error
+    finally:
+      jax.config.update("jax_enable_compilation_cache", was_enabled)
+    dumps = sorted(pathlib.Path(folder).glob("*after_optimizations-buffer-assignment.txt"))
+    if not dumps or (failure is not None and not _OUT_OF_MEMORY.search(str(failure))):
+      raise UserError(f"XLA cannot compile this for {platform}: {failure}")
+    assignment = dumps[-1]
+    text = assignment.with_name(
+        assignment.name.replace("-buffer-assignment.txt", ".txt")
+    ).read_text()
+    return read_assignment(
+        assignment.read_text(), text, platform, time.perf_counter() - started
+    )
+
+
+def read_assignment(assignment: str, text: str, platform: str, seconds: float) -> Compilation:
+  """Reads XLA's dump `*-buffer-assignment.txt` beside the HLO of the same module."""
+  operations = {name: path.replace("\\'", "'") for name, path in _OPERATION.findall(text)}
+  arguments = temporaries = total = host = 0
+  slots = []  # (bytes, allocation, offset, shape, operation)
+  counted = False
+  allocation = 0
+  for line in assignment.splitlines():
+    if match := _ALLOCATION.match(line):
+      size, space, kind = int(match[1]), int(match[2] or 0), match[3]
+      counted = space in _DEVICE_SPACES[platform] and "thread-local" not in kind
+      allocation += 1
+      if space == _HOST_SPACE:
+        host += size
+      if counted:
+        total += size
+        arguments += size if " parameter " in kind else 0
+        temporaries += size if "preallocated-temp" in kind else 0
+    elif counted and (match := _VALUE.match(line)):
+      name, phi, size, offset, shape = match.groups()
+      if not shape.startswith("("):
+        # Loops carry the same buffer under other names; one that an operation made says more.
+        operation = "" if phi else operations.get(name, "")
+        slots.append((int(size), allocation, int(offset), shape.split("{")[0], operation))
+  return Compilation(
+      text, arguments, temporaries, total, host, _largest(slots), seconds
+  )
+
+
+def _largest(slots, count: int = 12) -> tuple[Buffer, ...]:
+  """The largest values of which no two share memory."""
+  slots.sort(key=lambda slot: (-slot[0], slot[4] == ""))
+  taken, buffers = [], []
+  for size, allocation, offset, shape, operation in slots:
+    if any(a == allocation and offset < stop and start < offset + size
+           for a, start, stop in taken):
+      continue
+    taken.append((allocation, offset, offset + size))
+    buffers.append(Buffer(size, shape, operation))
+    if len(buffers) == count:
+      break
+  return tuple(buffers)

@@ -1,0 +1,89 @@
+"""What a stage's train step takes of each device's memory, by compiling it."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from lwm.experiment import Stage
+from lwm.plan.compilation import Buffer
+from lwm.plan.compilation import Compilation
+from lwm.plan.compilation import compile_ahead
+from lwm.plan.topology import Topology
+from lwm.train.program import StageProgram
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes of one device.
+
+  Attributes:
+    parameters: float32, its shard.
+    optimizer: the optimizer's state, its shard.
+    batch: its part of a batch, and scalars.
+    gradients: float32, its shard; they live among the temporaries, in the end alone.
+    temporaries: activations, gradients, gathered weights: all between arguments and results.
+    rest: results that share no memory with arguments, constants.
+    total: all but the gradients, which are in the temporaries.
+    host: of the host's memory.
+    capacity: what a program may take.
+    buffers: the largest first.
+  """
+
+  parameters: int
+  optimizer: int
+  batch: int
+  gradients: int
+  temporaries: int
+  rest: int
+  total: int
+  host: int
+  capacity: int
+  buffers: tuple[Buffer, ...]
+
+  @property
+  def excess(self) -> int:
+    """Bytes beyond the capacity; negative if the program fits."""
+    return self.total - self.capacity
+
+  @property
+  def fits(self) -> bool:
+    return self.excess <= 0
+
+
+def compile_train_step(
+    program: StageProgram, stage: Stage, topology: Topology
+) -> tuple[Memory, Compilation]:
+  """Compiles the step that training would run, for devices that need not be there.
+
+  Raises:
+    UserError: the compiler refuses it for another reason than the device's memory.
+  """
+  batch = program.abstract_batch(stage.rows_per_batch, stage.sequence_length)
+  with jax.set_mesh(program.mesh):
+    lowered = program.train_step.lower(program.state, batch)
+  compilation = compile_ahead(lowered, topology.devices[0].platform)
+  parameters = shard_bytes(program.state.params)
+  optimizer = shard_bytes(program.state.optimizer_state)
+  memory = Memory(
+      parameters=parameters,
+      optimizer=optimizer,
+      batch=compilation.arguments - parameters - optimizer,
+      gradients=parameters,
+      temporaries=compilation.temporaries,
+      rest=compilation.total - compilation.arguments - compilation.temporaries,
+      total=compilation.total,
+      host=compilation.host,
+      capacity=topology.chip.memory,
+      buffers=compilation.buffers,
+  )
+  return memory, compilation
+
+
+def shard_bytes(tree: Any) -> int:
+  """Bytes of one device's shards of all arrays (ShapeDtypeStructs with shardings) of a tree."""
+  return sum(
+      math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+      for leaf in jax.tree.leaves(tree)
+  )

@@ -1,0 +1,73 @@
+"""The plan of one stage on one machine: its memory by compiling, its speed by counting."""
+
+import dataclasses
+from typing import Any
+
+from lwm.experiment import Experiment
+from lwm.experiment import Stage
+from lwm.plan.compilation import Compilation
+from lwm.plan.memory import Memory
+from lwm.plan.memory import compile_train_step
+from lwm.plan.roofline import Roofline
+from lwm.plan.roofline import estimate
+from lwm.plan.topology import Topology
+from lwm.train.program import StageProgram
+from lwm.train.program import build_program
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+  """What `plan_stage` found out."""
+
+  stage: Stage
+  topology: Topology
+  mesh: dict[str, int]
+  remat: str
+  memory: Memory
+  roofline: Roofline
+  compile_seconds: float
+
+  def as_json(self) -> dict[str, Any]:
+    """Numbers, strings, lists and dicts; bytes, seconds and FLOPs throughout."""
+    return {
+        "stage": self.stage.name,
+        "sequence_length": self.stage.sequence_length,
+        "tokens_per_batch": self.stage.tokens_per_batch,
+        "topology": self.topology.name,
+        "devices": len(self.topology.devices),
+        "mesh": self.mesh,
+        "remat": self.remat,
+        "fits": self.memory.fits,
+        "excess": self.memory.excess,
+        "memory": dataclasses.asdict(self.memory),
+        "roofline": dataclasses.asdict(self.roofline)
+        | {"hop_hides": self.roofline.hop and self.roofline.hop.hides},
+        "compile_seconds": self.compile_seconds,
+    }
+
+
+def plan_stage(
+    experiment: Experiment, stage: Stage, topology: Topology
+) -> tuple[StagePlan, StageProgram, Compilation]:
+  """Compiles and estimates a stage.
+
+  Args:
+    experiment: validated.
+    stage: one of its stages, or one like them.
+    topology: whose devices the stage's mesh is made of, all of them.
+
+  Raises:
+    UserError: the mesh, the model and the devices do not go together, or XLA refuses the program.
+  """
+  program = build_program(experiment, stage, topology.devices)
+  memory, compilation = compile_train_step(program, stage, topology)
+  plan = StagePlan(
+      stage=stage,
+      topology=topology,
+      mesh=dict(program.mesh.shape),
+      remat=experiment.model.remat,
+      memory=memory,
+      roofline=estimate(experiment, stage, program.mesh, topology),
+      compile_seconds=compilation.seconds,
+  )
+  return plan, program, compilation

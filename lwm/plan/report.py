@@ -1,0 +1,119 @@
+"""Plans as text for the person at the terminal."""
+
+import re
+
+from lwm.chips import GIB
+from lwm.plan.plan import StagePlan
+
+
+def stage_report(plan: StagePlan) -> str:
+  """Memory, FLOPs, bytes, time and assumptions of one stage."""
+  memory, roofline = plan.memory, plan.roofline
+  lines = [heading(plan), ""]
+  lines += [f"memory of a device: {verdict(plan)}"]
+  rows = [
+      ("parameters", memory.parameters),
+      ("optimizer state", memory.optimizer),
+      ("batch and scalars", memory.batch),
+      ("temporaries", memory.temporaries),
+      ("results, constants", memory.rest),
+  ]
+  for name, size in rows:
+    lines.append(f"  {name:<22}{gib(size):>12}")
+  lines[-2] += f"   activations, gathered weights, gradients ({gib(memory.gradients).strip()})"
+  if memory.host:
+    lines.append(f"  {'of the host':<22}{gib(memory.host):>12}")
+  lines.append("  largest buffers")
+  for buffer in memory.buffers[: 8 if not memory.fits else 4]:
+    lines.append(f"  {gib(buffer.bytes):>12}  {buffer.shape:<28} {place(buffer.operation)}")
+
+  lines += ["", "a step"]
+  lines.append(f"  {'model FLOPs':<22}{roofline.model_flops:>12.3g}")
+  lines.append(
+      f"  {'recompute FLOPs':<22}{roofline.recompute_flops:>12.3g}   "
+      f"{roofline.recompute_flops / roofline.model_flops:.0%} of the model's"
+  )
+  for part in roofline.traffic:
+    axes = " x ".join(part.axes)
+    lines.append(
+        f"  over {axes:<17}{gib(part.bytes):>12}   {part.what}, {milliseconds(part.seconds)} at "
+        f"{part.bandwidth / 1e9:.0f} GB/s"
+    )
+  for name, seconds in roofline.seconds.items():
+    if seconds:
+      lines.append(f"  {milliseconds(seconds):>34}   {name}")
+  lines.append(
+      f"  {'estimated step':<22}{milliseconds(roofline.step_seconds):>12}   "
+      f"{roofline.tokens_per_second_per_chip:,.0f} tokens/s a chip, MFU {roofline.mfu:.1%}"
+  )
+  if roofline.hop:
+    hop = roofline.hop
+    lines.append(
+        f"  a ring hop {'hides' if hop.hides else 'does NOT hide'} behind attention: forward "
+        f"{milliseconds(hop.forward_transfer)} of transfer in {milliseconds(hop.forward_compute)}, "
+        f"backward {milliseconds(hop.backward_transfer)} in {milliseconds(hop.backward_compute)}"
+    )
+  lines += ["", "assumptions"] + [f"  {sentence}" for sentence in roofline.assumptions]
+  return "\n".join(lines)
+
+
+def table(plans: list[StagePlan]) -> str:
+  """One line a plan."""
+  lines = [
+      f"{'stage':<8} {'length':>9} {'mesh':<34} {'remat':<10} {'memory':>10} {'of':>10}  "
+      f"{'fits':<5} {'step':>11} {'tokens/s/chip':>13} {'MFU':>6}"
+  ]
+  for plan in plans:
+    roofline = plan.roofline
+    lines.append(
+        f"{plan.stage.name:<8} {plan.stage.sequence_length:>9} {mesh_text(plan.mesh):<34} "
+        f"{plan.remat:<10} {gib(plan.memory.total):>10} {gib(plan.memory.capacity):>10}  "
+        f"{'yes' if plan.memory.fits else 'NO':<5} {milliseconds(roofline.step_seconds):>11} "
+        f"{roofline.tokens_per_second_per_chip:>13,.0f} {roofline.mfu:>6.1%}"
+    )
+  return "\n".join(lines)
+
+
+def heading(plan: StagePlan) -> str:
+  stage = plan.stage
+  return (
+      f"{stage.name}: {stage.rows_per_batch} rows of {stage.sequence_length} tokens on "
+      f"{plan.topology.name} ({len(plan.topology.devices)} devices), mesh {mesh_text(plan.mesh)}, "
+      f"remat {plan.remat}; compiled in {plan.compile_seconds:.0f} s"
+  )
+
+
+def verdict(plan: StagePlan) -> str:
+  """Whether it fits, and by how much."""
+  memory = plan.memory
+  share = f"{gib(memory.total).strip()} of {gib(memory.capacity).strip()}"
+  if memory.fits:
+    return f"{share}: fits"
+  return f"{share}: OUT OF MEMORY by {gib(memory.excess).strip()}"
+
+
+def mesh_text(mesh: dict[str, int]) -> str:
+  """The axes that have more than one device."""
+  return " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "1 device"
+
+
+def place(operation: str) -> str:
+  """JAX's path of an operation without what says nothing of where it stands."""
+  parts = operation.split("/")
+  if len(parts) == 1:
+    return operation
+  pass_ = "backward" if any("transpose(" in part for part in parts) else "forward"
+  wrappers = re.compile(r"while|body|eval_jaxpr|checkpoint|shard_map|closed_call|(jit|.*jvp)\(.*\)")
+  kept = [part for part in parts if not wrappers.fullmatch(part)]
+  return f"{pass_}: {'/'.join(kept)}"
+
+
+def gib(size: float) -> str:
+  for unit, scale in (("GiB", GIB), ("MiB", GIB >> 10)):
+    if size >= scale:
+      break
+  return f"{size / scale:.1f} {unit}"
+
+
+def milliseconds(seconds: float) -> str:
+  return f"{seconds:.2f} s" if seconds >= 10 else f"{seconds * 1e3:.3g} ms"

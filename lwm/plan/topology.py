@@ -1,0 +1,129 @@
+"""Machines by name: TPU slices and GPU clusters that the compilers target, present or not."""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import logging
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+from lwm.chips import Chip
+from lwm.chips import of_kind
+from lwm.errors import UserError
+from lwm.plan.gpu_target import GPUS
+from lwm.plan.gpu_target import gpu_target
+from lwm.train.peak import measured_flops
+
+# Dimensions of a slice, and what libtpu must be told beside its shape. Without it, v4 shows each of
+# a chip's two cores as a device.
+_MEGACORE = dict(chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1), num_slices=1)
+_TPU_DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
+# Of a machine's memory, about; its FLOP/s are measured.
+_CPU_BYTES_PER_SECOND = 20e9
+_EXAMPLES = "v4:8x8x8, v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, h100:4x8 (hosts x GPUs), cpu:8"
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """Devices that programs can be compiled for.
+
+  Attributes:
+    name: as the user gave it.
+    chip: what each device can do; the devices of a CPU share what is measured of it.
+    devices: in JAX's order.
+    devices_per_host: GPUs that share one host; None on a TPU slice, whose network is its torus.
+    torus: devices along each dimension of a TPU slice; empty otherwise.
+  """
+
+  name: str
+  chip: Chip
+  devices: tuple[jax.Device, ...]
+  devices_per_host: int | None = None
+  torus: tuple[int, ...] = ()
+
+
+def load(name: str) -> Topology:
+  """The topology of that name, say `v5p:8x8x8`, `h100:4x8` or `cpu:8`.
+
+  Raises:
+    UserError: no such topology, or its compiler is not installed.
+  """
+  match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
+  kind, sizes = (match[1], tuple(map(int, match[2].split("x")))) if match else (None, ())
+  if kind in _TPU_DIMENSIONS and len(sizes) == _TPU_DIMENSIONS[kind]:
+    return _tpu(name, kind, sizes)
+  if kind in GPUS and len(sizes) == 2:
+    return _gpu(name, kind, *sizes)
+  if kind == "cpu" and len(sizes) == 1:
+    return _cpu(name, *sizes)
+  raise UserError(f"--topology={name}: there is no such machine; take one like {_EXAMPLES}.")
+
+
+def _tpu(name: str, kind: str, sizes: tuple[int, ...]) -> Topology:
+  # The compiler alone: no lock on a TPU, no questions to a cloud's metadata server.
+  for variable, value in {
+      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+      "TPU_SKIP_MDS_QUERY": "1",
+      "TPU_ACCELERATOR_TYPE": "v4-8",
+      "TPU_WORKER_HOSTNAMES": "localhost",
+  }.items():
+    os.environ.setdefault(variable, value)
+  options = _MEGACORE if kind == "v4" else {}
+  try:
+    devices = topologies.get_topology_desc(
+        platform="tpu", topology_name=name, **options
+    ).devices
+  except Exception as error:
+    if importlib.util.find_spec("libtpu") is None:
+      raise UserError(
+          f"--topology={name}: libtpu compiles for TPUs and is not installed: pip install libtpu."
+      ) from error
+    reason = str(error).splitlines()[0].rstrip(".")
+    raise UserError(f"--topology={name}: libtpu knows no such slice: {reason}.") from error
+  return Topology(name, of_kind(devices[0].device_kind), tuple(devices), torus=sizes)
+
+
+def _gpu(name: str, kind: str, hosts: int, gpus: int) -> Topology:
+  # It says that CUDA is loaded already, or that there is no driver: both are fine.
+  logger = logging.getLogger("jax._src.xla_bridge")
+  level = logger.level
+  logger.setLevel(logging.CRITICAL)
+  try:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      importlib.import_module("jax_plugins.xla_cuda13").initialize()
+    devices = topologies.get_topology_desc(
+        platform="cuda", topology=f"1x{hosts}x{gpus}", target_config=gpu_target(kind)
+    ).devices
+  except ImportError as error:
+    raise UserError(
+        f"--topology={name}: JAX's CUDA plugin compiles for GPUs and is not installed: "
+        "pip install jax-cuda13-plugin jax-cuda13-pjrt."
+    ) from error
+  finally:
+    logger.setLevel(level)
+  return Topology(name, of_kind(devices[0].device_kind), tuple(devices), devices_per_host=gpus)
+
+
+def _cpu(name: str, count: int) -> Topology:
+  if len(jax.devices("cpu")) < count:
+    raise UserError(
+        f"--topology={name}: JAX shows {len(jax.devices('cpu'))} CPU devices; set "
+        f"XLA_FLAGS=--xla_force_host_platform_device_count={count}."
+    )
+  devices = tuple(jax.devices("cpu")[:count])
+  memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  chip = Chip(
+      name="cpu",
+      kinds=(),
+      flops=measured_flops(devices[0], "float32") / count,
+      memory=memory // count,
+      memory_bandwidth=_CPU_BYTES_PER_SECOND / count,
+      link_bandwidth=_CPU_BYTES_PER_SECOND / count,
+      network_bandwidth=_CPU_BYTES_PER_SECOND / count,
+      host_bandwidth=_CPU_BYTES_PER_SECOND / count,
+  )
+  return Topology(name, chip, devices)

@@ -1,0 +1,45 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+CONFIG = "--config=tests/lwm/plan/planned.py"
+
+
+def plan(*flags):
+  environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR="")
+  return subprocess.run(
+      [sys.executable, "-m", "experiments.plan", CONFIG, *flags],
+      capture_output=True, text=True, env=environment, check=False,
+  )
+
+
+def test_json_of_a_stage_that_fits():
+  done = plan("--topology=cpu:4", "--stage=long", "--json")
+  assert done.returncode == 0, done.stderr
+  answer = json.loads(done.stdout)
+  assert answer["fits"] and answer["mesh"]["ring"] == answer["mesh"]["tensor"] == 2
+  memory = answer["memory"]
+  assert memory["optimizer"] >= 2 * memory["parameters"]  # Two moments.
+  parts = ("parameters", "optimizer", "batch", "temporaries", "rest")
+  assert sum(memory[part] for part in parts) == memory["total"]
+  assert answer["roofline"]["mfu"] > 0
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--topology=v5p:2x2"], "error: --topology=v5p:2x2: there is no such machine"),
+        (["--topology=cpu:4", "--stage=9"], "error: --stage=9: the experiment's stages are long"),
+        (
+            ["--topology=cpu:4", "--config.stages[0].mesh.ring=3"],
+            "error: config.stages[0].sequence_length=8192 does not divide",
+        ),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(flags, message):
+  done = plan(*flags)
+  assert done.returncode == 1
+  assert done.stderr.strip().splitlines()[-1].startswith(message), done.stderr
