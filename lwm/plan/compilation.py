@@ -20,8 +20,6 @@ _DEVICE_SPACES = {"tpu": {0}, "gpu": {0, 1}, "cuda": {0, 1}, "cpu": {0}}
 _HOST_SPACE = 5
 _ALLOCATION = re.compile(r"allocation \d+: size (\d+)(?:, color (\d+))?(?:, page \d+)?(.*)")
 _VALUE = re.compile(
-    
-)
     r" value: <\d+ (\S+?)(?:\{[^ ]*)?( \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)"
 )
 _OPERATION = re.compile(r'^\s*(?:ROOT )?%?(\S+) = .*op_name="([^"]*)"', re.MULTILINE)

@@ -141,7 +141,7 @@ def _assumptions(chip: Chip) -> tuple[str, ...]:
       f"{chip.name}: {chip.flops / 1e12:.3g} TFLOP/s, memory {chip.memory_bandwidth / 1e9:g} GB/s, "
       f"links {chip.link_bandwidth / 1e9:g} GB/s one way{network}.",
       f"Matrix products reach {MATMUL_EFFICIENCY:.0%} of the peak, attention "
-      f"{ATTENTION_EFFICIENCY:.0%} (its backward pass: seven products, four of them model FLOPs).",
+      f"{ATTENTION_EFFICIENCY:.0%} (its backward pass: seven products, four of them the model's).",
       "Every row is one document, all of it targets over the text ids: the most work there is.",
       "Weights and gradients travel while anything is computed, keys and values while attention is, "
       "activations over tensor while nothing is.",
