@@ -1,9 +1,14 @@
 """Measures this machine.
 
     python -m experiments.benchmark train --config=configs/laptop.py [--json]
+    python -m experiments.benchmark attention [--json]
+    python -m experiments.benchmark ring [--json]
 
 `train` runs the real training loop of each stage on its prepared data for a few steps, and prints
-tokens/s, MFU, and the share of the time spent outside the compiled step.
+tokens/s, MFU, and the share of the time spent outside the compiled step. `attention` compares
+attention with the peers that JAX has on this machine, and decoding with a plain copy. `ring`
+measures what balance and skipping save in a ring of eight devices; of eight CPU devices without
+others.
 """
 
 import contextlib
@@ -20,15 +25,16 @@ import jax
 
 from experiments import flags as experiment_flags
 from experiments.runtime import use_compilation_cache
+from kernels import benchmarks
 from lwm.errors import UserError
 from lwm.train.benchmark import measure_stage
 from lwm.train.peak import peak_flops
 from lwm.validate import check_devices
 from lwm.validate import validate
 
-_CONFIG = experiment_flags.define_config()
+_CONFIG = experiment_flags.define_config(required=False)
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
-_STEPS = flags.DEFINE_integer("steps", 8, "Steps a round.", lower_bound=2)
+_STEPS = flags.DEFINE_integer("steps", 6, "Steps a round.", lower_bound=2)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds of each stage.", lower_bound=1)
 _STAGES = flags.DEFINE_list("stages", [], "Names of the stages to measure; all unless given.")
 
@@ -36,6 +42,8 @@ _STAGES = flags.DEFINE_list("stages", [], "Names of the stages to measure; all u
 def train() -> None:
   """The subcommand `train`."""
   experiment = _CONFIG.value
+  if experiment is None:
+    raise UserError("train: give the experiment to measure, --config=FILE.")
   validate(experiment)
   check_devices(experiment, jax.device_count())
   use_compilation_cache()
@@ -86,7 +94,41 @@ def machine() -> str:
   return f"{len(os.sched_getaffinity(0))} cores of {model}, {jax.device_count()} JAX device(s)"
 
 
-SUBCOMMANDS = {"train": train}
+def attention() -> None:
+  """The subcommand `attention`."""
+  platform = jax.devices()[0].platform
+  print_records({
+      "attention": [
+          record
+          for shape in benchmarks.shapes(platform)
+          for record in benchmarks.measure_attention(shape)
+      ],
+      "decode": benchmarks.measure_decode(platform),
+  })
+
+
+def ring() -> None:
+  """The subcommand `ring`."""
+  jax.config.update("jax_num_cpu_devices", 8)
+  print_records({"ring": benchmarks.measure_ring()})
+
+
+def print_records(tables: dict[str, list[dict]]) -> None:
+  """As JSON, or a line a record."""
+  if _JSON.value:
+    print(json.dumps({"machine": machine(), **tables}))
+    return
+  print(machine())
+  for name, records in tables.items():
+    for record in records:
+      texts = (
+          f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+          for key, value in record.items() if value is not None
+      )
+      print(f"{name}: {', '.join(texts)}")
+
+
+SUBCOMMANDS = {"train": train, "attention": attention, "ring": ring}
 
 
 def main(argv: list[str]) -> None:
