@@ -18,12 +18,13 @@ from lwm.experiment import ConfigError
 _IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
-def define_config() -> flags.FlagHolder:
+def define_config(required: bool = True) -> flags.FlagHolder:
   """Defines --config=FILE[:ARGUMENT]; its settings are flags too: --config.seed=1."""
   holder = config_flags.DEFINE_config_file(
       "config", None, "A Python file whose get_config() returns an Experiment.", lock_config=False
   )
-  flags.mark_flag_as_required("config")
+  if required:
+    flags.mark_flag_as_required("config")
   return holder
 
 

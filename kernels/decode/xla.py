@@ -45,7 +45,7 @@ def partial(
     first = jnp.minimum(jnp.min(jnp.where(is_empty_Q, K, start_Q)), stop) // k
 
     def load(cached, begin):
-      """A split as numbers [k, G, D] of the query's dtype, and their scales float32 [G, 1, 1, k]."""
+      """A split as numbers [k, G, D] of the query's dtype; their scales float32 [G, 1, 1, k]."""
       split = jax.tree.map(
           lambda array: jax.lax.dynamic_slice(
               array, (layer, row_index, begin, *(0,) * (array.ndim - 3)), (1, 1, k, *array.shape[3:])

@@ -1,0 +1,161 @@
+"""Attention against every peer that this machine runs, at the same shapes, in one run.
+
+B batch, S sequence, H query heads, G key/value heads, D head_dim.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import dataclasses
+import functools
+
+import jax
+from jax.experimental.pallas.ops.tpu import splash_attention
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.attention import KeyIntervals
+from kernels.attention import attention
+from kernels.attention import packed
+from kernels.attention.api import BACKENDS
+from kernels.benchmarks.timing import seconds
+
+# (query, key, value [B, S, H or G, D]) -> out.
+Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """One causal row of documents; `document_length` is their mean, None is one document."""
+
+  length: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  dtype: str
+  document_length: int | None = None
+
+  def segment_ids(self) -> np.ndarray:
+    """Of a row [S] without padding, lengths uniform from 1/4 to 7/4 of the mean."""
+    if self.document_length is None:
+      return np.ones(self.length, np.int32)
+    random = np.random.default_rng(0)
+    count = 4 * self.length // self.document_length
+    mean = self.document_length
+    ends = np.cumsum(random.integers(mean // 4, mean * 7 // 4, count))
+    return (np.searchsorted(ends, np.arange(self.length), side="right") + 1).astype(np.int32)
+
+  def arrays(self) -> list[jax.Array]:
+    """query, key, value and the cotangent of out."""
+    random = np.random.default_rng(0)
+    heads = self.num_heads, self.num_kv_heads, self.num_kv_heads, self.num_heads
+    return [
+        jnp.asarray(random.standard_normal((1, self.length, h, self.head_dim)), self.dtype)
+        for h in heads
+    ]
+
+
+def shapes(platform: str) -> tuple[Shape, ...]:
+  """What is measured: FlashAttention-3's causal shapes, and documents of 4K in 32K tokens."""
+  if platform == "cpu":
+    return Shape(2048, 4, 4, 64, "float32"), Shape(2048, 4, 4, 64, "float32", 256)
+  causal = tuple(Shape(length, 16, 16, 128, "bfloat16") for length in (16384, 32768))
+  return *causal, dataclasses.replace(causal[-1], document_length=4096)
+
+
+def measure_attention(shape: Shape) -> list[dict]:
+  """One record a peer: milliseconds, TFLOP/s by the FLOPs of seen pairs, difference from the first.
+
+  A peer that stands here but fails has `error` instead. Its backward pass alone is `backward_*`.
+  """
+  segment_ids_1xS = jnp.asarray(shape.segment_ids())[None]
+  intervals = packed(segment_ids_1xS)
+  pairs = int(np.sum(np.asarray(intervals.stop_BxQ - intervals.start_BxQ), dtype=np.int64))
+  # Two matrix products forward, five backward, two FLOPs an element.
+  flops = 4 * pairs * shape.num_heads * shape.head_dim
+  *arrays, cotangent = shape.arrays()
+  records, first = [], None
+  for name, peer in peers(shape, intervals):
+    record = {"peer": name, **dataclasses.asdict(shape)}
+    records.append(record)
+    try:
+      out = jax.jit(peer)(*arrays)
+      first = out if first is None else first
+      difference = jnp.abs(out.astype("float32") - first.astype("float32"))
+      record["difference"] = float(jnp.max(difference))
+      record |= _speed("forward", seconds(peer, *arrays), flops)
+      _, pull_back = jax.jit(functools.partial(jax.vjp, peer))(*arrays)
+      taken = seconds(lambda pull_back, cotangent: pull_back(cotangent), pull_back, cotangent)
+      record |= _speed("backward", taken, 2.5 * flops)
+    except Exception as error:  # pylint: disable=broad-exception-caught
+      # A peer may raise anything, out of memory included: the others are measured all the same.
+      record["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
+  return records
+
+
+def peers(shape: Shape, intervals: KeyIntervals) -> Iterator[tuple[str, Attention]]:
+  """Names and functions of what should run here, ours first."""
+  device = jax.devices()[0]
+  query, key = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in shape.arrays()[:2])
+  for backend in BACKENDS:
+    if backend.unsupported(query, key) is None:
+      yield f"ours {backend.name}", lambda *qkv, b=backend: attention(*qkv, intervals, backend=b)[0]
+  is_packed = shape.document_length is not None
+  # jax.nn takes documents only as a mask of S x S.
+  if not is_packed:
+    yield "jax.nn xla", functools.partial(
+        jax.nn.dot_product_attention, is_causal=True, implementation="xla"
+    )
+    if device.platform == "gpu":
+      yield "jax.nn cudnn", functools.partial(
+          jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
+      )
+  elif shape.length <= 8192:
+    ids_S = jnp.asarray(shape.segment_ids())
+    mask_SxS = (ids_S[:, None] == ids_S[None]) & jnp.tri(shape.length, dtype=bool)
+    yield "jax.nn xla", functools.partial(
+        jax.nn.dot_product_attention, mask=mask_SxS[None, None], implementation="xla"
+    )
+  if device.platform == "tpu":
+    yield "jax splash", splash(shape)
+  if device.platform == "gpu" and device.compute_capability == "9.0" and not is_packed:
+    yield "jax attention_mgpu", mgpu(shape)
+
+
+def splash(shape: Shape) -> Attention:
+  """jax's kernel for TPUs, in larger blocks than its own default."""
+  sizes = dict.fromkeys(
+      ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
+       "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"), min(1024, shape.length),
+  )
+  mask = splash_attention.CausalMask((shape.length, shape.length))
+  kernel = splash_attention.make_splash_mha(
+      splash_attention.MultiHeadMask([mask] * shape.num_heads),
+      block_sizes=splash_attention.BlockSizes(**sizes), head_shards=1, q_seq_shards=1,
+  )
+  ids_S = jnp.asarray(shape.segment_ids())
+  segments = splash_attention.SegmentIds(ids_S, ids_S)
+
+  def run(query_BxSxHxD, key_BxSxGxD, value_BxSxGxD):
+    arrays = (query_BxSxHxD * shape.head_dim**-0.5, key_BxSxGxD, value_BxSxGxD)
+    heads_first = (jnp.swapaxes(array, 1, 2) for array in arrays)
+    run_row = jax.vmap(lambda *row: kernel(*row, segment_ids=segments))
+    return jnp.swapaxes(run_row(*heads_first), 1, 2)
+
+  return run
+
+
+def mgpu(shape: Shape) -> Attention:
+  """jax's kernel for Hopper; its causal backward is not there yet."""
+  # Needs CUDA's libraries to be imported.
+  from jax.experimental.pallas.ops.gpu import attention_mgpu  # pylint: disable=g-import-not-at-top
+
+  config = attention_mgpu.TuningConfig(
+      block_q=64, block_kv=128, max_concurrent_steps=2, causal=True
+  )
+  return lambda query, *key_value: attention_mgpu.attention(
+      query * shape.head_dim**-0.5, *key_value, config
+  )
+
+
+def _speed(direction: str, taken: float, flops: float) -> dict:
+  return {f"{direction}_ms": taken * 1e3, f"{direction}_tflops": flops / taken / 1e12}
