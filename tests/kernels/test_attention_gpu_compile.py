@@ -42,15 +42,10 @@ def check(*arguments):
   return len(lines)
 
 
-@pytest.mark.parametrize("capability, head_dim", ((80, 64), (90, 128)))
-def test_triton_forward_fits(capability, head_dim):
-  assert check("--forward", capability, "bfloat16", head_dim) == 1
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "capability, head_dim, dtype",
-    ((80, 256, "float32"), (89, 64, "float16"), (90, 128, "bfloat16"), (100, 256, "bfloat16")),
+    ((80, 64, "float32"), (89, 64, "float16"), (90, 128, "bfloat16"), (100, 256, "bfloat16")),
 )
 def test_triton_kernels_fit(capability, head_dim, dtype):
   """Of each generation one; the others by hand: python -m tests.kernels.triton_resources."""

@@ -94,8 +94,16 @@ def test_empty_rows_and_tiles_with_a_soft_cap():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("mask", ("causal", "packed", "sliding_window", "frames", "bidirectional"))
+@pytest.mark.parametrize(
+    "mask, dtype",
+    (
+        ("causal", "float16"),
+        ("packed", "bfloat16"),
+        ("sliding_window", "bfloat16"),
+        ("frames", "float16"),
+        ("bidirectional", "bfloat16"),
+    ),
+)
 def test_masks(mask, dtype):
   shape = dict(B=2, Q=200, K=300 if mask == "bidirectional" else 200, H=4, G=2, D=128)
   check(Case(mask, getattr(attention_cases, mask), **shape), dtype)
