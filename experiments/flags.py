@@ -77,7 +77,7 @@ def _override_types(argv: list[str]) -> dict[str, type]:
     if path is None:
       config = _load(value if value is not None else "".join(argv[index + 1:index + 2]))
     elif config is None:
-      raise ConfigError(f"{argument}: --config=FILE must come before the settings that override it.")
+      raise ConfigError(f"{argument}: --config=FILE must come before what overrides it.")
     else:
       types[f"config{path}"] = _setting_type(config, path)
   return types
@@ -100,7 +100,9 @@ def _setting_type(node, path: str) -> type:
   for name, index in re.findall(r"\.([^.\[\]]*)|\[([^\]]*)\]", path):
     if index:
       if not isinstance(node, list) or not index.isdigit() or int(index) >= len(node):
-        size = f"has {len(node)} entries, counted from 0" if isinstance(node, list) else "is no list"
+        size = "is no list"
+        if isinstance(node, list):
+          size = f"has {len(node)} entries, counted from 0"
         raise ConfigError(f"--config{path}: there is no {where}[{index}]; {where} {size}.")
       node = node[int(index)]
       kind = type(node)
@@ -115,5 +117,5 @@ def _setting_type(node, path: str) -> type:
       node, kind = getattr(node, name), types[name]
       where += f".{name}"
   if dataclasses.is_dataclass(node) or isinstance(node, list):
-    raise ConfigError(f"--config{path}: {where} is a group of settings; override one of its settings.")
+    raise ConfigError(f"--config{path}: {where} is a group of settings; override one of them.")
   return next((member for member in typing.get_args(kind) if member is not type(None)), kind)

@@ -10,8 +10,8 @@ def use_compilation_cache() -> None:
   """Keeps compiled programs in ~/.cache/lwm, so that a resumed run starts at once.
 
   An entry that a kill cut short is passed over with a warning and compiled anew. JAX's own setting,
-  JAX_COMPILATION_CACHE_DIR, comes first. Several CPU devices go without: jaxlib 0.11.2 has been seen
-  to compute wrong gradients of a ring of CPU devices with a program from the cache.
+  JAX_COMPILATION_CACHE_DIR, comes first. Several CPU devices go without: jaxlib 0.11.2 has been
+  seen to compute wrong gradients of a ring of CPU devices with a program from the cache.
   """
   several_cpus = jax.default_backend() == "cpu" and jax.device_count() > 1
   if jax.config.jax_compilation_cache_dir is None and not several_cpus:

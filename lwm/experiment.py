@@ -61,8 +61,8 @@ class MeshConfig:
       raise ConfigError(f"mesh ({text}): sizes must be at least 1, and one axis at most may be -1.")
     if num_devices % fixed or (not free and fixed != num_devices):
       raise ConfigError(
-          f"mesh ({text}) does not divide the {num_devices} devices here: its fixed axes multiply to "
-          f"{fixed}. Change config.stages[i].mesh or the number of devices."
+          f"mesh ({text}) does not divide the {num_devices} devices here: its fixed axes multiply "
+          f"to {fixed}. Change config.stages[i].mesh or the number of devices."
       )
     if free:
       sizes[free[0]] = num_devices // fixed
@@ -71,7 +71,7 @@ class MeshConfig:
 
 @dataclasses.dataclass
 class Stage:
-  """One stretch of training at one context length; it starts from the parameters of the one before."""
+  """A stretch of training at one context length; it starts from the parameters of the one before."""
 
   name: str = ""
   sequence_length: int = 1024
@@ -110,7 +110,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass
 class LossConfig:
-  """How the losses of the two modalities become one; shares are relative to those present in a batch."""
+  """How the losses of both modalities become one; shares are relative to those in a batch."""
 
   text_weight: float = 0.5
   vision_weight: float = 0.5

@@ -7,7 +7,7 @@ import tempfile
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
-    # With it, jaxlib 0.11.2 computes wrong gradients of a ring once the program comes from the cache.
+    # With it, jaxlib 0.11.2 computes wrong gradients of a ring with a program from the cache.
     + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

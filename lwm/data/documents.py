@@ -90,8 +90,8 @@ def video_document(
 ) -> Document:
   """<bos> caption <vision> frames </vision> <eos>; only the frames count in the loss.
 
-  Where a clip begins and ends is for the sampler to say; and the few marks of a batch of films would
-  otherwise make up all of its text loss.
+  Where a clip begins and ends is for the sampler to say; and the few marks of a batch of films
+  would otherwise make up all of its text loss.
   """
   builder = DocumentBuilder(tokenizer).bos()
   if caption:

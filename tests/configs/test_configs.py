@@ -15,7 +15,11 @@ from lwm.validate import validate
 import pytest
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-CONFIGS = {"laptop": (laptop, 1), "lwm_text_7b": (lwm_text_7b, 256), "lwm_vision_7b": (lwm_vision_7b, 512)}
+CONFIGS = {
+    "laptop": (laptop, 1),
+    "lwm_text_7b": (lwm_text_7b, 256),
+    "lwm_vision_7b": (lwm_vision_7b, 512),
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -41,8 +45,10 @@ def test_configs_share_no_mutable_parts():
 
 def test_lwm_recipes_train_on_the_tokens_that_the_paper_says():
   """ANCHORS: tokens of each stage, in billions, to the paper's rounding (4M is 2**22)."""
-  text = [stage.tokens_per_batch * stage.steps / 1e9 for stage in lwm_text_7b.get_config().stages]
-  vision = [stage.tokens_per_batch * stage.steps / 1e9 for stage in lwm_vision_7b.get_config().stages]
+  def billions(config):
+    return [stage.tokens_per_batch * stage.steps / 1e9 for stage in config.get_config().stages]
+
+  text, vision = billions(lwm_text_7b), billions(lwm_vision_7b)
   assert text == pytest.approx([4.8, 12, 12, 3, 1.8], rel=0.06)
   assert vision == pytest.approx([363, 107, 10, 3.5, 0.4], rel=0.1)
 
