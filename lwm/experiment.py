@@ -13,6 +13,7 @@ LAYOUTS = ("contiguous", "zigzag")
 SCHEDULES = ("constant", "cosine")
 WEIGHTINGS = ("token", "example")
 SOFTMAX_RANGES = ("modality", "all")
+MOMENT_DTYPES = ("float32", "bfloat16", "int8")
 
 
 class ConfigError(UserError):
@@ -106,6 +107,10 @@ class OptimizerConfig:
   epsilon: float = 1e-8
   weight_decay: float = 0.1
   clip_norm: float = 1.0
+  # The moments between two updates: float32, bfloat16 or int8 (lwm/train/moments.py), on the device
+  # or in the host's memory.
+  moment_dtype: str = "float32"
+  offload: bool = False
 
 
 @dataclasses.dataclass

@@ -8,6 +8,7 @@ import functools
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from kernels import decode
@@ -34,6 +35,12 @@ _SAVED = {
     ),
     "attention": _save_attention,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -58,6 +65,7 @@ class Decoder(nnx.Module):
 
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=_SAVED[self.config.remat])
     def block(x_BxSxM, layer):
+      x_BxSxM = checkpoint_name(x_BxSxM, "block_input")
       return nnx.merge(graph, layer)(x_BxSxM, cosine, sine, attend)
 
     x_BxSxM, _ = jax.lax.scan(block, self._embed(tokens_BxS), stacked_layers)
@@ -79,18 +87,25 @@ class Decoder(nnx.Module):
     (x_BxQxM, cache), _ = jax.lax.scan(block, carry, (stacked_layers, index_L))
     return self.norm(x_BxQxM), cache.advance(tokens_BxQ.shape[1])
 
-  def head(self) -> jax.Array:
-    """The output projection, float32 [M, V], whole along M: transposed embedding if tied."""
-    if self.config.tied_head:
-      return self._embedding().T
-    return self.rules.gather(self.output[...], jnp.float32, "model", "vocab")
+  def head(self, whole: bool = False) -> jax.Array:
+    """The output projection, float32 [M, V], whole along M: transposed embedding if tied.
 
-  def _embedding(self) -> jax.Array:
-    return self.rules.gather(self.embedding[...], jnp.float32, "vocab", "model")
+    Args:
+      whole: along V as well, for tokens that are divided over `tensor`.
+    """
+    if self.config.tied_head:
+      return self._embedding(whole).T
+    return self.rules.gather(self.output[...], jnp.float32, "model", "vocab", whole=whole)
+
+  def _embedding(self, whole: bool) -> jax.Array:
+    return self.rules.gather(self.embedding[...], jnp.float32, "vocab", "model", whole=whole)
 
   def _embed(self, tokens_BxS: jax.Array) -> jax.Array:
-    spec = self.rules.spec("batch", "sequence", None)
-    x_BxSxM = self._embedding().at[tokens_BxS].get(out_sharding=spec)
+    rules = self.rules
+    # The table comes to the tokens: where contexts are long it is the smaller of the two.
+    table_VxM = self._embedding(whole=rules.residual is not None)
+    tokens_BxS = jax.reshard(tokens_BxS, rules.spec("batch", "residual"))
+    x_BxSxM = table_VxM.at[tokens_BxS].get(out_sharding=rules.spec("batch", "residual", None))
     return x_BxSxM.astype(self.config.compute_dtype)
 
   def _rotations(self, positions_BxS, rope_theta):

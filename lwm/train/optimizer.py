@@ -9,6 +9,7 @@ import optax
 
 from lwm.experiment import OptimizerConfig
 from lwm.experiment import Stage
+from lwm.train.moments import scale_by_adam
 
 
 def learning_rate(optimizer: OptimizerConfig, stage: Stage) -> Callable[[jax.Array], jax.Array]:
@@ -52,14 +53,29 @@ def adamw(
       logical_axes,
       is_leaf=lambda node: isinstance(node, tuple),
   )
+  adam = scale_by_adam(
+      optimizer.beta1, optimizer.beta2, optimizer.epsilon, optimizer.moment_dtype
+  )
   return optax.chain(
       optax.clip_by_global_norm(optimizer.clip_norm),
-      optax.adamw(
-          learning_rate(optimizer, stage),
-          b1=optimizer.beta1,
-          b2=optimizer.beta2,
-          eps=optimizer.epsilon,
-          weight_decay=optimizer.weight_decay,
-          mask=decayed,
+      optax.chain(
+          in_host_memory(adam) if optimizer.offload else adam,
+          optax.add_decayed_weights(optimizer.weight_decay, decayed),
+          optax.scale_by_learning_rate(learning_rate(optimizer, stage)),
       ),
+  )
+
+
+def in_host_memory(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+  """The same, its state's arrays in the host's memory but for the time of an update."""
+
+  def move(state, space):
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, state)
+
+  def update(gradients, state, params=None):
+    updates, state = optimizer.update(gradients, move(state, jax.memory.Space.Device), params)
+    return updates, move(state, jax.memory.Space.Host)
+
+  return optax.GradientTransformation(
+      lambda params: move(optimizer.init(params), jax.memory.Space.Host), update
   )
