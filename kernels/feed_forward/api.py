@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels.feed_forward import reference
+from kernels.neighbours import gather_tokens
+from kernels.neighbours import scatter_tokens
 from kernels.varying import vary_alike
 
 
@@ -65,9 +67,8 @@ def _whole(token_axis: str | None, x_BxSxM, *weights):
   """The feed-forward of these tokens and those of the neighbours along `token_axis`."""
   if token_axis is None:
     return reference.feed_forward(x_BxSxM, *weights)
-  x_BxSxM = jax.lax.all_gather(x_BxSxM, token_axis, axis=1, tiled=True)
-  out_BxSxM = reference.feed_forward(x_BxSxM, *weights)
-  return jax.lax.psum_scatter(out_BxSxM, token_axis, scatter_dimension=1, tiled=True)
+  x_BxSxM = gather_tokens(x_BxSxM, token_axis)
+  return scatter_tokens(reference.feed_forward(x_BxSxM, *weights), token_axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from kernels import decode
 from kernels.attention import KeyIntervals
+from kernels.attention import SAVED_NAMES
 from kernels.ring import Layout
 from kernels.ulysses import ulysses_attention
 from lwm.model import rope
@@ -24,9 +25,19 @@ from lwm.model.layers import RMSNorm
 from lwm.model.layers import matrix
 from lwm.parallel.sharding import ShardingRules
 
-_save_attention = jax.checkpoint_policies.save_only_these_names(
-    "attention_out", "attention_log_sum_exp"
-)
+_BLOCK_INPUT = "block_input"
+_save_attention = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+
+
+def _offload(*names: str):
+  return jax.checkpoint_policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[],
+      names_which_can_be_offloaded=names,
+      offload_src="device",
+      offload_dst="pinned_host",
+  )
+
+
 # What the backward pass finds again of a block; the rest is computed a second time.
 _SAVED = {
     "none": jax.checkpoint_policies.everything_saveable,
@@ -35,12 +46,8 @@ _SAVED = {
     ),
     "attention": _save_attention,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["block_input"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
+    "offload": _offload(_BLOCK_INPUT),
+    "offload_attention": _offload(_BLOCK_INPUT, *SAVED_NAMES),
 }
 
 
@@ -65,7 +72,7 @@ class Decoder(nnx.Module):
 
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=_SAVED[self.config.remat])
     def block(x_BxSxM, layer):
-      x_BxSxM = checkpoint_name(x_BxSxM, "block_input")
+      x_BxSxM = checkpoint_name(x_BxSxM, _BLOCK_INPUT)
       return nnx.merge(graph, layer)(x_BxSxM, cosine, sine, attend)
 
     x_BxSxM, _ = jax.lax.scan(block, self._embed(tokens_BxS), stacked_layers)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels.feed_forward import feed_forward
+from kernels.neighbours import gather_tokens
+from kernels.neighbours import scatter_tokens
 from kernels.varying import vary_alike
 from lwm.model import rope
 from lwm.model.config import ModelConfig
@@ -84,7 +86,7 @@ class Attention(nnx.Module):
 
     def local(x_BxSxM, *weights):
       if rules.residual:
-        x_BxSxM = jax.lax.all_gather(x_BxSxM, rules.heads, axis=1, tiled=True)
+        x_BxSxM = gather_tokens(x_BxSxM, rules.heads)
       x_BxSxM, *weights = vary_alike(x_BxSxM, *weights)
       return tuple(jnp.einsum("bsm,mhd->bshd", x_BxSxM, weight) for weight in weights)
 
@@ -108,7 +110,7 @@ class Attention(nnx.Module):
       out_BxSxHxD, weight_HxDxM = vary_alike(out_BxSxHxD, weight_HxDxM)
       x_BxSxM = jnp.einsum("bshd,hdm->bsm", out_BxSxHxD, weight_HxDxM)
       if rules.residual:
-        return jax.lax.psum_scatter(x_BxSxM, rules.heads, scatter_dimension=1, tiled=True)
+        return scatter_tokens(x_BxSxM, rules.heads)
       return jax.lax.psum(x_BxSxM, rules.heads)
 
     return jax.shard_map(
