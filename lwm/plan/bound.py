@@ -13,6 +13,7 @@ from lwm.experiment import Experiment
 from lwm.experiment import Stage
 from lwm.model.config import ModelConfig
 from lwm.parallel.sharding import ShardingRules
+from lwm.plan.traffic import OFFLOADED
 from lwm.plan.traffic import feed_forward_in_chunks
 from lwm.plan.traffic import moment_bytes
 from lwm.train.flops import layer_parameters
@@ -68,7 +69,7 @@ def least_memory(
 def _saved(model: ModelConfig, stage: Stage, sizes, tokens: float, number: int) -> float:
   """What the blocks keep for the backward pass."""
   tensor = sizes["tensor"]
-  if model.remat == "offload":
+  if model.remat in OFFLOADED:
     return 0
   kept = tokens / tensor * model.width * number
   query = tokens * model.num_heads * model.head_dim / tensor * number

@@ -124,8 +124,8 @@ def estimate(
       "heads over ulysses": wires("heads"),
       "weights and gradients, what compute does not hide": max(0.0, weights - busy),
       "keys and values, what attention does not hide": max(0.0, ring - attention_seconds),
-      "block inputs to the host and back, what compute does not hide": max(
-          0.0, wires("block inputs") - busy
+      "activations to the host and back, what compute does not hide": max(
+          0.0, wires("activations kept") - busy
       ),
       "moments from the host and back": wires("moments"),
   }
@@ -153,7 +153,7 @@ def _assumptions(chip: Chip) -> tuple[str, ...]:
       f"Matrix products reach {MATMUL_EFFICIENCY:.0%} of the peak, attention "
       f"{ATTENTION_EFFICIENCY:.0%} (its backward pass: seven products, four of them the model's).",
       "Every row is one document, all of it targets over the text ids: the most work there is.",
-      "Weights, gradients and offloaded block inputs travel while anything is computed, keys and "
+      "Weights, gradients and offloaded activations travel while anything is computed, keys and "
       "values while attention is, activations over tensor and offloaded moments while nothing is.",
   )
 
@@ -174,7 +174,7 @@ def recompute_flops(
   feed_forward = 2 * model.width * model.feed_forward_width
   projections = layer_parameters(model) - 3 * model.width * model.feed_forward_width
   weights = 0
-  if model.remat in ("attention", *RECOMPUTED):
+  if model.remat not in ("none", "dots"):
     weights += projections + feed_forward
   elif feed_forward_in_chunks(model, stage, sizes):
     weights += feed_forward

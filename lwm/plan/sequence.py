@@ -3,8 +3,10 @@
 What counts, of the optimised HLO of one device: an array of floats with as many elements as the
 whole sequence has in one layer's residual stream, [sequence, width], or more; and an all-gather
 along a mesh axis of the sequence whose result is neither integers (the rows of a batch, [B, S]:
-tokens, key intervals) nor a part of a parameter (weights are gathered for use). An all-gather along
-`tensor` alone joins the tokens of one sequence shard: that is Megatron's sequence parallelism.
+tokens, key intervals) nor a part of a parameter (weights are gathered for use) nor has fewer
+elements than the sequence has tokens. So with an all-reduce: XLA makes gathers of them, of arrays
+that are zero but for a device's own part. A collective along `tensor` alone joins the tokens of one
+sequence shard: that is Megatron's sequence parallelism.
 """
 
 from collections.abc import Mapping
@@ -59,15 +61,15 @@ def gathered_sequences(
       layers = num_layers if len(shape) > 1 and shape[0] == num_layers else 1
       if math.prod(shape) // layers >= sequence_length * width:
         found.append(f"{name}: {kind}{list(shape)} holds a whole sequence ({operation})")
-    if operation in ("all-gather", "all-gather-start"):
+    if operation.removesuffix("-start") in ("all-gather", "all-reduce"):
       line = text[match.start() : text.find("\n", match.end())]
       crossed = set(crossed_axes(line, mesh)) & set(sequence_axes)
       for kind, shape in arrays:
         part = any(size % math.prod(shape) == 0 and devices % (size // math.prod(shape)) == 0
                    for size in sizes)
-        if crossed and not part:
+        if crossed and not part and math.prod(shape) >= sequence_length:
           axes = " and ".join(sorted(crossed))
-          found.append(f"{name}: {kind}{list(shape)} is gathered over {axes}")
+          found.append(f"{name}: {kind}{list(shape)} comes from {operation} over {axes}")
   return found
 
 

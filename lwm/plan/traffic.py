@@ -18,8 +18,9 @@ from lwm.parallel.sharding import ShardingRules
 from lwm.plan.topology import Topology
 from lwm.train.flops import layer_parameters
 
-# Remat policies that compute attention a second time.
+# Remat policies that compute attention a second time, and those that keep in the host's memory.
 RECOMPUTED = ("full", "offload")
+OFFLOADED = ("offload", "offload_attention")
 _FLOAT32 = 4
 
 
@@ -109,9 +110,12 @@ def step_traffic(
   add(("ulysses",), "heads", model.num_layers * passes * exchanged, wires.collective)
 
   host = topology.chip.host_bandwidth
-  if model.remat == "offload":
-    amount = 2 * model.num_layers * tokens / tensor * model.width * number
-    traffic.append(Traffic(("host",), "block inputs", amount, host))
+  if model.remat in OFFLOADED:
+    saved = tokens / tensor * model.width * number
+    if model.remat not in RECOMPUTED:
+      saved += tokens * model.num_heads / tensor * (model.head_dim * number + _FLOAT32)
+    amount = 2 * model.num_layers * saved
+    traffic.append(Traffic(("host",), "activations kept", amount, host))
   if experiment.optimizer.offload:
     # There and back at the same time.
     amount = 2 * moment_bytes(experiment.optimizer) * (body + tables / tensor) / group

@@ -62,8 +62,9 @@ def test_flops_and_seconds(v5p):
 
 @pytest.mark.parametrize(
     "remat, again",
-    [("none", 0), ("dots", 0), ("attention", 2 * 2 * (655_360 - 256 * 512) * TOKENS)],
-    ids=("none", "dots", "attention"),
+    [("none", 0), ("dots", 0)]
+    + [(remat, 2 * 2 * (655_360 - 256 * 512) * TOKENS) for remat in ("attention", "offload_attention")],
+    ids=("none", "dots", "attention", "offload_attention"),
 )
 def test_recompute_follows_remat(v5p, remat, again):
   roofline = estimate(*planned(v5p, remat=remat, fsdp=4))
@@ -99,8 +100,11 @@ def test_bytes_over_data(v5p):
 def test_bytes_of_offload(v5p):
   parts = traffic(v5p, fsdp=1, ring=2, tensor=2, remat="offload")
   # Inputs of two blocks, half of 1024 tokens of a ring shard, there and back.
-  assert parts[("host",), "block inputs"].bytes == 2 * 2 * 512 * 256 * 2
-  assert parts[("host",), "block inputs"].bandwidth == 16e9
+  assert parts[("host",), "activations kept"].bytes == 2 * 2 * 512 * 256 * 2
+  assert parts[("host",), "activations kept"].bandwidth == 16e9
+  parts = traffic(v5p, fsdp=1, ring=2, tensor=2, remat="offload_attention")
+  # And of 1024 tokens for one head the result and its log-sum-exp.
+  assert parts[("host",), "activations kept"].bytes == 2 * 2 * (512 * 256 * 2 + 1024 * (128 * 2 + 4))
   arguments = planned(v5p, fsdp=4)
   arguments[0].optimizer.offload = True
   part = next(part for part in step_traffic(*arguments) if part.what == "moments")

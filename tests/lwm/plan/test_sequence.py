@@ -77,6 +77,25 @@ def a_head_at_a_time(x_SxM, weight):
   return jax.reshard(x_SxM[:, : WIDTH // 2], P(None))
 
 
+def sum_of_padded_parts(x_SxM, weight):
+  """What XLA sometimes makes of an all-gather."""
+  del weight
+
+  def local(x_SxM):
+    whole_SxM = jnp.zeros((LENGTH, WIDTH // 2))
+    start = jax.lax.axis_index("ring") * x_SxM.shape[0]
+    return jax.lax.psum(
+        jax.lax.dynamic_update_slice(whole_SxM, x_SxM[:, : WIDTH // 2], (start, 0)), "ring"
+    )
+
+  return jax.shard_map(local, in_specs=P("ring"), out_specs=P(None), check_vma=False)(x_SxM)
+
+
+def gradient_of_weights(x_SxM, weight):
+  """Its sum over the tokens is no part of the sequence."""
+  return jax.grad(lambda weight: jnp.sum((x_SxM @ jax.reshard(weight, P(None))) ** 2))(weight)
+
+
 def stacked_by_layers(x_SxM, weight):
   del weight
   return jax.reshard(jnp.stack([x_SxM] * LAYERS), P(None))
@@ -102,8 +121,10 @@ def neighbours_along_tensor(x_SxM, weight):
         (whole_by_hand, True),
         (whole_by_partitioner, True),
         (a_head_at_a_time, True),
+        (sum_of_padded_parts, True),
         (stacked_by_layers, True),
         (weights_for_use, False),
+        (gradient_of_weights, False),
         (integers, False),
         (neighbours_along_tensor, False),
     ],
