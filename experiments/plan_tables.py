@@ -61,15 +61,17 @@ def recipes(report_try, tries: int, as_json: bool, cases=RECIPES) -> Iterator[st
       for stage in experiment.stages:
         plan = _own_or_found(experiment, stage, topology, report_try, tries)
         if as_json:
-          yield json.dumps({"config": experiment.name, **plan.as_json()})
+          row = {"config": experiment.name, "stage": stage.name, "machine": machine}
+          yield json.dumps({**row, "plan": plan and plan.as_json()})
         else:
-          yield f"{experiment.name:<14} {report.table_row(plan)}"
+          row = report.table_row(plan) if plan else f"{stage.name}: nothing tried fits {machine}"
+          yield f"{experiment.name:<14} {row}"
 
 
 def _own_or_found(
     experiment: Experiment, stage: Stage, topology: Topology, report_try, tries: int
-) -> StagePlan:
-  """The stage's own plan if it fits or nothing does, the fastest that fits otherwise."""
+) -> StagePlan | None:
+  """The stage's own plan if it fits, else the fastest that was found to, None if none was."""
   alone = dataclasses.replace(experiment, stages=[stage])
   try:
     check_devices(alone, len(topology.devices))
@@ -78,7 +80,7 @@ def _own_or_found(
     own = None
   if own is not None and own.memory.fits:
     return own
-  return next(search(experiment, stage, topology, report_try, tries), own)
+  return next(search(experiment, stage, topology, report_try, tries), None)
 
 
 def longest_contexts(report_try, tries: int, as_json: bool, cases=CONTESTS) -> Iterator[str]:
@@ -95,7 +97,7 @@ def longest_contexts(report_try, tries: int, as_json: bool, cases=CONTESTS) -> I
       row = {"model": case.name, "machine": case.machine, "paper": case.paper, "longest": length}
       yield json.dumps({**row, "ratio": ratio, "plan": plan and plan.as_json()})
     else:
-      row = report.table_row(plan) if plan else f"nothing that was tried fits {case.machine}"
+      row = report.table_row(plan) if plan else f"nothing tried fits {case.machine}"
       yield (
           f"{case.name:<6} {length_text(length):>8} {length_text(case.paper):>8} {ratio:>5.3g}x"
           f"  {row}"

@@ -1,7 +1,8 @@
 """The fastest ways to run a stage on a machine, and the longest context that a machine takes.
 
 What comes out has been compiled and fits. Candidates are left out by counting (`lwm.plan.bound`),
-put in order by the roofline, and compiled one after the other.
+put in order by the roofline, and compiled one after the other; what those took beyond the count is
+then expected of the others with their remat policy.
 """
 
 from collections.abc import Callable
@@ -49,10 +50,22 @@ def search(
       for candidate in candidates(experiment, stage, len(topology.devices), axes)
       if candidate.least_memory <= topology.chip.memory
   ]
-  fitting.sort(key=lambda candidate: _step_seconds(candidate, topology))
-  for candidate in fitting[:tries]:
+  # Where the roofline sees no difference, the leanest.
+  fitting.sort(key=lambda c: (_step_seconds(c, topology), c.least_memory))
+  beyond = {}  # The least of compiled over counted bytes, by remat policy.
+  for candidate in fitting:
+    remat = candidate.experiment.model.remat
+    if candidate.least_memory * beyond.get(remat, 1.0) > topology.chip.memory:
+      continue
+    if tries == 0:
+      return
+    tries -= 1
     plan = _compile(candidate, topology, report)
-    if plan is not None and plan.memory.fits:
+    if plan is None:
+      continue
+    ratio = plan.memory.total / candidate.least_memory
+    beyond[remat] = min(ratio, beyond.get(remat, ratio))
+    if plan.memory.fits:
       yield plan
 
 

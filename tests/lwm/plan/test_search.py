@@ -10,6 +10,7 @@ import pytest
 from configs import lwm_text_7b
 from lwm.chips import GIB
 from lwm.errors import UserError
+from lwm.model.config import REMAT_POLICIES
 from lwm.plan import load
 from lwm.plan import longest
 from lwm.plan import plan_stage
@@ -88,6 +89,7 @@ class FakeCompiler:
 
   fits: object
   refuses: object = lambda experiment: False
+  total: int = 0
   asked: list = dataclasses.field(default_factory=list)
 
   def __call__(self, experiment, stage, topology):
@@ -97,7 +99,7 @@ class FakeCompiler:
     mesh = stage.mesh.axis_sizes()
     plan = types.SimpleNamespace(
         stage=stage, mesh=mesh, remat=experiment.model.remat,
-        memory=types.SimpleNamespace(fits=self.fits(experiment)),
+        memory=types.SimpleNamespace(fits=self.fits(experiment), total=self.total),
         roofline=types.SimpleNamespace(step_seconds=1.0),
     )
     return plan, None, None
@@ -121,8 +123,11 @@ def test_search_compiles_the_fastest_first_and_yields_what_fits(monkeypatch, v5e
   )
   assert plans and all(plan.remat == "full" for plan in plans)
   assert len(fake.asked) == len(told) > len(plans)
-  seconds = [search_module._step_seconds(candidate, v5e) for candidate, _, _ in told]
-  assert seconds == sorted(seconds)
+  order = [
+      (search_module._step_seconds(candidate, v5e), candidate.least_memory)
+      for candidate, _, _ in told
+  ]
+  assert order == sorted(order)
   refused = [reason for candidate, plan, reason in told if plan is None]
   assert refused and set(refused) == {"XLA cannot compile this"}
 
@@ -135,6 +140,14 @@ def test_search_ends_after_its_tries_and_compiles_nothing_that_cannot_fit(monkey
   tiny = dataclasses.replace(v5e, chip=dataclasses.replace(v5e.chip, memory=1000))
   assert not list(search(experiment, experiment.stages[0], tiny, ignore, tries=3))
   assert len(fake.asked) == 3
+
+
+def test_search_learns_from_what_did_not_fit(monkeypatch, v5e):
+  """Of each remat policy one is compiled: it takes far more than was counted."""
+  fake = compiler(monkeypatch, fits=lambda experiment: False, total=1000 * GIB)
+  experiment = planned.get_config()
+  assert not list(search(experiment, experiment.stages[0], v5e, ignore, tries=100))
+  assert sorted(e.model.remat for e in fake.asked) == sorted(REMAT_POLICIES)
 
 
 @pytest.mark.parametrize("limit", (2**12, 2**21, 2**30), ids=("low", "middle", "high"))
