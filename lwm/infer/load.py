@@ -15,7 +15,7 @@ from lwm.errors import UserError
 from lwm.experiment import Experiment
 from lwm.parallel.sharding import ShardingRules
 from lwm.train.checkpoint import FileRestore
-from lwm.train.checkpoint import first_difference
+from lwm.train.identity import first_difference
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """What a run leaves for tools: metrics.jsonl and TensorBoard events.
 
-metrics.jsonl holds one JSON object a line, of two kinds. `"kind": "train"`, one for each step of
+metrics.jsonl holds one JSON object a line, of three kinds. `"kind": "train"`, one for each step of
 the run, exactly once whatever was killed and resumed: stage, step (of the stage), total_steps,
 loss, text_loss, vision_loss (absent without targets), gradient_norm, learning_rate, tokens (no
 padding), text_targets, vision_targets, attended_pairs, seconds, tokens_per_second, mfu,
 data_seconds (waited for the batch). `"kind": "evaluation"`: stage, step, total_steps, and for each
 dataset and modality `held_out`: dataset, modality, loss, unigram_entropy (nats), targets.
+`"kind": "fault"`: stage, step, total_steps (steps done), event (`skip`, `rollback` or
+`checkpoint`), text (the line that was said of it).
 """
 
 import json

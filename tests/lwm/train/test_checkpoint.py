@@ -12,9 +12,9 @@ from lwm.experiment import Experiment
 from lwm.experiment import MeshConfig
 from lwm.experiment import Stage
 from lwm.train.checkpoint import Checkpoints
-from lwm.train.checkpoint import first_difference
-from lwm.train.checkpoint import Identity
 from lwm.train.checkpoint import Progress
+from lwm.train.identity import Identity
+from lwm.train.identity import first_difference
 from lwm.train.program import build_program
 
 PROGRESS = Progress(stage=0, step=5, total_steps=5)
@@ -54,7 +54,7 @@ def test_restores_bit_for_bit_onto_another_mesh(experiment, identity, tmp_path):
   program, _ = state_on(experiment, MeshConfig(data=1, fsdp=2, ring=2, tensor=2))
   checkpoints = Checkpoints(tmp_path, 2)
   # The mesh is free to change.
-  assert checkpoints.latest(dataclasses.replace(identity, experiment=experiment)) == PROGRESS
+  assert checkpoints.latest(dataclasses.replace(identity, experiment=experiment)) == (PROGRESS, [])
   restored = checkpoints.restore(PROGRESS, program.state)
   checkpoints.close()
   assert_same(restored.params, state.params)
@@ -93,7 +93,7 @@ def test_an_incomplete_checkpoint_is_ignored_and_removed(experiment, identity, t
   shutil.copytree(tmp_path / "5", incomplete)
   shutil.rmtree(incomplete / "params")
   checkpoints = Checkpoints(tmp_path, 2)
-  assert checkpoints.latest(identity) == PROGRESS
+  assert checkpoints.latest(identity) == (PROGRESS, [])
   # The broom runs in the background, but no later than the next save.
   checkpoints.save(state, dataclasses.replace(PROGRESS, step=6, total_steps=6), identity)
   checkpoints.close()
@@ -110,7 +110,7 @@ def test_holds_config_and_tokenizer(experiment, identity, tmp_path):
 
 def test_no_checkpoint_is_a_fresh_start(identity, tmp_path):
   checkpoints = Checkpoints(tmp_path, 2)
-  assert checkpoints.latest(identity) is None
+  assert checkpoints.latest(identity) == (None, [])
   checkpoints.close()
 
 
