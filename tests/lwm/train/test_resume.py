@@ -36,8 +36,8 @@ def incomplete(workdir) -> list[str]:
   return [path.name for path in (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*")]
 
 
-def final_state(workdir):
-  checkpoint = workdir / "checkpoints" / "51"
+def final_state(workdir, total_steps=51):
+  checkpoint = workdir / "checkpoints" / str(total_steps)
   with ocp.StandardCheckpointer() as checkpointer:
     return jax.tree.map(
         np.asarray,
