@@ -20,6 +20,7 @@ FREE = (
     # The same batches and the same mathematics, cut up in another way.
     r"stages\[\d+\]\.(mesh\..*|layout|accumulation_steps)",
     r"model\.(remat|feed_forward_chunk|loss_chunk)",
+    r"optimizer\.offload",
 )
 
 

@@ -60,7 +60,7 @@ def train_step(
     loss_limit: float32 scalar.
     losses: the model.
     loss: shares of the modalities.
-    optimizer: updates the parameters.
+    optimizer: updates the parameters; its `update` takes `applied` (see optimizer.py).
     learning_rate: the optimizer's schedule, for the metrics.
     accumulation_steps: microbatches, run one after the other.
 
@@ -95,11 +95,14 @@ def train_step(
   gradient_norm = optax.tree.norm(gradients)
   # One NaN in any gradient makes their norm NaN.
   applied = jnp.isfinite(total_loss) & jnp.isfinite(gradient_norm) & (total_loss <= loss_limit)
-  updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  updated = TrainState(params, optimizer_state, state.step + 1)
-  # Elementwise, like the update that it joins: it needs no memory, and works in donated buffers.
-  next_state = jax.tree.map(functools.partial(jnp.where, applied), updated, state)
+  updates, optimizer_state = optimizer.update(
+      gradients, state.optimizer_state, state.params, applied=applied
+  )
+  params = jax.tree.map(
+      functools.partial(jnp.where, applied),
+      optax.apply_updates(state.params, updates),
+      state.params,
+  )
   targets_2 = modality_sums((batch["loss_weights"] > 0).astype(jnp.float32), batch["modality"])
   pairs_BxS = (batch["key_stop"] - batch["key_start"]).astype(jnp.float32)
   metrics = {
@@ -114,7 +117,7 @@ def train_step(
       "vision_targets": targets_2[1],
       "applied": applied.astype(jnp.float32),
   }
-  return next_state, metrics
+  return TrainState(params, optimizer_state, state.step + applied), metrics
 
 
 def evaluation_step(
