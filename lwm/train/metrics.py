@@ -15,7 +15,7 @@ import os
 import pathlib
 from typing import Any
 
-import tensorboardX
+from lwm.train.events import EventFile
 
 FILE_NAME = "metrics.jsonl"
 
@@ -32,9 +32,7 @@ class MetricsLog:
     partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
     partial.replace(path)
     self._file = path.open("a")
-    self._events = tensorboardX.SummaryWriter(
-        str(workdir / "tensorboard"), purge_step=total_steps + 1, flush_secs=10
-    )
+    self._events = EventFile(workdir / "tensorboard", purge_step=total_steps + 1)
 
   def write(self, record: dict[str, Any]) -> None:
     """Appends one record; it is in the file, whole, when this returns."""
