@@ -39,9 +39,10 @@ def run(main) -> None:
     main: called with the list of arguments that are no flags.
   """
   # The library's own notes (Orbax: a line per save) are not for the person at the terminal; nor are
-  # the stack traces that Orbax logs of errors that it also raises.
+  # the stack traces that come with errors that are also raised.
   logging.set_verbosity(logging.WARNING)
   logging.get_absl_handler().addFilter(_is_told_once)
+  sys.unraisablehook = _unraisablehook
 
   def checked_main(argv: list[str]) -> None:
     try:
@@ -57,6 +58,12 @@ def run(main) -> None:
 
 def _is_told_once(record) -> bool:
   return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _unraisablehook(unraisable) -> None:
+  # TensorStore comes here with each write of a checkpoint that outlives the one that failed.
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
 
 
 def _parse(argv: list[str]) -> list[str]:

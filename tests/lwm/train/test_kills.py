@@ -4,6 +4,7 @@ Whatever happens, the same command goes on from the last complete checkpoint, an
 parameters and moments of a run that nothing happened to, bit for bit.
 """
 
+from collections.abc import Callable
 import contextlib
 import os
 import pathlib
@@ -68,7 +69,9 @@ def whole(workdir: pathlib.Path, rotten: set[int]) -> list[int]:
   return [step for step in complete(workdir) if inode(step) not in rotten]
 
 
-def a_moment(kind: str, workdir: pathlib.Path, generator: random.Random):
+def a_moment(
+    kind: str, workdir: pathlib.Path, generator: random.Random
+) -> Callable[[], bool]:
   """When to kill: told from what the run leaves on disk, and a random few polls later."""
   polls = generator.randrange(50)
   config, done = workdir / "config.txt", max(complete(workdir), default=0)
@@ -119,6 +122,12 @@ def test_killed_and_damaged_twenty_times(start_program, undisturbed, tmp_path):
   assert_as_if_undisturbed(workdir, undisturbed)
 
 
+def wait_for(moment: Callable[[], bool], process: subprocess.Popen) -> None:
+  while not moment():
+    assert process.poll() is None, process.communicate()[1]
+    time.sleep(0.005)
+
+
 @contextlib.contextmanager
 def small_disk(path: pathlib.Path, megabytes: int):
   """A file system of so many megabytes."""
@@ -138,9 +147,7 @@ def test_ends_with_a_sentence_when_the_disk_is_full(start_program, undisturbed, 
     workdir = disk / "run"
     for filled_after in (8, 28):
       process = start_program("train", f"--workdir={workdir}")
-      while filled_after not in complete(workdir):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.005)
+      wait_for(lambda: filled_after in complete(workdir), process)
       with ballast.open("wb") as file, contextlib.suppress(OSError):
         while True:
           file.write(bytes(1 << 16))
@@ -161,6 +168,8 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(start_program, tmp_pat
   """By a limit on the size of files, which needs no root."""
   workdir = tmp_path / "run"
   process = start_program("train", f"--workdir={workdir}")
+  # After the step is compiled: JAX keeps what it has of a program as if it were whole.
+  wait_for(lambda: steps_done(workdir), process)
   resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
   _, errors = process.communicate(timeout=600)
   assert process.returncode == RESUME_EXIT_CODE, errors
@@ -176,9 +185,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(start_program, tmp_pat
 def test_stops_when_told_to(start_program, undisturbed, tmp_path, number):
   workdir = tmp_path / "run"
   process = start_program("train", f"--workdir={workdir}")
-  while max(steps_done(workdir), default=0) < 5:
-    assert process.poll() is None, process.communicate()[1]
-    time.sleep(0.005)
+  wait_for(lambda: max(steps_done(workdir), default=0) >= 5, process)
   process.send_signal(number)
   _, errors = process.communicate(timeout=600)
   assert process.returncode == RESUME_EXIT_CODE, errors
