@@ -1,11 +1,13 @@
 """What a run leaves for tools: metrics.jsonl and TensorBoard events.
 
-metrics.jsonl holds one JSON object a line, of two kinds. `"kind": "train"`, one for each step of
+metrics.jsonl holds one JSON object a line, of three kinds. `"kind": "train"`, one for each step of
 the run, exactly once whatever was killed and resumed: stage, step (of the stage), total_steps,
 loss, text_loss, vision_loss (absent without targets), gradient_norm, learning_rate, tokens (no
 padding), text_targets, vision_targets, attended_pairs, seconds, tokens_per_second, mfu,
 data_seconds (waited for the batch). `"kind": "evaluation"`: stage, step, total_steps, and for each
 dataset and modality `held_out`: dataset, modality, loss, unigram_entropy (nats), targets.
+`"kind": "fault"`: stage, step, total_steps (steps done), event (`skip`, `rollback` or
+`checkpoint`), text (the line that was said of it).
 """
 
 import json
@@ -13,7 +15,7 @@ import os
 import pathlib
 from typing import Any
 
-import tensorboardX
+from lwm.train.events import EventFile
 
 FILE_NAME = "metrics.jsonl"
 
@@ -30,9 +32,7 @@ class MetricsLog:
     partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
     partial.replace(path)
     self._file = path.open("a")
-    self._events = tensorboardX.SummaryWriter(
-        str(workdir / "tensorboard"), purge_step=total_steps + 1, flush_secs=10
-    )
+    self._events = EventFile(workdir / "tensorboard", purge_step=total_steps + 1)
 
   def write(self, record: dict[str, Any]) -> None:
     """Appends one record; it is in the file, whole, when this returns."""

@@ -41,7 +41,11 @@ class Reporter:
     peaks = [peak_flops(device, experiment.model.compute_dtype) for device in jax.local_devices()]
     # All processes have the same devices.
     self._peak = None if None in peaks else sum(peaks) * jax.process_count()
-    self._log = MetricsLog(workdir, done.total_steps)
+    self._open(done)
+
+  def _open(self, done: Progress) -> None:
+    self._log = MetricsLog(self._workdir, done.total_steps)
+    stages = self._experiment.stages
     tokens = sum(stage.steps * stage.tokens_per_batch for stage in stages[done.stage :])
     self._line = ProgressLine(
         steps_done=done.total_steps,
@@ -95,6 +99,20 @@ class Reporter:
     self._log.write(self._record("evaluation", stage, step) | {"held_out": held_out})
     if held_out:
       self.say(f"{stage.name} {step}/{stage.steps} | held out | {evaluate.summary(held_out)}")
+
+  def fault(self, stage: Stage, done: Progress, event: str, text: str) -> None:
+    """Reports what went wrong, in a line and a record, and what was done about it."""
+    if not self._speaks:
+      return
+    self._log.write(self._record("fault", stage, done.step) | {"event": event, "text": text})
+    self.say(f"{stage.name} {done.step}/{stage.steps} | {text}")
+
+  def rewind(self, done: Progress) -> None:
+    """Forgets the steps beyond those `done`: they will be made again."""
+    if self._speaks:
+      self._line.close()
+      self._log.close()
+      self._open(done)
 
   def sync(self) -> None:
     """Returns when all that was reported is on disk."""

@@ -56,7 +56,7 @@ def experiment(make_experiment) -> Experiment:
 
 @pytest.fixture(scope="session")
 def start_program(prepared):
-  """Starts `experiments.NAME` on tiny.py, as a process with one device."""
+  """Starts `experiments.NAME` on tiny.py, as a process with one device and a group of its own."""
 
   def start(name: str, *arguments: str) -> subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -64,7 +64,7 @@ def start_program(prepared):
     return subprocess.Popen(
         [sys.executable, "-m", f"experiments.{name}", f"--config={CONFIG}:{prepared}", *arguments],
         cwd=CHECKOUT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )
 
   return start

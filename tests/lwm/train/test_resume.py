@@ -1,6 +1,7 @@
 """Runs that are killed with SIGKILL, and end as if they had not been."""
 
 from collections.abc import Callable
+import os
 import signal
 import time
 
@@ -12,14 +13,15 @@ import pytest
 from lwm.train.metrics import read_metrics
 
 
-def kill_when(process, moment: Callable[[], bool]) -> None:
-  """Sends SIGKILL at the first sight of `moment`."""
+def kill_when(process, moment: Callable[[], bool]) -> tuple[str, str]:
+  """Sends SIGKILL to the process's group at the first sight of `moment`; returns what it said."""
   while not moment():
     assert process.poll() is None, process.communicate()[1]
     time.sleep(0.0005)
-  process.kill()
-  process.communicate()
+  os.killpg(process.pid, signal.SIGKILL)
+  said = process.communicate()
   assert process.returncode == -signal.SIGKILL
+  return said
 
 
 def steps_done(workdir) -> list[int]:
@@ -36,8 +38,8 @@ def incomplete(workdir) -> list[str]:
   return [path.name for path in (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*")]
 
 
-def final_state(workdir):
-  checkpoint = workdir / "checkpoints" / "51"
+def final_state(workdir, total_steps=51):
+  checkpoint = workdir / "checkpoints" / str(total_steps)
   with ocp.StandardCheckpointer() as checkpointer:
     return jax.tree.map(
         np.asarray,
@@ -50,7 +52,7 @@ def what_was_learnt(workdir) -> list:
   timed = ("seconds", "data_seconds", "tokens_per_second", "mfu")
   return [
       {name: value for name, value in record.items() if name not in timed}
-      for record in read_metrics(workdir / "metrics.jsonl")
+      for record in read_metrics(workdir / "metrics.jsonl") if record["kind"] != "fault"
   ]
 
 
