@@ -31,7 +31,8 @@ def explain_out_of_memory(workdir: pathlib.Path, stage: Stage) -> Iterator[None]
     jax.profiler.save_device_memory_profile(path)
     raise UserError(
         f"stage {stage.name} takes more memory than its devices have "
-        f"({reason.splitlines()[0].rstrip('.')}): try config.model.remat=full, more devices along "
-        "fsdp or ring of the stage's mesh, or fewer tokens_per_batch; python -m experiments.plan "
-        f"--stage={stage.name} says beforehand what fits, and pprof -top {path} what was there."
+        f"({reason.splitlines()[0].rstrip('.')}): try --config.model.remat=full, or more devices "
+        "along fsdp or ring of the stage's mesh; python -m experiments.plan --config=... "
+        f"--topology=... --stage={stage.name} --search finds what fits, and pprof -top {path} says "
+        "what was there."
     ) from error

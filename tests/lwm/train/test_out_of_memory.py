@@ -24,7 +24,7 @@ def test_out_of_memory_is_one_sentence_and_a_profile(experiment, tmp_path, monke
     loop.train(experiment, tmp_path, jax.devices()[:1])
   message = str(error.value)
   assert "\n" not in message
-  assert str(path) in message and "experiments.plan --stage=text_64" in message
+  assert str(path) in message and "experiments.plan" in message and "--stage=text_64" in message
   # What was alive, by the line that made it.
   profile = gzip.decompress(path.read_bytes())
   assert b"test_out_of_memory" in profile
