@@ -88,7 +88,7 @@ def train() -> None:
   print("MFU: model FLOPs (lwm/train/flops.py) over the peak (lwm/train/peak.py).\n"
         "Outside: share of the loop's time that the compiled step, run alone on the same batches, "
         "does not take.\n"
-        "Estimated: by the planner's roofline (lwm/plan/roofline.py); ratio: compiled over estimated.")
+        "Estimated: the planner's roofline (lwm/plan/roofline.py); ratio: compiled over estimated.")
 
 
 def machine() -> str:
