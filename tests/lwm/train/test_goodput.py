@@ -1,4 +1,4 @@
-"""The account of a run's time: that nothing is lost or counted twice, over attempts that end badly."""
+"""The account of a run's time: nothing lost or counted twice, over attempts that end badly."""
 
 import pytest
 
