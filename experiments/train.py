@@ -13,12 +13,16 @@ import jax
 from experiments import flags as experiment_flags
 from experiments.runtime import use_compilation_cache
 from lwm.train import loop
+from lwm.train.profiling import parse_steps
 from lwm.validate import check_devices
 from lwm.validate import validate
 
 _CONFIG = experiment_flags.define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where checkpoints, metrics and curves go, and are taken up again."
+)
+_PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps", None, "Steps to trace for xprof, as in 10:13: total steps 10, 11 and 12."
 )
 flags.mark_flag_as_required("workdir")
 
@@ -29,7 +33,8 @@ def main(argv: list[str]) -> None:
   validate(experiment)
   check_devices(experiment, jax.device_count())
   use_compilation_cache()
-  loop.train(experiment, pathlib.Path(_WORKDIR.value))
+  profile_steps = parse_steps(_PROFILE_STEPS.value) if _PROFILE_STEPS.value else range(0)
+  loop.train(experiment, pathlib.Path(_WORKDIR.value), profile_steps=profile_steps)
 
 
 if __name__ == "__main__":

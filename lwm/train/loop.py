@@ -32,7 +32,10 @@ from lwm.train.faults import full_disk_explained
 from lwm.train.faults import loss_limit
 from lwm.train.faults import problem
 from lwm.train.faults import with_loss
+from lwm.train.goodput import wall_clock
 from lwm.train.identity import Identity
+from lwm.train.input_wait import InputWait
+from lwm.train.out_of_memory import explain_out_of_memory
 from lwm.train.program import StageProgram
 from lwm.train.program import build_program
 from lwm.train.progress import duration
@@ -44,7 +47,10 @@ NOTHING_DONE = Progress(stage=0, step=0, total_steps=0)
 
 
 def train(
-    experiment: Experiment, workdir: pathlib.Path, devices: Sequence[jax.Device] | None = None
+    experiment: Experiment,
+    workdir: pathlib.Path,
+    devices: Sequence[jax.Device] | None = None,
+    profile_steps: range = range(0),
 ) -> None:
   """Trains all stages that are not done yet, leaving checkpoints, metrics and curves in `workdir`.
 
@@ -52,10 +58,11 @@ def train(
     experiment: validated, and checked against the devices.
     workdir: made if need be. What it holds decides where the run starts: see checkpoint.py.
     devices: all that there are unless given.
+    profile_steps: to trace into WORKDIR/profile, counted over all stages from 1.
 
   Raises:
     UserError: the workdir belongs to another experiment, or data or tokenizer are not there or
-      damaged, or a bad step ends the run (see FaultConfig).
+      damaged, a bad step ends the run (see FaultConfig), or a device's memory is too small.
     ResumeError: the run was told to stop and has left a checkpoint, or cannot write to the disk.
   """
   identity = run_identity(experiment)
@@ -66,7 +73,7 @@ def train(
   ):
     checkpoint, notes = checkpoints.latest(identity)
     done = checkpoint or NOTHING_DONE
-    reporter = Reporter(experiment, workdir, done)
+    reporter = Reporter(experiment, workdir, done, profile_steps)
     for note in notes:
       reporter.fault(experiment.stages[done.stage], done, "checkpoint", note)
     if checkpoint:
@@ -77,7 +84,7 @@ def train(
       stage = experiment.stages[index]
       if done.stage < index or done.step < stage.steps:
         program = build_program(experiment, stage, devices)
-        with jax.set_mesh(program.mesh):
+        with jax.set_mesh(program.mesh), explain_out_of_memory(workdir, stage):
           if state is None:
             state, done = take_up(program, experiment, index, checkpoint, checkpoints)
           else:
@@ -91,7 +98,8 @@ def train(
               checkpoints, identity, notice,
           )
       reporter.plot(stage)
-    checkpoints.wait()
+    with reporter.account.spend("checkpoint"):
+      checkpoints.wait()
     reporter.finish(checkpoints.path(done.total_steps))
 
 
@@ -124,7 +132,8 @@ def train_stage(
 ) -> tuple[TrainState, Progress]:
   """The rest of a stage, with an evaluation and a checkpoint at its end, whatever their periods."""
   stage = experiment.stages[done.stage]
-  train_step = compile_train_step(program, stage, reporter)
+  with reporter.account.spend("compile"):
+    train_step = compile_train_step(program, stage, reporter)
   batches, rollbacks = None, 0
   while done.step < stage.steps:
     stop = min(
@@ -146,19 +155,23 @@ def train_stage(
       check_tolerated(experiment.faults, rollbacks, bad, checkpoints.newest)
       # This state goes before the other comes.
       state = None
-      state, done = roll_back(experiment, program, done, bad, reporter, checkpoints, identity)
+      with reporter.account.spend("restart"):
+        state, done = roll_back(experiment, program, done, bad, reporter, checkpoints, identity)
       continue
     last = done.step == stage.steps
     if last or (done.step == stop and stop % experiment.evaluation.every_steps == 0):
-      reporter.evaluation(stage, stop, held_out(program, loader, state))
+      with reporter.account.spend("evaluation"):
+        reporter.evaluation(stage, stop, held_out(program, loader, state))
     at_period = done.step == stop and stop % experiment.checkpoint.every_steps == 0
     if last or at_period or (notice.reason and done.step and not bad):
-      # Metrics first: a checkpoint stands for steps that are all on record.
-      reporter.sync()
-      checkpoints.save(state, done, identity)
+      with reporter.account.spend("checkpoint"):
+        # Metrics first: a checkpoint stands for steps that are all on record.
+        reporter.sync()
+        checkpoints.save(state, done, identity)
       rollbacks = 0
     if notice.reason and done.total_steps < reporter.total_steps:
-      checkpoints.wait()
+      with reporter.account.spend("checkpoint"):
+        checkpoints.wait()
       reporter.close()
       raise ResumeError(
           f"{notice.reason}: stopped after step {done.total_steps} of {reporter.total_steps}; the "
@@ -192,18 +205,21 @@ def run_steps(
   reporter.start_clock()
   for index in range(first, first + stop - done.step):
     checkpoints.check()
-    if notice.reached(done.total_steps + (in_flight is not None)):
+    dispatched = done.total_steps + (in_flight is not None)
+    if notice.reached(dispatched):
       break
     limit = loss_limit(faults, done.losses, index)
-    started = time.perf_counter()
-    batch = next(batches)
-    data_seconds = time.perf_counter() - started
-    state, metrics = train_step(state, batch, limit)
+    with reporter.dispatch(dispatched + 1):
+      asked = wall_clock()
+      batch = next(batches)
+      came = wall_clock()
+      state, metrics = train_step(state, batch, limit)
+    wait = InputWait(asked, came, metrics)
     if in_flight:
       done, bad = settle(faults, stage, done, *in_flight, reporter, checkpoints)
       if bad:
         return state, done, bad
-    in_flight = limit, metrics, data_seconds
+    in_flight = limit, metrics, wait
   if in_flight:
     done, bad = settle(faults, stage, done, *in_flight, reporter, checkpoints)
   return state, done, bad
@@ -215,7 +231,7 @@ def settle(
     done: Progress,
     limit: float,
     metrics: dict[str, jax.Array],
-    data_seconds: float,
+    wait: InputWait,
     reporter: Reporter,
     checkpoints: Checkpoints,
 ) -> tuple[Progress, str | None]:
@@ -228,7 +244,7 @@ def settle(
   index = done.next_batch
   if metrics.pop("applied"):
     done = done.after_step(with_loss(faults, done.losses, index, metrics["loss"].item()))
-    reporter.step(stage, done.step, metrics, data_seconds)
+    reporter.step(stage, done.step, metrics, wait)
     return done, None
   bad = f"step {done.step + 1}, of batch {index}: {problem(faults, metrics, limit)}"
   if faults.bad_step == "rollback":

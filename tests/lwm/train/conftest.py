@@ -74,7 +74,7 @@ def start_program(prepared):
 def undisturbed(start_program, tmp_path_factory) -> pathlib.Path:
   """The workdir of a run of tiny.py from start to end."""
   workdir = tmp_path_factory.mktemp("undisturbed")
-  process = start_program("train", f"--workdir={workdir}")
+  process = start_program("train", f"--workdir={workdir}", "--profile_steps=3:5")
   output, errors = process.communicate(timeout=300)
   assert process.returncode == 0, errors
   (workdir / "output.txt").write_text(output)
