@@ -39,8 +39,10 @@ from kernels.decode.cache import Quantized
 
 # Of a block of keys or of values. Four are held: two of each, one of which is on its way.
 BLOCK_BYTES = 2**20
+# Scores of a block: what they take to compute is unrolled, and compiling takes its time.
+BLOCK_SCORES = 2**18
 # Rows of the cache whose scores are held at once.
-PART = 1024
+PART = 2048
 # Query rows come in packed registers of bfloat16.
 SUBLANES = 16
 # Fields of a batch row in the table.
@@ -60,8 +62,8 @@ def partial(
   """See `kernels.decode.backend.Partial`."""
   B, Q, H, D = query_BxQxHxD.shape
   K, G = jax.tree.leaves(key_LxBxKxGxD)[0].shape[2:4]
-  k, cores = block_positions(K, G, D, _itemsize(key_LxBxKxGxD)), pallas_tpu.num_cores()
-  R = round_up(Q * H, SUBLANES)
+  R, cores = round_up(Q * H, SUBLANES), pallas_tpu.num_cores()
+  k = block_positions(R, K, G, D, _itemsize(key_LxBxKxGxD))
   padding = ((0, 0), (0, R - Q * H), (0, 0))
   query_BxRxD = jnp.pad(query_BxQxHxD.reshape(B, Q * H, D), padding)
   group_H = jnp.arange(H, dtype=jnp.int32) // (H // G)
@@ -91,22 +93,39 @@ def partial(
   return per_core[0] if cores == 1 else merge(per_core)
 
 
-def block_positions(K: int, G: int, D: int, itemsize: int) -> int:
+def block_positions(R: int, K: int, G: int, D: int, itemsize: int) -> int:
   """Positions in a block, a multiple of the lanes so that scales of int8 blocks are whole tiles."""
-  fit = BLOCK_BYTES // (G * max(D, LANES) * itemsize) // LANES * LANES
-  return min(K, max(fit, LANES))
+  rows = min(BLOCK_BYTES // (D * itemsize), BLOCK_SCORES // R)
+  return min(K, max(rows // G // LANES * LANES, LANES))
 
 
 def unsupported(query_BxQxHxD, key_LxBxKxGxD: Cached) -> str | None:
   """What stands against this kernel here, or None; see `kernels.decode.backend.Backend`."""
-  K, G, D = jax.tree.leaves(key_LxBxKxGxD)[0].shape[2:]
+  numbers = jax.tree.leaves(key_LxBxKxGxD)[0]
+  K, G, D = numbers.shape[2:]
+  reason = pallas_tpu.unsupported(query_BxQxHxD, key_LxBxKxGxD)
+  if reason is not None:
+    return reason
   if K % LANES:
     return f"{K} cached positions are no multiple of {LANES}; allocate more or use 'xla'"
   if G & (G - 1):
     return f"{G} key heads are no power of two; use 'xla'"
-  if LANES * G * max(D, LANES) * _itemsize(key_LxBxKxGxD) > 2 * BLOCK_BYTES:
+  if not _is_rows(numbers.dtype, G, D):
+    return f"it would copy a cache of {G} {numbers.dtype} heads of {D}; use 'xla'"
+  if LANES * G * D * numbers.dtype.itemsize > 2 * BLOCK_BYTES:
     return f"{G} key heads on one device overflow its vector memory; shard them or use 'xla'"
-  return pallas_tpu.unsupported(query_BxQxHxD, key_LxBxKxGxD)
+  return None
+
+
+def _is_rows(dtype: jnp.dtype, G: int, D: int) -> bool:
+  """Whether XLA for TPUs lays [K, G, D] out as [K * G, D], so that one stands for the other.
+
+  It puts positions on lanes where a head has less than a row of them; and where it has more, parts
+  of different heads alternate unless the heads fill tiles.
+  """
+  if D == LANES:
+    return dtype != jnp.int8 or G != 2
+  return D > LANES and (G % 8 == 0 or (G == 1 and dtype != jnp.float32))
 
 
 PALLAS_TPU = Backend("pallas_tpu", unsupported, partial)
@@ -270,7 +289,7 @@ def _kernel(
   def load(ref, slot, part):
     """Rows of the cache as numbers [p, D] of the query's dtype, and their scales [1, p]."""
     if isinstance(ref, Quantized):
-      numbers_pxD = ref.value[slot, part].astype(jnp.float32).astype(query_RxD.dtype)
+      numbers_pxD = ref.value[slot, part].astype(query_RxD.dtype)
       return numbers_pxD, _row_scales(ref.scale, slot, part, G)
     return ref[slot, part], 1.0
 
@@ -320,6 +339,8 @@ def _kernel(
 
 def _row_scales(scale_ref, slot, part: slice, G: int):
   """The scales [1, p] of a part's rows, out of a block's [G, k]: row p is of head p % G."""
+  if G == 1:
+    return scale_ref[slot, :, part]
   head_GxT = jax.lax.broadcasted_iota(jnp.int32, (G, LANES), 0)
   lane_GxT = jax.lax.broadcasted_iota(jnp.int32, (G, LANES), 1)
   tiles = []
