@@ -125,7 +125,7 @@ def _is_rows(dtype: jnp.dtype, G: int, D: int) -> bool:
   """
   if D == LANES:
     return dtype != jnp.int8 or G != 2
-  return D > LANES and (G % 8 == 0 or (G == 1 and dtype != jnp.float32))
+  return D > LANES and (G % 8 == 0 or (G == 1 and dtype == jnp.bfloat16))
 
 
 PALLAS_TPU = Backend("pallas_tpu", unsupported, partial)
