@@ -34,6 +34,7 @@ from kernels.attention.pallas_tpu_stream import stream
 from kernels.attention.pallas_tpu_tiles import LANES
 from kernels.attention.pallas_tpu_tiles import round_up
 from kernels.decode.backend import Backend
+from kernels.decode.cache import STRETCH
 from kernels.decode.cache import Cached
 from kernels.decode.cache import Quantized
 
@@ -106,8 +107,8 @@ def unsupported(query_BxQxHxD, key_LxBxKxGxD: Cached) -> str | None:
   reason = pallas_tpu.unsupported(query_BxQxHxD, key_LxBxKxGxD)
   if reason is not None:
     return reason
-  if K % LANES:
-    return f"{K} cached positions are no multiple of {LANES}; allocate more or use 'xla'"
+  if K % STRETCH:
+    return f"{K} cached positions are no multiple of {STRETCH}; allocate more or use 'xla'"
   if G & (G - 1):
     return f"{G} key heads are no power of two; use 'xla'"
   if not _is_rows(numbers.dtype, G, D):
