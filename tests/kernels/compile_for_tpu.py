@@ -108,9 +108,9 @@ def compile_attention(generation: str, *, length: int, head_dim: int, dtype: str
 def compile_decode(
     generation: str, *, cache: str, length: int = LENGTHS[-1], G: int = 8, head_dim: int = 128
 ):
-  """Two layers of a decoder's step: a token goes to the cache, and its 32 heads attend to all."""
+  """Two layers of a decoder's step: a token goes to the cache, and 4 * G heads attend to all."""
   array = jax.ShapeDtypeStruct
-  query, new = (array((1, 1, heads, head_dim), jnp.bfloat16) for heads in (32, G))
+  query, new = (array((1, 1, heads, head_dim), jnp.bfloat16) for heads in (4 * G, G))
   key = array((2, 1, length, G, head_dim), jnp.bfloat16)
   if cache == "int8":
     new, key = (jax.eval_shape(quantize, floats) for floats in (new, key))

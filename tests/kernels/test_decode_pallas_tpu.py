@@ -15,6 +15,7 @@ from kernels.attention import pallas_tpu as attention_tpu
 from kernels.decode import decode_attention
 from kernels.decode import dequantize
 from kernels.decode import pallas_tpu
+from kernels.decode import pallas_tpu_layouts
 from kernels.decode import quantize
 from kernels.decode.pallas_tpu import PALLAS_TPU
 from tests.kernels import test_decode
@@ -33,7 +34,7 @@ decode = functools.partial(decode_attention, layer=LAYER, backend=PALLAS_TPU)
 def small_blocks(monkeypatch):
   """Blocks of 128 positions, in parts of 128 rows."""
   monkeypatch.setattr(pallas_tpu, "BLOCK_BYTES", 1)
-  monkeypatch.setattr(pallas_tpu, "PART", 128)
+  monkeypatch.setattr(pallas_tpu_layouts, "PART", 128)
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +51,16 @@ def no_silent_broadcast():
 
 
 @pytest.mark.parametrize(
-    "Q, H, G, dtype, tolerance",
-    ((1, 4, 4, "float32", 2e-6), (3, 6, 1, "float32", 2e-6), (2, 4, 2, "bfloat16", 1e-2)),
+    "Q, H, G, D, dtype, tolerance",
+    (
+        (1, 4, 4, 128, "float32", 2e-6),
+        (3, 6, 1, 128, "float32", 2e-6),
+        (2, 4, 2, 128, "bfloat16", 1e-2),
+        (2, 6, 3, 64, "float32", 2e-6),
+    ),
 )
-def test_equals_reference(Q, H, G, dtype, tolerance):
-  case = inputs(Q, H, G, dtype)
+def test_equals_reference(Q, H, G, D, dtype, tolerance):
+  case = inputs(Q, H, G, dtype, D=D)
   actual = decode(*case)
   assert actual[0].dtype == dtype and actual[1].dtype == jnp.float32
   assert_close(actual, reference(*case), tolerance)
@@ -86,8 +92,11 @@ def test_only_blocks_that_meet_an_interval_are_read():
   assert_close(actual, reference(query, *clean, intervals), 2e-6)
 
 
-@pytest.mark.parametrize("G, dtype, tolerance", ((1, "float32", 1e-5), (8, "bfloat16", 2e-2)))
+@pytest.mark.parametrize(
+    "G, dtype, tolerance", ((1, "float32", 1e-5), (8, "bfloat16", 2e-2), (2, "float32", 1e-5))
+)
 def test_int8_cache(G, dtype, tolerance):
+  """Two heads stand apart; others alternate."""
   query, key, value, intervals = inputs(H=8, G=G, dtype=dtype)
   quantized = quantize(key), quantize(value)
   rounded = (dequantize(array, jnp.float32) for array in quantized)

@@ -6,6 +6,7 @@ import pytest
 
 from kernels import backends
 from kernels.decode import quantize
+from kernels.decode import whole_length
 from kernels.decode.api import BACKENDS
 from tests.kernels.compile_for_tpu import CACHES
 from tests.kernels.compile_for_tpu import TOPOLOGIES
@@ -26,8 +27,16 @@ def test_compiles_for_a_million_positions_and_copies_none(generation, cache):
   assert memory.temp_size_in_bytes < 2**20
 
 
-@pytest.mark.parametrize("G, head_dim, cache", ((2, 128, "bfloat16"), (8, 256, "int8")))
-def test_few_heads_and_wide_heads_copy_none(G, head_dim, cache):
+@pytest.mark.parametrize(
+    "G, head_dim, cache",
+    (
+        (2, 128, "bfloat16"),
+        (2, 128, "int8"),
+        (3, 64, "bfloat16"),
+        (8, 256, "int8"),
+    ),
+)
+def test_other_heads_copy_none(G, head_dim, cache):
   program = compile_decode("v5e", cache=cache, G=G, head_dim=head_dim)
   assert "decode_attention" in program.as_text()
   assert program.memory_analysis().temp_size_in_bytes < 2**20
@@ -46,11 +55,13 @@ def test_the_platform_and_the_cache_choose_the_backend():
   with pytest.raises(ValueError, match="it needs a TPU"):
     choice(name="pallas_tpu")
   with jax.set_mesh(one("v5e")):
-    assert choice() == choice(is_int8=True) == choice(G=2) == "pallas_tpu"
+    assert choice() == choice(is_int8=True) == choice(G=2) == choice(D=64) == "pallas_tpu"
+    assert choice(K=whole_length(1000)) == "pallas_tpu"
     for options, reason in (
         (dict(K=1000), "1000 cached positions are no multiple of 128; allocate more"),
-        (dict(G=3), "3 key heads are no power of two"),
-        (dict(G=2, is_int8=True), "it would copy a cache of 2 int8 heads of 128"),
+        (dict(D=64, is_int8=True), "it would copy a cache of 8 int8 heads of 64"),
+        (dict(G=6), "it would copy a cache of 6 bfloat16 heads of 128"),
+        (dict(G=2, D=256), "it would copy a cache of 2 bfloat16 heads of 256"),
         (dict(G=128), "128 key heads on one device overflow its vector memory; shard them"),
         (dict(dtype=jnp.float16), "TPUs have no float16"),
     ):
