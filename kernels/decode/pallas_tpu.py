@@ -19,11 +19,11 @@ from kernels.attention import pallas_tpu
 from kernels.attention.block_sizes_tpu import vmem_bytes
 from kernels.attention.intervals import KeyIntervals
 from kernels.attention.merge import merge
-from kernels.attention.pallas_tpu_forward import LOG2_E
 from kernels.attention.pallas_tpu_forward import LOWEST
 from kernels.attention.pallas_tpu_forward import base_2
 from kernels.attention.pallas_tpu_forward import by_mask
 from kernels.attention.pallas_tpu_forward import dot
+from kernels.attention.pallas_tpu_forward import normalised
 from kernels.attention.pallas_tpu_forward import varying
 from kernels.attention.pallas_tpu_stream import stream
 from kernels.decode.backend import Backend
@@ -317,10 +317,6 @@ def _kernel(
       count_ref,
       axis=1,
   )
-  sum_Rx1 = sum_ref[...]
-  is_empty_Rx1 = sum_Rx1 == 0
-  sum_Rx1 = jnp.where(is_empty_Rx1, 1.0, sum_Rx1)
-  out_ref[0, 0] = sum_out_ref[...] * (1.0 / sum_Rx1)
-  log_sum_exp_ref[0, 0] = jnp.where(
-      is_empty_Rx1, -jnp.inf, maximum_ref[...] / LOG2_E + jnp.log(sum_Rx1)
+  out_ref[0, 0], log_sum_exp_ref[0, 0] = normalised(
+      sum_out_ref[...], maximum_ref[...], sum_ref[...]
   )
