@@ -14,13 +14,11 @@ import triton
 import triton.language as tl
 
 from kernels.attention.triton_parts import LN_2
+from kernels.attention.triton_parts import LOWEST
 from kernels.attention.triton_parts import base_2_scores
 from kernels.attention.triton_parts import block_at
 from kernels.attention.triton_parts import load_rows
 from kernels.attention.triton_parts import meeting_blocks
-
-# Below every score, and finite: the difference of two -inf is no number.
-LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit

@@ -10,6 +10,8 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# Below every score, and finite: the difference of two -inf is no number.
+LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit

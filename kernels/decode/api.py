@@ -14,6 +14,7 @@ from kernels.attention.intervals import within
 from kernels.decode import cache as cache_lib
 from kernels.decode.backend import Backend
 from kernels.decode.cache import Cached
+from kernels.decode.triton import TRITON
 from kernels.decode.xla import XLA
 from kernels.varying import vary_alike
 
@@ -22,7 +23,7 @@ FEW = 8
 
 
 # The best first. XLA takes everything.
-BACKENDS = (XLA,)
+BACKENDS = (TRITON, XLA)
 
 
 def decode_attention(
@@ -54,7 +55,7 @@ def decode_attention(
     axis_names: mesh axes that the cache's positions are sharded over, in equal, contiguous parts.
     scale: as in `attention`.
     soft_cap: as in `attention`.
-    backend: "xla" (runs everywhere), a Backend of your own, or None for the best here. More than a
+    backend: "triton" (NVIDIA GPUs), "xla" (runs everywhere), a Backend of your own, or None for the best here. More than a
       few query tokens take the best `attention` instead.
 
   Returns:
