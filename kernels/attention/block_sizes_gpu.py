@@ -77,9 +77,9 @@ MOSAIC_GPU_TILE = 128
 # Keys (forward, query_grad) or queries (key_value_grad) of a streamed block, and blocks in flight,
 # by head_dim.
 MOSAIC_GPU_BLOCKS = {
-    "forward": {64: (128, 4), 128: (128, 2)},
-    "query_grad": {64: (128, 3), 128: (64, 3)},
-    "key_value_grad": {64: (64, 4), 128: (64, 3)},
+    "forward": {64: (128, 4), 128: (128, 2), 256: (64, 2)},
+    "query_grad": {64: (128, 3), 128: (64, 3), 256: (32, 3)},
+    "key_value_grad": {64: (64, 4), 128: (64, 3), 256: (32, 2)},
 }
 
 

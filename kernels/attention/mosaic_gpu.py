@@ -20,7 +20,9 @@ from kernels.attention.block_sizes_gpu import MOSAIC_GPU_TILE as TILE
 from kernels.attention.intervals import KeyIntervals
 from kernels.varying import vary_alike
 
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 128, 256)
+# From here on the gradients of key and value do not fit the registers together.
+SEPARATE_GRADS = 256
 
 
 def forward(
@@ -73,7 +75,7 @@ def backward(
     scale: float,
     soft_cap: float | None,
 ):
-  """See `kernels.attention.backend.Backward`; dQ is one kernel, dK and dV are another."""
+  """See `kernels.attention.backend.Backward`; dQ is one kernel, dK and dV one or two more."""
   from kernels.attention import mosaic_gpu_backward  # Loading Mosaic GPU takes a while.
 
   Q, K, D = query_BxQxHxD.shape[1], *key_BxKxGxD.shape[1::2]
@@ -102,8 +104,13 @@ def backward(
   q, slots = BLOCKS["key_value_grad"][D]
   tables = block_tables.of_queries(KeyIntervals(start, stop), key.shape[1], q, TILE)
   tables = block_tables.of_keys(tables, key.shape[1] // TILE)
-  key_grad_BxKxGxD, value_grad_BxKxGxD = mosaic_gpu_backward.key_value_grad(
-      *arrays, tables, q=q, slots=slots, **options
+  passes = (("key",), ("value",)) if D >= SEPARATE_GRADS else (("key", "value"),)
+  key_grad_BxKxGxD, value_grad_BxKxGxD = (
+      grad
+      for wanted in passes
+      for grad in mosaic_gpu_backward.key_value_grads(
+          *arrays, tables, wanted=wanted, q=q, slots=slots, **options
+      )
   )
   return _varying(
       arrays, (query_grad_BxQxHxD[:, :Q], key_grad_BxKxGxD[:, :K], value_grad_BxKxGxD[:, :K])
@@ -117,7 +124,7 @@ def unsupported(query_BxQxHxD, key_BxKxGxD) -> str | None:
   if query_BxQxHxD.dtype.itemsize != 2:
     return f"it takes bfloat16 and float16, not {query_BxQxHxD.dtype}; 'triton' takes float32"
   if query_BxQxHxD.shape[-1] not in HEAD_DIMS:
-    return f"it takes head_dim {HEAD_DIMS}, not {query_BxQxHxD.shape[-1]}; 'triton' also takes 256"
+    return f"it takes head_dim {HEAD_DIMS}, not {query_BxQxHxD.shape[-1]}; 'xla' takes any"
   return None
 
 

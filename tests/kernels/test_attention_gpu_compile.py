@@ -70,6 +70,7 @@ def compiled(*arguments):
         ("h200", "mosaic_gpu", 64, "bfloat16", 1 << 20),
         ("h200", "mosaic_gpu", 128, "bfloat16", 16384),
         ("h200", "mosaic_gpu", 128, "float16", 16384),
+        ("h200", "mosaic_gpu", 256, "bfloat16", 16384),
     ),
 )
 def test_forward_and_backward_compile(gpu, backend, head_dim, dtype, length):
