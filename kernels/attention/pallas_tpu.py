@@ -50,7 +50,7 @@ def forward(
       scale=scale,
       soft_cap=soft_cap,
       out_dtype=out_dtype,
-      vmem_limit=vmem_bytes(_device().device_kind),
+      vmem_limit=vmem_bytes(device().device_kind),
   )
   return (
       tiles.from_query_tiles(out_TxNxDxR, tiling),
@@ -87,7 +87,7 @@ def backward(
         intervals_BxNx2xR,
         tiles.key_spans(intervals_BxNx2xR, tiling),
     )
-    vmem_limit = vmem_bytes(_device().device_kind)
+    vmem_limit = vmem_bytes(device().device_kind)
     grads = kernel(*arrays, tiling, scale=scale, soft_cap=soft_cap, vmem_limit=vmem_limit)
     return grads, tiling
 
@@ -101,11 +101,11 @@ def choose_tiling(kernel: str, query_BxQxHxD: jax.Array, key_BxKxGxD: jax.Array)
   """Equal tiles of at most the table's sizes; as many heads to a tile as fit its rows."""
   B, Q, H, D = query_BxQxHxD.shape
   K, G = key_BxKxGxD.shape[1:3]
-  sizes = block_sizes(kernel, _device().device_kind, D, query_BxQxHxD.dtype)
+  sizes = block_sizes(kernel, device().device_kind, D, query_BxQxHxD.dtype)
   group, most_heads = H // G, sizes.rows // LANES
   heads = max(n for n in range(1, group + 1) if group % n == 0 and n <= most_heads)
   queries = min(sizes.rows // heads // LANES * LANES, sizes.queries)
-  cores = _num_cores() if B * H // heads % 2 else 1
+  cores = num_cores() if B * H // heads % 2 else 1
   return Tiling(Q, K, H, G, heads, _even(Q, queries), _even(K, sizes.keys), cores)
 
 
@@ -128,11 +128,11 @@ def _even(length: int, most: int) -> int:
   return round_up(-(-length // -(-length // most)), LANES)
 
 
-def _device():
+def device():
   """What the program will run on: the mesh's devices (also ahead of time), else the default."""
   return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
   """TensorCores that share a device's kernels: two on v4 and v5p. Other platforms do not say."""
-  return getattr(_device(), "num_cores", None) or 1
+  return getattr(device(), "num_cores", None) or 1

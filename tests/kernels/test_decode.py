@@ -189,5 +189,5 @@ def test_decoding_copies_no_layer_of_the_cache():
 
 
 def test_an_unknown_backend_is_refused():
-  with pytest.raises(ValueError, match="use one of \\['triton', 'xla'\\]"):
+  with pytest.raises(ValueError, match="use one of .*'triton', 'xla'"):
     decode_attention(*inputs(), backend="fast")
