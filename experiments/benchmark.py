@@ -3,12 +3,14 @@
     python -m experiments.benchmark train --config=configs/laptop.py [--json]
     python -m experiments.benchmark attention [--json]
     python -m experiments.benchmark ring [--json]
+    python -m experiments.benchmark tune [--json]
 
 `train` runs the real training loop of each stage on its prepared data for a few steps, and prints
 tokens/s, MFU, and the share of the time spent outside the compiled step. `attention` compares
 attention with the peers that JAX has on this machine, and decoding with a plain copy. `ring`
 measures what balance and skipping save in a ring of eight devices; of eight CPU devices without
-others.
+others. `tune` times block sizes of each kernel that runs here: `row` of a record is the best, to be
+written into kernels/attention/block_sizes_gpu.py or block_sizes_tpu.py beside its head_dim.
 """
 
 import contextlib
@@ -103,8 +105,24 @@ def attention() -> None:
           for shape in benchmarks.shapes(platform)
           for record in benchmarks.measure_attention(shape)
       ],
-      "decode": benchmarks.measure_decode(platform),
+      "decode": [
+          record
+          for cache in benchmarks.caches(platform)
+          for record in benchmarks.measure_decode(cache)
+      ],
   })
+
+
+def tune() -> None:
+  """The subcommand `tune`."""
+  platform = jax.devices()[0].platform
+  shape = benchmarks.shapes(platform)[0]
+  head_dims = (shape.head_dim,) if platform == "cpu" else (64, 128, 256)
+  records = list(benchmarks.measure_sizes(
+      [dataclasses.replace(shape, head_dim=head_dim) for head_dim in head_dims],
+      benchmarks.caches(platform),
+  ))
+  print_records({"tune": records})
 
 
 def ring() -> None:
@@ -128,7 +146,7 @@ def print_records(tables: dict[str, list[dict]]) -> None:
       print(f"{name}: {', '.join(texts)}")
 
 
-SUBCOMMANDS = {"train": train, "attention": attention, "ring": ring}
+SUBCOMMANDS = {"train": train, "attention": attention, "ring": ring, "tune": tune}
 
 
 def main(argv: list[str]) -> None:

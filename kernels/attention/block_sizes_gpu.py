@@ -2,7 +2,7 @@
 
 Chosen without a GPU: the largest blocks that fit the shared memory with few or no spilled
 registers, as `python -m tests.kernels.triton_resources` and `tests.kernels.compile_for_gpu` show.
-Nothing here has been timed.
+Nothing here has been timed: on a GPU, `python -m experiments.benchmark tune` prints better rows.
 """
 
 from typing import NamedTuple
@@ -68,7 +68,8 @@ SINGLE_PRECISION = {
 }
 # Decode programs: sixteen for each multiprocessor of the largest GPU of a kind, so that the last
 # ones, which run beside idle multiprocessors, are a small part.
-DECODE_PROGRAMS = {80: 16 * 108, 86: 16 * 84, 89: 16 * 142, 90: 16 * 132, 100: 16 * 160, 120: 16 * 188}
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 160, 120: 188}
+DECODE_PROGRAMS = {capability: 16 * count for capability, count in MULTIPROCESSORS.items()}
 # A split is worth its merge from so many key blocks on.
 LEAST_SPLIT_BLOCKS = 4
 
@@ -99,10 +100,14 @@ def triton_blocks(kernel: str, capability: int, head_dim: int, dtype: jnp.dtype)
   return table[kernel][(64, 128, 256).index(head_dim)]
 
 
-def decode_splits(capability: int, num_heads: int, num_blocks: int) -> int:
+def decode_programs(capability: int) -> int:
+  """How many programs keep a GPU of this compute capability busy to the end."""
+  return _of_capability(DECODE_PROGRAMS, capability)
+
+
+def decode_splits(programs: int, num_heads: int, num_blocks: int) -> int:
   """Splits of a cache of so many key blocks, given rows of the batch x key/value heads."""
-  splits = -(-_of_capability(DECODE_PROGRAMS, capability) // num_heads)
-  return max(1, min(splits, num_blocks // LEAST_SPLIT_BLOCKS))
+  return max(1, min(-(-programs // num_heads), num_blocks // LEAST_SPLIT_BLOCKS))
 
 
 def _of_capability(table: dict, capability: int):

@@ -7,6 +7,7 @@ B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim, N/M
 queries/keys.
 """
 
+from collections.abc import Mapping
 import math
 
 import jax
@@ -34,12 +35,13 @@ def forward(
     scale: float,
     soft_cap: float | None,
     out_dtype: jnp.dtype,
+    sizes: Mapping[str, tuple[int, int]] = {},
 ):
   """See `kernels.attention.backend.Forward`."""
   from kernels.attention import mosaic_gpu_forward  # Loading Mosaic GPU takes a while.
 
   Q = query_BxQxHxD.shape[1]
-  k, slots = BLOCKS["forward"][query_BxQxHxD.shape[3]]
+  k, slots = sizes.get("forward") or BLOCKS["forward"][query_BxQxHxD.shape[3]]
   query, key, value, start, stop = map(
       _whole_tiles, (query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, *intervals)
   )
@@ -74,6 +76,7 @@ def backward(
     *,
     scale: float,
     soft_cap: float | None,
+    sizes: Mapping[str, tuple[int, int]] = {},
 ):
   """See `kernels.attention.backend.Backward`; dQ is one kernel, dK and dV one or two more."""
   from kernels.attention import mosaic_gpu_backward  # Loading Mosaic GPU takes a while.
@@ -96,12 +99,12 @@ def backward(
   arrays = query, key, value, start, stop, out_cotangent, *statistics
   options = dict(scale=scale, soft_cap=soft_cap)
 
-  k, slots = BLOCKS["query_grad"][D]
+  k, slots = sizes.get("query_grad") or BLOCKS["query_grad"][D]
   tables = block_tables.of_queries(KeyIntervals(start, stop), key.shape[1], TILE, k)
   query_grad_BxQxHxD = mosaic_gpu_backward.query_grad(
       *arrays, tables, k=k, slots=slots, **options
   )
-  q, slots = BLOCKS["key_value_grad"][D]
+  q, slots = sizes.get("key_value_grad") or BLOCKS["key_value_grad"][D]
   tables = block_tables.of_queries(KeyIntervals(start, stop), key.shape[1], q, TILE)
   tables = block_tables.of_keys(tables, key.shape[1] // TILE)
   passes = (("key",), ("value",)) if D >= SEPARATE_GRADS else (("key", "value"),)

@@ -7,12 +7,15 @@ L layers, P splits, B batch, Q query length, K cached positions, H query heads, 
 D head_dim.
 """
 
+from collections.abc import Mapping
+
 import jax
 from jax.experimental.pallas import triton as pallas_triton
 import jax.numpy as jnp
 
 from kernels.attention import triton as attention_triton
 from kernels.attention.block_sizes_gpu import Blocks
+from kernels.attention.block_sizes_gpu import decode_programs
 from kernels.attention.block_sizes_gpu import decode_splits
 from kernels.attention.block_sizes_gpu import triton_blocks
 from kernels.attention.intervals import KeyIntervals
@@ -35,6 +38,7 @@ def partial(
     *,
     scale: float,
     soft_cap: float | None,
+    sizes: Mapping[str, Blocks | int] = {},
 ):
   """See `kernels.decode.backend.Partial`."""
   import jax_triton  # Triton is there on GPU installs only.
@@ -48,7 +52,7 @@ def partial(
   else:
     caches *= 2  # In place of scales, which the kernel does not read.
   K, G = caches[0].shape[2:4]
-  blocks, P = _sizes(query_BxQxHxD, key_LxBxKxGxD)
+  blocks, P = _sizes(query_BxQxHxD, key_LxBxKxGxD, sizes)
   rows = min(blocks.query, max(LEAST_ROWS, 1 << (Q * H // G - 1).bit_length()))
   arrays = query_BxQxHxD, *caches, layer.astype(jnp.int32).reshape(1), *intervals
   results = jax_triton.triton_call(
@@ -88,10 +92,12 @@ def unsupported(query_BxQxHxD, key_LxBxKxGxD: Cached) -> str | None:
 TRITON = Backend("triton", unsupported, partial)
 
 
-def _sizes(query_BxQxHxD, key_LxBxKxGxD: Cached) -> tuple[Blocks, int]:
+def _sizes(query_BxQxHxD, key_LxBxKxGxD: Cached, sizes) -> tuple[Blocks, int]:
   """Blocks and the number of splits."""
   capability = pallas_triton.get_gpu_info().compute_capability
   kernel = "decode_int8" if isinstance(key_LxBxKxGxD, Quantized) else "decode"
-  blocks = triton_blocks(kernel, capability, query_BxQxHxD.shape[3], query_BxQxHxD.dtype)
+  D, dtype = query_BxQxHxD.shape[3], query_BxQxHxD.dtype
+  blocks = sizes.get(kernel) or triton_blocks(kernel, capability, D, dtype)
   _, B, K, G = jax.tree.leaves(key_LxBxKxGxD)[0].shape[:4]
-  return blocks, decode_splits(capability, B * G, -(-K // blocks.key))
+  programs = sizes.get("decode_programs") or decode_programs(capability)
+  return blocks, decode_splits(programs, B * G, -(-K // blocks.key))

@@ -77,6 +77,7 @@ def partial(
 
   first, last, _, _ = meeting_blocks(start_r, stop_r, num_keys, KEY_BLOCK)
   num_blocks = (last - first + num_splits - 1) // num_splits
+  first += split * num_blocks
   # Neither blocks nor keys that no row sees are read: the cache may hold anything there.
   is_empty_r = stop_r <= start_r
   first_key = tl.min(tl.where(is_empty_r, num_keys, start_r), 0)
@@ -87,7 +88,7 @@ def partial(
   out_rxD = tl.full((ROW_BLOCK, HEAD_DIM), 0.0, tl.float32)
   maximum_r = tl.full((ROW_BLOCK,), LOWEST, tl.float32)
   sum_r = tl.full((ROW_BLOCK,), 0.0, tl.float32)
-  for block in range(first + split * num_blocks, tl.minimum(first + (split + 1) * num_blocks, last)):
+  for block in range(first, tl.minimum(first + num_blocks, last)):
     index_k = block * KEY_BLOCK + row_k
     is_key_k = (index_k >= first_key) & (index_k < stop_key)
     block_row = first_row + block * KEY_BLOCK

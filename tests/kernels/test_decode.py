@@ -138,7 +138,12 @@ CACHE = P(None, None, ("ring", "ulysses"))
 
 @pytest.mark.parametrize(
     "mask, Q",
-    ((attention_cases.decode, 1), (attention_cases.decode, 16), (some_empty, 3), (short_windows, 3)),
+    (
+        (attention_cases.decode, 1),
+        (attention_cases.decode, 16),
+        (some_empty, 3),
+        (short_windows, 3),
+    ),
 )
 def test_a_cache_over_eight_devices_equals_the_whole(mask, Q, backend):
   query, key, value, intervals = inputs(Q, mask=mask)

@@ -4,16 +4,22 @@
 from tests.kernels import triton_interpreter  # First: it chooses the interpreter.
 # isort: on
 
+import types
+
 import jax
 import jax.numpy as jnp
 import jax_triton
 import numpy as np
 import pytest
 
+from kernels import benchmarks
 from kernels.attention import KeyIntervals
 from kernels.attention import attention
 from kernels.attention.block_sizes_gpu import Blocks
+from kernels.attention.block_sizes_gpu import decode_programs
 from kernels.attention.block_sizes_gpu import decode_splits
+from kernels.benchmarks import timing
+from kernels.decode import api
 from kernels.decode import decode_attention
 from kernels.decode import dequantize
 from kernels.decode import quantize
@@ -126,11 +132,40 @@ def test_work_is_spread_over_the_splits_wherever_it_lies(backend, monkeypatch):
   assert max(blocks.count(program) for program in blocks) == 2
 
 
+def test_its_sizes_are_measured(monkeypatch):
+  """A tuner's candidates reach the kernel and its grid; interpreted, the times say nothing."""
+  monkeypatch.undo()  # The sizes of all other tests.
+  grids = []
+
+  def triton_call(*args, grid, **options):
+    grids.append((options["KEY_BLOCK"], options["IS_QUANTIZED"], grid))
+    return triton_interpreter.triton_call(*args, grid=grid, **options)
+
+  monkeypatch.setattr(jax_triton, "triton_call", triton_call)
+  monkeypatch.setattr(timing, "SECONDS_A_ROUND", 0.0)
+  monkeypatch.setattr(timing, "ROUNDS", 1)
+  hopper = types.SimpleNamespace(compute_capability=90)
+  monkeypatch.setattr(triton_backend.pallas_triton, "get_gpu_info", lambda: hopper)
+  here = triton_backend.TRITON._replace(unsupported=lambda *_: None)
+  monkeypatch.setattr(api, "BACKENDS", (here,))
+  caches = [benchmarks.Cache(128, 2, 1, 64, "float32", is_int8) for is_int8 in (False, True)]
+  blocks = [Blocks(16, 8, 4, 2), Blocks(16, 16, 4, 2)]
+  candidates = {"decode": blocks, "decode_int8": blocks[:1], "decode_programs": [2]}
+  records = list(benchmarks.measure_sizes([], caches, {("decode", "triton"): candidates}))
+  kernels = ["decode", "decode_programs", "decode_int8", "decode_programs"]
+  assert [record["kernel"] for record in records] == kernels
+  assert all(not record["failed"] for record in records), records
+  # Four blocks are a split's least: of 8 keys, of 16, and of the table's 64.
+  expected = {(8, False, 4), (16, False, 2), (64, False, 1), (8, True, 4), (64, True, 1)}
+  assert {(key_block, is_int8, grid[1]) for key_block, is_int8, grid in grids} == expected
+
+
 def test_splits_fill_a_gpu_but_are_not_too_short():
-  assert 8 * decode_splits(90, 8, 1 << 14) >= 8 * 132
-  assert decode_splits(90, 8 * 1024, 1 << 14) == 1
-  assert decode_splits(90, 8, 40) == 10
-  assert decode_splits(90, 8, 1) == 1
+  programs = decode_programs(90)
+  assert 8 * decode_splits(programs, 8, 1 << 14) >= 8 * 132
+  assert decode_splits(programs, 8 * 1024, 1 << 14) == 1
+  assert decode_splits(programs, 8, 40) == 10
+  assert decode_splits(programs, 8, 1) == 1
 
 
 def test_what_is_not_supported_is_said():

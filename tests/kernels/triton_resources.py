@@ -49,7 +49,8 @@ def resources(name: str, capability: int, dtype: str, head_dim: int, blocks: Blo
       signature[argument] = "i32"
     else:
       is_index = argument.startswith(("start", "stop", "tables", "layer"))
-      is_exact = any(part in argument for part in ("log_sum_exp", "delta", "grad", "scale", "out_P"))
+      in_float32 = ("log_sum_exp", "delta", "grad", "scale", "out_P")
+      is_exact = any(part in argument for part in in_float32)
       is_int8 = name == "decode_int8" and argument.endswith("LxBxKxGxD")
       signature[argument] = (
           "*i32" if is_index else "*fp32" if is_exact else "*i8" if is_int8 else TYPES[dtype]
