@@ -22,6 +22,7 @@ from kernels.attention.triton_parts import LN_2
 from kernels.attention.triton_parts import LOWEST
 from kernels.attention.triton_parts import base_2_scores
 from kernels.attention.triton_parts import meeting_blocks
+from kernels.attention.triton_parts import online_softmax
 
 
 @triton.jit
@@ -103,11 +104,7 @@ def partial(
     scores_rxk = base_2_scores(products_rxk, SCALE, SOFT_CAP)[0]
     is_seen_rxk = (index_k[None, :] >= start_r[:, None]) & (index_k[None, :] < stop_r[:, None])
     scores_rxk = tl.where(is_seen_rxk, scores_rxk, float("-inf"))
-    new_maximum_r = tl.maximum(maximum_r, tl.max(scores_rxk, 1))
-    weights_rxk = tl.exp2(scores_rxk - new_maximum_r[:, None])
-    decay_r = tl.exp2(maximum_r - new_maximum_r)
-    maximum_r = new_maximum_r
-    sum_r = sum_r * decay_r + tl.sum(weights_rxk, 1)
+    weights_rxk, decay_r, maximum_r, sum_r = online_softmax(scores_rxk, maximum_r, sum_r)
     value_kxD = tl.load(
         value_LxBxKxGxD + block_row * key_stride + offsets_kxD, mask=is_key_k[:, None], other=0
     ).to(query_rxD.dtype)

@@ -3,8 +3,8 @@
   python -m tests.kernels.compile_for_gpu GPU PROGRAM HEAD_DIM DTYPE LENGTH
 
 GPU is one of `lwm.plan.gpu_target`. PROGRAM is `triton` or `mosaic_gpu`, forward and backward of
-attention by that backend, or `decode` or `decode_int8`, a token by Triton against the second of two
-layers of a cache. Prints as JSON the bytes of arguments, of results and of temporaries, and of
+attention by that backend, or `decode` or `decode_int8`, a token written to a cache and decoded by
+Triton, layer by layer. Prints as JSON the bytes of arguments, of results and of temporaries, and of
 registers spilled by each Mosaic GPU kernel (a thread). Needs JAX's CUDA plugin, and a ptxas that
 knows the PTX version of Triton: the one inside the Triton package is put first.
 """
@@ -27,6 +27,8 @@ from kernels.attention import KeyIntervals
 from kernels.attention import attention
 from kernels.decode import Quantized
 from kernels.decode import decode_attention
+from kernels.decode import quantize
+from kernels.decode import write
 from lwm.plan import topology
 
 B, H, G, LAYERS = 1, 8, 2, 2
@@ -46,20 +48,19 @@ def compile_program(gpu: str, program: str, *, D: int, dtype: str, length: int):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
   if program.startswith("decode"):
-    rows = of(B, 1, dtype=jnp.int32)
     cache = of(LAYERS, B, length, G, D)
     if program == "decode_int8":
       cache = Quantized(of(*cache.shape, dtype=jnp.int8), of(*cache.shape[:-1], dtype=jnp.float32))
-    arguments = of(B, 1, H, D), cache, cache, KeyIntervals(rows, rows)
-    step = functools.partial(decode_attention, layer=1, backend="triton")
+    arguments = cache, cache, of(B, 1, H, D), of(B, 1, G, D), of(dtype=jnp.int32)
+    step, donated = _decode_step, (0, 1)
   else:
     rows = of(B, length, dtype=jnp.int32)
     cotangents = of(B, length, H, D), of(B, length, H, dtype=jnp.float32)
     key = of(B, length, G, D)
     arguments = of(B, length, H, D), key, key, KeyIntervals(rows, rows), cotangents
-    step = functools.partial(_with_grads, program)
+    step, donated = functools.partial(_with_grads, program), ()
   with jax.set_mesh(gpu_mesh):
-    return jax.jit(step).lower(*arguments).compile()
+    return jax.jit(step, donate_argnums=donated).lower(*arguments).compile()
 
 
 def _with_grads(backend, query, key, value, intervals, cotangents):
@@ -67,6 +68,17 @@ def _with_grads(backend, query, key, value, intervals, cotangents):
       lambda *arrays: attention(*arrays, intervals, backend=backend), query, key, value
   )
   return results, pull_back(cotangents)
+
+
+def _decode_step(key_cache, value_cache, query, new, position):
+  intervals = KeyIntervals(*(jnp.full((B, 1), edge, jnp.int32) for edge in (0, position + 1)))
+  new = quantize(new) if isinstance(key_cache, Quantized) else new
+
+  def one_layer(caches, layer):
+    caches = tuple(write(cache, new, layer, position) for cache in caches)
+    return caches, decode_attention(query, *caches, intervals, layer=layer, backend="triton")[0]
+
+  return jax.lax.scan(one_layer, (key_cache, value_cache), jnp.arange(LAYERS))
 
 
 def main() -> None:
