@@ -13,8 +13,9 @@ import pytest
 
 SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
 INSTRUCTIONS = {80: ["mma"], 89: ["mma"], 90: ["wgmma"], 100: ["tcgen05"]}
-# Bytes per thread. A few hundred spilled once per block do not stand beside its products.
-LARGEST_STACK = 640
+# Bytes per thread. A few hundred spilled once per block do not stand beside its products; a decode
+# kernel, which has few, may keep a number or two there.
+LARGEST_STACK, LARGEST_DECODE_STACK = 640, 16
 
 
 def run(*arguments):
@@ -36,7 +37,7 @@ def check(*arguments):
     capability = used["capability"]
     assert used["shared"] <= SHARED_MEMORY[capability], used
     is_decode = used["kernel"].startswith("decode")
-    assert used["stack"] <= (0 if is_decode else LARGEST_STACK), used
+    assert used["stack"] <= (LARGEST_DECODE_STACK if is_decode else LARGEST_STACK), used
     # A decode kernel may have fewer rows than the larger instructions take, and waits for memory.
     if used["dtype"] != "float32" and not is_decode:
       assert used["instructions"] == INSTRUCTIONS[capability], used
@@ -108,10 +109,11 @@ def names(dtype, head_dim):
   query = jax.ShapeDtypeStruct((1, 256, 4, head_dim), dtype)
   return api.choose(None, query, query).name
 with jax.set_mesh(mesh("h200")):
-  query = jax.ShapeDtypeStruct((1, 256, 4, 128), jnp.bfloat16)
+  query, cache = (jax.ShapeDtypeStruct((*layers, 1, 256, 4, 128), jnp.bfloat16)
+                  for layers in ((), (2,)))
   print(names(jnp.bfloat16, 128), names(jnp.float32, 256), names(jnp.bfloat16, 32),
         api.choose("mosaic_gpu", query, query).name,
-        backends.choose("decode", decode.BACKENDS, None, query, query).name)
+        backends.choose("decode", decode.BACKENDS, None, query, cache).name)
 """
   expected = ["triton", "triton", "xla", "mosaic_gpu", "triton"]
   assert run("-c", program).split() == expected
