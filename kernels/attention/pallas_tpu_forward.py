@@ -224,11 +224,15 @@ def by_mask(is_full, index, slot, compute) -> None:
 
 def scores(key_kxD, query_RxD, scale: float, soft_cap: float | None):
   """Scores [k, R] in units of log 2, and tanh of the soft cap (or None)."""
-  scores_kxR = dot(key_kxD, query_RxD, (1, 1))
+  return base_2(dot(key_kxD, query_RxD, (1, 1)), scale, soft_cap)
+
+
+def base_2(products, scale, soft_cap: float | None):
+  """Scores in units of log 2, and tanh of the soft cap (or None); `scale` may be an array."""
   if soft_cap is None:
-    return scores_kxR * (scale * LOG2_E), None
-  tanh_kxR = jnp.tanh(scores_kxR * (scale / soft_cap))
-  return tanh_kxR * (soft_cap * LOG2_E), tanh_kxR
+    return products * (scale * LOG2_E), None
+  tanh = jnp.tanh(products * (scale / soft_cap))
+  return tanh * (soft_cap * LOG2_E), tanh
 
 
 def mask(intervals_2xR, index, shape: tuple[int, int]):

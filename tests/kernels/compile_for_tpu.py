@@ -1,11 +1,14 @@
-"""Compiles attention, forward and backward, for TPUs by libtpu on a machine without one.
+"""Compiles attention and decode for TPUs by libtpu on a machine without one.
 
   python -m tests.kernels.compile_for_tpu [GENERATION ...]
 
-compiles the whole matrix of generations, head_dims and lengths, and prints a line of JSON for each:
-seconds, bytes of temporaries and of arguments, or the compiler's error.
+compiles the whole matrix (attention, forward and backward, by generation, head_dim and length;
+decode by generation and kind of cache) and prints a line of JSON for each: seconds, bytes of
+temporaries and of arguments, or the compiler's error.
 """
 
+from collections.abc import Callable
+from collections.abc import Iterator
 import contextlib
 import functools
 import itertools
@@ -23,6 +26,9 @@ from jax.sharding import PartitionSpec
 
 from kernels.attention import KeyIntervals
 from kernels.attention import attention
+from kernels.decode import decode_attention
+from kernels.decode import quantize
+from kernels.decode import write
 
 MEGACORE = dict(chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1), num_slices=1)
 TOPOLOGIES = {
@@ -34,6 +40,7 @@ TOPOLOGIES = {
 }
 HEAD_DIMS = (64, 128, 256)
 LENGTHS = (16384, 131072, 1048576)
+CACHES = ("bfloat16", "int8")
 
 
 @functools.cache
@@ -51,14 +58,14 @@ def ring_of_sixteen() -> Mesh:
   return Mesh(topology.devices, ("ring",), axis_types=(AxisType.Explicit,))
 
 
-def compiled(function, mesh: Mesh, *arguments, spec: PartitionSpec = PartitionSpec()):
+def compiled(function, mesh: Mesh, *arguments, spec=PartitionSpec(), donate_argnums=()):
   """The program for `mesh`, of arguments (trees of shapes and dtypes) that `spec` shards."""
   sharding = NamedSharding(mesh, spec)
   arguments = jax.tree.map(
       lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), arguments
   )
   with jax.set_mesh(mesh), not_cached():
-    return jax.jit(function).lower(*arguments).compile()
+    return jax.jit(function, donate_argnums=donate_argnums).lower(*arguments).compile()
 
 
 @contextlib.contextmanager
@@ -98,20 +105,52 @@ def compile_attention(generation: str, *, length: int, head_dim: int, dtype: str
   return compiled(values_and_gradients(), one(generation), *arguments)
 
 
+def compile_decode(
+    generation: str, *, cache: str, length: int = LENGTHS[-1], G: int = 8, head_dim: int = 128
+):
+  """Two layers of a decoder's step: a token goes to the cache, and 4 * G heads attend to all."""
+  array = jax.ShapeDtypeStruct
+  query, new = (array((1, 1, heads, head_dim), jnp.bfloat16) for heads in (4 * G, G))
+  key = array((2, 1, length, G, head_dim), jnp.bfloat16)
+  if cache == "int8":
+    new, key = (jax.eval_shape(quantize, floats) for floats in (new, key))
+
+  def step(query, key, value, new, position):
+    def layer(carry, index):
+      query, *caches = carry
+      caches = [write(cached, new, index, position) for cached in caches]
+      start = jnp.zeros((1, 1), jnp.int32)
+      intervals = KeyIntervals(start, start + position + 1)
+      return (decode_attention(query, *caches, intervals, layer=index)[0], *caches), None
+
+    return jax.lax.scan(layer, (query, key, value), jnp.arange(2))[0]
+
+  position = array((), jnp.int32)
+  arguments = query, key, key, new, position
+  return compiled(step, one(generation), *arguments, donate_argnums=(1, 2))
+
+
+def matrix(generations) -> Iterator[tuple[Callable, dict]]:
+  """All cases, each as a function of this module and its arguments."""
+  for generation, head_dim, length in itertools.product(generations, HEAD_DIMS, LENGTHS):
+    case = dict(generation=generation, length=length, head_dim=head_dim, dtype="bfloat16")
+    yield compile_attention, case
+  for generation, cache in itertools.product(generations, CACHES):
+    yield compile_decode, dict(generation=generation, cache=cache)
+
+
 def main() -> None:
-  for generation, head_dim, length in itertools.product(
-      sys.argv[1:] or TOPOLOGIES, HEAD_DIMS, LENGTHS
-  ):
-    case = dict(generation=generation, head_dim=head_dim, length=length)
+  for function, case in matrix(sys.argv[1:] or TOPOLOGIES):
     started = time.perf_counter()
     try:
-      memory = compile_attention(**case, dtype="bfloat16").memory_analysis()
-      case |= dict(
+      memory = function(**case).memory_analysis()
+      result = dict(
           temporaries=memory.temp_size_in_bytes, arguments=memory.argument_size_in_bytes
       )
     except jax.errors.JaxRuntimeError as error:
-      case |= dict(error=str(error))
-    print(json.dumps(case | dict(seconds=round(time.perf_counter() - started, 1))), flush=True)
+      result = dict(error=str(error))
+    seconds = round(time.perf_counter() - started, 1)
+    print(json.dumps(dict(of=function.__name__) | case | result | dict(seconds=seconds)), flush=True)
 
 
 if __name__ == "__main__":
