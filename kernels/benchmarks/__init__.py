@@ -7,4 +7,5 @@ from kernels.benchmarks.decode import Cache
 from kernels.benchmarks.decode import caches
 from kernels.benchmarks.decode import measure_decode
 from kernels.benchmarks.ring import measure_ring
+from kernels.benchmarks.tune import KERNELS
 from kernels.benchmarks.tune import measure_sizes

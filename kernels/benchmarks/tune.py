@@ -30,16 +30,16 @@ Candidates = Mapping[tuple[str, str], Mapping[str, Sequence[Any]]]
 
 _TRITON = [
     Blocks(*sizes)
-    for sizes in itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4))
+    for sizes in itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3))
     if sizes[0] * sizes[1] >= 2048
 ]
 _TRITON_DECODE = [
-    Blocks(64, *sizes) for sizes in itertools.product((16, 32, 64, 128), (4, 8), (2, 3, 4, 5))
+    Blocks(64, *sizes) for sizes in itertools.product((32, 64, 128), (4, 8), (2, 3, 4))
 ]
-_MOSAIC_GPU = list(itertools.product((32, 64, 128), (1, 2, 3, 4)))
+_MOSAIC_GPU = list(itertools.product((32, 64, 128), (2, 3, 4)))
 _PALLAS_TPU = [
     BlockSizes(*sizes)
-    for sizes in itertools.product((512, 1024, 2048), (256, 512, 1024), (256, 512, 1024, 2048))
+    for sizes in itertools.product((512, 1024, 2048), (512, 1024), (512, 1024, 2048))
     if sizes[1] <= sizes[0]
 ]
 _XLA = list(itertools.product((128, 256, 512), (128, 256, 512)))
@@ -58,10 +58,14 @@ CANDIDATES: Candidates = {
         "decode_programs": [count * 128 for count in (2, 4, 8, 16, 32)],
     },
 }
+KERNELS = tuple(dict.fromkeys(itertools.chain.from_iterable(CANDIDATES.values())))
 
 
 def measure_sizes(
-    shapes: Sequence[Shape], caches: Sequence[Cache], candidates: Candidates = CANDIDATES
+    shapes: Sequence[Shape],
+    caches: Sequence[Cache],
+    kernels: Sequence[str] = KERNELS,
+    candidates: Candidates = CANDIDATES,
 ) -> Iterator[dict]:
   """A record a kernel and shape: milliseconds of every candidate, the best first.
 
@@ -75,18 +79,24 @@ def measure_sizes(
       if backend.name == "xla" and not is_cpu:
         continue  # Its sizes are those for CPUs; elsewhere it stands in for what is not there.
       if backend.unsupported(*arrays[:2]) is None:
-        for kernel, choices in candidates.get(("attention", backend.name), {}).items():
+        for kernel, choices in _chosen(candidates, "attention", backend, kernels):
           run = functools.partial(_attention, arrays, intervals, backend, kernel)
           yield _measured(backend.name, kernel, shape, choices, run)
   for cache in caches:
     arrays = cache.arrays()
     for backend in decode_api.BACKENDS:
       if backend.unsupported(*arrays[:2]) is None:
-        for kernel, choices in candidates.get(("decode", backend.name), {}).items():
+        for kernel, choices in _chosen(candidates, "decode", backend, kernels):
           if kernel == ("decode" if cache.is_int8 else "decode_int8"):
             continue  # It reads the other kind of cache.
           run = functools.partial(_decode, arrays, backend, kernel)
           yield _measured(backend.name, kernel, cache, choices, run)
+
+
+def _chosen(candidates: Candidates, operation: str, backend, kernels: Sequence[str]):
+  """Kernels of a backend and their candidates."""
+  of_backend = candidates.get((operation, backend.name), {})
+  return [(kernel, of_backend[kernel]) for kernel in of_backend if kernel in kernels]
 
 
 def _measured(

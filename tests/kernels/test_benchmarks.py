@@ -85,7 +85,7 @@ def test_sizes_are_timed_and_those_that_do_not_fit_are_named():
   """On the backend that runs here; a block of no keys stands for one that does not compile."""
   sizes = [(16, 16), (32, 0), (64, 64)]
   candidates = {("attention", "xla"): {"forward": sizes, "backward": sizes}}
-  records = list(benchmarks.measure_sizes([ONE], [], candidates))
+  records = list(benchmarks.measure_sizes([ONE], [], candidates=candidates))
   assert [record["kernel"] for record in records] == ["forward", "backward"]
   for record in records:
     assert set(record["ms"]) == {"(16, 16)", "(64, 64)"}
@@ -98,5 +98,5 @@ def test_sizes_reach_the_kernels(monkeypatch):
   seen = []
   monkeypatch.setattr(xla, "_block", lambda length, most: seen.append(most) or length)
   candidates = {("attention", "xla"): {"forward": [(8, 16), (24, 32)], "backward": [(40, 48)]}}
-  list(benchmarks.measure_sizes([ONE], [], candidates))
+  list(benchmarks.measure_sizes([ONE], [], candidates=candidates))
   assert [size for size in (8, 16, 24, 32, 40, 48) if size not in seen] == []

@@ -151,7 +151,8 @@ def test_its_sizes_are_measured(monkeypatch):
   caches = [benchmarks.Cache(128, 2, 1, 64, "float32", is_int8) for is_int8 in (False, True)]
   blocks = [Blocks(16, 8, 4, 2), Blocks(16, 16, 4, 2)]
   candidates = {"decode": blocks, "decode_int8": blocks[:1], "decode_programs": [2]}
-  records = list(benchmarks.measure_sizes([], caches, {("decode", "triton"): candidates}))
+  candidates = {("decode", "triton"): candidates}
+  records = list(benchmarks.measure_sizes([], caches, candidates=candidates))
   kernels = ["decode", "decode_programs", "decode_int8", "decode_programs"]
   assert [record["kernel"] for record in records] == kernels
   assert all(not record["failed"] for record in records), records
