@@ -3,17 +3,21 @@
     python -m experiments.benchmark train --config=configs/laptop.py [--json]
     python -m experiments.benchmark attention [--json]
     python -m experiments.benchmark ring [--json]
+    python -m experiments.benchmark tune [--kernels=forward,decode] [--head_dim=64] [--json]
 
 `train` runs the real training loop of each stage on its prepared data for a few steps, and prints
 tokens/s, MFU, the share of the time spent outside the compiled step, and how long that step takes
 against the planner's estimate. `attention` compares
 attention with the peers that JAX has on this machine, and decoding with a plain copy. `ring`
 measures what balance and skipping save in a ring of eight devices; of eight CPU devices without
-others.
+others. `tune` times block sizes of each kernel that runs here: `row` of a record is the best, to be
+written into kernels/attention/block_sizes_gpu.py or block_sizes_tpu.py beside its head_dim.
 """
 
+from collections.abc import Iterable
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -39,6 +43,8 @@ _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a tab
 _STEPS = flags.DEFINE_integer("steps", 6, "Steps a round.", lower_bound=2)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds of each stage.", lower_bound=1)
 _STAGES = flags.DEFINE_list("stages", [], "Names of the stages to measure; all unless given.")
+_KERNELS = flags.DEFINE_list("kernels", [], "Names of the kernels to tune; all unless given.")
+_HEAD_DIM = flags.DEFINE_integer("head_dim", None, "To tune for; the benchmark's unless given.")
 
 
 def train() -> None:
@@ -107,13 +113,26 @@ def attention() -> None:
   """The subcommand `attention`."""
   platform = jax.devices()[0].platform
   print_records({
-      "attention": [
-          record
-          for shape in benchmarks.shapes(platform)
-          for record in benchmarks.measure_attention(shape)
-      ],
-      "decode": benchmarks.measure_decode(platform),
+      "attention": itertools.chain.from_iterable(
+          map(benchmarks.measure_attention, benchmarks.shapes(platform))
+      ),
+      "decode": itertools.chain.from_iterable(
+          map(benchmarks.measure_decode, benchmarks.caches(platform))
+      ),
   })
+
+
+def tune() -> None:
+  """The subcommand `tune`."""
+  for name in _KERNELS.value:
+    if name not in benchmarks.KERNELS:
+      raise UserError(f"--kernels={name}: take some of {', '.join(benchmarks.KERNELS)}.")
+  platform = jax.devices()[0].platform
+  shapes = benchmarks.shapes(platform)[0], *benchmarks.caches(platform)
+  if _HEAD_DIM.value:
+    shapes = [dataclasses.replace(shape, head_dim=_HEAD_DIM.value) for shape in shapes]
+  kernels = _KERNELS.value or benchmarks.KERNELS
+  print_records({"tune": benchmarks.measure_sizes(shapes[:1], shapes[1:], kernels)})
 
 
 def ring() -> None:
@@ -122,9 +141,10 @@ def ring() -> None:
   print_records({"ring": benchmarks.measure_ring()})
 
 
-def print_records(tables: dict[str, list[dict]]) -> None:
-  """As JSON, or a line a record."""
+def print_records(tables: dict[str, Iterable[dict]]) -> None:
+  """As JSON, or a line a record as soon as it is there."""
   if _JSON.value:
+    tables = {name: list(records) for name, records in tables.items()}
     print(json.dumps({"machine": machine(), **tables}))
     return
   print(machine())
@@ -134,10 +154,10 @@ def print_records(tables: dict[str, list[dict]]) -> None:
           f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
           for key, value in record.items() if value is not None
       )
-      print(f"{name}: {', '.join(texts)}")
+      print(f"{name}: {', '.join(texts)}", flush=True)
 
 
-SUBCOMMANDS = {"train": train, "attention": attention, "ring": ring}
+SUBCOMMANDS = {"train": train, "attention": attention, "ring": ring, "tune": tune}
 
 
 def main(argv: list[str]) -> None:
