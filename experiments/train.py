@@ -31,7 +31,7 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 _PEER_TIMEOUT = flags.DEFINE_integer(
-    "peer_timeout", 60, "Seconds without a sign of life after which a process is lost.", 1
+    "peer_timeout", 60, "Seconds without a sign of life after which a process is lost.", 10
 )
 flags.mark_flag_as_required("workdir")
 

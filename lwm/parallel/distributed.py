@@ -35,10 +35,9 @@ _EXPLICIT = {
     "process_id": "JAX_PROCESS_ID",
 }
 
-# A peer is lost after this many beats of one's own without a new one of its; there are two more in
-# the time-out. Beats, not seconds: a process that was itself suspended blames no one.
+# A peer is lost after this many beats of one's own without a new one of its; the time-out has room
+# for two more. Beats, not seconds: a process that was itself suspended blames no one.
 _SILENT_BEATS = 10
-_BEATS_PER_TIMEOUT = _SILENT_BEATS + 2
 _BEAT_KEY = "lwm/beat/"
 _END_KEY = "lwm/end"
 _GOOD_END = "{}"
@@ -186,7 +185,11 @@ class Watch:
       timeout: seconds.
     """
     self._client = state.client
+    host, _, port = state.coordinator_address.rpartition(":")
+    # The address, not the name: that of a pod is gone with it.
+    self._service = socket.getaddrinfo(host.strip("[]"), int(port))[0][4][:2]
     self._timeout = timeout
+    self._beat_seconds = (timeout - _PATIENCE - _LINGER) / (_SILENT_BEATS + 2)
     self._process = state.process_id
     self._processes = state.num_processes
     self._finished = threading.Event()
@@ -198,9 +201,7 @@ class Watch:
     _sleep_before_aborting()
     self._beat(0)
     self._read(0, self._client.blocking_key_value_get(f"{_BEAT_KEY}0", int(1000 * timeout)))
-    targets = [self._listen, self._beat_on]
-    if self._process:
-      targets.append(self._watch_service)
+    targets = [self._listen, self._beat_on] + [self._watch_service] * (self._process > 0)
     self._threads = [threading.Thread(target=target, daemon=True) for target in targets]
     for thread in self._threads:
       thread.start()
@@ -211,8 +212,8 @@ class Watch:
     self._finished.set()
     if self._process == 0:
       self._client.key_value_set(_END_KEY, _GOOD_END)
-    # A thread in JAX's calls must not outlive Python.
-    for thread in self._threads:
+    # A thread in one of JAX's calls must not outlive Python.
+    for thread in self._threads[:2]:
       thread.join()
 
   def stop(self, error: ResumeError) -> None:
@@ -224,11 +225,11 @@ class Watch:
 
   def fail(self, error: BaseException) -> NoReturn:
     """Ends this process, and the others, because of `error`; unless it comes from a lost peer."""
-    if isinstance(error, jax.errors.JaxRuntimeError):
-      # What a collective says when a peer is gone names no one; the watch soon does.
-      time.sleep(self._timeout + _LINGER)
     if not isinstance(error, UserError):
       traceback.print_exception(error)
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      # What a collective says when a peer is gone names no one; the watch soon does.
+      time.sleep(self._timeout)
     self._end_all(str(error).partition("\n")[0] or type(error).__name__, 1)
 
   def _beat(self, count: int) -> None:
@@ -244,9 +245,9 @@ class Watch:
   def _beat_on(self) -> None:
     """Thread: beats; in process 0, reads the beats of all; in others, sees that it answers."""
     count = 0
-    while not self._finished.wait(self._timeout / _BEATS_PER_TIMEOUT):
+    while not self._finished.wait(self._beat_seconds):
       count += 1
-      # Not reached, not heard: `_watch_service` counts.
+      # Whether the service is reached is for `_watch_service` to judge.
       with contextlib.suppress(jax.errors.JaxRuntimeError):
         self._beat(count)
         if self._process:
@@ -260,14 +261,34 @@ class Watch:
             self._tell(**self._lost(process))
 
   def _watch_service(self) -> None:
-    """Thread: notices that process 0 no longer answers; a call to it may never return."""
-    while not self._finished.wait(self._timeout / _BEATS_PER_TIMEOUT):
+    """Thread: notices that process 0 is gone or no longer answers."""
+    while not self._finished.is_set():
       self._silence[0] += 1
-      if self._silence[0] > _SILENT_BEATS:
-        self._end(**self._lost(0))
+      if self._silence[0] > _SILENT_BEATS or self._service_is_gone():
+        time.sleep(_PATIENCE)
+        if not self._finished.is_set():
+          self._end(**self._lost(0))
+
+  def _service_is_gone(self) -> bool:
+    """Waits for a beat, less if process 0 ends; whether it has ended.
+
+    Its sockets know. Calls to the service do not: none returns while JAX's client aborts.
+    """
+    try:
+      with socket.create_connection(self._service, self._beat_seconds) as connection:
+        while connection.recv(1):
+          pass
+    except ConnectionRefusedError:
+      return True
+    except TimeoutError:
+      return False
+    except OSError:
+      pass
+    self._finished.wait(_PATIENCE)
+    return False
 
   def _listen(self) -> None:
-    """Thread: waits for what a peer has told, and hears at once that process 0 is gone."""
+    """Thread: waits for what a peer has told."""
     words = None
     while words is None:
       try:
