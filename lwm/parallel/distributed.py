@@ -194,8 +194,8 @@ class Watch:
     self._processes = state.num_processes
     self._finished = threading.Event()
     self._last_words = threading.RLock()
-    # Of each peer that this process watches: its host, its last beat, and own beats since then.
-    self._hosts = {}
+    # Of each peer that this process watches: host, last beat, and own beats since then.
+    self._hosts = {self._process: socket.gethostname()}
     self._beats = {}
     self._silence = dict.fromkeys(range(1, self._processes) if self._process == 0 else [0], 0)
     _sleep_before_aborting()
@@ -233,7 +233,7 @@ class Watch:
     self._end_all(str(error).partition("\n")[0] or type(error).__name__, 1)
 
   def _beat(self, count: int) -> None:
-    beat = f"{socket.gethostname()} {count}"
+    beat = f"{self._hosts[self._process]} {count}"
     self._client.key_value_set(f"{_BEAT_KEY}{self._process}", beat, allow_overwrite=True)
 
   def _read(self, process: int, beat: str) -> None:
