@@ -19,6 +19,7 @@ import jax
 from experiments import flags as experiment_flags
 from experiments.runtime import use_compilation_cache
 from lwm.parallel import distributed
+from lwm.parallel import xla_flags
 from lwm.train import loop
 from lwm.validate import check_devices
 from lwm.validate import validate
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> None:
   del argv
   experiment = _CONFIG.value
   validate(experiment)
+  xla_flags.apply()
   processes = distributed.joined(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PEER_TIMEOUT.value
   )
