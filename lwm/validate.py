@@ -24,9 +24,14 @@ def validate(experiment: Experiment) -> None:
   if experiment.loss.text_weight + experiment.loss.vision_weight <= 0:
     raise ConfigError("config.loss: text_weight and vision_weight are both 0; nothing would train.")
   for setting in ("checkpoint.every_steps", "checkpoint.keep", "evaluation.every_steps",
-                  "evaluation.rows", "data.threads", "data.prefetch_batches"):
+                  "evaluation.rows", "data.threads", "data.prefetch_batches",
+                  "faults.spike_window", "faults.max_in_a_row"):
     section, field = setting.split(".")
     _at_least(setting, getattr(getattr(experiment, section), field), 1)
+  _one_of("faults.bad_step", experiment.faults.bad_step, experiment_lib.BAD_STEP_POLICIES)
+  factor = experiment.faults.spike_factor
+  if not (factor == 0 or (factor > 1 and math.isfinite(factor))):
+    raise ConfigError(f"config.faults.spike_factor={factor} must be more than 1, or 0 for none.")
 
   names = [dataset.name for dataset in experiment.datasets]
   _unique("datasets", names)

@@ -3,6 +3,7 @@
 import re
 
 import jax
+from jax.experimental import topologies
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -29,6 +30,29 @@ def test_axes_are_explicit_and_tensor_is_nearest():
 def test_sizes_must_use_the_devices():
   with pytest.raises(ConfigError, match="does not divide the 8 devices"):
     make_mesh(MeshConfig(data=3))
+
+
+def two_slices():
+  """Two slices of 2 x 2 chips, with no TPU."""
+  return topologies.get_topology_desc(
+      platform="tpu", topology_name="v5e:2x2", num_slices=2
+  ).devices
+
+
+def test_data_crosses_slices_and_nothing_else_does():
+  mesh = make_mesh(MeshConfig(data=4, fsdp=1, ring=2), two_slices())
+  assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "ring": 2, "ulysses": 1, "tensor": 1}
+  slices_of_data = [{device.slice_index for device in row.flat} for row in mesh.devices]
+  assert slices_of_data == [{0}, {0}, {1}, {1}]
+
+
+def test_an_axis_that_would_cross_slices_is_named():
+  message = (
+      "mesh.data=1 is no multiple of the 2 slices, so mesh.fsdp=4 x mesh.ring=2 would cross from "
+      "one to the next: only data may. Set mesh.data to a multiple of 2."
+  )
+  with pytest.raises(ConfigError, match=re.escape(message)):
+    make_mesh(MeshConfig(fsdp=4, ring=2), two_slices())
 
 
 @pytest.mark.parametrize(
