@@ -7,6 +7,7 @@ import pytest
 
 from experiments import plan_tables
 from lwm.plan import load
+from lwm.plan import plan_stage
 from tests.lwm.plan import planned
 
 
@@ -38,9 +39,17 @@ def test_recipes_search_where_the_own_mesh_does_not_fit():
   assert tried
 
 
-def test_longest_against_the_paper():
+def test_longest_against_the_paper(monkeypatch):
+  def found(experiment, topology, report_try, tries):
+    assert experiment.model.num_layers == 4 and tries == 1
+    small = planned.get_config()
+    return plan_stage(small, small.stages[0], topology)[0]
+
+  monkeypatch.setattr(plan_tables, "longest", found)
   case = plan_tables.Contest("tiny", lambda: planned.get_config().model, "v5e:2x2", 2048)
   (line,) = plan_tables.longest_contexts(lambda *what: None, 1, True, (case,))
   row = json.loads(line)
-  assert row["ratio"] == row["longest"] / 2048 > 1
-  assert row["plan"]["fits"] and row["plan"]["sequence_length"] == row["longest"]
+  assert (row["longest"], row["paper"], row["ratio"]) == (8192, 2048, 4)
+  assert row["plan"]["fits"] and row["plan"]["sequence_length"] == 8192
+  _, line = plan_tables.longest_contexts(lambda *what: None, 1, False, (case,))
+  assert line.split()[:4] == ["tiny", "8K", "2K", "4x"]

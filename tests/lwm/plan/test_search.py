@@ -55,7 +55,7 @@ def test_candidates_are_all_meshes_that_go_with_the_model():
   assert experiment.stages[0].mesh == planned.get_config().stages[0].mesh
 
 
-@pytest.mark.parametrize("remat", ("none", "full", "offload"))
+@pytest.mark.parametrize("remat", ("none", "offload"))
 def test_the_bound_is_below_what_is_compiled(v5e, remat):
   experiment = planned.get_config()
   experiment.model.remat = remat
@@ -171,15 +171,14 @@ def test_longest_of_nothing(monkeypatch, v5e):
   assert longest(planned.get_config(), v5e, ignore, tries=1) is None
 
 
-def test_search_and_longest_of_a_real_compiler(v5e):
+@pytest.mark.slow
+def test_longest_of_a_real_compiler(v5e):
   """With 24 MiB a chip."""
   machine = dataclasses.replace(v5e, chip=dataclasses.replace(v5e.chip, memory=24 << 20))
-  experiment = planned.get_config()
-  plan = next(search(experiment, experiment.stages[0], machine, ignore, tries=4))
+  plan = longest(planned.get_config(), machine, ignore, tries=1)
   assert plan.memory.fits and plan.memory.capacity == 24 << 20
-  longer = longest(experiment, machine, ignore, tries=1)
-  assert longer.memory.fits and longer.stage.sequence_length >= 2**13
-  assert longer.stage.name == length_text(longer.stage.sequence_length)
+  assert plan.stage.sequence_length >= 2**13
+  assert plan.stage.name == length_text(plan.stage.sequence_length)
 
 
 @pytest.mark.parametrize(
