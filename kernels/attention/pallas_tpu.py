@@ -6,6 +6,8 @@ that meet it, copying them from HBM as it goes; see `pallas_tpu_stream`.
 B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim.
 """
 
+from collections.abc import Mapping
+
 import jax
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from kernels.attention import pallas_tpu_backward
 from kernels.attention import pallas_tpu_forward
 from kernels.attention import pallas_tpu_tiles as tiles
 from kernels.attention.backend import Backend
+from kernels.attention.block_sizes_tpu import BlockSizes
 from kernels.attention.block_sizes_tpu import block_sizes
 from kernels.attention.block_sizes_tpu import vmem_bytes
 from kernels.attention.intervals import KeyIntervals
@@ -34,9 +37,10 @@ def forward(
     scale: float,
     soft_cap: float | None,
     out_dtype: jnp.dtype,
+    sizes: Mapping[str, BlockSizes] = {},
 ):
   """See `kernels.attention.backend.Forward`."""
-  tiling = choose_tiling("forward", query_BxQxHxD, key_BxKxGxD)
+  tiling = choose_tiling("forward", query_BxQxHxD, key_BxKxGxD, sizes)
   intervals_BxNx2xR = tiles.interval_tiles(intervals, tiling)
   out_TxNxDxR, log_sum_exp_TxNx1xR = pallas_tpu_forward.forward(
       *vary_alike(
@@ -69,6 +73,7 @@ def backward(
     *,
     scale: float,
     soft_cap: float | None,
+    sizes: Mapping[str, BlockSizes] = {},
 ):
   """See `kernels.attention.backend.Backward`; dQ is one kernel, dK and dV are another."""
   is_empty_BxQxH = log_sum_exp_BxQxH == -jnp.inf
@@ -76,7 +81,7 @@ def backward(
   out_cotangent_BxQxHxD = out_cotangent_BxQxHxD.astype(query_BxQxHxD.dtype)
 
   def run(kernel, name):
-    tiling = choose_tiling(name, query_BxQxHxD, key_BxKxGxD)
+    tiling = choose_tiling(name, query_BxQxHxD, key_BxKxGxD, sizes)
     intervals_BxNx2xR = tiles.interval_tiles(intervals, tiling)
     arrays = vary_alike(
         tiles.query_tiles(query_BxQxHxD, tiling),
@@ -97,11 +102,17 @@ def backward(
   return query_grad_BxQxHxD, *(tiles.from_key_blocks(grad, tiling) for grad in key_grads_TxMxkxD)
 
 
-def choose_tiling(kernel: str, query_BxQxHxD: jax.Array, key_BxKxGxD: jax.Array) -> Tiling:
-  """Equal tiles of at most the table's sizes; as many heads to a tile as fit its rows."""
+def choose_tiling(
+    kernel: str,
+    query_BxQxHxD: jax.Array,
+    key_BxKxGxD: jax.Array,
+    sizes: Mapping[str, BlockSizes] = {},
+) -> Tiling:
+  """Equal tiles of at most those sizes, or the table's; as many heads to a tile as fit its rows."""
   B, Q, H, D = query_BxQxHxD.shape
   K, G = key_BxKxGxD.shape[1:3]
-  sizes = block_sizes(kernel, device().device_kind, D, query_BxQxHxD.dtype)
+  kind, dtype = device().device_kind, query_BxQxHxD.dtype
+  sizes = sizes.get(kernel) or block_sizes(kernel, kind, D, dtype)
   group, most_heads = H // G, sizes.rows // LANES
   heads = max(n for n in range(1, group + 1) if group % n == 0 and n <= most_heads)
   queries = min(sizes.rows // heads // LANES * LANES, sizes.queries)

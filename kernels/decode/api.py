@@ -15,6 +15,7 @@ from kernels.decode import cache as cache_lib
 from kernels.decode.backend import Backend
 from kernels.decode.cache import Cached
 from kernels.decode.pallas_tpu import PALLAS_TPU
+from kernels.decode.triton import TRITON
 from kernels.decode.xla import XLA
 from kernels.varying import vary_alike
 
@@ -23,7 +24,7 @@ FEW = 8
 
 
 # The best first. XLA takes everything.
-BACKENDS = (PALLAS_TPU, XLA)
+BACKENDS = (PALLAS_TPU, TRITON, XLA)
 
 
 def decode_attention(
@@ -55,8 +56,9 @@ def decode_attention(
     axis_names: mesh axes that the cache's positions are sharded over, in equal, contiguous parts.
     scale: as in `attention`.
     soft_cap: as in `attention`.
-    backend: "pallas_tpu" (TPU kernel), "xla" (runs everywhere), a Backend of your own, or None for
-      the best here. More than a few query tokens take the best `attention` instead.
+    backend: "pallas_tpu" (TPUs), "triton" (NVIDIA GPUs), "xla" (runs everywhere), a Backend of your
+      own, or None for the best here. More than a few query tokens take the best `attention`
+      instead.
 
   Returns:
     (out [B, Q, H, D] in the query's dtype, log_sum_exp [B, Q, H] float32), the same on all devices

@@ -5,6 +5,9 @@ heads, D head_dim.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
+import functools
+from typing import Any
 from typing import NamedTuple
 from typing import Protocol
 
@@ -41,3 +44,7 @@ class Backend(NamedTuple):
   name: str
   unsupported: Callable[[jax.Array, Cached], str | None]
   partial: Partial
+
+  def with_sizes(self, sizes: Mapping[str, Any]) -> "Backend":
+    """As `kernels.attention.backend.Backend.with_sizes`."""
+    return self._replace(partial=functools.partial(self.partial, sizes=sizes))
