@@ -6,7 +6,8 @@
     python -m experiments.benchmark tune [--kernels=forward,decode] [--head_dim=64] [--json]
 
 `train` runs the real training loop of each stage on its prepared data for a few steps, and prints
-tokens/s, MFU, and the share of the time spent outside the compiled step. `attention` compares
+tokens/s, MFU, the share of the time spent outside the compiled step, and how long that step takes
+against the planner's estimate. `attention` compares
 attention with the peers that JAX has on this machine, and decoding with a plain copy. `ring`
 measures what balance and skipping save in a ring of eight devices; of eight CPU devices without
 others. `tune` times block sizes of each kernel that runs here: `row` of a record is the best, to be
@@ -32,6 +33,7 @@ from experiments.runtime import use_compilation_cache
 from kernels import benchmarks
 from lwm.errors import UserError
 from lwm.train.benchmark import measure_stage
+from lwm.train.benchmark import this_machine
 from lwm.train.peak import peak_flops
 from lwm.validate import check_devices
 from lwm.validate import validate
@@ -58,6 +60,7 @@ def train() -> None:
     if name not in names:
       raise UserError(f"--stages={name}: the experiment's stages are {', '.join(names)}.")
   speeds = []
+  topology = this_machine()
   for index, stage in enumerate(experiment.stages):
     if _STAGES.value and stage.name not in _STAGES.value:
       continue
@@ -65,7 +68,8 @@ def train() -> None:
     # The loop's own lines are part of what is measured, but not of the answer.
     with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(sys.stderr):
       speeds.append(measure_stage(
-          experiment, index, pathlib.Path(workdir), rounds=_ROUNDS.value, steps=_STEPS.value
+          experiment, index, pathlib.Path(workdir), topology,
+          rounds=_ROUNDS.value, steps=_STEPS.value,
       ))
   peak = peak_flops(jax.devices()[0], experiment.model.compute_dtype)
   if _JSON.value:
@@ -77,15 +81,20 @@ def train() -> None:
     return
   print(f"{machine()}; peak {format(peak / 1e9, '.0f') if peak else 'unknown'} GFLOP/s a device")
   print(f"{'stage':<12} {'length':>7} {'tokens/s':>9} {'MFU':>7} {'step':>8} {'compiled':>9} "
-        f"{'outside':>8}")
+        f"{'outside':>8} {'estimated':>10} {'ratio':>6}")
   for speed in speeds:
     mfu = f"{speed.mfu:.1%}" if speed.mfu else "-"
+    estimated = ratio = "-"
+    if speed.estimate_ratio:
+      estimated = f"{speed.estimated_step_seconds:.3f} s"
+      ratio = f"{speed.estimate_ratio:.2f}"
     print(f"{speed.stage:<12} {speed.sequence_length:>7} {speed.tokens_per_second:>9.0f} {mfu:>7} "
           f"{speed.step_seconds:>6.3f} s {speed.compiled_step_seconds:>7.3f} s "
-          f"{speed.outside:>8.1%}")
+          f"{speed.outside:>8.1%} {estimated:>10} {ratio:>6}")
   print("MFU: model FLOPs (lwm/train/flops.py) over the peak (lwm/train/peak.py).\n"
         "Outside: share of the loop's time that the compiled step, run alone on the same batches, "
-        "does not take.")
+        "does not take.\n"
+        "Estimated: the planner's roofline (lwm/plan/roofline.py); ratio: compiled over estimated.")
 
 
 def machine() -> str:

@@ -3,6 +3,12 @@
     python -m experiments.train --config=configs/laptop.py --workdir=runs/laptop
 
 Any setting is a flag: --config.optimizer.peak_learning_rate=1e-3, --config.stages[0].steps=10.
+Started on every host of a TPU pod, by SLURM or in an indexed Kubernetes job (experiments/launch/),
+the processes find each other; elsewhere, each is told:
+
+    python -m experiments.train ... --coordinator=HOST:PORT --num_processes=2 --process_id=0
+
+All see the same workdir and data. Exit status 75 asks for the same command again on all hosts.
 """
 
 import pathlib
@@ -12,13 +18,25 @@ import jax
 
 from experiments import flags as experiment_flags
 from experiments.runtime import use_compilation_cache
+from lwm.parallel import distributed
+from lwm.parallel import xla_flags
 from lwm.train import loop
+from lwm.train.profiling import parse_steps
 from lwm.validate import check_devices
 from lwm.validate import validate
 
 _CONFIG = experiment_flags.define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where checkpoints, metrics and curves go, and are taken up again."
+)
+_PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps", None, "Steps to trace for xprof, as in 10:13: total steps 10, 11 and 12."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_PEER_TIMEOUT = flags.DEFINE_integer(
+    "peer_timeout", 60, "Seconds without a sign of life after which a process is lost.", 10
 )
 flags.mark_flag_as_required("workdir")
 
@@ -27,9 +45,15 @@ def main(argv: list[str]) -> None:
   del argv
   experiment = _CONFIG.value
   validate(experiment)
-  check_devices(experiment, jax.device_count())
-  use_compilation_cache()
-  loop.train(experiment, pathlib.Path(_WORKDIR.value))
+  profile_steps = parse_steps(_PROFILE_STEPS.value) if _PROFILE_STEPS.value else range(0)
+  xla_flags.apply()
+  processes = distributed.joined(
+      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PEER_TIMEOUT.value
+  )
+  with processes:
+    check_devices(experiment, jax.device_count())
+    use_compilation_cache()
+    loop.train(experiment, pathlib.Path(_WORKDIR.value), profile_steps=profile_steps)
 
 
 if __name__ == "__main__":

@@ -162,13 +162,8 @@ def _kernel(
       count_ref,
       axis=1,
   )
-  sum_1xR = sum_ref[...]
-  is_empty_1xR = sum_1xR == 0
-  sum_1xR = jnp.where(is_empty_1xR, 1.0, sum_1xR)
-  out_ref[0, 0] = (sum_out_ref[...] * (1.0 / sum_1xR)).astype(out_ref.dtype)
-  log_sum_exp_ref[0, 0] = jnp.where(
-      is_empty_1xR, -jnp.inf, maximum_ref[...] / LOG2_E + jnp.log(sum_1xR)
-  )
+  out_DxR, log_sum_exp_ref[0, 0] = normalised(sum_out_ref[...], maximum_ref[...], sum_ref[...])
+  out_ref[0, 0] = out_DxR.astype(out_ref.dtype)
 
 
 class TileSpecs:
@@ -233,6 +228,14 @@ def base_2(products, scale, soft_cap: float | None):
     return products * (scale * LOG2_E), None
   tanh = jnp.tanh(products * (scale / soft_cap))
   return tanh * (soft_cap * LOG2_E), tanh
+
+
+def normalised(sum_out, maximum, weight_sum):
+  """out and log_sum_exp, from sums of exp2(score - maximum) with values and alone."""
+  is_empty = weight_sum == 0
+  weight_sum = jnp.where(is_empty, 1.0, weight_sum)
+  log_sum_exp = jnp.where(is_empty, -jnp.inf, maximum / LOG2_E + jnp.log(weight_sum))
+  return sum_out * (1.0 / weight_sum), log_sum_exp
 
 
 def mask(intervals_2xR, index, shape: tuple[int, int]):

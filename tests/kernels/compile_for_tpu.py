@@ -149,8 +149,8 @@ def main() -> None:
       )
     except jax.errors.JaxRuntimeError as error:
       result = dict(error=str(error))
-    seconds = round(time.perf_counter() - started, 1)
-    print(json.dumps(dict(of=function.__name__) | case | result | dict(seconds=seconds)), flush=True)
+    result |= dict(seconds=round(time.perf_counter() - started, 1))
+    print(json.dumps(dict(of=function.__name__) | case | result), flush=True)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ decode = functools.partial(decode_attention, layer=LAYER, backend=PALLAS_TPU)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
   """Blocks of 128 positions, in parts of 128 rows."""
-  monkeypatch.setattr(pallas_tpu, "BLOCK_BYTES", 1)
-  monkeypatch.setattr(pallas_tpu_layouts, "PART", 128)
+  monkeypatch.setattr(pallas_tpu, "DECODE_BLOCK_BYTES", 1)
+  monkeypatch.setattr(pallas_tpu_layouts, "DECODE_COLUMNS", 128)
 
 
 @pytest.fixture(autouse=True)

@@ -39,8 +39,8 @@ body=%body.4
 }
 """
 START = (
-    "  %start.18 = (f32[8]{0:T(8)}, f32[8]{0:T(8)}, u32[]{:S(2)}) collective-permute-start(%keys.7),"
-    " channel_id=1, source_target_pairs={{0,1},{1,0}}"
+    "  %start.18 = (f32[8]{0:T(8)}, f32[8]{0:T(8)}, u32[]{:S(2)})"
+    " collective-permute-start(%keys.7), channel_id=1, source_target_pairs={{0,1},{1,0}}"
 )
 ATTEND = (
     "  %out.19 = f32[8]{0:T(8)} conditional(%index.6, %keys.7, %keys.7),"

@@ -1,4 +1,4 @@
-"""The ring compiled for sixteen v5p chips and a million tokens: what travels while what computes."""
+"""The ring compiled for 16 v5p chips and a million tokens: what travels while what computes."""
 
 import collections
 import functools

@@ -3,6 +3,7 @@
 import re
 
 import jax
+from jax.experimental import topologies
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -14,6 +15,9 @@ from lwm.model import ModelConfig
 from lwm.model import build
 from lwm.parallel.mesh import check_model_fits_mesh
 from lwm.parallel.mesh import make_mesh
+
+# What a parameter's width is divided over.
+STORED = ("fsdp", "ring", "ulysses")
 
 
 def test_axes_are_explicit_and_tensor_is_nearest():
@@ -28,11 +32,37 @@ def test_sizes_must_use_the_devices():
     make_mesh(MeshConfig(data=3))
 
 
+def two_slices():
+  """Two slices of 2 x 2 chips, with no TPU."""
+  return topologies.get_topology_desc(
+      platform="tpu", topology_name="v5e:2x2", num_slices=2
+  ).devices
+
+
+def test_data_crosses_slices_and_nothing_else_does():
+  mesh = make_mesh(MeshConfig(data=4, fsdp=1, ring=2), two_slices())
+  assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "ring": 2, "ulysses": 1, "tensor": 1}
+  slices_of_data = [{device.slice_index for device in row.flat} for row in mesh.devices]
+  assert slices_of_data == [{0}, {0}, {1}, {1}]
+
+
+def test_an_axis_that_would_cross_slices_is_named():
+  message = (
+      "mesh.data=1 is no multiple of the 2 slices, so mesh.fsdp=4 x mesh.ring=2 would cross from "
+      "one to the next: only data may. Set mesh.data to a multiple of 2."
+  )
+  with pytest.raises(ConfigError, match=re.escape(message)):
+    make_mesh(MeshConfig(fsdp=4, ring=2), two_slices())
+
+
 @pytest.mark.parametrize(
     "sizes,changes,message",
     [
         (dict(tensor=4), {}, "config.model.num_kv_heads = 2 does not divide over mesh.tensor = 4"),
-        (dict(fsdp=3), {}, "config.model.width = 64 does not divide over mesh.fsdp = 3"),
+        (
+            dict(fsdp=3, ring=2), {},
+            "config.model.width = 64 does not divide over mesh.fsdp x ring x ulysses = 3 x 2 x 1",
+        ),
         (
             dict(tensor=2), dict(text_vocab_size=257),
             "text_vocab_size + vision_vocab_size = 257 does not divide over mesh.tensor = 2",
@@ -74,9 +104,9 @@ def test_parameters_are_the_same_on_any_mesh_and_never_whole():
       drawn.append(jax.jit(model.init)(jax.random.key(0)))
   jax.tree.map(np.testing.assert_array_equal, *drawn)
   blocks = drawn[1]["blocks"]
-  assert blocks["attention"]["query"].sharding.spec == P(None, "fsdp", "tensor", None)
-  assert blocks["attention"]["out"].sharding.spec == P(None, "tensor", None, "fsdp")
-  assert blocks["feed_forward"]["down"].sharding.spec == P(None, "tensor", "fsdp")
-  assert drawn[1]["embedding"].sharding.spec == P("tensor", "fsdp")
-  assert drawn[1]["output"].sharding.spec == P("fsdp", "tensor")
+  assert blocks["attention"]["query"].sharding.spec == P(None, STORED, "tensor", None)
+  assert blocks["attention"]["out"].sharding.spec == P(None, "tensor", None, STORED)
+  assert blocks["feed_forward"]["down"].sharding.spec == P(None, "tensor", STORED)
+  assert drawn[1]["embedding"].sharding.spec == P("tensor", STORED)
+  assert drawn[1]["output"].sharding.spec == P(STORED, "tensor")
   assert drawn[1]["embedding"].addressable_shards[0].data.shape == (16, 4)

@@ -1,0 +1,44 @@
+"""One process of test_distributed.py: joins the others, and does what it is told.
+
+    python joined_worker.py PROCESS NUM_PROCESSES START_TIMEOUT COORDINATOR ACTION
+
+PROCESS and so on are empty where the environment tells. Prints how many processes there are.
+"""
+
+import sys
+import time
+
+import jax
+
+from lwm.errors import RESUME_EXIT_CODE
+from lwm.errors import ResumeError
+from lwm.errors import UserError
+from lwm.parallel import distributed
+
+
+def main(process, num_processes, start_timeout, coordinator, action):
+  joined = distributed.joined(
+      coordinator or None,
+      int(num_processes) if num_processes else None,
+      int(process) if process else None,
+      peer_timeout=20,
+      start_timeout=int(start_timeout),
+  )
+  with joined:
+    print(jax.process_count(), jax.process_index(), flush=True)
+    if action == "err":
+      raise UserError("shard 3 is broken.")
+    if action == "stop":
+      raise ResumeError("stopped by SIGTERM.")
+    if action == "wait":
+      time.sleep(300)
+
+
+if __name__ == "__main__":
+  try:
+    main(*sys.argv[1:])
+  except ResumeError as error:
+    print(error, file=sys.stderr)
+    sys.exit(RESUME_EXIT_CODE)
+  except UserError as error:
+    sys.exit(f"error: {error}")

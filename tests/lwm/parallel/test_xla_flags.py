@@ -1,0 +1,55 @@
+"""XLA's flags: the compilers of these versions know each, and the user's own come first."""
+
+import os
+import subprocess
+import sys
+
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+import pytest
+
+from lwm.parallel import xla_flags
+
+# What a program does, with the flags set after `import jax`, as in experiments/train.py.
+PROGRAM = """
+import jax
+from lwm.parallel import xla_flags
+xla_flags.apply()
+print(jax.numpy.ones(3).sum())
+"""
+
+
+@pytest.mark.parametrize("flag", xla_flags.TPU)
+def test_libtpu_knows_the_flag(flag):
+  device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+  argument = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=SingleDeviceSharding(device))
+  lowered = jax.jit(jnp.tanh).lower(argument)
+  lowered.compile(compiler_options={flag: xla_flags.TPU[flag]})
+  with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+    lowered.compile(compiler_options={f"{flag}_": xla_flags.TPU[flag]})
+
+
+def run(**variables):
+  return subprocess.run(
+      [sys.executable, "-c", PROGRAM], env=os.environ | variables, text=True, capture_output=True,
+      timeout=300,
+  )
+
+
+def test_jaxlib_knows_the_flags():
+  assert run(XLA_FLAGS="").stdout == "3.0\n"
+  process = run(XLA_FLAGS="--xla_gpu_no_such_flag=true")
+  assert process.returncode != 0 and "xla_gpu_no_such_flag" in process.stderr
+
+
+def test_what_the_environment_says_stays(monkeypatch):
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_enable_latency_hiding_scheduler=false --other=1")
+  monkeypatch.setenv("XLA_FLAGS", "")
+  xla_flags.apply()
+  assert os.environ["LIBTPU_INIT_ARGS"] == (
+      "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true "
+      "--xla_tpu_enable_latency_hiding_scheduler=false --other=1"
+  )
+  assert os.environ["XLA_FLAGS"].split() == [f"--{k}={v}" for k, v in xla_flags.XLA.items()]

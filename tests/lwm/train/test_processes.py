@@ -1,0 +1,188 @@
+"""Two processes of four devices train as one of eight does; a lost one ends the other, with a word."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from lwm.errors import RESUME_EXIT_CODE
+from lwm.train.metrics import read_metrics
+
+CHECKOUT = pathlib.Path(__file__).parents[3]
+CONFIG = pathlib.Path(__file__).with_name("pair.py")
+STEPS = 14
+# Of a machine under load.
+PATIENCE = 600
+
+
+class Run:
+  """`experiments.train` on pair.py, on eight devices: one process, or two of four."""
+
+  def __init__(self, prepared, workdir, num_processes):
+    with socket.socket() as probe:
+      probe.bind(("127.0.0.1", 0))
+      port = probe.getsockname()[1]
+    environment = os.environ | {
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+        # See conftest.py of all tests.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // num_processes} "
+                     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    }
+    self.workdir = workdir
+    self.processes = []
+    for process in range(num_processes):
+      peers = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={num_processes}",
+               f"--process_id={process}", "--peer_timeout=20"]
+      self.processes.append(subprocess.Popen(
+          [sys.executable, "-m", "experiments.train", f"--config={CONFIG}:{prepared}",
+           f"--workdir={workdir}", *(peers if num_processes > 1 else [])],
+          cwd=CHECKOUT, env=environment, text=True,
+          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      ))
+
+  def finish(self) -> str:
+    """Waits for a good end; returns what process 0 printed."""
+    outputs = [process.communicate(timeout=PATIENCE) for process in self.processes]
+    for process, (_, errors) in zip(self.processes, outputs):
+      assert process.returncode == 0, errors
+    return outputs[0][0]
+
+  def kill(self, victim: int, step: int) -> None:
+    """SIGKILL for one process once `step` is on record; the other says so and asks to be resumed.
+
+    Step + 1 is in flight at that moment.
+    """
+    while max(losses(self.workdir), default=0) < step:
+      assert all(process.poll() is None for process in self.processes), self.errors()
+      time.sleep(0.001)
+    self.processes[victim].send_signal(signal.SIGKILL)
+    assert max(losses(self.workdir)) < STEPS
+    survivor = self.processes[1 - victim]
+    _, errors = survivor.communicate(timeout=PATIENCE)
+    assert survivor.returncode == RESUME_EXIT_CODE, errors
+    assert errors.splitlines()[-1] == (
+        f"error: process {victim} of 2 (host {socket.gethostname()}) has been lost; start the same "
+        "command again: it resumes from the last checkpoint."
+    )
+    assert self.processes[victim].wait() == -signal.SIGKILL
+
+  def errors(self) -> list[str]:
+    self.end()
+    return [process.communicate()[1] for process in self.processes]
+
+  def end(self) -> None:
+    for process in self.processes:
+      process.kill()
+
+
+@pytest.fixture(scope="module")
+def run(prepared):
+  runs = []
+
+  def start(workdir, num_processes):
+    runs.append(Run(prepared, workdir, num_processes))
+    return runs[-1]
+
+  yield start
+  for started in runs:
+    started.end()
+
+
+@pytest.fixture(scope="module")
+def pair(run, tmp_path_factory) -> pathlib.Path:
+  """The workdir of an undisturbed run of two processes."""
+  workdir = tmp_path_factory.mktemp("pair")
+  run(workdir, 2).finish()
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def single(run, tmp_path_factory) -> pathlib.Path:
+  """The workdir of an undisturbed run of one process."""
+  workdir = tmp_path_factory.mktemp("single")
+  run(workdir, 1).finish()
+  return workdir
+
+
+def losses(workdir) -> dict[int, float]:
+  """The loss of each step on record."""
+  path = workdir / "metrics.jsonl"
+  lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+  # A line may be half written.
+  records = [json.loads(line) for line in lines if line.endswith("\n")]
+  return {r["total_steps"]: r["loss"] for r in records if r["kind"] == "train"}
+
+
+def batches(workdir) -> list[dict]:
+  """What metrics.jsonl says of each step's batch."""
+  counts = ("total_steps", "tokens", "attended_pairs", "text_targets", "vision_targets")
+  records = [r for r in read_metrics(workdir / "metrics.jsonl") if r["kind"] == "train"]
+  return [{name: record[name] for name in counts if name in record} for record in records]
+
+
+def checkpoints(workdir) -> list[int]:
+  return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def final_state(workdir) -> list[np.ndarray]:
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  leaves = []
+  with ocp.StandardCheckpointer() as checkpointer:
+    for item in ("params", "optimizer"):
+      path = workdir / "checkpoints" / str(STEPS) / item
+      abstract = jax.tree.map(
+          lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+          checkpointer.metadata(path).item_metadata,
+      )
+      leaves += map(np.asarray, jax.tree.leaves(checkpointer.restore(path, abstract)))
+  return leaves
+
+
+def assert_same_training(one, other) -> None:
+  """Same batches, and the same losses and final state but for the order of float32 sums."""
+  assert batches(one) == batches(other)
+  assert list(losses(one)) == list(losses(other)) == list(range(1, STEPS + 1))
+  np.testing.assert_allclose(
+      list(losses(one).values()), list(losses(other).values()), rtol=1e-5
+  )
+  for left, right in zip(final_state(one), final_state(other), strict=True):
+    np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(pair, single):
+  assert_same_training(pair, single)
+
+
+@pytest.mark.slow
+def test_killed_in_mid_step_and_resumed_ends_as_if_undisturbed(run, pair, tmp_path):
+  run(tmp_path, 2).kill(1, step=6)
+  run(tmp_path, 2).kill(0, step=10)
+  output = run(tmp_path, 2).finish()
+  assert f"resuming {tmp_path} after step" in output
+  assert losses(tmp_path) == losses(pair)
+  for left, right in zip(final_state(tmp_path), final_state(pair), strict=True):
+    np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before,after", [(2, 1), (1, 2)])
+def test_goes_on_with_another_number_of_processes(run, pair, single, tmp_path, before, after):
+  source = {1: single, 2: pair}[before]
+  workdir = tmp_path / "run"
+  shutil.copytree(source, workdir)
+  assert checkpoints(workdir) == [4, 8, 12, STEPS]
+  for step in (12, STEPS):
+    shutil.rmtree(workdir / "checkpoints" / str(step))
+  assert f"resuming {workdir} after step 8 of {STEPS}" in run(workdir, after).finish()
+  assert_same_training(workdir, source)
