@@ -3,16 +3,21 @@
     python -m experiments.benchmark train --config=configs/laptop.py [--json]
     python -m experiments.benchmark attention [--json]
     python -m experiments.benchmark ring [--json]
+    python -m experiments.benchmark tune [--kernels=forward,decode] [--head_dim=64] [--json]
 
 `train` runs the real training loop of each stage on its prepared data for a few steps, and prints
-tokens/s, MFU, and the share of the time spent outside the compiled step. `attention` compares
+tokens/s, MFU, the share of the time spent outside the compiled step, and how long that step takes
+against the planner's estimate. `attention` compares
 attention with the peers that JAX has on this machine, and decoding with a plain copy. `ring`
 measures what balance and skipping save in a ring of eight devices; of eight CPU devices without
-others.
+others. `tune` times block sizes of each kernel that runs here: `row` of a record is the best, to be
+written into kernels/attention/block_sizes_gpu.py or block_sizes_tpu.py beside its head_dim.
 """
 
+from collections.abc import Iterable
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -28,6 +33,7 @@ from experiments.runtime import use_compilation_cache
 from kernels import benchmarks
 from lwm.errors import UserError
 from lwm.train.benchmark import measure_stage
+from lwm.train.benchmark import this_machine
 from lwm.train.peak import peak_flops
 from lwm.validate import check_devices
 from lwm.validate import validate
@@ -37,6 +43,8 @@ _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a tab
 _STEPS = flags.DEFINE_integer("steps", 6, "Steps a round.", lower_bound=2)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds of each stage.", lower_bound=1)
 _STAGES = flags.DEFINE_list("stages", [], "Names of the stages to measure; all unless given.")
+_KERNELS = flags.DEFINE_list("kernels", [], "Names of the kernels to tune; all unless given.")
+_HEAD_DIM = flags.DEFINE_integer("head_dim", None, "To tune for; the benchmark's unless given.")
 
 
 def train() -> None:
@@ -52,6 +60,7 @@ def train() -> None:
     if name not in names:
       raise UserError(f"--stages={name}: the experiment's stages are {', '.join(names)}.")
   speeds = []
+  topology = this_machine()
   for index, stage in enumerate(experiment.stages):
     if _STAGES.value and stage.name not in _STAGES.value:
       continue
@@ -59,7 +68,8 @@ def train() -> None:
     # The loop's own lines are part of what is measured, but not of the answer.
     with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(sys.stderr):
       speeds.append(measure_stage(
-          experiment, index, pathlib.Path(workdir), rounds=_ROUNDS.value, steps=_STEPS.value
+          experiment, index, pathlib.Path(workdir), topology,
+          rounds=_ROUNDS.value, steps=_STEPS.value,
       ))
   peak = peak_flops(jax.devices()[0], experiment.model.compute_dtype)
   if _JSON.value:
@@ -71,15 +81,20 @@ def train() -> None:
     return
   print(f"{machine()}; peak {format(peak / 1e9, '.0f') if peak else 'unknown'} GFLOP/s a device")
   print(f"{'stage':<12} {'length':>7} {'tokens/s':>9} {'MFU':>7} {'step':>8} {'compiled':>9} "
-        f"{'outside':>8}")
+        f"{'outside':>8} {'estimated':>10} {'ratio':>6}")
   for speed in speeds:
     mfu = f"{speed.mfu:.1%}" if speed.mfu else "-"
+    estimated = ratio = "-"
+    if speed.estimate_ratio:
+      estimated = f"{speed.estimated_step_seconds:.3f} s"
+      ratio = f"{speed.estimate_ratio:.2f}"
     print(f"{speed.stage:<12} {speed.sequence_length:>7} {speed.tokens_per_second:>9.0f} {mfu:>7} "
           f"{speed.step_seconds:>6.3f} s {speed.compiled_step_seconds:>7.3f} s "
-          f"{speed.outside:>8.1%}")
+          f"{speed.outside:>8.1%} {estimated:>10} {ratio:>6}")
   print("MFU: model FLOPs (lwm/train/flops.py) over the peak (lwm/train/peak.py).\n"
         "Outside: share of the loop's time that the compiled step, run alone on the same batches, "
-        "does not take.")
+        "does not take.\n"
+        "Estimated: the planner's roofline (lwm/plan/roofline.py); ratio: compiled over estimated.")
 
 
 def machine() -> str:
@@ -98,13 +113,26 @@ def attention() -> None:
   """The subcommand `attention`."""
   platform = jax.devices()[0].platform
   print_records({
-      "attention": [
-          record
-          for shape in benchmarks.shapes(platform)
-          for record in benchmarks.measure_attention(shape)
-      ],
-      "decode": benchmarks.measure_decode(platform),
+      "attention": itertools.chain.from_iterable(
+          map(benchmarks.measure_attention, benchmarks.shapes(platform))
+      ),
+      "decode": itertools.chain.from_iterable(
+          map(benchmarks.measure_decode, benchmarks.caches(platform))
+      ),
   })
+
+
+def tune() -> None:
+  """The subcommand `tune`."""
+  for name in _KERNELS.value:
+    if name not in benchmarks.KERNELS:
+      raise UserError(f"--kernels={name}: take some of {', '.join(benchmarks.KERNELS)}.")
+  platform = jax.devices()[0].platform
+  shapes = benchmarks.shapes(platform)[0], *benchmarks.caches(platform)
+  if _HEAD_DIM.value:
+    shapes = [dataclasses.replace(shape, head_dim=_HEAD_DIM.value) for shape in shapes]
+  kernels = _KERNELS.value or benchmarks.KERNELS
+  print_records({"tune": benchmarks.measure_sizes(shapes[:1], shapes[1:], kernels)})
 
 
 def ring() -> None:
@@ -113,9 +141,10 @@ def ring() -> None:
   print_records({"ring": benchmarks.measure_ring()})
 
 
-def print_records(tables: dict[str, list[dict]]) -> None:
-  """As JSON, or a line a record."""
+def print_records(tables: dict[str, Iterable[dict]]) -> None:
+  """As JSON, or a line a record as soon as it is there."""
   if _JSON.value:
+    tables = {name: list(records) for name, records in tables.items()}
     print(json.dumps({"machine": machine(), **tables}))
     return
   print(machine())
@@ -125,10 +154,10 @@ def print_records(tables: dict[str, list[dict]]) -> None:
           f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
           for key, value in record.items() if value is not None
       )
-      print(f"{name}: {', '.join(texts)}")
+      print(f"{name}: {', '.join(texts)}", flush=True)
 
 
-SUBCOMMANDS = {"train": train, "attention": attention, "ring": ring}
+SUBCOMMANDS = {"train": train, "attention": attention, "ring": ring, "tune": tune}
 
 
 def main(argv: list[str]) -> None:

@@ -12,6 +12,8 @@ from absl import flags
 from absl import logging
 from ml_collections import config_flags
 
+from lwm.errors import RESUME_EXIT_CODE
+from lwm.errors import ResumeError
 from lwm.errors import UserError
 from lwm.experiment import ConfigError
 
@@ -31,19 +33,37 @@ def define_config(required: bool = True) -> flags.FlagHolder:
 def run(main) -> None:
   """`absl.app.run`, but a UserError or a wrong flag ends in one sentence and exit status 1.
 
+  A ResumeError does so with exit status RESUME_EXIT_CODE.
+
   Args:
     main: called with the list of arguments that are no flags.
   """
-  # The library's own notes (Orbax: a line per save) are not for the person at the terminal.
+  # The library's own notes (Orbax: a line per save) are not for the person at the terminal; nor are
+  # the stack traces that come with errors that are also raised.
   logging.set_verbosity(logging.WARNING)
+  logging.get_absl_handler().addFilter(_is_told_once)
+  sys.unraisablehook = _unraisablehook
 
   def checked_main(argv: list[str]) -> None:
     try:
       main(argv)
+    except ResumeError as error:
+      print(error, file=sys.stderr)
+      sys.exit(RESUME_EXIT_CODE)
     except UserError as error:
       sys.exit(f"error: {error}")
 
   app.run(checked_main, flags_parser=_parse)
+
+
+def _is_told_once(record) -> bool:
+  return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _unraisablehook(unraisable) -> None:
+  # TensorStore comes here with each write of a checkpoint that outlives the one that failed.
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -21,12 +21,16 @@ from experiments.runtime import use_compilation_cache
 from lwm.parallel import distributed
 from lwm.parallel import xla_flags
 from lwm.train import loop
+from lwm.train.profiling import parse_steps
 from lwm.validate import check_devices
 from lwm.validate import validate
 
 _CONFIG = experiment_flags.define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where checkpoints, metrics and curves go, and are taken up again."
+)
+_PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps", None, "Steps to trace for xprof, as in 10:13: total steps 10, 11 and 12."
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
@@ -41,6 +45,7 @@ def main(argv: list[str]) -> None:
   del argv
   experiment = _CONFIG.value
   validate(experiment)
+  profile_steps = parse_steps(_PROFILE_STEPS.value) if _PROFILE_STEPS.value else range(0)
   xla_flags.apply()
   processes = distributed.joined(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PEER_TIMEOUT.value
@@ -48,7 +53,7 @@ def main(argv: list[str]) -> None:
   with processes:
     check_devices(experiment, jax.device_count())
     use_compilation_cache()
-    loop.train(experiment, pathlib.Path(_WORKDIR.value))
+    loop.train(experiment, pathlib.Path(_WORKDIR.value), profile_steps=profile_steps)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ LAYOUTS = ("contiguous", "zigzag")
 SCHEDULES = ("constant", "cosine")
 WEIGHTINGS = ("token", "example")
 SOFTMAX_RANGES = ("modality", "all")
+MOMENT_DTYPES = ("float32", "bfloat16", "int8")
+BAD_STEP_POLICIES = ("raise", "skip", "rollback")
 
 
 class ConfigError(UserError):
@@ -106,6 +108,10 @@ class OptimizerConfig:
   epsilon: float = 1e-8
   weight_decay: float = 0.1
   clip_norm: float = 1.0
+  # The moments between two updates: float32, bfloat16 or int8 (lwm/train/moments.py), on the device
+  # or in the host's memory.
+  moment_dtype: str = "float32"
+  offload: bool = False
 
 
 @dataclasses.dataclass
@@ -123,6 +129,23 @@ class LossConfig:
 class CheckpointConfig:
   every_steps: int = 100
   keep: int = 2
+
+
+@dataclasses.dataclass
+class FaultConfig:
+  """What to do about a bad step: its loss or gradient norm is not finite, or its loss is a spike.
+
+  Its update is never applied. `raise` ends the run. `skip` passes over its batch and takes the next
+  in its place. `rollback` goes back to the last checkpoint, and passes over all batches from there
+  to the bad one. A stage makes all of its steps whatever is passed over.
+  """
+
+  bad_step: str = "raise"
+  # A spike is a loss above this times the median of the stage's last `spike_window`; 0: none is.
+  spike_factor: float = 0.0
+  spike_window: int = 64
+  # Batches skipped in a row, or times rolled back to one checkpoint, before the run ends.
+  max_in_a_row: int = 3
 
 
 @dataclasses.dataclass
@@ -156,6 +179,7 @@ class Experiment:
   datasets: list[DatasetConfig] = dataclasses.field(default_factory=list)
   stages: list[Stage] = dataclasses.field(default_factory=list)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+  faults: FaultConfig = dataclasses.field(default_factory=FaultConfig)
   evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
 

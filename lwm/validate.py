@@ -24,9 +24,14 @@ def validate(experiment: Experiment) -> None:
   if experiment.loss.text_weight + experiment.loss.vision_weight <= 0:
     raise ConfigError("config.loss: text_weight and vision_weight are both 0; nothing would train.")
   for setting in ("checkpoint.every_steps", "checkpoint.keep", "evaluation.every_steps",
-                  "evaluation.rows", "data.threads", "data.prefetch_batches"):
+                  "evaluation.rows", "data.threads", "data.prefetch_batches",
+                  "faults.spike_window", "faults.max_in_a_row"):
     section, field = setting.split(".")
     _at_least(setting, getattr(getattr(experiment, section), field), 1)
+  _one_of("faults.bad_step", experiment.faults.bad_step, experiment_lib.BAD_STEP_POLICIES)
+  factor = experiment.faults.spike_factor
+  if not (factor == 0 or (factor > 1 and math.isfinite(factor))):
+    raise ConfigError(f"config.faults.spike_factor={factor} must be more than 1, or 0 for none.")
 
   names = [dataset.name for dataset in experiment.datasets]
   _unique("datasets", names)
@@ -52,7 +57,7 @@ def check_devices(experiment: Experiment, num_devices: int) -> None:
           f"{stage.sequence_length} / accumulation_steps {stage.accumulation_steps}) do not divide "
           f"over mesh data x fsdp = {sizes['data']} x {sizes['fsdp']}."
       )
-    _check_sequence(where, stage, sizes["ring"], sizes["ulysses"])
+    _check_sequence(where, stage, sizes)
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -76,6 +81,7 @@ def _check_optimizer(experiment: Experiment) -> None:
   _one_of("optimizer.schedule", optimizer.schedule, experiment_lib.SCHEDULES)
   _positive("optimizer.peak_learning_rate", optimizer.peak_learning_rate)
   _positive("optimizer.clip_norm", optimizer.clip_norm)
+  _one_of("optimizer.moment_dtype", optimizer.moment_dtype, experiment_lib.MOMENT_DTYPES)
   for field in ("beta1", "beta2"):
     if not 0 <= getattr(optimizer, field) < 1:
       raise ConfigError(f"config.optimizer.{field}={getattr(optimizer, field)} is not in [0, 1).")
@@ -110,21 +116,24 @@ def _check_stage(where: str, stage: Stage, datasets: list[str]) -> None:
       raise ConfigError(f"config.{where}.mixture[{index}].weight={entry.weight} is not a weight.")
   if sum(entry.weight for entry in stage.mixture) <= 0:
     raise ConfigError(f"config.{where}.mixture: all weights are 0.")
-  if stage.mesh.ring > 0 and stage.mesh.ulysses > 0:
-    _check_sequence(f"config.{where}", stage, stage.mesh.ring, stage.mesh.ulysses)
+  # A size of -1 is known once the devices are.
+  _check_sequence(
+      f"config.{where}", stage, {axis: max(n, 1) for axis, n in stage.mesh.axis_sizes().items()}
+  )
 
 
-def _check_sequence(where: str, stage: Stage, ring: int, ulysses: int) -> None:
+def _check_sequence(where: str, stage: Stage, sizes: dict[str, int]) -> None:
+  ring, ulysses, tensor = (sizes[axis] for axis in ("ring", "ulysses", "tensor"))
   chunks = 2 * ring if stage.layout == "zigzag" and ring > 1 else ring
   if stage.sequence_length % chunks:
     raise ConfigError(
         f"{where}.sequence_length={stage.sequence_length} does not divide into the {chunks} chunks "
         f"of mesh.ring={ring} with layout={stage.layout!r}."
     )
-  if stage.sequence_length % (ring * ulysses):
+  if stage.sequence_length % (ring * ulysses * tensor):
     raise ConfigError(
         f"{where}.sequence_length={stage.sequence_length} does not divide over mesh ring x ulysses "
-        f"= {ring} x {ulysses}."
+        f"x tensor = {ring} x {ulysses} x {tensor}."
     )
 
 

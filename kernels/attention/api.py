@@ -6,6 +6,7 @@ B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim.
 import jax
 import jax.numpy as jnp
 
+from kernels import backends
 from kernels.attention import reference
 from kernels.attention.backend import Backend
 from kernels.attention.backend import differentiable
@@ -78,15 +79,7 @@ def choose(
   """
   if isinstance(backend, Backend):
     return backend
-  if backend is None:
-    return next(b for b in BACKENDS if b.unsupported(query_BxQxHxD, key_BxKxGxD) is None)
-  named = {candidate.name: candidate for candidate in BACKENDS}
-  if backend not in named:
-    raise ValueError(f"There is no attention backend {backend!r} here: use one of {list(named)}.")
-  reason = named[backend].unsupported(query_BxQxHxD, key_BxKxGxD)
-  if reason is not None:
-    raise ValueError(f"Attention backend {backend!r} cannot run this: {reason}.")
-  return named[backend]
+  return backends.choose("attention", BACKENDS, backend, query_BxQxHxD, key_BxKxGxD)
 
 
 def check(query, key, value, intervals) -> None:

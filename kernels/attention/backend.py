@@ -4,7 +4,9 @@ B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 import functools
+from typing import Any
 from typing import NamedTuple
 from typing import Protocol
 
@@ -69,6 +71,16 @@ class Backend(NamedTuple):
   unsupported: Callable[[jax.Array, jax.Array], str | None]
   forward: Forward
   backward: Backward
+
+  def with_sizes(self, sizes: Mapping[str, Any]) -> "Backend":
+    """The same with these block sizes, by kernel, where a table has others; for measuring them.
+
+    Forward and backward of a backend that has a choice take `sizes` as their last argument.
+    """
+    return self._replace(
+        forward=functools.partial(self.forward, sizes=sizes),
+        backward=functools.partial(self.backward, sizes=sizes),
+    )
 
 
 def delta(

@@ -24,15 +24,27 @@ def merge(partials: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, j
     `out` once, after its last merge.
   """
   log_sum_exp_PxBxQxH = jnp.stack([log_sum_exp for _, log_sum_exp in partials])
+  weight_PxBxQxH, log_sum_exp_BxQxH = weights(log_sum_exp_PxBxQxH)
+  out_BxQxHxD = sum(
+      weight_BxQxH[..., None] * out.astype(jnp.float32)
+      for weight_BxQxH, (out, _) in zip(weight_PxBxQxH, partials)
+  )
+  return out_BxQxHxD, log_sum_exp_BxQxH
+
+
+def weights(log_sum_exp_PxBxQxH: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """What `merge` multiplies each partial `out` by, and the log-sum-exp over all the keys.
+
+  Args:
+    log_sum_exp_PxBxQxH: float32, -inf where a row sees none of a partial's keys.
+
+  Returns:
+    ([P, B, Q, H], [B, Q, H]), both float32; a row without keys has weights 0.
+  """
   maximum_BxQxH = jax.lax.stop_gradient(jnp.max(log_sum_exp_PxBxQxH, axis=0))
   is_empty_BxQxH = maximum_BxQxH == -jnp.inf
   maximum_BxQxH = jnp.where(is_empty_BxQxH, 0.0, maximum_BxQxH)
   weight_PxBxQxH = jnp.exp(log_sum_exp_PxBxQxH - maximum_BxQxH[None])
   sum_BxQxH = jnp.where(is_empty_BxQxH, 1.0, jnp.sum(weight_PxBxQxH, axis=0))
-  weight_PxBxQxH /= sum_BxQxH[None]
-  out_BxQxHxD = sum(
-      weight_BxQxH[..., None] * out.astype(jnp.float32)
-      for weight_BxQxH, (out, _) in zip(weight_PxBxQxH, partials)
-  )
   log_sum_exp_BxQxH = jnp.where(is_empty_BxQxH, -jnp.inf, maximum_BxQxH + jnp.log(sum_BxQxH))
-  return out_BxQxHxD, log_sum_exp_BxQxH
+  return weight_PxBxQxH / sum_BxQxH[None], log_sum_exp_BxQxH

@@ -7,6 +7,7 @@ B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim, N/M
 queries/keys.
 """
 
+from collections.abc import Mapping
 import math
 
 import jax
@@ -20,7 +21,9 @@ from kernels.attention.block_sizes_gpu import MOSAIC_GPU_TILE as TILE
 from kernels.attention.intervals import KeyIntervals
 from kernels.varying import vary_alike
 
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 128, 256)
+# From here on the gradients of key and value do not fit the registers together.
+SEPARATE_GRADS = 256
 
 
 def forward(
@@ -32,12 +35,13 @@ def forward(
     scale: float,
     soft_cap: float | None,
     out_dtype: jnp.dtype,
+    sizes: Mapping[str, tuple[int, int]] = {},
 ):
   """See `kernels.attention.backend.Forward`."""
   from kernels.attention import mosaic_gpu_forward  # Loading Mosaic GPU takes a while.
 
   Q = query_BxQxHxD.shape[1]
-  k, slots = BLOCKS["forward"][query_BxQxHxD.shape[3]]
+  k, slots = sizes.get("forward") or BLOCKS["forward"][query_BxQxHxD.shape[3]]
   query, key, value, start, stop = map(
       _whole_tiles, (query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, *intervals)
   )
@@ -72,8 +76,9 @@ def backward(
     *,
     scale: float,
     soft_cap: float | None,
+    sizes: Mapping[str, tuple[int, int]] = {},
 ):
-  """See `kernels.attention.backend.Backward`; dQ is one kernel, dK and dV are another."""
+  """See `kernels.attention.backend.Backward`; dQ is one kernel, dK and dV one or two more."""
   from kernels.attention import mosaic_gpu_backward  # Loading Mosaic GPU takes a while.
 
   Q, K, D = query_BxQxHxD.shape[1], *key_BxKxGxD.shape[1::2]
@@ -94,16 +99,21 @@ def backward(
   arrays = query, key, value, start, stop, out_cotangent, *statistics
   options = dict(scale=scale, soft_cap=soft_cap)
 
-  k, slots = BLOCKS["query_grad"][D]
+  k, slots = sizes.get("query_grad") or BLOCKS["query_grad"][D]
   tables = block_tables.of_queries(KeyIntervals(start, stop), key.shape[1], TILE, k)
   query_grad_BxQxHxD = mosaic_gpu_backward.query_grad(
       *arrays, tables, k=k, slots=slots, **options
   )
-  q, slots = BLOCKS["key_value_grad"][D]
+  q, slots = sizes.get("key_value_grad") or BLOCKS["key_value_grad"][D]
   tables = block_tables.of_queries(KeyIntervals(start, stop), key.shape[1], q, TILE)
   tables = block_tables.of_keys(tables, key.shape[1] // TILE)
-  key_grad_BxKxGxD, value_grad_BxKxGxD = mosaic_gpu_backward.key_value_grad(
-      *arrays, tables, q=q, slots=slots, **options
+  passes = (("key",), ("value",)) if D >= SEPARATE_GRADS else (("key", "value"),)
+  key_grad_BxKxGxD, value_grad_BxKxGxD = (
+      grad
+      for wanted in passes
+      for grad in mosaic_gpu_backward.key_value_grads(
+          *arrays, tables, wanted=wanted, q=q, slots=slots, **options
+      )
   )
   return _varying(
       arrays, (query_grad_BxQxHxD[:, :Q], key_grad_BxKxGxD[:, :K], value_grad_BxKxGxD[:, :K])
@@ -117,7 +127,7 @@ def unsupported(query_BxQxHxD, key_BxKxGxD) -> str | None:
   if query_BxQxHxD.dtype.itemsize != 2:
     return f"it takes bfloat16 and float16, not {query_BxQxHxD.dtype}; 'triton' takes float32"
   if query_BxQxHxD.shape[-1] not in HEAD_DIMS:
-    return f"it takes head_dim {HEAD_DIMS}, not {query_BxQxHxD.shape[-1]}; 'triton' also takes 256"
+    return f"it takes head_dim {HEAD_DIMS}, not {query_BxQxHxD.shape[-1]}; 'xla' takes any"
   return None
 
 

@@ -129,10 +129,10 @@ def query_grad(
       kernel,
       jax.ShapeDtypeStruct(query_BxQxHxD.shape, jnp.float32),
       (
-          tiled_memory((COMPUTE_WARPGROUPS, q, D), dtype),
-          tiled_memory((COMPUTE_WARPGROUPS, q, D), dtype),
-          tiled_memory((slots, k, D), dtype),
-          tiled_memory((slots, k, D), dtype),
+          tiled_memory((COMPUTE_WARPGROUPS, q, D), dtype, k),
+          tiled_memory((COMPUTE_WARPGROUPS, q, D), dtype, k),
+          tiled_memory((slots, k, D), dtype, k),
+          tiled_memory((slots, k, D), dtype, k),
           plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
           plgpu.Barrier(num_arrivals=2, num_barriers=slots),
           plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=slots),
@@ -151,7 +151,7 @@ def query_grad(
   )
 
 
-def key_value_grad(
+def key_value_grads(
     query_BxQxHxD,
     key_BxKxGxD,
     value_BxKxGxD,
@@ -162,12 +162,16 @@ def key_value_grad(
     delta_BxHxQ,
     tables_Bx4xM,
     *,
+    wanted: tuple[str, ...],
     q: int,
     slots: int,
     scale: float,
     soft_cap: float | None,
 ):
-  """Returns the cotangents of key and value in float32; query blocks have `q` queries."""
+  """Returns the cotangents of those `wanted` of "key" and "value", float32.
+
+  Query blocks have `q` queries. At head_dim 256 the registers hold one of the two: two passes.
+  """
   B, K, G, D = key_BxKxGxD.shape
   R = query_BxQxHxD.shape[2] // G
   dtype = query_BxQxHxD.dtype
@@ -183,10 +187,10 @@ def key_value_grad(
       log_sum_exp,
       delta,
       tables,
-      key_grad,
-      value_grad,
-      *scratch,
+      *outputs_and_scratch,
   ):
+    outputs = dict(zip(wanted, outputs_and_scratch))
+    scratch = outputs_and_scratch[len(wanted) :]
     own_key, own_value, queries, cotangents, *vectors, ready, filled, consumed = scratch
     batch, kv_head = lax.axis_index("batch"), lax.axis_index("head")
     tile = lax.axis_index("tile")
@@ -209,9 +213,10 @@ def key_value_grad(
         query_qxD, cotangent_qxD = queries.at[slot], cotangents.at[slot]
         plgpu.barrier_wait(filled.at[slot])
         # Keys come first, so that weights and score gradients are left operands as they are.
-        products_kxq, weights_grad_kxq = products(
-            (key_kxD, query_qxD.transpose((1, 0))), (value_kxD, cotangent_qxD.transpose((1, 0)))
-        )
+        pairs = [(key_kxD, query_qxD.transpose((1, 0)))]
+        if "key" in wanted:
+          pairs.append((value_kxD, cotangent_qxD.transpose((1, 0))))
+        products_kxq, *weights_grad_kxq = products(*pairs)
         start_q, stop_q, log_sum_exp_q, delta_q = (
             plgpu.load(vector.at[slot], layout=COLUMNS) for vector in vectors
         )
@@ -220,22 +225,24 @@ def key_value_grad(
         if not is_full:
           is_seen_kxq = seen(start_q, stop_q, first_key, (k, q), key_axis=0)
           weights_kxq = jnp.where(is_seen_kxq, weights_kxq, 0.0)
-        scores_grad_kxq = weights_grad_kxq - along_columns(delta_q, (k, q))
-        scores_grad_kxq *= weights_kxq * slope_kxq
-        grads = accumulate(
-            (grads[0], scores_grad_kxq.astype(dtype), query_qxD),
-            (grads[1], weights_kxq.astype(dtype), cotangent_qxD),
-        )
+        terms = []
+        if "key" in wanted:
+          scores_grad_kxq = weights_grad_kxq[0] - along_columns(delta_q, (k, q))
+          scores_grad_kxq *= weights_kxq * slope_kxq
+          terms.append((scores_grad_kxq.astype(dtype), query_qxD))
+        if "value" in wanted:
+          terms.append((weights_kxq.astype(dtype), cotangent_qxD))
+        grads = accumulate(*((total, *term) for total, term in zip(grads, terms)))
         plgpu.commit_smem()  # The vectors were read by threads; TMA is to write over them.
         plgpu.barrier_arrive(consumed.at[slot])
         return grads
 
-      grads = 2 * [plgpu.layout_cast(jnp.zeros((k, D), jnp.float32), MATRIX)]
+      grads = len(wanted) * [plgpu.layout_cast(jnp.zeros((k, D), jnp.float32), MATRIX)]
       crossed, full = (functools.partial(step, is_full=is_full) for is_full in (False, True))
       grads = lax.fori_loop(0, steps.num_crossed, crossed, grads)
       grads = lax.fori_loop(steps.num_crossed, steps.num, full, grads)
-      key_grad[rows] = grads[0] * scale
-      value_grad[rows] = grads[1]
+      for name, grad in zip(wanted, grads):
+        outputs[name][rows] = grad * scale if name == "key" else grad
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _stream():
@@ -264,12 +271,12 @@ def key_value_grad(
   grad_type = jax.ShapeDtypeStruct(key_BxKxGxD.shape, jnp.float32)
   return launch(
       kernel,
-      (grad_type, grad_type),
+      (grad_type,) * len(wanted),
       (
-          tiled_memory((COMPUTE_WARPGROUPS, k, D), dtype),
-          tiled_memory((COMPUTE_WARPGROUPS, k, D), dtype),
-          tiled_memory((slots, q, D), dtype),
-          tiled_memory((slots, q, D), dtype),
+          tiled_memory((COMPUTE_WARPGROUPS, k, D), dtype, q),
+          tiled_memory((COMPUTE_WARPGROUPS, k, D), dtype, q),
+          tiled_memory((slots, q, D), dtype, q),
+          tiled_memory((slots, q, D), dtype, q),
           plgpu.SMEM((slots, q), jnp.int32),
           plgpu.SMEM((slots, q), jnp.int32),
           plgpu.SMEM((slots, q), jnp.float32),

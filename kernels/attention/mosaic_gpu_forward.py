@@ -146,9 +146,9 @@ def forward(
           jax.ShapeDtypeStruct((B, H, Q), jnp.float32),
       ),
       (
-          tiled_memory((COMPUTE_WARPGROUPS, q, D), dtype),
-          tiled_memory((slots, k, D), dtype),
-          tiled_memory((slots, k, D), dtype),
+          tiled_memory((COMPUTE_WARPGROUPS, q, D), dtype, k),
+          tiled_memory((slots, k, D), dtype, k),
+          tiled_memory((slots, k, D), dtype, k),
           plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
           2 * (plgpu.Barrier(num_barriers=slots),),
           2 * (plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=slots),),

@@ -60,9 +60,14 @@ def launch(kernel, out_type, scratch, grid):
   )
 
 
-def tiled_memory(shape, dtype):
-  """Shared memory in the order that TMA writes and matrix instructions read."""
-  transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+def tiled_memory(shape, dtype, block: int):
+  """Shared memory in the order that TMA writes and matrix instructions read.
+
+  Rows of a tile have 128 bytes, or less if one product is to sum over fewer than 64 elements: over
+  a `block` of rows, which may be 32 or a multiple of 64.
+  """
+  columns = min(block, 64)
+  transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
   return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 

@@ -6,6 +6,8 @@ that meet it, copying them from HBM as it goes; see `pallas_tpu_stream`.
 B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim.
 """
 
+from collections.abc import Mapping
+
 import jax
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from kernels.attention import pallas_tpu_backward
 from kernels.attention import pallas_tpu_forward
 from kernels.attention import pallas_tpu_tiles as tiles
 from kernels.attention.backend import Backend
+from kernels.attention.block_sizes_tpu import BlockSizes
 from kernels.attention.block_sizes_tpu import block_sizes
 from kernels.attention.block_sizes_tpu import vmem_bytes
 from kernels.attention.intervals import KeyIntervals
@@ -34,9 +37,10 @@ def forward(
     scale: float,
     soft_cap: float | None,
     out_dtype: jnp.dtype,
+    sizes: Mapping[str, BlockSizes] = {},
 ):
   """See `kernels.attention.backend.Forward`."""
-  tiling = choose_tiling("forward", query_BxQxHxD, key_BxKxGxD)
+  tiling = choose_tiling("forward", query_BxQxHxD, key_BxKxGxD, sizes)
   intervals_BxNx2xR = tiles.interval_tiles(intervals, tiling)
   out_TxNxDxR, log_sum_exp_TxNx1xR = pallas_tpu_forward.forward(
       *vary_alike(
@@ -50,7 +54,7 @@ def forward(
       scale=scale,
       soft_cap=soft_cap,
       out_dtype=out_dtype,
-      vmem_limit=vmem_bytes(_device().device_kind),
+      vmem_limit=vmem_bytes(device().device_kind),
   )
   return (
       tiles.from_query_tiles(out_TxNxDxR, tiling),
@@ -69,6 +73,7 @@ def backward(
     *,
     scale: float,
     soft_cap: float | None,
+    sizes: Mapping[str, BlockSizes] = {},
 ):
   """See `kernels.attention.backend.Backward`; dQ is one kernel, dK and dV are another."""
   is_empty_BxQxH = log_sum_exp_BxQxH == -jnp.inf
@@ -76,7 +81,7 @@ def backward(
   out_cotangent_BxQxHxD = out_cotangent_BxQxHxD.astype(query_BxQxHxD.dtype)
 
   def run(kernel, name):
-    tiling = choose_tiling(name, query_BxQxHxD, key_BxKxGxD)
+    tiling = choose_tiling(name, query_BxQxHxD, key_BxKxGxD, sizes)
     intervals_BxNx2xR = tiles.interval_tiles(intervals, tiling)
     arrays = vary_alike(
         tiles.query_tiles(query_BxQxHxD, tiling),
@@ -87,7 +92,7 @@ def backward(
         intervals_BxNx2xR,
         tiles.key_spans(intervals_BxNx2xR, tiling),
     )
-    vmem_limit = vmem_bytes(_device().device_kind)
+    vmem_limit = vmem_bytes(device().device_kind)
     grads = kernel(*arrays, tiling, scale=scale, soft_cap=soft_cap, vmem_limit=vmem_limit)
     return grads, tiling
 
@@ -97,15 +102,21 @@ def backward(
   return query_grad_BxQxHxD, *(tiles.from_key_blocks(grad, tiling) for grad in key_grads_TxMxkxD)
 
 
-def choose_tiling(kernel: str, query_BxQxHxD: jax.Array, key_BxKxGxD: jax.Array) -> Tiling:
-  """Equal tiles of at most the table's sizes; as many heads to a tile as fit its rows."""
+def choose_tiling(
+    kernel: str,
+    query_BxQxHxD: jax.Array,
+    key_BxKxGxD: jax.Array,
+    sizes: Mapping[str, BlockSizes] = {},
+) -> Tiling:
+  """Equal tiles of at most those sizes, or the table's; as many heads to a tile as fit its rows."""
   B, Q, H, D = query_BxQxHxD.shape
   K, G = key_BxKxGxD.shape[1:3]
-  sizes = block_sizes(kernel, _device().device_kind, D, query_BxQxHxD.dtype)
+  kind, dtype = device().device_kind, query_BxQxHxD.dtype
+  sizes = sizes.get(kernel) or block_sizes(kernel, kind, D, dtype)
   group, most_heads = H // G, sizes.rows // LANES
   heads = max(n for n in range(1, group + 1) if group % n == 0 and n <= most_heads)
   queries = min(sizes.rows // heads // LANES * LANES, sizes.queries)
-  cores = _num_cores() if B * H // heads % 2 else 1
+  cores = num_cores() if B * H // heads % 2 else 1
   return Tiling(Q, K, H, G, heads, _even(Q, queries), _even(K, sizes.keys), cores)
 
 
@@ -128,11 +139,11 @@ def _even(length: int, most: int) -> int:
   return round_up(-(-length // -(-length // most)), LANES)
 
 
-def _device():
+def device():
   """What the program will run on: the mesh's devices (also ahead of time), else the default."""
   return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
   """TensorCores that share a device's kernels: two on v4 and v5p. Other platforms do not say."""
-  return getattr(_device(), "num_cores", None) or 1
+  return getattr(device(), "num_cores", None) or 1

@@ -162,13 +162,8 @@ def _kernel(
       count_ref,
       axis=1,
   )
-  sum_1xR = sum_ref[...]
-  is_empty_1xR = sum_1xR == 0
-  sum_1xR = jnp.where(is_empty_1xR, 1.0, sum_1xR)
-  out_ref[0, 0] = (sum_out_ref[...] * (1.0 / sum_1xR)).astype(out_ref.dtype)
-  log_sum_exp_ref[0, 0] = jnp.where(
-      is_empty_1xR, -jnp.inf, maximum_ref[...] / LOG2_E + jnp.log(sum_1xR)
-  )
+  out_DxR, log_sum_exp_ref[0, 0] = normalised(sum_out_ref[...], maximum_ref[...], sum_ref[...])
+  out_ref[0, 0] = out_DxR.astype(out_ref.dtype)
 
 
 class TileSpecs:
@@ -224,11 +219,23 @@ def by_mask(is_full, index, slot, compute) -> None:
 
 def scores(key_kxD, query_RxD, scale: float, soft_cap: float | None):
   """Scores [k, R] in units of log 2, and tanh of the soft cap (or None)."""
-  scores_kxR = dot(key_kxD, query_RxD, (1, 1))
+  return base_2(dot(key_kxD, query_RxD, (1, 1)), scale, soft_cap)
+
+
+def base_2(products, scale, soft_cap: float | None):
+  """Scores in units of log 2, and tanh of the soft cap (or None); `scale` may be an array."""
   if soft_cap is None:
-    return scores_kxR * (scale * LOG2_E), None
-  tanh_kxR = jnp.tanh(scores_kxR * (scale / soft_cap))
-  return tanh_kxR * (soft_cap * LOG2_E), tanh_kxR
+    return products * (scale * LOG2_E), None
+  tanh = jnp.tanh(products * (scale / soft_cap))
+  return tanh * (soft_cap * LOG2_E), tanh
+
+
+def normalised(sum_out, maximum, weight_sum):
+  """out and log_sum_exp, from sums of exp2(score - maximum) with values and alone."""
+  is_empty = weight_sum == 0
+  weight_sum = jnp.where(is_empty, 1.0, weight_sum)
+  log_sum_exp = jnp.where(is_empty, -jnp.inf, maximum / LOG2_E + jnp.log(weight_sum))
+  return sum_out * (1.0 / weight_sum), log_sum_exp
 
 
 def mask(intervals_2xR, index, shape: tuple[int, int]):

@@ -5,6 +5,7 @@ float32 inputs multiply as three TensorFloat-32 products ("tf32x3"), whose error
 B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim, N/M query/key blocks.
 """
 
+from collections.abc import Mapping
 import importlib.util
 import math
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 from kernels.attention import block_tables
 from kernels.attention.backend import Backend
+from kernels.attention.block_sizes_gpu import Blocks
 from kernels.attention.block_sizes_gpu import triton_blocks
 from kernels.attention.intervals import KeyIntervals
 from kernels.varying import vary_alike
@@ -30,12 +32,13 @@ def forward(
     scale: float,
     soft_cap: float | None,
     out_dtype: jnp.dtype,
+    sizes: Mapping[str, Blocks] = {},
 ):
   """See `kernels.attention.backend.Forward`."""
   from kernels.attention import triton_forward  # Triton is there on GPU installs only.
 
   B, Q, H, _ = query_BxQxHxD.shape
-  blocks = _blocks("forward", query_BxQxHxD)
+  blocks = _blocks("forward", query_BxQxHxD, sizes)
   out_BxQxHxD, log_sum_exp_BxHxQ = _call(
       triton_forward.forward,
       (query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, *intervals),
@@ -63,6 +66,7 @@ def backward(
     *,
     scale: float,
     soft_cap: float | None,
+    sizes: Mapping[str, Blocks] = {},
 ):
   """See `kernels.attention.backend.Backward`; dQ is one kernel, dK and dV are another."""
   from kernels.attention import triton_backward  # Triton is there on GPU installs only.
@@ -82,7 +86,7 @@ def backward(
   )
   key_grad_type = jax.ShapeDtypeStruct(key_BxKxGxD.shape, jnp.float32)
 
-  blocks = _blocks("query_grad", query_BxQxHxD)
+  blocks = _blocks("query_grad", query_BxQxHxD, sizes)
   (query_grad_BxQxHxD,) = _call(
       triton_backward.query_grad,
       arrays,
@@ -93,7 +97,7 @@ def backward(
       scale=scale,
       soft_cap=soft_cap,
   )
-  blocks = _blocks("key_value_grad", query_BxQxHxD)
+  blocks = _blocks("key_value_grad", query_BxQxHxD, sizes)
   num_key_blocks = -(-K // blocks.key)
   tables_Bx4xN = block_tables.of_queries(intervals, K, blocks.query, blocks.key)
   tables_Bx4xM = block_tables.of_keys(tables_Bx4xN, num_key_blocks)
@@ -126,7 +130,9 @@ def unsupported(query_BxQxHxD, key_BxKxGxD) -> str | None:
 TRITON = Backend("triton", unsupported, forward, backward)
 
 
-def _blocks(kernel: str, query_BxQxHxD):
+def _blocks(kernel: str, query_BxQxHxD, sizes: Mapping[str, Blocks]) -> Blocks:
+  if kernel in sizes:
+    return sizes[kernel]
   capability = pallas_triton.get_gpu_info().compute_capability
   return triton_blocks(kernel, capability, query_BxQxHxD.shape[-1], query_BxQxHxD.dtype)
 

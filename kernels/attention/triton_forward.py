@@ -14,13 +14,12 @@ import triton
 import triton.language as tl
 
 from kernels.attention.triton_parts import LN_2
+from kernels.attention.triton_parts import LOWEST
 from kernels.attention.triton_parts import base_2_scores
 from kernels.attention.triton_parts import block_at
 from kernels.attention.triton_parts import load_rows
 from kernels.attention.triton_parts import meeting_blocks
-
-# Below every score, and finite: the difference of two -inf is no number.
-LOWEST = tl.constexpr(-3.0e38)
+from kernels.attention.triton_parts import online_softmax
 
 
 @triton.jit
@@ -78,11 +77,7 @@ def forward(
       if not IS_FULL:
         is_seen_qxk = (index_k[None, :] >= start_q[:, None]) & (index_k[None, :] < stop_q[:, None])
         scores_qxk = tl.where(is_seen_qxk, scores_qxk, float("-inf"))
-      new_maximum_q = tl.maximum(maximum_q, tl.max(scores_qxk, 1))
-      weights_qxk = tl.exp2(scores_qxk - new_maximum_q[:, None])
-      decay_q = tl.exp2(maximum_q - new_maximum_q)
-      maximum_q = new_maximum_q
-      sum_q = sum_q * decay_q + tl.sum(weights_qxk, 1)
+      weights_qxk, decay_q, maximum_q, sum_q = online_softmax(scores_qxk, maximum_q, sum_q)
       value_kxD = load_rows(value_BxKxGxD + block_offset + offsets_kxD, index_k < num_keys, IS_FULL)
       out_qxD = tl.dot(
           weights_qxk.to(value_kxD.dtype),

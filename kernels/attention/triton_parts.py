@@ -10,6 +10,8 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# Below every score, and finite: the difference of two -inf is no number.
+LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
@@ -56,3 +58,17 @@ def base_2_scores(products, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
     # tanh(x) = 1 - 2 / (1 + e^2x) is right at both ends, where e^2x is infinite or 0.
     tanh = 1.0 - 2.0 / (1.0 + tl.exp2(products * (2.0 * LOG2_E * SCALE / SOFT_CAP)))
     return tanh * (SOFT_CAP * LOG2_E), 1.0 - tanh * tanh
+
+
+@triton.jit
+def online_softmax(scores_qxk, maximum_q, sum_q):
+  """Takes one more block of scores, in units of log2.
+
+  Returns:
+    (weights_qxk, decay_q, maximum_q, sum_q): weights relative to the new maximum, what earlier
+    results are to be multiplied by, and the new maximum and sum of weights.
+  """
+  new_maximum_q = tl.maximum(maximum_q, tl.max(scores_qxk, 1))
+  weights_qxk = tl.exp2(scores_qxk - new_maximum_q[:, None])
+  decay_q = tl.exp2(maximum_q - new_maximum_q)
+  return weights_qxk, decay_q, new_maximum_q, sum_q * decay_q + tl.sum(weights_qxk, 1)

@@ -9,6 +9,8 @@ B batch, Q/K query/key length, H query heads, G key/value heads, R = H / G, D he
 N query blocks, q/k queries/keys in a block, T = B * N tiles.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
@@ -28,12 +30,14 @@ def forward(
     scale: float,
     soft_cap: float | None,
     out_dtype: jnp.dtype,
+    sizes: Mapping[str, tuple[int, int]] = {},
 ):
   """See `kernels.attention.backend.Forward`."""
   B, Q, H, D = query_BxQxHxD.shape
   G = key_BxKxGxD.shape[2]
   dtype = query_BxQxHxD.dtype
-  q, k = _block(Q, QUERY_BLOCK), _block(key_BxKxGxD.shape[1], KEY_BLOCK)
+  q, k = sizes.get("forward", (QUERY_BLOCK, KEY_BLOCK))
+  q, k = _block(Q, q), _block(key_BxKxGxD.shape[1], k)
   # Many query blocks read a key block, so that it is transposed once. One block, as in decoding,
   # reads what it needs once: a transpose of the whole cache would cost more than the attention.
   key_rows, value_rows, load = (_pad(key_BxKxGxD, k), _pad(value_BxKxGxD, k), _load_transposed)
@@ -94,6 +98,7 @@ def backward(
     *,
     scale: float,
     soft_cap: float | None,
+    sizes: Mapping[str, tuple[int, int]] = {},
 ):
   """See `kernels.attention.backend.Backward`.
 
@@ -103,7 +108,8 @@ def backward(
   B, Q, H, D = query_BxQxHxD.shape
   K, G = key_BxKxGxD.shape[1:3]
   dtype = query_BxQxHxD.dtype
-  q, k = _block(Q, QUERY_BLOCK), _block(K, KEY_BLOCK)
+  q, k = sizes.get("backward", (QUERY_BLOCK, KEY_BLOCK))
+  q, k = _block(Q, q), _block(K, k)
   key_BxGxKxD = jnp.swapaxes(_pad(key_BxKxGxD, k), 1, 2)
   value_BxGxKxD = jnp.swapaxes(_pad(value_BxKxGxD, k), 1, 2)
   key_BxGxDxK = jnp.swapaxes(key_BxGxKxD, 2, 3)

@@ -17,6 +17,7 @@ from kernels.attention import KeyIntervals
 from kernels.attention import attention
 from kernels.attention import packed
 from kernels.attention.api import BACKENDS
+from kernels.benchmarks.timing import failure
 from kernels.benchmarks.timing import seconds
 
 # (query, key, value [B, S, H or G, D]) -> out.
@@ -88,7 +89,7 @@ def measure_attention(shape: Shape) -> list[dict]:
       record |= _speed("backward", taken, 2.5 * flops)
     except Exception as error:  # pylint: disable=broad-exception-caught
       # A peer may raise anything, out of memory included: the others are measured all the same.
-      record["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
+      record["error"] = failure(error)
   return records
 
 

@@ -3,33 +3,73 @@
 K cached positions, H query heads, G key/value heads, D head_dim.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from kernels.attention import KeyIntervals
+from kernels.benchmarks.timing import failure
 from kernels.benchmarks.timing import seconds
-from kernels.decode import decode_attention
+from kernels.decode import api
 from kernels.decode import quantize
 
 
-def measure_decode(platform: str) -> list[dict]:
-  """A record a kind of cache: milliseconds, GB/s of cache read, and its share of a copy's."""
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """One full cache of keys and of values, of the query's `dtype` or int8; one query token."""
+
+  positions: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  dtype: str
+  is_int8: bool = False
+
+  def arrays(self) -> tuple:
+    """query, caches of keys and values, intervals."""
+    query = jnp.ones((1, 1, self.num_heads, self.head_dim), self.dtype)
+    shape = (1, 1, self.positions, self.num_kv_heads, self.head_dim)
+    key = jax.random.normal(jax.random.key(0), shape, self.dtype)
+    key = jax.jit(quantize)(key) if self.is_int8 else key
+    start = jnp.zeros((1, 1), jnp.int32)
+    return query, key, jax.tree.map(jnp.copy, key), KeyIntervals(start, start + self.positions)
+
+
+def caches(platform: str) -> tuple[Cache, ...]:
+  """What is measured: a million positions, in floats and in int8."""
   length, dtype = (16384, "float32") if platform == "cpu" else (1 << 20, "bfloat16")
-  H, G, D = 32, 8, 128
-  query = jnp.ones((1, 1, H, D), dtype)
-  key = jax.random.normal(jax.random.key(0), (1, 1, length, G, D), dtype)
-  start = jnp.zeros((1, 1), jnp.int32)
-  intervals = KeyIntervals(start, start + length)
-  # A copy reads and writes.
-  copy_rate = 2 * key.nbytes / seconds(jnp.copy, key)
+  cache = Cache(length, 32, 8, 128, dtype)
+  return cache, dataclasses.replace(cache, is_int8=True)
+
+
+def measure_decode(cache: Cache) -> list[dict]:
+  """A record a backend: milliseconds, GB/s of cache read, and its share of a copy's.
+
+  The best of this machine first; the copy, which reads and writes, is of the keys in floats. A
+  backend that stands here but fails has `error` instead.
+  """
+  query, key, value, intervals = cache.arrays()
+  num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((key, value)))
+  shape = jax.tree.leaves(key)[0].shape
+  source = jnp.ones(shape, cache.dtype)
+  copy_rate = 2 * source.nbytes / seconds(jnp.copy, source)
   records = []
-  for name, cache in ((dtype, key), ("int8", jax.jit(quantize)(key))):
-    num_bytes = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-    value = jax.tree.map(jnp.copy, cache)
-    taken = seconds(lambda *args: decode_attention(*args)[0], query, cache, value, intervals)
-    records.append({
-        "cache": name, "positions": length, "num_heads": H, "num_kv_heads": G, "head_dim": D,
+  for backend in api.BACKENDS:
+    if backend.unsupported(query, key) is not None:
+      continue
+    record = {"backend": backend.name, **dataclasses.asdict(cache)}
+    records.append(record)
+    try:
+      taken = seconds(
+          lambda *args, b=backend: api.decode_attention(*args, backend=b)[0],
+          query, key, value, intervals,
+      )
+    except Exception as error:  # pylint: disable=broad-exception-caught
+      record["error"] = failure(error)
+      continue
+    record |= {
         "ms": taken * 1e3, "gigabytes_per_second": num_bytes / taken / 1e9,
         "share_of_copy": num_bytes / taken / copy_rate,
-    })
+    }
   return records

@@ -1,4 +1,4 @@
-"""How long a compiled function takes."""
+"""How long a compiled function takes, or how it fails."""
 
 import time
 
@@ -6,6 +6,11 @@ import jax
 
 ROUNDS = 3
 SECONDS_A_ROUND = 0.2
+
+
+def failure(error: Exception) -> str:
+  """What went wrong, on one line."""
+  return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:150]}"
 
 
 def seconds(function, *arguments) -> float:

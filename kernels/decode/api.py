@@ -4,41 +4,27 @@ L layers, B batch, Q query length, K cached positions on this device, H query he
 heads, D head_dim.
 """
 
-from typing import Protocol
-
 import jax
 import jax.numpy as jnp
 
+from kernels import backends
 from kernels.attention import attention
 from kernels.attention.intervals import KeyIntervals
 from kernels.attention.intervals import within
 from kernels.decode import cache as cache_lib
-from kernels.decode import xla
+from kernels.decode.backend import Backend
 from kernels.decode.cache import Cached
+from kernels.decode.pallas_tpu import PALLAS_TPU
+from kernels.decode.triton import TRITON
+from kernels.decode.xla import XLA
 from kernels.varying import vary_alike
 
 # Query tokens; with more, as in reading a prompt, `attention` over one layer of the cache is best.
 FEW = 8
 
 
-class Partial(Protocol):
-  """Attention to the cached positions of one device. What a backend is."""
-
-  def __call__(
-      self,
-      query_BxQxHxD: jax.Array,
-      key_LxBxKxGxD: Cached,
-      value_LxBxKxGxD: Cached,
-      layer: jax.Array,
-      intervals: KeyIntervals,
-      *,
-      scale: float,
-      soft_cap: float | None,
-  ) -> tuple[jax.Array, jax.Array]:
-    """Returns out [B, Q, H, D] and log_sum_exp [B, Q, H] (-inf in empty rows), both float32."""
-
-
-BACKENDS: dict[str, Partial] = {"xla": xla.partial}
+# The best first. XLA takes everything.
+BACKENDS = (PALLAS_TPU, TRITON, XLA)
 
 
 def decode_attention(
@@ -51,7 +37,7 @@ def decode_attention(
     axis_names: tuple[str, ...] = (),
     scale: float | None = None,
     soft_cap: float | None = None,
-    backend: str = "xla",
+    backend: str | Backend | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """`kernels.attention.attention` to one layer of a cache, without a copy of that layer.
 
@@ -70,17 +56,19 @@ def decode_attention(
     axis_names: mesh axes that the cache's positions are sharded over, in equal, contiguous parts.
     scale: as in `attention`.
     soft_cap: as in `attention`.
-    backend: "xla" is all there is yet.
+    backend: "pallas_tpu" (TPUs), "triton" (NVIDIA GPUs), "xla" (runs everywhere), a Backend of your
+      own, or None for the best here. More than a few query tokens take the best `attention`
+      instead.
 
   Returns:
     (out [B, Q, H, D] in the query's dtype, log_sum_exp [B, Q, H] float32), the same on all devices
     of `axis_names`. A row with an empty interval has out 0 and log_sum_exp -inf.
 
   Raises:
-    ValueError: there is no such backend.
+    ValueError: no backend has this name, or it does not support the arguments.
   """
-  if backend not in BACKENDS:
-    raise ValueError(f"There is no decode backend {backend!r}: use one of {list(BACKENDS)}.")
+  if not isinstance(backend, Backend):
+    backend = backends.choose("decode", BACKENDS, backend, query_BxQxHxD, key_LxBxKxGxD)
   K, D = jax.tree.leaves(key_LxBxKxGxD)[0].shape[2], query_BxQxHxD.shape[3]
   scale = D**-0.5 if scale is None else scale
   offset = cache_lib.first_position(K, axis_names)
@@ -89,7 +77,7 @@ def decode_attention(
   query, key, value, layer, intervals = structure.unflatten(vary_alike(*leaves))
   intervals = within(intervals, offset, K)
   if query.shape[1] <= FEW:
-    out, log_sum_exp = BACKENDS[backend](
+    out, log_sum_exp = backend.partial(
         query, key, value, layer, intervals, scale=scale, soft_cap=soft_cap
     )
   else:

@@ -22,8 +22,16 @@ class Quantized(NamedTuple):
   scale: jax.Array
 
 
+# Kernels take caches of which each device holds a whole number of such stretches.
+STRETCH = 128
+
 # One of [L, B, K, G, D], as floats or int8.
 Cached = jax.Array | Quantized
+
+
+def whole_length(length: int, num_devices: int = 1) -> int:
+  """Positions to allocate, so that any decode kernel can run: at least `length`."""
+  return -(-length // (STRETCH * num_devices)) * STRETCH * num_devices
 
 
 def quantize(array: jax.Array) -> Quantized:

@@ -4,10 +4,14 @@ Blockwise Parallel Transformer (arXiv 2305.19370), section 3. Shapes: B batch, S
 part), M model width, F feed-forward width (the local part), N chunks, C tokens of a chunk.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from kernels.feed_forward import reference
+from kernels.neighbours import gather_tokens
+from kernels.neighbours import scatter_tokens
 from kernels.varying import vary_alike
 
 
@@ -19,6 +23,7 @@ def feed_forward(
     *,
     chunk: int,
     axis_name: str | None = None,
+    has_part_of_tokens: bool = False,
 ) -> jax.Array:
   """silu(x gate) * (x up), projected down, at most `chunk` tokens of each row at a time.
 
@@ -29,6 +34,9 @@ def feed_forward(
   local tokens, and the weights' gradients are summed over the axes of the tokens once and not in
   every chunk: x with spec (batch axes, sequence axes, None), `gate_MxF` and `up_MxF` (None,
   "tensor"), `down_FxM` ("tensor", None), result like x; `axis_name="tensor"` adds its parts up.
+  With `has_part_of_tokens` the sequence of x and of the result is sharded over that axis as well
+  (Megatron's sequence parallelism, arXiv 2205.05198): a chunk is gathered before its products and
+  their sums are scattered after, so that no device ever holds the tokens of its neighbours.
 
   Args:
     x_BxSxM: float. Products run in its dtype.
@@ -37,31 +45,71 @@ def feed_forward(
     down_FxM: float.
     chunk: tokens.
     axis_name: mesh axis that F is sharded over.
+    has_part_of_tokens: x holds this device's equal part of the tokens along `axis_name`.
 
   Returns:
     [B, S, M] in x's dtype.
   """
   x_BxSxM, *weights = vary_alike(x_BxSxM, gate_MxF, up_MxF, down_FxM)
-  if x_BxSxM.shape[1] <= chunk:
-    out_BxSxM = reference.feed_forward(x_BxSxM, *weights)
-  else:
-    out_BxSxM = _by_chunks(x_BxSxM, weights, chunk)
-  return out_BxSxM if axis_name is None else jax.lax.psum(out_BxSxM, axis_name)
-
-
-def _by_chunks(x_BxSxM: jax.Array, weights: list[jax.Array], chunk: int) -> jax.Array:
-  batch, length, width = x_BxSxM.shape
+  token_axis = axis_name if has_part_of_tokens else None
+  length = x_BxSxM.shape[1] * (jax.lax.axis_size(token_axis) if token_axis else 1)
   num_chunks = -(-length // chunk)
-  even_chunk = -(-length // num_chunks)
-  padding = num_chunks * even_chunk - length
-  padded_BxSxM = jnp.pad(x_BxSxM, ((0, 0), (0, padding), (0, 0)))
-  x_NxBxCxM = padded_BxSxM.reshape(batch, num_chunks, even_chunk, width).swapaxes(0, 1)
-  # The loop's transpose adds gradients up in the dtype of what it reads.
-  weights = [weight.astype(jnp.float32) for weight in weights]
+  if num_chunks == 1:
+    out_BxSxM = _whole(token_axis, x_BxSxM, *weights)
+  else:
+    out_BxSxM = _by_chunks(num_chunks, token_axis, x_BxSxM, *weights)
+  if axis_name is None or has_part_of_tokens:
+    return out_BxSxM
+  return jax.lax.psum(out_BxSxM, axis_name)
 
-  @jax.checkpoint
-  def one_chunk(x_BxCxM):
-    return reference.feed_forward(x_BxCxM, *weights)
 
-  out_NxBxCxM = jax.lax.map(one_chunk, x_NxBxCxM)
-  return out_NxBxCxM.swapaxes(0, 1).reshape(batch, -1, width)[:, :length]
+def _whole(token_axis: str | None, x_BxSxM, *weights):
+  """The feed-forward of these tokens and those of the neighbours along `token_axis`."""
+  if token_axis is None:
+    return reference.feed_forward(x_BxSxM, *weights)
+  x_BxSxM = gather_tokens(x_BxSxM, token_axis)
+  return scatter_tokens(reference.feed_forward(x_BxSxM, *weights), token_axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_chunks(num_chunks: int, token_axis: str | None, x_BxSxM, *weights):
+  out_NxBxCxM = jax.lax.map(
+      lambda x_BxCxM: _whole(token_axis, x_BxCxM, *weights), _split(x_BxSxM, num_chunks)
+  )
+  return _join(out_NxBxCxM, x_BxSxM.shape[1])
+
+
+def _forward(num_chunks, token_axis, x_BxSxM, *weights):
+  return _by_chunks.fun(num_chunks, token_axis, x_BxSxM, *weights), (x_BxSxM, *weights)
+
+
+def _backward(num_chunks, token_axis, residuals, out_gradient_BxSxM):
+  x_BxSxM, *weights = residuals
+
+  def add_chunk(totals, chunk):
+    x_BxCxM, out_gradient_BxCxM = chunk
+    _, transpose = jax.vjp(functools.partial(_whole, token_axis), x_BxCxM, *weights)
+    x_gradient_BxCxM, *gradients = transpose(out_gradient_BxCxM)
+    return [total + gradient for total, gradient in zip(totals, gradients)], x_gradient_BxCxM
+
+  zeros = [jnp.zeros_like(weight, jnp.float32) for weight in weights]
+  chunks = _split(x_BxSxM, num_chunks), _split(out_gradient_BxSxM, num_chunks)
+  totals, x_gradient_NxBxCxM = jax.lax.scan(add_chunk, zeros, chunks)
+  gradients = (total.astype(weight.dtype) for total, weight in zip(totals, weights))
+  return _join(x_gradient_NxBxCxM, x_BxSxM.shape[1]), *gradients
+
+
+_by_chunks.defvjp(_forward, _backward)
+
+
+def _split(x_BxSxM: jax.Array, num_chunks: int) -> jax.Array:
+  """[N, B, C, M] in equal chunks, the last filled up with zeros."""
+  batch, length, width = x_BxSxM.shape
+  padded_BxSxM = jnp.pad(x_BxSxM, ((0, 0), (0, -length % num_chunks), (0, 0)))
+  return padded_BxSxM.reshape(batch, num_chunks, -1, width).swapaxes(0, 1)
+
+
+def _join(x_NxBxCxM: jax.Array, length: int) -> jax.Array:
+  """The inverse of `_split`."""
+  batch, width = x_NxBxCxM.shape[1], x_NxBxCxM.shape[3]
+  return x_NxBxCxM.swapaxes(0, 1).reshape(batch, -1, width)[:, :length]

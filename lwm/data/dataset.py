@@ -34,8 +34,24 @@ MODALITIES = ("text", "vision")
 class Split:
   """The documents of one split. Reading is safe from any number of threads."""
 
-  def __init__(self, path: pathlib.Path, name: str, chunk_tokens: int, source: Sequence[dict]):
+  def __init__(
+      self,
+      path: pathlib.Path,
+      name: str,
+      chunk_tokens: int,
+      source: Sequence[dict],
+      files: Sequence[tuple[str, int]],
+  ):
+    """
+    Args:
+      path: of the dataset.
+      name: of the split.
+      chunk_tokens: tokens of a record, at most.
+      source: its records.
+      files: their files, and how many records are in each.
+    """
     self.name = name
+    self._files = files
     self.lengths = np.load(path / f"{name}_lengths.npy")
     self.targets = np.load(path / f"{name}_targets.npy")
     self._chunk_tokens = chunk_tokens
@@ -51,16 +67,39 @@ class Split:
     """Tokens [start, stop) of a document (start < stop): int32 and bool [stop - start].
 
     Only the records that hold some of them are read.
+
+    Raises:
+      UserError: one of them is damaged, or its file is missing.
     """
     first, last = start // self._chunk_tokens, (stop - 1) // self._chunk_tokens
-    record_0 = int(self._first_record[document])
-    records = [self._source[record_0 + chunk] for chunk in range(first, last + 1)]
+    records = [self._record(document, chunk) for chunk in range(first, last + 1)]
     inside = slice(start - first * self._chunk_tokens, stop - first * self._chunk_tokens)
     tokens, loss_mask = records[0]["tokens"], records[0]["loss_mask"]
     if len(records) > 1:
       tokens = np.concatenate([record["tokens"] for record in records])
       loss_mask = np.concatenate([record["loss_mask"] for record in records])
     return tokens[inside], loss_mask[inside].astype(bool)
+
+  def _record(self, document: int, chunk: int) -> dict:
+    index = int(self._first_record[document]) + chunk
+    try:
+      record = self._source[index]
+      belongs_to = record["document"], record["offset"]
+    except Exception as error:  # ArrayRecord and TFDS raise all kinds, none of which names it.
+      raise self._bad_record(index, str(error).partition("\n")[0]) from error
+    if belongs_to != (document, chunk * self._chunk_tokens):
+      raise self._bad_record(index, f"it is of document {belongs_to[0]}, not {document}")
+    return record
+
+  def _bad_record(self, index: int, reason: str) -> UserError:
+    for file, records in self._files:
+      if index < records:
+        break
+      index -= records
+    return UserError(
+        f"Record {index} of {file} cannot be read ({reason}): put the file back from a copy, or "
+        "prepare the dataset again; the same command then goes on from the last checkpoint."
+    )
 
 
 class Dataset:
@@ -110,8 +149,13 @@ class Dataset:
           f"Dataset {self.path} has no {name} documents, only "
           f"{', '.join(self.manifest['splits'])}: prepare it with some."
       )
+    info = self._builder.info.splits[name]
     return Split(
-        self.path, name, self.manifest["chunk_tokens"], self._builder.as_data_source(name)
+        self.path,
+        name,
+        self.manifest["chunk_tokens"],
+        self._builder.as_data_source(name),
+        list(zip(map(str, info.filepaths), info.shard_lengths)),
     )
 
   def unigram_entropy(self, split: str) -> dict[str, float]:

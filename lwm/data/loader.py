@@ -36,8 +36,8 @@ class Loader:
   """Batches of one stage of an experiment: dicts of the FIELDS of lwm/data/rows.py, [B, S] each.
 
   The rows of each dataset come in an order shuffled anew each epoch; the mixture interleaves the
-  datasets in proportion to their weights; step s takes rows [s B, (s + 1) B) of that stream. Arrays
-  are sharded by PartitionSpec(("data", "fsdp"), ("ring", "ulysses")) with columns in the order of
+  datasets in proportion to their weights; batch s takes rows [s B, (s + 1) B) of that stream, and is
+  that of step s unless some were passed over. Arrays are sharded by PartitionSpec(("data", "fsdp"), ("ring", "ulysses")) with columns in the order of
   the stage's layout, and each process reads only what its own devices hold.
   """
 
@@ -87,7 +87,7 @@ class Loader:
           .map(lambda row, index=index: (index, row))
       )
     mixed = grain.MapDataset.mix(streams, list(weights.values()))
-    self._steps = mixed.batch(rows, batch_fn=list).map(self._read)
+    self._batches = mixed.batch(rows, batch_fn=list).map(self._read)
 
   def _read(self, picks: Sequence[tuple[int, int]]) -> Shards:
     def read_row(row, runs, out):
@@ -96,18 +96,18 @@ class Loader:
 
     return self._placement.read(read_row)
 
-  def batch(self, step: int) -> dict[str, jax.Array]:
-    """The batch of a step, counted from 0 at the start of the stage."""
-    return self._placement.to_arrays(self._steps[step])
+  def batch(self, index: int) -> dict[str, jax.Array]:
+    """A batch, counted from 0 at the start of the stage."""
+    return self._placement.to_arrays(self._batches[index])
 
-  def iterate(self, start_step: int = 0) -> Iterator[dict[str, jax.Array]]:
-    """The batches of steps `start_step` to the stage's last, read ahead by threads."""
+  def iterate(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, jax.Array]]:
+    """The batches [start, stop), read ahead by threads; `stop` is the stage's steps if None."""
     options = grain.ReadOptions(
         num_threads=self._experiment.data.threads,
         prefetch_buffer_size=self._experiment.data.prefetch_batches,
     )
-    steps = self._steps.slice(slice(start_step, self._stage.steps))
-    for shards in steps.to_iter_dataset(options):
+    stop = self._stage.steps if stop is None else stop
+    for shards in self._batches.slice(slice(start, stop)).to_iter_dataset(options):
       yield self._placement.to_arrays(shards)
 
   @property

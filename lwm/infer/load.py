@@ -14,8 +14,10 @@ from lwm import model as model_lib
 from lwm.errors import UserError
 from lwm.experiment import Experiment
 from lwm.parallel.sharding import ShardingRules
+from lwm.train import digests
 from lwm.train.checkpoint import FileRestore
-from lwm.train.checkpoint import first_difference
+from lwm.train.identity import first_difference
+from lwm.train.identity import with_defaults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,7 @@ def load_trained(experiment: Experiment, workdir: pathlib.Path) -> TrainedModel:
     workdir: of `experiments.train`.
 
   Raises:
-    UserError: there is no checkpoint, or it is one of another model or tokenizer.
+    UserError: there is no checkpoint, or it is damaged or one of another model or tokenizer.
   """
   directory = workdir / "checkpoints"
   manager = None
@@ -60,15 +62,21 @@ def load_trained(experiment: Experiment, workdir: pathlib.Path) -> TrainedModel:
         f"--config=FILE --workdir={workdir}`."
     )
   total_steps = manager.latest_step()
+  checkpoint = directory / str(total_steps)
+  # Older checkpoints have no digests.
+  if (checkpoint / digests.FILE_NAME).exists() and (file := digests.damaged_file(checkpoint)):
+    raise UserError(
+        f"{checkpoint} is damaged ({file}): `python -m experiments.train` with this --workdir sets "
+        "it aside, and goes on from the one before."
+    )
   stored = manager.restore(
       total_steps,
       args=ocp.args.Composite(
           progress=ocp.args.JsonRestore(), config=ocp.args.JsonRestore(), tokenizer=FileRestore()
       ),
   )
-  difference = first_difference(
-      stored.config["model"], dataclasses.asdict(experiment.model), "model"
-  )
+  config = with_defaults(stored.config, Experiment)
+  difference = first_difference(config["model"], dataclasses.asdict(experiment.model), "model")
   if difference is None and stored.tokenizer[1] != pathlib.Path(experiment.tokenizer).read_bytes():
     difference = f"another tokenizer than {experiment.tokenizer}"
   if difference:
@@ -89,7 +97,7 @@ def load_trained(experiment: Experiment, workdir: pathlib.Path) -> TrainedModel:
       total_steps, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
   ).params
   manager.close()
-  stage = stored.config["stages"][stored.progress["stage"]]
+  stage = config["stages"][stored.progress["stage"]]
   return TrainedModel(
       model=model,
       params=params,

@@ -5,11 +5,13 @@ B batch, P prompt tokens, T new tokens, V vocabulary, C ids to choose from.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from kernels.decode import whole_length
 from lwm.model import Model
 
 # In `forced_T`: this token is free.
@@ -72,7 +74,11 @@ def sample(
     int32 [B, T].
   """
   batch_size, prompt_length = prompt_BxP.shape
-  cache = model.init_cache(batch_size, prompt_length + len(forced_T))
+  devices = jax.sharding.get_abstract_mesh().shape
+  length = whole_length(
+      prompt_length + len(forced_T), math.prod(devices[axis] for axis in model.rules.cache)
+  )
+  cache = model.init_cache(batch_size, length)
   logits_BxV, cache = model.decode(params, prompt_BxP, cache, rope_theta=rope_theta)
 
   def step(carry, inputs):

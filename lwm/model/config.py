@@ -2,7 +2,7 @@
 
 import dataclasses
 
-REMAT_POLICIES = ("none", "dots", "attention", "full")
+REMAT_POLICIES = ("none", "dots", "attention", "full", "offload", "offload_attention")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
@@ -37,8 +37,9 @@ class ModelConfig:
   rope_scaling: RopeScaling | None = None
   initializer_std: float = 0.02
   compute_dtype: str = "bfloat16"
-  # What the backward pass keeps of a block: everything, matrix products, attention outputs,
-  # nothing.
+  # What the backward pass finds of a block beside its input: everything, matrix products, attention
+  # outputs, nothing. "offload" keeps the input in the host's memory and nothing else,
+  # "offload_attention" the input and attention outputs.
   remat: str = "full"
   # Tokens per chunk of the blockwise feed-forward and of the cross-entropy.
   feed_forward_chunk: int = 2048

@@ -8,10 +8,12 @@ import functools
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from kernels import decode
 from kernels.attention import KeyIntervals
+from kernels.attention import SAVED_NAMES
 from kernels.ring import Layout
 from kernels.ulysses import ulysses_attention
 from lwm.model import rope
@@ -23,9 +25,19 @@ from lwm.model.layers import RMSNorm
 from lwm.model.layers import matrix
 from lwm.parallel.sharding import ShardingRules
 
-_save_attention = jax.checkpoint_policies.save_only_these_names(
-    "attention_out", "attention_log_sum_exp"
-)
+_BLOCK_INPUT = "block_input"
+_save_attention = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+
+
+def _offload(*names: str):
+  return jax.checkpoint_policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[],
+      names_which_can_be_offloaded=names,
+      offload_src="device",
+      offload_dst="pinned_host",
+  )
+
+
 # What the backward pass finds again of a block; the rest is computed a second time.
 _SAVED = {
     "none": jax.checkpoint_policies.everything_saveable,
@@ -34,6 +46,8 @@ _SAVED = {
     ),
     "attention": _save_attention,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": _offload(_BLOCK_INPUT),
+    "offload_attention": _offload(_BLOCK_INPUT, *SAVED_NAMES),
 }
 
 
@@ -58,6 +72,7 @@ class Decoder(nnx.Module):
 
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=_SAVED[self.config.remat])
     def block(x_BxSxM, layer):
+      x_BxSxM = checkpoint_name(x_BxSxM, _BLOCK_INPUT)
       return nnx.merge(graph, layer)(x_BxSxM, cosine, sine, attend)
 
     x_BxSxM, _ = jax.lax.scan(block, self._embed(tokens_BxS), stacked_layers)
@@ -79,18 +94,25 @@ class Decoder(nnx.Module):
     (x_BxQxM, cache), _ = jax.lax.scan(block, carry, (stacked_layers, index_L))
     return self.norm(x_BxQxM), cache.advance(tokens_BxQ.shape[1])
 
-  def head(self) -> jax.Array:
-    """The output projection, float32 [M, V], whole along M: transposed embedding if tied."""
-    if self.config.tied_head:
-      return self._embedding().T
-    return self.rules.gather(self.output[...], jnp.float32, "model", "vocab")
+  def head(self, whole: bool = False) -> jax.Array:
+    """The output projection, float32 [M, V], whole along M: transposed embedding if tied.
 
-  def _embedding(self) -> jax.Array:
-    return self.rules.gather(self.embedding[...], jnp.float32, "vocab", "model")
+    Args:
+      whole: along V as well, for tokens that are divided over `tensor`.
+    """
+    if self.config.tied_head:
+      return self._embedding(whole).T
+    return self.rules.gather(self.output[...], jnp.float32, "model", "vocab", whole=whole)
+
+  def _embedding(self, whole: bool) -> jax.Array:
+    return self.rules.gather(self.embedding[...], jnp.float32, "vocab", "model", whole=whole)
 
   def _embed(self, tokens_BxS: jax.Array) -> jax.Array:
-    spec = self.rules.spec("batch", "sequence", None)
-    x_BxSxM = self._embedding().at[tokens_BxS].get(out_sharding=spec)
+    rules = self.rules
+    # The table comes to the tokens: where contexts are long it is the smaller of the two.
+    table_VxM = self._embedding(whole=rules.residual is not None)
+    tokens_BxS = jax.reshard(tokens_BxS, rules.spec("batch", "residual"))
+    x_BxSxM = table_VxM.at[tokens_BxS].get(out_sharding=rules.spec("batch", "residual", None))
     return x_BxSxM.astype(self.config.compute_dtype)
 
   def _rotations(self, positions_BxS, rope_theta):

@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from kernels.feed_forward import feed_forward
+from kernels.neighbours import gather_tokens
+from kernels.neighbours import scatter_tokens
+from kernels.varying import vary_alike
 from lwm.model import rope
 from lwm.model.config import ModelConfig
 from lwm.parallel.sharding import LogicalAxes
@@ -70,20 +73,51 @@ class Attention(nnx.Module):
 
   def __call__(self, x_BxSxM, cosine_BxSxP, sine_BxSxP, attend: Attend):
     """Attention of the block's input, [B, S, M], and whatever `attend` carries."""
-    query_BxSxHxD = self._project(self.query, "heads", x_BxSxM)
-    key_BxSxGxD = self._project(self.key, "kv_heads", x_BxSxM)
-    value_BxSxGxD = self._project(self.value, "kv_heads", x_BxSxM)
+    query_BxSxHxD, key_BxSxGxD, value_BxSxGxD = self._project(x_BxSxM)
     query_BxSxHxD = rope.rotate(query_BxSxHxD, cosine_BxSxP, sine_BxSxP)
     key_BxSxGxD = rope.rotate(key_BxSxGxD, cosine_BxSxP, sine_BxSxP)
     out_BxSxHxD, carried = attend(query_BxSxHxD, key_BxSxGxD, value_BxSxGxD)
-    weight = self.rules.gather(self.out[...], x_BxSxM.dtype, "heads", "head_dim", "model")
-    spec = self.rules.spec("batch", "sequence", None)
-    return jnp.einsum("bshd,hdm->bsm", out_BxSxHxD, weight, out_sharding=spec), carried
+    return self._project_back(out_BxSxHxD), carried
 
-  def _project(self, kernel: nnx.Param, heads: str, x_BxSxM: jax.Array) -> jax.Array:
-    weight_MxHxD = self.rules.gather(kernel[...], x_BxSxM.dtype, "model", heads, "head_dim")
-    spec = self.rules.spec("batch", "sequence", heads, "head_dim")
-    return jnp.einsum("bsm,mhd->bshd", x_BxSxM, weight_MxHxD, out_sharding=spec)
+  def _project(self, x_BxSxM: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Query, key and value of all tokens for this device's heads."""
+    rules = self.rules
+    axes = [("model", heads, "head_dim") for heads in ("heads", "kv_heads", "kv_heads")]
+
+    def local(x_BxSxM, *weights):
+      if rules.residual:
+        x_BxSxM = gather_tokens(x_BxSxM, rules.heads)
+      x_BxSxM, *weights = vary_alike(x_BxSxM, *weights)
+      return tuple(jnp.einsum("bsm,mhd->bshd", x_BxSxM, weight) for weight in weights)
+
+    return jax.shard_map(
+        local,
+        in_specs=(rules.spec("batch", "residual", None), *(rules.gathered(*a) for a in axes)),
+        out_specs=tuple(rules.spec("batch", "sequence", *a[1:]) for a in axes),
+    )(
+        x_BxSxM,
+        *(
+            rules.gather(kernel[...], x_BxSxM.dtype, *a)
+            for kernel, a in zip((self.query, self.key, self.value), axes)
+        ),
+    )
+
+  def _project_back(self, out_BxSxHxD: jax.Array) -> jax.Array:
+    """The sum over all heads, each device's part of the residual stream."""
+    rules, axes = self.rules, ("heads", "head_dim", "model")
+
+    def local(out_BxSxHxD, weight_HxDxM):
+      out_BxSxHxD, weight_HxDxM = vary_alike(out_BxSxHxD, weight_HxDxM)
+      x_BxSxM = jnp.einsum("bshd,hdm->bsm", out_BxSxHxD, weight_HxDxM)
+      if rules.residual:
+        return scatter_tokens(x_BxSxM, rules.heads)
+      return jax.lax.psum(x_BxSxM, rules.heads)
+
+    return jax.shard_map(
+        local,
+        in_specs=(rules.spec("batch", "sequence", "heads", "head_dim"), rules.gathered(*axes)),
+        out_specs=rules.spec("batch", "residual", None),
+    )(out_BxSxHxD, rules.gather(self.out[...], out_BxSxHxD.dtype, *axes))
 
 
 class FeedForward(nnx.Module):
@@ -102,9 +136,14 @@ class FeedForward(nnx.Module):
 
   def __call__(self, x_BxSxM: jax.Array) -> jax.Array:
     wide, narrow = ("model", "feed_forward"), ("feed_forward", "model")
-    spec = self.rules.spec("batch", "sequence", None)
+    spec = self.rules.spec("batch", "residual", None)
     run = jax.shard_map(
-        functools.partial(feed_forward, chunk=self.chunk, axis_name=self.rules.feed_forward),
+        functools.partial(
+            feed_forward,
+            chunk=self.chunk,
+            axis_name=self.rules.feed_forward,
+            has_part_of_tokens=self.rules.residual is not None,
+        ),
         in_specs=(spec, *(self.rules.gathered(*axes) for axes in (wide, wide, narrow))),
         out_specs=spec,
     )

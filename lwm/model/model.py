@@ -106,8 +106,8 @@ class Model:
   ) -> LossSums:
     """Sums over a batch by modality; dividing by the weights of the whole batch is the caller's.
 
-    Logits exist for a chunk of tokens at a time, and hidden states are never gathered: the
-    sequence stays sharded over the ring, the head over `tensor`.
+    Logits exist for a chunk of tokens at a time, and hidden states are never gathered: each device
+    has the whole head for its own part of the tokens.
 
     Args:
       params: of `init`.
@@ -123,22 +123,26 @@ class Model:
     hidden_BxSxM = decoder.hidden(
         batch["tokens"], batch["positions"], intervals, rope_theta, layout
     )
-    weight_BxS = batch["loss_weights"]
+    weight_BxS, targets_BxS, modality_BxS = (
+        jax.reshard(batch[name], self.rules.spec("batch", "residual"))
+        for name in ("loss_weights", "targets", "modality")
+    )
     # Targets without weight cost nothing as -1.
-    targets_BxS = jnp.where(weight_BxS > 0, batch["targets"], -1)
+    targets_BxS = jnp.where(weight_BxS > 0, targets_BxS, -1)
     cross_entropy = functools.partial(
         linear_cross_entropy,
         ranges=self._softmax_ranges(loss.softmax_range),
         chunk=self.config.loss_chunk,
         z_loss=loss.z_loss,
-        axis_name=self.rules.vocab,
     )
-    loss_BxS, nll_BxS = self._per_token(cross_entropy, hidden_BxSxM, decoder.head(), targets_BxS)
+    loss_BxS, nll_BxS = self._per_token(
+        cross_entropy, hidden_BxSxM, decoder.head(whole=True), targets_BxS
+    )
 
     def by_modality(value_BxS):
       weighted_BxS = weight_BxS * value_BxS
       return jnp.stack(
-          [jnp.sum(jnp.where(batch["modality"] == m, weighted_BxS, 0.0)) for m in (0, 1)]
+          [jnp.sum(jnp.where(modality_BxS == m, weighted_BxS, 0.0)) for m in (0, 1)]
       )
 
     return LossSums(
@@ -198,7 +202,7 @@ class Model:
   def _logits(self, decoder: Decoder, hidden_BxSxM: jax.Array) -> jax.Array:
     return jnp.einsum(
         "bsm,mv->bsv",
-        hidden_BxSxM,
+        jax.reshard(hidden_BxSxM, self.rules.spec("batch", "sequence", None)),
         decoder.head().astype(hidden_BxSxM.dtype),
         preferred_element_type=jnp.float32,
         out_sharding=self.rules.spec("batch", "sequence", "vocab"),
@@ -212,7 +216,7 @@ class Model:
 
   def _per_token(self, cross_entropy, hidden_BxSxM, head_MxV, targets_BxS):
     """Loss and negative log-likelihood of each token, [B, S], each shard its own tokens."""
-    rows = self.rules.spec("batch", "sequence")
+    rows = self.rules.spec("batch", "residual")
 
     def local(hidden_BxSxM, head_MxV, targets_BxS):
       losses = cross_entropy(
@@ -224,8 +228,8 @@ class Model:
     return jax.shard_map(
         local,
         in_specs=(
-            self.rules.spec("batch", "sequence", None),
-            self.rules.gathered("model", "vocab"),
+            self.rules.spec("batch", "residual", None),
+            self.rules.gathered("model", "vocab", whole=True),
             rows,
         ),
         out_specs=(rows, rows),

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import math
 
 import jax
 from jax.experimental import mesh_utils
@@ -78,15 +79,17 @@ def check_model_fits_mesh(
     rules: which axis carries which dimension.
   """
   for setting, logical_axis in _DIMENSIONS.items():
-    axis = getattr(rules, logical_axis)
+    axes = getattr(rules, logical_axis) or ()
+    axes = (axes,) if isinstance(axes, str) else axes
     size = getattr(model, setting)
-    if axis is None or size % sizes[axis] == 0:
+    if size % math.prod(sizes[axis] for axis in axes) == 0:
       continue
     name = f"config.model.{setting}"
     if setting == "vocab_size":
       name = "config.model.text_vocab_size + vision_vocab_size"
     raise ConfigError(
-        f"{name} = {size} does not divide over mesh.{axis} = {sizes[axis]}: change one of them."
+        f"{name} = {size} does not divide over mesh.{' x '.join(axes)} = "
+        f"{' x '.join(str(sizes[axis]) for axis in axes)}: change one of them."
     )
   if rules.sequence is None:
     return

@@ -28,7 +28,7 @@ class ShardingRules:
   """
 
   layers: None = None
-  model: str = "fsdp"
+  model: tuple[str, ...] = ("fsdp", "ring", "ulysses")
   heads: str | None = "tensor"
   kv_heads: str | None = "tensor"
   head_dim: None = None
@@ -40,33 +40,49 @@ class ShardingRules:
   cache: tuple[str, ...] = ()
 
   @property
+  def residual(self) -> tuple[str, ...] | None:
+    """The sequence of the residual stream, between the parts of a block.
+
+    Divided over `tensor` too (Megatron's sequence parallelism, arXiv 2205.05198), where attention
+    and feed-forward divide their heads and widths. None where the sequence is whole.
+    """
+    return self.sequence and (*self.sequence, self.feed_forward)
+
+  @property
   def token_axes(self) -> tuple[str, ...]:
-    """The mesh axes that tokens are divided over."""
+    """The mesh axes that the tokens of attention and feed-forward are divided over."""
     return (*self.batch, *(self.sequence or ()))
 
   def spec(self, *logical_axes: str | None) -> PartitionSpec:
     """The partition of an array whose dimensions are these."""
     return PartitionSpec(*(axis and getattr(self, axis) for axis in logical_axes))
 
-  def gathered(self, *logical_axes: str | None) -> PartitionSpec:
+  def gathered(self, *logical_axes: str | None, whole: bool = False) -> PartitionSpec:
     """The partition of a parameter in use: whole along `model`, still sharded over `tensor`.
 
     `reduced`: every shard of the tokens uses the same copy, and the copy's gradient is a sum over
     them that has not been taken yet.
+
+    Args:
+      *logical_axes: of the parameter.
+      whole: not sharded over `tensor` either, and used by tokens that are.
     """
-    axes = (None if axis == "model" else axis for axis in logical_axes)
+    axes = (None if whole or axis == "model" else axis for axis in logical_axes)
+    shared = {*self.token_axes, *((self.vocab,) if whole else ())}
     # jax 0.11.2 fails to lower a shard_map with untaken sums on a mesh of one device.
     alone = jax.sharding.get_abstract_mesh().size == 1
-    return PartitionSpec(*self.spec(*axes), reduced=set() if alone else set(self.token_axes))
+    return PartitionSpec(*self.spec(*axes), reduced=set() if alone else shared)
 
-  def gather(self, weight: jax.Array, dtype: str, *logical_axes: str | None) -> jax.Array:
-    """A float32 parameter made ready for use: cast, and then gathered along `model`.
+  def gather(
+      self, weight: jax.Array, dtype: str, *logical_axes: str | None, whole: bool = False
+  ) -> jax.Array:
+    """A float32 parameter made ready for use: cast, and then gathered, see `gathered`.
 
     Said in the program, since XLA might otherwise gather the activations instead. The gradient is
-    reduce-scattered over the axes of `model` and summed over those of the tokens, in float32
-    whatever `dtype` is.
+    reduce-scattered over the axes that were gathered and summed over the other ones of the tokens,
+    in float32 whatever `dtype` is.
     """
-    return _gather(weight, jnp.dtype(dtype), self, logical_axes)
+    return _gather(weight, jnp.dtype(dtype), self, logical_axes, whole)
 
   def tree_shardings(self, logical_axes, mesh: Mesh):
     """NamedShardings of a tree whose leaves are tuples of logical axes."""
@@ -77,30 +93,30 @@ class ShardingRules:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(weight, dtype, rules: ShardingRules, logical_axes: LogicalAxes):
-  return jax.reshard(weight.astype(dtype), rules.gathered(*logical_axes))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gather(weight, dtype, rules: ShardingRules, logical_axes: LogicalAxes, whole: bool):
+  return jax.reshard(weight.astype(dtype), rules.gathered(*logical_axes, whole=whole))
 
 
-def _gather_forward(weight, dtype, rules, logical_axes):
-  return _gather(weight, dtype, rules, logical_axes), None
+def _gather_forward(weight, dtype, rules, logical_axes, whole):
+  return _gather(weight, dtype, rules, logical_axes, whole), None
 
 
-def _gather_backward(dtype, rules, logical_axes, _, gradient):
-  spec, gathered = rules.spec(*logical_axes), rules.gathered(*logical_axes)
+def _gather_backward(dtype, rules, logical_axes, whole, _, gradient):
+  spec, gathered = rules.spec(*logical_axes), rules.gathered(*logical_axes, whole=whole)
   if not gathered.reduced:
     return (jax.reshard(gradient.astype(jnp.float32), spec),)
 
   # The transpose of `reshard` would be an all-reduce, twice the traffic, in `dtype`.
-  summed = tuple(axis for axis in rules.token_axes if axis != rules.model)
+  scattered = {"model": rules.model, **({"vocab": rules.vocab} if whole else {})}
+  summed = tuple(axis for axis in rules.token_axes if axis not in rules.model)
 
   def reduce(gradient):
-    gradient = jax.lax.psum_scatter(
-        gradient.astype(jnp.float32),
-        rules.model,
-        scatter_dimension=logical_axes.index("model"),
-        tiled=True,
-    )
+    gradient = gradient.astype(jnp.float32)
+    for name, axes in scattered.items():
+      gradient = jax.lax.psum_scatter(
+          gradient, axes, scatter_dimension=logical_axes.index(name), tiled=True
+      )
     return jax.lax.psum(gradient, summed)
 
   unreduced = PartitionSpec(*gathered.partitions, unreduced=gathered.reduced)

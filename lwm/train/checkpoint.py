@@ -5,40 +5,40 @@ A checkpoint is a directory `checkpoints/STEP`, STEP counting over all stages, o
 batches are functions of both), `config` (the experiment), `datasets` (SHA-256 of their manifests)
 and `tokenizer` (the file itself). Orbax writes it beside the training, into a directory of another
 name that it renames at the end; so a checkpoint is complete or is not there, and what a killed run
-left half done is removed by the next.
+left half done is removed by the next. Older ones go only when a newer one is complete: a save that
+fails, for want of space as a rule, ends the run with RESUME_EXIT_CODE and the last one intact.
 
-Resume precedence: the newest complete checkpoint of the working directory, if its config agrees
-with the command line, else an error; without one, freshly initialised parameters. Settings that
-cannot change what a run computes, but for the order of float32 sums, may change: see FREE.
+Resume precedence: the newest checkpoint of the working directory, if its config agrees with the
+command line, else an error; without one, freshly initialised parameters. One whose files are not
+what was written (see digests.py) is set aside, as `STEP.damaged`, and the one before it taken; if
+all are damaged that is an error, and they stay. Settings that cannot change what a run computes,
+but for the order of float32 sums, may change: see identity.py.
 """
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
+import functools
+import json
+import os
 import pathlib
 import re
+import shutil
 from typing import Any
 
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
+from lwm.errors import ResumeError
 from lwm.errors import UserError
 from lwm.experiment import Experiment
+from lwm.train import digests
+from lwm.train.identity import first_difference
+from lwm.train.identity import Identity
+from lwm.train.identity import with_defaults
 from lwm.train.state import TrainState
-
-# Settings, as regular expressions over their paths, that may differ from the run being resumed.
-FREE = (
-    r"name",
-    # The tokenizer's bytes are compared instead; data is found wherever it has moved to.
-    r"tokenizer",
-    r"datasets\[\d+\]\.path",
-    r"data\..*",
-    r"checkpoint\..*",
-    r"evaluation\..*",
-    # The same batches and the same mathematics, cut up in another way.
-    r"stages\[\d+\]\.(mesh\..*|layout|accumulation_steps)",
-    r"model\.(remat|feed_forward_chunk|loss_chunk)",
-)
-
 
 # Orbax puts this file into the directory of every complete item.
 ORBAX_MARK = "commit_success.txt"
@@ -70,25 +70,69 @@ class FileRestore(ocp.args.CheckpointArgs):
   pass
 
 
+class ArraysHandler(ocp.StandardCheckpointHandler):
+  """Stores a tree of arrays, and the digests of what each process writes of it."""
+
+  async def async_save(
+      self, directory: epath.Path, args: "ArraysSave"
+  ) -> list[ocp.future.Future]:
+    written = await super().async_save(directory, args=args)
+    digest = functools.partial(digests.write_own, pathlib.Path(directory))
+    return [ocp.future.ChainedFuture(written, digest)]
+
+
+@ocp.args.register_with_handler(ArraysHandler, for_save=True)
+@dataclasses.dataclass
+class ArraysSave(ocp.args.StandardSave):
+  pass
+
+
+@ocp.args.register_with_handler(ArraysHandler, for_restore=True)
+@dataclasses.dataclass
+class ArraysRestore(ocp.args.StandardRestore):
+  pass
+
+
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """Where a run is: `step` steps of stage `stage` are done, `total_steps` over all stages."""
+  """Where a run is: `step` steps of stage `stage` are done, `total_steps` over all stages.
+
+  Attributes:
+    passed_over: ranges [first, stop) of the stage's batches that no step was, or will be, made of.
+    losses: the last good batches of the stage and their losses, if spikes are looked for.
+  """
 
   stage: int
   step: int
   total_steps: int
+  passed_over: tuple[tuple[int, int], ...] = ()
+  losses: tuple[tuple[int, float], ...] = ()
 
+  @property
+  def next_batch(self) -> int:
+    """The stage's batch that the next step takes."""
+    return self.step + sum(stop - first for first, stop in self.passed_over)
 
-@dataclasses.dataclass(frozen=True)
-class Identity:
-  """What a run is: two runs with one identity and one progress go on in the same way.
+  def at_stage(self, stage: int) -> "Progress":
+    """The start of a stage, after all of those before."""
+    return Progress(stage=stage, step=0, total_steps=self.total_steps)
 
-  `tokenizer` is the content of its file, `manifests` the SHA-256 of each dataset's, by name.
-  """
+  @property
+  def just_passed_over(self) -> int:
+    """How many batches without a step since the last one."""
+    first, stop = self.passed_over[-1] if self.passed_over else (0, 0)
+    return stop - first if stop == self.next_batch else 0
 
-  experiment: Experiment
-  tokenizer: bytes
-  manifests: dict[str, str]
+  def after_step(self, losses: tuple[tuple[int, float], ...]) -> "Progress":
+    return dataclasses.replace(
+        self, step=self.step + 1, total_steps=self.total_steps + 1, losses=losses
+    )
+
+  def passing_over(self, stop: int) -> "Progress":
+    """The next batch is `stop`; all from here to there are passed over."""
+    just = self.just_passed_over
+    before = self.passed_over[:-1] if just else self.passed_over
+    return dataclasses.replace(self, passed_over=(*before, (self.next_batch - just, stop)))
 
 
 class Checkpoints:
@@ -101,39 +145,136 @@ class Checkpoints:
       directory: of checkpoints only.
       keep: how many of the newest to keep.
     """
-    policy = ocp.checkpoint_managers.LatestN(keep)
+    self._directory = directory.absolute()
+    # Total steps of the checkpoint that is being written, or None.
+    self._saving = None
     self._manager = ocp.CheckpointManager(
-        directory.absolute(),
+        self._directory,
         options=ocp.CheckpointManagerOptions(
-            preservation_policy=policy, cleanup_tmp_directories=True
-        ),
-    )
-
-  def save(self, state: TrainState, progress: Progress, identity: Identity) -> None:
-    """Starts to write a checkpoint; returns when the arrays have been copied to host memory."""
-    self._manager.save(
-        progress.total_steps,
-        args=ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave(state.optimizer_state),
-            progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
-            config=ocp.args.JsonSave(dataclasses.asdict(identity.experiment)),
-            datasets=ocp.args.JsonSave(identity.manifests),
-            tokenizer=FileSave(
-                pathlib.Path(identity.experiment.tokenizer).name, identity.tokenizer
+            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(
+                # The last thing before the directory takes its final name; process 0 only.
+                post_finalization_callback=lambda: digests.write(self._incomplete())
             ),
         ),
     )
 
-  def latest(self, identity: Identity) -> Progress | None:
-    """The newest complete checkpoint's progress, or None if there is none.
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, error_type, error, traceback) -> None:
+    self.close()
+
+  @property
+  def newest(self) -> pathlib.Path | None:
+    """The newest complete checkpoint, or the one being written."""
+    step = self._manager.latest_step()
+    return None if step is None else self.path(step)
+
+  def path(self, total_steps: int) -> pathlib.Path:
+    """Where the checkpoint is."""
+    return self._directory / str(total_steps)
+
+  def save(self, state: TrainState, progress: Progress, identity: Identity) -> None:
+    """Starts to write a checkpoint; returns when the arrays have been copied to host memory.
+
+    Does nothing if there is one of the same step.
 
     Raises:
-      UserError: it belongs to a run of another identity.
+      ResumeError: it cannot be written, or the one before could not be.
     """
-    total_steps = self._manager.latest_step()
-    if total_steps is None:
-      return None
+    self.wait()
+    if self._manager.latest_step() == progress.total_steps:
+      return
+    self._saving = progress.total_steps
+    with self._failure_explained():
+      self._manager.save(
+          progress.total_steps,
+          args=ocp.args.Composite(
+              params=ArraysSave(state.params),
+              optimizer=ArraysSave(state.optimizer_state),
+              progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
+              config=ocp.args.JsonSave(dataclasses.asdict(identity.experiment)),
+              datasets=ocp.args.JsonSave(identity.manifests),
+              tokenizer=FileSave(
+                  pathlib.Path(identity.experiment.tokenizer).name, identity.tokenizer
+              ),
+          ),
+      )
+
+  def check(self) -> None:
+    """Raises a ResumeError if the checkpoint being written has failed; waits for nothing."""
+    if self._saving is not None and not self._manager.is_saving_in_progress():
+      self.wait()
+
+  def wait(self) -> None:
+    """Returns when the checkpoint being written is complete. Raises ResumeError if it fails."""
+    if self._saving is not None:
+      with self._failure_explained():
+        self._manager.wait_until_finished()
+      self._saving = None
+
+  def latest(self, identity: Identity) -> tuple[Progress | None, list[str]]:
+    """The newest checkpoint that is as it was written.
+
+    Returns:
+      Its progress, or None if there is no checkpoint at all; and a sentence for each newer one,
+      which is damaged and was set aside, if it could be checked at all.
+
+    Raises:
+      UserError: it belongs to a run of another identity, or all are damaged.
+    """
+    self.wait()
+    damaged = {}
+    for total_steps in sorted(self._manager.all_steps(), reverse=True):
+      file = digests.damaged_file(self.path(total_steps))
+      unchecked = file == digests.FILE_NAME and _is_older(self.path(total_steps))
+      if file is None or unchecked:
+        break
+      damaged[total_steps] = file
+    else:
+      if damaged:
+        names = ", ".join(f"{self.path(step)} ({file})" for step, file in damaged.items())
+        raise UserError(
+            f"All checkpoints are damaged: {names}: put one of them back from a copy, or start "
+            "anew with another --workdir."
+        )
+      return None, []
+    progress = self._progress(total_steps, identity)
+    notes = [self._set_aside(step, file, total_steps) for step, file in damaged.items()]
+    if damaged:
+      multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+      self._manager.reload()
+    if unchecked:
+      notes.append(
+          f"{self.path(total_steps)} is by an older version, without {digests.FILE_NAME}: "
+          "nothing tells whether it is damaged"
+      )
+    return progress, notes
+
+  def restore(self, progress: Progress, abstract: TrainState) -> TrainState:
+    """Reads each array straight into its shards: there is never a second copy of the state."""
+    restored = self._manager.restore(
+        progress.total_steps,
+        args=ocp.args.Composite(
+            params=ArraysRestore(abstract.params),
+            optimizer=ArraysRestore(abstract.optimizer_state),
+        ),
+    )
+    step = jax.device_put(progress.step, abstract.step.sharding)
+    return TrainState(restored.params, restored.optimizer, step.astype(abstract.step.dtype))
+
+  def restore_params(self, progress: Progress, abstract_params: Any) -> Any:
+    """Reads the parameters alone: what the next stage starts from."""
+    args = ocp.args.Composite(params=ArraysRestore(abstract_params))
+    return self._manager.restore(progress.total_steps, args=args).params
+
+  def close(self) -> None:
+    self.wait()
+    self._manager.close()
+
+  def _progress(self, total_steps: int, identity: Identity) -> Progress:
     stored = self._manager.restore(
         total_steps,
         args=ocp.args.Composite(
@@ -143,7 +284,14 @@ class Checkpoints:
             tokenizer=FileRestore(),
         ),
     )
-    difference = first_difference(stored.config, dataclasses.asdict(identity.experiment))
+    unknown = stored.progress.keys() - {field.name for field in dataclasses.fields(Progress)}
+    if unknown:
+      raise UserError(
+          f"{self.path(total_steps)} is by a newer version of this program, which keeps "
+          f"{', '.join(sorted(unknown))}: go on with that one."
+      )
+    config = with_defaults(stored.config, Experiment)
+    difference = first_difference(config, dataclasses.asdict(identity.experiment))
     if difference is None and stored.tokenizer[1] != identity.tokenizer:
       difference = f"another tokenizer than {identity.experiment.tokenizer}"
     for name, manifest in identity.manifests.items():
@@ -151,47 +299,60 @@ class Checkpoints:
         difference = f"dataset {name!r} as it was before it was prepared again"
     if difference:
       raise UserError(
-          f"{self._manager.directory.parent} holds a run with {difference}: set it back, or start "
+          f"{self._directory.parent} holds a run with {difference}: set it back, or start "
           "anew with another --workdir."
       )
-    return Progress(**stored.progress)
-
-  def restore(self, progress: Progress, abstract: TrainState) -> TrainState:
-    """Reads each array straight into its shards: there is never a second copy of the state."""
-    restored = self._manager.restore(
-        progress.total_steps,
-        args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract.params),
-            optimizer=ocp.args.StandardRestore(abstract.optimizer_state),
-        ),
+    progress = Progress(**stored.progress)
+    return dataclasses.replace(
+        progress,
+        passed_over=tuple((first, stop) for first, stop in progress.passed_over),
+        losses=tuple((batch, loss) for batch, loss in progress.losses),
     )
-    step = jax.device_put(progress.step, abstract.step.sharding)
-    return TrainState(restored.params, restored.optimizer, step.astype(abstract.step.dtype))
 
-  def wait(self) -> None:
-    """Returns when the checkpoint being written is complete."""
-    self._manager.wait_until_finished()
+  def _set_aside(self, total_steps: int, file: str, instead: int) -> str:
+    path = self.path(total_steps)
+    taken = len(list(self._directory.glob(f"{path.name}.damaged*")))
+    aside = path.with_name(f"{path.name}.damaged" + (f"-{taken + 1}" if taken else ""))
+    multihost_utils.sync_global_devices("all processes know the new name")
+    if jax.process_index() == 0:
+      path.rename(aside)
+    return (
+        f"{path} is damaged ({file}) and now {aside.name}; going back to the one after step "
+        f"{instead}"
+    )
 
-  def close(self) -> None:
-    self._manager.close()
+  def _incomplete(self) -> pathlib.Path:
+    """What is to become the checkpoint that is being written."""
+    (path,) = self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+    return path
+
+  @contextlib.contextmanager
+  def _failure_explained(self) -> Iterator[None]:
+    try:
+      yield
+    except (OSError, ValueError) as error:
+      # TensorStore raises a ValueError of many lines.
+      code = re.search(r"\[os_error_code='(\d+)'\]", str(error))
+      if not code and not isinstance(error, OSError):
+        raise
+      reason = os.strerror(int(code[1])) if code else error.strerror or error
+      failed, self._saving = self._saving, None
+      if jax.process_index() == 0:
+        for path in self._directory.glob(f"{failed}.orbax-checkpoint-tmp*"):
+          shutil.rmtree(path, ignore_errors=True)
+      self._manager.reload()
+      left = f"{self.newest} is complete" if self.newest else "there is none before it"
+      raise ResumeError(
+          f"Checkpoint {self.path(failed)} could not be written ({reason}), {left}: see to the "
+          "disk, and start the same command again."
+      ) from error
 
 
-def first_difference(stored: Any, current: Any, path: str = "") -> str | None:
-  """The first setting in which two experiments (as nested dicts and lists) differ, but for FREE.
-
-  Returns:
-    "config.PATH=STORED, not CURRENT", or None.
-  """
-  if any(re.fullmatch(pattern, path) for pattern in FREE):
-    return None
-  if isinstance(stored, dict) and isinstance(current, dict):
-    pairs = [(f"{path}.{key}".lstrip("."), stored.get(key), current.get(key))
-             for key in current | stored]
-  elif isinstance(stored, list) and isinstance(current, list) and len(stored) == len(current):
-    pairs = [(f"{path}[{index}]", *pair) for index, pair in enumerate(zip(stored, current))]
-  elif isinstance(stored, list) and isinstance(current, list):
-    return f"{len(stored)} config.{path}, not {len(current)}"
-  else:
-    return None if stored == current else f"config.{path}={stored!r}, not {current!r}"
-  differences = (first_difference(ours, theirs, where) for where, ours, theirs in pairs)
-  return next((difference for difference in differences if difference), None)
+def _is_older(checkpoint: pathlib.Path) -> bool:
+  """Whether a checkpoint was made before there were digests."""
+  if (checkpoint / digests.FILE_NAME).exists():
+    return False
+  try:
+    return "passed_over" not in json.loads((checkpoint / "progress" / "metadata").read_text())
+  except (OSError, ValueError, TypeError):
+    return False

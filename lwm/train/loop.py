@@ -14,26 +14,43 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lwm.data import Dataset
 from lwm.data import load_tokenizer
 from lwm.data import Loader
 from lwm.data.dataset import VALIDATION
+from lwm.errors import ResumeError
 from lwm.experiment import Experiment
+from lwm.experiment import FaultConfig
 from lwm.experiment import Stage
 from lwm.train import evaluate
 from lwm.train.checkpoint import Checkpoints
-from lwm.train.checkpoint import Identity
 from lwm.train.checkpoint import Progress
+from lwm.train.faults import check_tolerated
+from lwm.train.faults import full_disk_explained
+from lwm.train.faults import loss_limit
+from lwm.train.faults import problem
+from lwm.train.faults import with_loss
+from lwm.train.goodput import wall_clock
+from lwm.train.identity import Identity
+from lwm.train.input_wait import InputWait
+from lwm.train.out_of_memory import explain_out_of_memory
 from lwm.train.program import StageProgram
 from lwm.train.program import build_program
 from lwm.train.progress import duration
 from lwm.train.report import Reporter
 from lwm.train.state import TrainState
+from lwm.train.stop import StopNotice
+
+NOTHING_DONE = Progress(stage=0, step=0, total_steps=0)
 
 
 def train(
-    experiment: Experiment, workdir: pathlib.Path, devices: Sequence[jax.Device] | None = None
+    experiment: Experiment,
+    workdir: pathlib.Path,
+    devices: Sequence[jax.Device] | None = None,
+    profile_steps: range = range(0),
 ) -> None:
   """Trains all stages that are not done yet, leaving checkpoints, metrics and curves in `workdir`.
 
@@ -41,41 +58,65 @@ def train(
     experiment: validated, and checked against the devices.
     workdir: made if need be. What it holds decides where the run starts: see checkpoint.py.
     devices: all that there are unless given.
+    profile_steps: to trace into WORKDIR/profile, counted over all stages from 1.
 
   Raises:
-    UserError: the workdir belongs to another experiment, or data or tokenizer are not there.
+    UserError: the workdir belongs to another experiment, or data or tokenizer are not there or
+      damaged, a bad step ends the run (see FaultConfig), or a device's memory is too small.
+    ResumeError: the run was told to stop and has left a checkpoint, or cannot write to the disk.
   """
   identity = run_identity(experiment)
-  checkpoints = Checkpoints(workdir / "checkpoints", experiment.checkpoint.keep)
-  done = checkpoints.latest(identity) or Progress(stage=0, step=0, total_steps=0)
-  reporter = Reporter(experiment, workdir, done)
-  if done.total_steps:
-    reporter.say(f"resuming {workdir} after step {done.total_steps} of {reporter.total_steps}")
+  with (
+      StopNotice() as notice,
+      full_disk_explained(workdir),
+      Checkpoints(workdir / "checkpoints", experiment.checkpoint.keep) as checkpoints,
+  ):
+    checkpoint, notes = checkpoints.latest(identity)
+    done = checkpoint or NOTHING_DONE
+    reporter = Reporter(experiment, workdir, done, profile_steps)
+    for note in notes:
+      reporter.fault(experiment.stages[done.stage], done, "checkpoint", note)
+    if checkpoint:
+      reporter.say(f"resuming {workdir} after step {done.total_steps} of {reporter.total_steps}")
 
-  state = None
-  for index in range(done.stage, len(experiment.stages)):
-    stage = experiment.stages[index]
-    program = build_program(experiment, stage, devices)
-    with jax.set_mesh(program.mesh):
-      if state is None and done.total_steps:
-        state = checkpoints.restore(done, program.state)
-      elif state is None:
-        state = program.fresh_state(program.initial_params(experiment.seed))
-      else:
-        # The old moments go before the new ones come.
-        params, state = state.params, None
-        params = program.place_params(params)
-        state = program.fresh_state(params)
-        done = Progress(stage=index, step=0, total_steps=done.total_steps)
-      if done.step < stage.steps:
-        state, done = train_stage(
-            experiment, program, Loader(experiment, index, program.mesh), state, done, reporter,
-            checkpoints, identity,
-        )
-    reporter.plot(stage)
-  checkpoints.wait()
-  checkpoints.close()
-  reporter.finish(workdir / "checkpoints" / str(done.total_steps))
+    state = None
+    for index in range(done.stage, len(experiment.stages)):
+      stage = experiment.stages[index]
+      if done.stage < index or done.step < stage.steps:
+        program = build_program(experiment, stage, devices)
+        with jax.set_mesh(program.mesh), explain_out_of_memory(workdir, stage):
+          if state is None:
+            state, done = take_up(program, experiment, index, checkpoint, checkpoints)
+          else:
+            # The old moments go before the new ones come.
+            params, state = state.params, None
+            params = program.place_params(params)
+            state = program.fresh_state(params)
+            done = done.at_stage(index)
+          state, done = train_stage(
+              experiment, program, Loader(experiment, index, program.mesh), state, done, reporter,
+              checkpoints, identity, notice,
+          )
+      reporter.plot(stage)
+    with reporter.account.spend("checkpoint"):
+      checkpoints.wait()
+    reporter.finish(checkpoints.path(done.total_steps))
+
+
+def take_up(
+    program: StageProgram,
+    experiment: Experiment,
+    index: int,
+    checkpoint: Progress | None,
+    checkpoints: Checkpoints,
+) -> tuple[TrainState, Progress]:
+  """The state that stage `index` goes on from, or starts with, and where that is."""
+  if checkpoint is None:
+    return program.fresh_state(program.initial_params(experiment.seed)), NOTHING_DONE
+  if checkpoint.stage == index:
+    return checkpoints.restore(checkpoint, program.state), checkpoint
+  params = checkpoints.restore_params(checkpoint, program.state.params)
+  return program.fresh_state(params), checkpoint.at_stage(index)
 
 
 def train_stage(
@@ -87,57 +128,170 @@ def train_stage(
     reporter: Reporter,
     checkpoints: Checkpoints,
     identity: Identity,
+    notice: StopNotice,
 ) -> tuple[TrainState, Progress]:
   """The rest of a stage, with an evaluation and a checkpoint at its end, whatever their periods."""
   stage = experiment.stages[done.stage]
-  train_step = compile_train_step(program, stage, reporter)
-  batches = loader.iterate(done.step)
+  with reporter.account.spend("compile"):
+    train_step = compile_train_step(program, stage, reporter)
+  batches, rollbacks = None, 0
   while done.step < stage.steps:
     stop = min(
         stage.steps,
         next_multiple(done.step, experiment.checkpoint.every_steps),
         next_multiple(done.step, experiment.evaluation.every_steps),
     )
-    state = run_steps(train_step, batches, state, stage, range(done.step, stop), reporter)
-    done = Progress(done.stage, stop, done.total_steps + stop - done.step)
-    last = stop == stage.steps
-    if last or stop % experiment.evaluation.every_steps == 0:
-      reporter.evaluation(stage, stop, held_out(program, loader, state))
-    if last or stop % experiment.checkpoint.every_steps == 0:
-      # Metrics first: a checkpoint stands for steps that are all on record.
-      reporter.sync()
-      checkpoints.save(state, done, identity)
+    if batches is None:
+      batches = loader.iterate(done.next_batch, done.next_batch + stage.steps - done.step)
+    before = done
+    state, done, bad = run_steps(
+        experiment.faults, train_step, batches, state, stage, done, stop, reporter, checkpoints,
+        notice,
+    )
+    if bad or done.passed_over != before.passed_over:
+      batches = None
+    if bad and not notice.reason:
+      rollbacks += 1
+      check_tolerated(experiment.faults, rollbacks, bad, checkpoints.newest)
+      # This state goes before the other comes.
+      state = None
+      with reporter.account.spend("restart"):
+        state, done = roll_back(experiment, program, done, bad, reporter, checkpoints, identity)
+      continue
+    last = done.step == stage.steps
+    if last or (done.step == stop and stop % experiment.evaluation.every_steps == 0):
+      with reporter.account.spend("evaluation"):
+        reporter.evaluation(stage, stop, held_out(program, loader, state))
+    at_period = done.step == stop and stop % experiment.checkpoint.every_steps == 0
+    if last or at_period or (notice.reason and done.step and not bad):
+      with reporter.account.spend("checkpoint"):
+        # Metrics first: a checkpoint stands for steps that are all on record.
+        reporter.sync()
+        checkpoints.save(state, done, identity)
+      rollbacks = 0
+    if notice.reason and done.total_steps < reporter.total_steps:
+      with reporter.account.spend("checkpoint"):
+        checkpoints.wait()
+      reporter.close()
+      raise ResumeError(
+          f"{notice.reason}: stopped after step {done.total_steps} of {reporter.total_steps}; the "
+          f"same command goes on from {checkpoints.newest or 'the start'}."
+      )
   return state, done
 
 
 def run_steps(
+    faults: FaultConfig,
     train_step: Any,
     batches: Iterator[dict[str, jax.Array]],
     state: TrainState,
     stage: Stage,
-    steps: range,
+    done: Progress,
+    stop: int,
     reporter: Reporter,
-) -> TrainState:
-  """Runs `steps` and reports each; the device is idle only at the end."""
-  in_flight = None
+    checkpoints: Checkpoints,
+    notice: StopNotice,
+) -> tuple[TrainState, Progress, str | None]:
+  """Runs as many batches as there are steps to `stop`, unless told to stop, and reports each.
+
+  The device is idle only at the end.
+
+  Returns:
+    The state and the progress after the last step; and what is wrong with the next one, if it is
+    bad and the policy is to roll back: the state is then none to go on from.
+  """
+  in_flight, bad = None, None
+  first = done.next_batch
   reporter.start_clock()
-  for step in steps:
-    started = time.perf_counter()
-    batch = next(batches)
-    data_seconds = time.perf_counter() - started
-    state, metrics = train_step(state, batch)
+  for index in range(first, first + stop - done.step):
+    checkpoints.check()
+    dispatched = done.total_steps + (in_flight is not None)
+    if notice.reached(dispatched):
+      break
+    limit = loss_limit(faults, done.losses, index)
+    with reporter.dispatch(dispatched + 1):
+      asked = wall_clock()
+      batch = next(batches)
+      came = wall_clock()
+      state, metrics = train_step(state, batch, limit)
+    wait = InputWait(asked, came, metrics)
     if in_flight:
-      reporter.step(stage, *in_flight)
-    in_flight = step + 1, metrics, data_seconds
-  reporter.step(stage, *in_flight)
-  return state
+      done, bad = settle(faults, stage, done, *in_flight, reporter, checkpoints)
+      if bad:
+        return state, done, bad
+    in_flight = limit, metrics, wait
+  if in_flight:
+    done, bad = settle(faults, stage, done, *in_flight, reporter, checkpoints)
+  return state, done, bad
+
+
+def settle(
+    faults: FaultConfig,
+    stage: Stage,
+    done: Progress,
+    limit: float,
+    metrics: dict[str, jax.Array],
+    wait: InputWait,
+    reporter: Reporter,
+    checkpoints: Checkpoints,
+) -> tuple[Progress, str | None]:
+  """Waits for the step of batch `done.next_batch`.
+
+  Returns:
+    The progress after it; and what is wrong with it, if it is bad and the policy is to roll back.
+  """
+  metrics = jax.device_get(metrics)
+  index = done.next_batch
+  if metrics.pop("applied"):
+    done = done.after_step(with_loss(faults, done.losses, index, metrics["loss"].item()))
+    reporter.step(stage, done.step, metrics, wait)
+    return done, None
+  bad = f"step {done.step + 1}, of batch {index}: {problem(faults, metrics, limit)}"
+  if faults.bad_step == "rollback":
+    return done, bad
+  done = done.passing_over(index + 1)
+  check_tolerated(faults, done.just_passed_over, f"{stage.name}, {bad}", checkpoints.newest)
+  reporter.fault(stage, done, "skip", f"{bad}; the batch is skipped")
+  return done, None
+
+
+def roll_back(
+    experiment: Experiment,
+    program: StageProgram,
+    done: Progress,
+    bad: str,
+    reporter: Reporter,
+    checkpoints: Checkpoints,
+    identity: Identity,
+) -> tuple[TrainState, Progress]:
+  """The state of the last checkpoint, from where the batches up to the bad one are passed over."""
+  stage = experiment.stages[done.stage]
+  checkpoint, notes = checkpoints.latest(identity)
+  start_of_stage = done.total_steps - done.step
+  if checkpoint and checkpoint.total_steps < start_of_stage:
+    raise ResumeError(
+        f"{stage.name}, {bad}, and {' and '.join(notes)}, in an earlier stage: start the same "
+        "command again."
+    )
+  state, back = take_up(program, experiment, done.stage, checkpoint, checkpoints)
+  first, stop = back.next_batch, done.next_batch + 1
+  back = back.passing_over(stop)
+  reporter.rewind(back)
+  for note in notes:
+    reporter.fault(stage, back, "checkpoint", note)
+  reporter.fault(
+      stage, back, "rollback",
+      f"{bad}; back to step {back.step}, passing over batches {first} to {stop - 1}",
+  )
+  return state, back
 
 
 def compile_train_step(program: StageProgram, stage: Stage, reporter: Reporter) -> Any:
   """The train step, compiled before the first batch so that its time is not a step's."""
   started = time.perf_counter()
   batch = program.abstract_batch(stage.rows_per_batch, stage.sequence_length)
-  compiled = program.train_step.lower(program.state, batch).compile()
+  limit = jax.ShapeDtypeStruct((), jnp.float32)
+  compiled = program.train_step.lower(program.state, batch, limit).compile()
   axes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1)
   reporter.say(
       f"{stage.name}: {stage.sequence_length} tokens x {stage.rows_per_batch} rows, mesh "

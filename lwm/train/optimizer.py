@@ -1,6 +1,7 @@
 """AdamW (arXiv 1711.05101) with global-norm clipping, and LWM's learning-rate schedules."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import optax
 
 from lwm.experiment import OptimizerConfig
 from lwm.experiment import Stage
+from lwm.train.moments import scale_by_adam
 
 
 def learning_rate(optimizer: OptimizerConfig, stage: Stage) -> Callable[[jax.Array], jax.Array]:
@@ -41,6 +43,9 @@ def adamw(
 ) -> optax.GradientTransformationExtraArgs:
   """The stage's optimizer.
 
+  Its `update` takes `applied`, a bool scalar: if false the state stays as it was, and what the
+  updates are does not matter.
+
   Args:
     optimizer: moments, decay and clipping.
     stage: whose schedule to follow; it counts the stage's own updates from 0.
@@ -52,14 +57,48 @@ def adamw(
       logical_axes,
       is_leaf=lambda node: isinstance(node, tuple),
   )
+  adam = kept_unless_applied(scale_by_adam(
+      optimizer.beta1, optimizer.beta2, optimizer.epsilon, optimizer.moment_dtype
+  ))
   return optax.chain(
       optax.clip_by_global_norm(optimizer.clip_norm),
-      optax.adamw(
-          learning_rate(optimizer, stage),
-          b1=optimizer.beta1,
-          b2=optimizer.beta2,
-          eps=optimizer.epsilon,
-          weight_decay=optimizer.weight_decay,
-          mask=decayed,
+      optax.chain(
+          in_host_memory(adam) if optimizer.offload else adam,
+          optax.add_decayed_weights(optimizer.weight_decay, decayed),
+          kept_unless_applied(optax.scale_by_learning_rate(learning_rate(optimizer, stage))),
       ),
+  )
+
+
+def kept_unless_applied(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """The same, its state as it was where `applied` is false.
+
+  Elementwise, like the update that it joins: it needs no memory, and works in donated buffers.
+  """
+
+  def update(gradients, state, params=None, *, applied=True, **unused):
+    del unused
+    updates, updated = optimizer.update(gradients, state, params)
+    return updates, jax.tree.map(functools.partial(jnp.where, applied), updated, state)
+
+  return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def in_host_memory(
+    optimizer: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+  """The same, its state's arrays in the host's memory but for the time of an update."""
+
+  def move(state, space):
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, state)
+
+  def update(gradients, state, params=None, **arguments):
+    state = move(state, jax.memory.Space.Device)
+    updates, state = optimizer.update(gradients, state, params, **arguments)
+    return updates, move(state, jax.memory.Space.Host)
+
+  return optax.GradientTransformationExtraArgs(
+      lambda params: move(optimizer.init(params), jax.memory.Space.Host), update
   )

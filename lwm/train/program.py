@@ -89,7 +89,9 @@ def build_program(
   )
   optimizer = optimizer_lib.adamw(experiment.optimizer, stage, model.logical_axes)
   replicated = NamedSharding(mesh, rules.spec())
-  state = state_lib.abstract_state(abstract_params, optimizer, replicated)
+  state = state_lib.abstract_state(
+      abstract_params, optimizer, mesh, experiment.optimizer.offload
+  )
 
   losses = functools.partial(
       model.losses, rope_theta=stage.rope_theta, layout=layout, loss=experiment.loss

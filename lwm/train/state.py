@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import optax
 
 
@@ -22,27 +24,31 @@ class TrainState(NamedTuple):
 
 
 def abstract_state(
-    abstract_params: Any, optimizer: optax.GradientTransformation, replicated: jax.sharding.Sharding
+    abstract_params: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    offload: bool,
 ) -> TrainState:
   """ShapeDtypeStructs of the whole state, shardings included.
 
   Args:
     abstract_params: the parameters' ShapeDtypeStructs with their shardings.
     optimizer: its moments are sharded as their parameters are.
-    replicated: the sharding of scalars.
+    mesh: of those shardings.
+    offload: the moments are kept in the host's memory.
   """
-  optimizer_state = optax.tree_utils.tree_map_params(
-      optimizer,
-      lambda moment, param: jax.ShapeDtypeStruct(
-          moment.shape, moment.dtype, sharding=param.sharding
-      ),
-      jax.eval_shape(optimizer.init, abstract_params),
-      abstract_params,
-      transform_non_params=lambda leaf: jax.ShapeDtypeStruct(
-          leaf.shape, leaf.dtype, sharding=replicated
-      ),
-  )
-  step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+  host = "pinned_host" if offload else None
+
+  def place(leaf):
+    if leaf.ndim:
+      sharding = NamedSharding(mesh, leaf.sharding.spec, memory_kind=host)
+    else:
+      sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  with jax.set_mesh(mesh):
+    optimizer_state = jax.tree.map(place, jax.eval_shape(optimizer.init, abstract_params))
+  step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
   return TrainState(abstract_params, optimizer_state, step)
 
 

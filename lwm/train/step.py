@@ -4,6 +4,8 @@ Letters: B rows, S sequence, A microbatches (accumulation_steps); a trailing 2 i
 """
 
 from collections.abc import Callable
+import functools
+import math
 from typing import Any
 
 import jax
@@ -34,6 +36,7 @@ Losses = Callable[[Any, dict[str, jax.Array]], LossSums]
 def train_step(
     state: TrainState,
     batch: dict[str, jax.Array],
+    loss_limit: jax.Array | float = math.inf,
     *,
     losses: Losses,
     loss: LossConfig,
@@ -48,19 +51,24 @@ def train_step(
   present. Both divisors are known before the first microbatch, so the gradients of microbatches
   simply add up: accumulation changes nothing but the order of float32 sums.
 
+  A bad step, whose loss or gradient norm is not finite or whose loss is above the limit, leaves the
+  state as it was.
+
   Args:
     state: float32 parameters, moments and step.
     batch: arrays [B, S] as in BATCH_DTYPES; accumulation_steps divides the rows of each device.
+    loss_limit: float32 scalar.
     losses: the model.
     loss: shares of the modalities.
-    optimizer: updates the parameters.
+    optimizer: updates the parameters; its `update` takes `applied` (see optimizer.py).
     learning_rate: the optimizer's schedule, for the metrics.
     accumulation_steps: microbatches, run one after the other.
 
   Returns:
     The next state, and float32 scalars: loss, which is what is minimised; text_loss and
     vision_loss, nats a target (0 without targets); gradient_norm before clipping; learning_rate;
-    and what train_flops wants: tokens, attended_pairs, text_targets, vision_targets.
+    what train_flops wants: tokens, attended_pairs, text_targets, vision_targets; and applied, 0 for
+    a bad step, else 1.
   """
   weights_2 = modality_sums(batch["loss_weights"], batch["modality"])
   normaliser_2 = jnp.where(weights_2 > 0, 1 / jnp.where(weights_2 > 0, weights_2, 1), 0)
@@ -83,22 +91,33 @@ def train_step(
     microbatches = split_rows(batch, accumulation_steps)
     (gradients, (loss_2, nll_2)), _ = jax.lax.scan(accumulate, zero, microbatches)
 
-  updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  total_loss = jnp.sum(share_2 * normaliser_2 * loss_2)
+  gradient_norm = optax.tree.norm(gradients)
+  # One NaN in any gradient makes their norm NaN.
+  applied = jnp.isfinite(total_loss) & jnp.isfinite(gradient_norm) & (total_loss <= loss_limit)
+  updates, optimizer_state = optimizer.update(
+      gradients, state.optimizer_state, state.params, applied=applied
+  )
+  params = jax.tree.map(
+      functools.partial(jnp.where, applied),
+      optax.apply_updates(state.params, updates),
+      state.params,
+  )
   targets_2 = modality_sums((batch["loss_weights"] > 0).astype(jnp.float32), batch["modality"])
   pairs_BxS = (batch["key_stop"] - batch["key_start"]).astype(jnp.float32)
   metrics = {
-      "loss": jnp.sum(share_2 * normaliser_2 * loss_2),
+      "loss": total_loss,
       "text_loss": normaliser_2[0] * nll_2[0],
       "vision_loss": normaliser_2[1] * nll_2[1],
-      "gradient_norm": optax.tree.norm(gradients),
+      "gradient_norm": gradient_norm,
       "learning_rate": learning_rate(state.step),
       "tokens": jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32),
       "attended_pairs": jnp.sum(pairs_BxS),
       "text_targets": targets_2[0],
       "vision_targets": targets_2[1],
+      "applied": applied.astype(jnp.float32),
   }
-  return TrainState(params, optimizer_state, state.step + 1), metrics
+  return TrainState(params, optimizer_state, state.step + applied), metrics
 
 
 def evaluation_step(

@@ -84,7 +84,7 @@ def _experiment(**changes):
         ({"stages__1__tokens_per_batch": 1500}, ["stages[1]", "1500", "1024"]),
         ({"stages__1__layout": "striped"}, ["'striped'", "'zigzag'"]),
         ({"stages__2__mesh__ring": 3}, ["sequence_length=1024", "ring=3", "zigzag"]),
-        ({"stages__2__mesh__ulysses": 3}, ["sequence_length=1024", "ring x ulysses = 1 x 3"]),
+        ({"stages__2__mesh__ulysses": 3}, ["sequence_length=1024", "ring x ulysses x tensor = 1 x 3 x 1"]),
         ({"stages__0__warmup_steps": 10**6}, ["warmup_steps", "steps"]),
         ({"stages__0__accumulation_steps": 3}, ["accumulation_steps=3", "8 rows"]),
         ({"stages__0__name": "video_1k"}, ["stages", "video_1k"]),

@@ -1,14 +1,18 @@
-"""Compiles attention, forward and backward, for an H200 by XLA on a machine without a GPU.
+"""Compiles attention for a GPU by XLA on a machine without one, on its way inside `jax.jit`.
 
-  python -m tests.kernels.compile_for_gpu BACKEND HEAD_DIM DTYPE
+  python -m tests.kernels.compile_for_gpu GPU PROGRAM HEAD_DIM DTYPE LENGTH
 
-Prints bytes of temporaries, of the scores if they were materialised, and of registers spilled by
-each Mosaic GPU kernel (a thread), as JSON. Needs JAX's CUDA plugin, and a ptxas that knows the PTX
-version of Triton: the one inside the Triton package is put first.
+GPU is one of `lwm.plan.gpu_target`. PROGRAM is `triton` or `mosaic_gpu`, forward and backward of
+attention by that backend, or `decode` or `decode_int8`, a token written to a cache and decoded by
+Triton, layer by layer. Prints as JSON the bytes of arguments, of results and of temporaries, and of
+registers spilled by each Mosaic GPU kernel (a thread). Needs JAX's CUDA plugin, and a ptxas that
+knows the PTX version of Triton: the one inside the Triton package is put first.
 """
 
+import argparse
 import contextlib
-import importlib
+import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -17,97 +21,90 @@ import sys
 import tempfile
 
 import jax
-from jax.experimental import topologies
 import jax.numpy as jnp
 
-from kernels.attention import backend as backend_lib
-from kernels.attention.intervals import KeyIntervals
+from kernels.attention import KeyIntervals
+from kernels.attention import attention
+from kernels.decode import Quantized
+from kernels.decode import decode_attention
+from kernels.decode import quantize
+from kernels.decode import write
+from lwm.plan import topology
 
-# After openxla/xla, xla/backends/gpu/target_config/specs/h200.txtpb.
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 151397597184
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  thread_dim_limit_x: 1024
-  thread_dim_limit_y: 1024
-  thread_dim_limit_z: 64
-  driver_version: "13.0.0"
-  runtime_version: "13.0.0"
-  compile_time_toolkit_version: "13.0.0"
-  dnn_version: "9.10.0"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H200"
-"""
-SHAPE = dict(B=1, S=8192, H=8, G=2)
+B, H, G, LAYERS = 1, 8, 2, 2
 
 
-def h200() -> jax.sharding.Mesh:
-  """A mesh of one H200 that is not there."""
-  jax.devices()  # Loads the plugin.
-  topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H200)
-  return jax.sharding.Mesh(topology.devices, ("data",))
+def mesh(gpu: str) -> jax.sharding.Mesh:
+  """A mesh of one GPU that is not there."""
+  return jax.sharding.Mesh(topology.load(f"{gpu}:1x1").devices, ("data",))
 
 
-def compile_attention(backend, *, D: int, dtype: jnp.dtype):
-  """The compiled step: values and gradients of one attention, causal or any other intervals."""
-  B, S, H, G = SHAPE.values()
-
-  def step(query, key, value, start, stop, cotangents):
-    def function(*arrays):
-      intervals = KeyIntervals(start, stop)
-      return backend_lib.differentiable(backend, D**-0.5, None, *arrays, intervals)
-
-    results, pull_back = jax.vjp(function, query, key, value)
-    return results, pull_back(cotangents)
-
-  mesh = h200()
-  sharding = jax.NamedSharding(mesh, jax.P())
+def compile_program(gpu: str, program: str, *, D: int, dtype: str, length: int):
+  """The compiled program; intervals are data."""
+  gpu_mesh = mesh(gpu)
+  sharding = jax.NamedSharding(gpu_mesh, jax.P())
 
   def of(*shape, dtype=dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-  rows = of(B, S, dtype=jnp.int32)
-  cotangents = of(B, S, H, D), of(B, S, H, dtype=jnp.float32)
-  with jax.set_mesh(mesh):
-    arguments = of(B, S, H, D), of(B, S, G, D), of(B, S, G, D), rows, rows, cotangents
-    return jax.jit(step).lower(*arguments).compile()
+  if program.startswith("decode"):
+    cache = of(LAYERS, B, length, G, D)
+    if program == "decode_int8":
+      cache = Quantized(of(*cache.shape, dtype=jnp.int8), of(*cache.shape[:-1], dtype=jnp.float32))
+    arguments = cache, cache, of(B, 1, H, D), of(B, 1, G, D), of(dtype=jnp.int32)
+    step, donated = _decode_step, (0, 1)
+  else:
+    rows = of(B, length, dtype=jnp.int32)
+    cotangents = of(B, length, H, D), of(B, length, H, dtype=jnp.float32)
+    key = of(B, length, G, D)
+    arguments = of(B, length, H, D), key, key, KeyIntervals(rows, rows), cotangents
+    step, donated = functools.partial(_with_grads, program), ()
+  with jax.set_mesh(gpu_mesh):
+    return jax.jit(step, donate_argnums=donated).lower(*arguments).compile()
+
+
+def _with_grads(backend, query, key, value, intervals, cotangents):
+  results, pull_back = jax.vjp(
+      lambda *arrays: attention(*arrays, intervals, backend=backend), query, key, value
+  )
+  return results, pull_back(cotangents)
+
+
+def _decode_step(key_cache, value_cache, query, new, position):
+  intervals = KeyIntervals(*(jnp.full((B, 1), edge, jnp.int32) for edge in (0, position + 1)))
+  new = quantize(new) if isinstance(key_cache, Quantized) else new
+
+  def one_layer(caches, layer):
+    caches = tuple(write(cache, new, layer, position) for cache in caches)
+    return caches, decode_attention(query, *caches, intervals, layer=layer, backend="triton")[0]
+
+  return jax.lax.scan(one_layer, (key_cache, value_cache), jnp.arange(LAYERS))
 
 
 def main() -> None:
-  name, head_dim, dtype = sys.argv[1:]
+  parser = argparse.ArgumentParser()
+  parser.add_argument("gpu")
+  parser.add_argument("program", choices=("triton", "mosaic_gpu", "decode", "decode_int8"))
+  parser.add_argument("head_dim", type=int)
+  parser.add_argument("dtype")
+  parser.add_argument("length", type=int)
+  flags = parser.parse_args()
   os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
   with tempfile.TemporaryDirectory() as folder:
     triton = pathlib.Path(importlib.util.find_spec("triton").origin).parent
     assembler = triton / "backends" / "nvidia" / "bin" / "ptxas-blackwell"
     (pathlib.Path(folder) / "ptxas").symlink_to(assembler)
     os.environ["PATH"] = folder + os.pathsep + os.environ["PATH"]
-    module = importlib.import_module(f"kernels.attention.{name}")
     with printed_to(pathlib.Path(folder) / "assembler") as log:
-      compiled = compile_attention(
-          getattr(module, name.upper()), D=int(head_dim), dtype=jnp.dtype(dtype)
+      compiled = compile_program(
+          flags.gpu, flags.program, D=flags.head_dim, dtype=flags.dtype, length=flags.length
       )
     spilled = re.findall(r"(\d+) bytes spill stores", log.read_text())
+  memory = compiled.memory_analysis()
   made = dict(
-      temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
-      scores_bytes=4 * SHAPE["B"] * SHAPE["H"] * SHAPE["S"] ** 2,
+      argument_bytes=memory.argument_size_in_bytes,
+      output_bytes=memory.output_size_in_bytes,
+      temporary_bytes=memory.temp_size_in_bytes,
       spilled_bytes=[int(count) for count in spilled],
   )
   print(json.dumps(made))

@@ -13,8 +13,9 @@ import pytest
 
 SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
 INSTRUCTIONS = {80: ["mma"], 89: ["mma"], 90: ["wgmma"], 100: ["tcgen05"]}
-# Bytes per thread. A few hundred spilled once per block do not stand beside its products.
-LARGEST_STACK = 640
+# Bytes per thread. A few hundred spilled once per block do not stand beside its products; a decode
+# kernel, which has few, may keep a number or two there.
+LARGEST_STACK, LARGEST_DECODE_STACK = 640, 16
 
 
 def run(*arguments):
@@ -35,8 +36,10 @@ def check(*arguments):
   for used in map(json.loads, lines):
     capability = used["capability"]
     assert used["shared"] <= SHARED_MEMORY[capability], used
-    assert used["stack"] <= LARGEST_STACK, used
-    if used["dtype"] != "float32":
+    is_decode = used["kernel"].startswith("decode")
+    assert used["stack"] <= (LARGEST_DECODE_STACK if is_decode else LARGEST_STACK), used
+    # A decode kernel may have fewer rows than the larger instructions take, and waits for memory.
+    if used["dtype"] != "float32" and not is_decode:
       assert used["instructions"] == INSTRUCTIONS[capability], used
     assert used["blocks"][3] == 1 or used["asynchronous_copies"], used
   return len(lines)
@@ -49,27 +52,47 @@ def check(*arguments):
 )
 def test_triton_kernels_fit(capability, head_dim, dtype):
   """Of each generation one; the others by hand: python -m tests.kernels.triton_resources."""
-  assert check(capability, dtype, head_dim) == 3
+  assert check(capability, dtype, head_dim) == 5
+
+
+def compiled(*arguments):
+  if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    pytest.skip("needs JAX's CUDA plugin: pip install 'jax[cuda13]'")
+  return json.loads(run("-m", "tests.kernels.compile_for_gpu", *arguments))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "backend, head_dim, dtype",
+    "gpu, backend, head_dim, dtype, length",
     (
-        ("triton", 64, "bfloat16"),
-        ("triton", 256, "float32"),
-        ("mosaic_gpu", 64, "bfloat16"),
-        ("mosaic_gpu", 128, "bfloat16"),
-        ("mosaic_gpu", 128, "float16"),
+        ("a100", "triton", 256, "float32", 16384),
+        ("h200", "triton", 64, "float16", 16384),
+        ("b200", "triton", 128, "bfloat16", 1 << 20),
+        ("h200", "mosaic_gpu", 64, "bfloat16", 1 << 20),
+        ("h200", "mosaic_gpu", 128, "bfloat16", 16384),
+        ("h200", "mosaic_gpu", 128, "float16", 16384),
+        ("h200", "mosaic_gpu", 256, "bfloat16", 16384),
     ),
 )
-def test_forward_and_backward_compile_for_an_h200(backend, head_dim, dtype):
+def test_forward_and_backward_compile(gpu, backend, head_dim, dtype, length):
   """Whole steps through XLA; temporaries are gradients in float32, not scores."""
-  if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
-    pytest.skip("needs JAX's CUDA plugin: pip install 'jax[cuda13]'")
-  made = json.loads(run("-m", "tests.kernels.compile_for_gpu", backend, head_dim, dtype))
-  assert made["temporary_bytes"] < made["scores_bytes"] / 8
+  made = compiled(gpu, backend, head_dim, dtype, length)
+  assert made["temporary_bytes"] < made["argument_bytes"] + made["output_bytes"], made
   assert all(spilled <= 64 for spilled in made["spilled_bytes"]), made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "gpu, program, head_dim, dtype",
+    (
+        ("a100", "decode", 64, "float16"),
+        ("h200", "decode", 128, "bfloat16"),
+        ("b200", "decode_int8", 256, "bfloat16"),
+    ),
+)
+def test_decode_compiles_and_copies_no_cache(gpu, program, head_dim, dtype):
+  made = compiled(gpu, program, head_dim, dtype, 1 << 20)
+  assert made["temporary_bytes"] < made["argument_bytes"] / 64, made
 
 
 @pytest.mark.slow
@@ -78,14 +101,19 @@ def test_an_unmeasured_backend_is_not_the_default_on_an_h200():
     pytest.skip("needs JAX's CUDA plugin: pip install 'jax[cuda13]'")
   program = """
 import jax, jax.numpy as jnp
+from kernels import backends
 from kernels.attention import api
-from tests.kernels.compile_for_gpu import h200
+from kernels.decode import api as decode
+from tests.kernels.compile_for_gpu import mesh
 def names(dtype, head_dim):
   query = jax.ShapeDtypeStruct((1, 256, 4, head_dim), dtype)
   return api.choose(None, query, query).name
-with jax.set_mesh(h200()):
-  query = jax.ShapeDtypeStruct((1, 256, 4, 128), jnp.bfloat16)
+with jax.set_mesh(mesh("h200")):
+  query, cache = (jax.ShapeDtypeStruct((*layers, 1, 256, 4, 128), jnp.bfloat16)
+                  for layers in ((), (2,)))
   print(names(jnp.bfloat16, 128), names(jnp.float32, 256), names(jnp.bfloat16, 32),
-        api.choose("mosaic_gpu", query, query).name)
+        api.choose("mosaic_gpu", query, query).name,
+        backends.choose("decode", decode.BACKENDS, None, query, cache).name)
 """
-  assert run("-c", program).split() == ["triton", "triton", "xla", "mosaic_gpu"]
+  expected = ["triton", "triton", "xla", "mosaic_gpu", "triton"]
+  assert run("-c", program).split() == expected

@@ -51,7 +51,7 @@ def interpreted(monkeypatch):
 
   for module in (mosaic_gpu_forward, mosaic_gpu_backward):
     monkeypatch.setattr(module, "accumulate", accumulate)
-  blocks = {name: {64: (64, 2), 128: (64, 2)} for name in mosaic_gpu.BLOCKS}
+  blocks = {name: {64: (64, 2), 128: (64, 2), 256: (32, 2)} for name in mosaic_gpu.BLOCKS}
   monkeypatch.setattr(mosaic_gpu, "BLOCKS", blocks)
   yield
   interpret_pallas_call.reset_gpu_interpret_mode_state()
@@ -87,6 +87,11 @@ def check(case, dtype):
 
 def test_documents_with_grouped_heads():
   check(Case("documents", grouped_documents, Q=170, K=170, **(SMALL | dict(H=2))), "bfloat16")
+
+
+def test_head_dim_256():
+  """Blocks of 32, whose memory has tiles of half the width; dK and dV in two passes."""
+  check(Case("wide", grouped_documents, Q=130, K=130, **(SMALL | dict(H=2, D=256))), "bfloat16")
 
 
 def test_empty_rows_and_tiles_with_a_soft_cap():

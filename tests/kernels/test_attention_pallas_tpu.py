@@ -82,7 +82,7 @@ def test_bfloat16():
 
 def test_two_cores_share_the_tiles_of_one_row_without_races(monkeypatch, capfd):
   """As on v4 and v5p, whose chips are two cores: one batch row, one key head, three tiles."""
-  monkeypatch.setattr(pallas_tpu, "_num_cores", lambda: 2)
+  monkeypatch.setattr(pallas_tpu, "num_cores", lambda: 2)
   case = dataclasses.replace(BY_NAME["packed"], B=1, H=2, G=1)
   arrays, exact = rounded(case.arrays(), "float32")
   parameters = pltpu.InterpretParams(num_cores_or_threads=2, detect_races=True, random_seed=1)

@@ -1,5 +1,7 @@
 """The benchmarks measure what they say, at sizes that take no time."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from kernels import benchmarks
 from kernels.attention import attention
 from kernels.attention import packed
+from kernels.attention import xla
 from kernels.benchmarks import timing
 from kernels.benchmarks.attention import splash
 
@@ -67,3 +70,33 @@ def test_ring_cases_count_what_they_skip():
   assert zigzag["busiest_blocks"] <= 0.55 * every["busiest_blocks"]
   assert documents["busiest_blocks"] <= 0.2 * zigzag["busiest_blocks"]
   assert documents["of"] == zigzag["case"] and documents["ratio"] > 0
+
+
+def test_decode_names_its_backend_and_counts_the_bytes_of_its_cache():
+  cache = benchmarks.Cache(128, 4, 2, 8, "float32")
+  for kind, num_bytes in ((cache, 4), (dataclasses.replace(cache, is_int8=True), 1 + 4 / 8)):
+    (record,) = benchmarks.measure_decode(kind)
+    assert record["backend"] == "xla" and record["is_int8"] == kind.is_int8
+    read = record["gigabytes_per_second"] * record["ms"] * 1e6
+    assert read == pytest.approx(2 * 128 * 2 * 8 * num_bytes)
+
+
+def test_sizes_are_timed_and_those_that_do_not_fit_are_named():
+  """On the backend that runs here; a block of no keys stands for one that does not compile."""
+  sizes = [(16, 16), (32, 0), (64, 64)]
+  candidates = {("attention", "xla"): {"forward": sizes, "backward": sizes}}
+  records = list(benchmarks.measure_sizes([ONE], [], candidates=candidates))
+  assert [record["kernel"] for record in records] == ["forward", "backward"]
+  for record in records:
+    assert set(record["ms"]) == {"(16, 16)", "(64, 64)"}
+    assert record["row"] == f'"{record["kernel"]}": {next(iter(record["ms"]))}'
+    assert "ZeroDivisionError" in record["failed"]["(32, 0)"]
+
+
+def test_sizes_reach_the_kernels(monkeypatch):
+  """Every candidate of XLA and its own program, whatever the cache of compiled functions holds."""
+  seen = []
+  monkeypatch.setattr(xla, "_block", lambda length, most: seen.append(most) or length)
+  candidates = {("attention", "xla"): {"forward": [(8, 16), (24, 32)], "backward": [(40, 48)]}}
+  list(benchmarks.measure_sizes([ONE], [], candidates=candidates))
+  assert [size for size in (8, 16, 24, 32, 40, 48) if size not in seen] == []

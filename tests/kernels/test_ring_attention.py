@@ -158,7 +158,7 @@ def test_bfloat16_error_does_not_grow_with_the_ring(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("ring_size", (1, 2, 4))
+@pytest.mark.parametrize("ring_size", (1, 2, 4, 8))
 def test_another_document_changes_no_bit(kind, ring_size):
   """Perturb one token of a document: out and gradients of all the others stay as they are."""
   case = BY_NAME["packed"]

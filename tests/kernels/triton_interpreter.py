@@ -4,6 +4,7 @@ Import this before anything imports Triton: the interpreter must be chosen when 
 """
 
 import os
+import threading
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -14,14 +15,17 @@ import pytest
 
 interpreter = pytest.importorskip("triton.runtime.interpreter", exc_type=ImportError)
 
-DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32"}
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "int8": "i8"}
+ARRAY = (jax.Array, np.ndarray)
+# Devices call from threads of their own.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class Pointer:
   """What the interpreter asks of an array argument."""
 
   def __init__(self, array):
-    self.array = np.array(array)
+    self.array = np.asarray(array)
     self.dtype = DTYPES[str(array.dtype)]
 
   def data_ptr(self):
@@ -40,11 +44,20 @@ class Grid(interpreter.GridExecutor):
 
 def triton_call(*args, kernel, out_type, grid, num_warps, num_stages, backend_options, **constants):
   """Stands for `jax_triton.triton_call`; outputs start as NaN, which shows what is not written."""
-  inputs = [Pointer(arg) if isinstance(arg, jax.Array) else arg for arg in args]
   flat_types, tree = jax.tree.flatten(out_type)
-  outputs = [Pointer(np.full(kind.shape, np.nan, kind.dtype)) for kind in flat_types]
-  Grid(kernel.rewrite(), kernel.arg_names, grid)(*inputs, *outputs, **constants)
-  return tree.unflatten([jnp.asarray(output.array) for output in outputs])
+  arrays = [arg for arg in args if isinstance(arg, ARRAY)]
+
+  def run(*arrays):
+    arrays = iter(arrays)
+    inputs = [Pointer(next(arrays)) if isinstance(arg, ARRAY) else arg for arg in args]
+    outputs = [Pointer(np.full(kind.shape, np.nan, kind.dtype)) for kind in flat_types]
+    with _ONE_AT_A_TIME:
+      Grid(kernel.rewrite(), kernel.arg_names, grid)(*inputs, *outputs, **constants)
+    return [output.array for output in outputs]
+
+  if any(isinstance(array, jax.core.Tracer) for array in arrays):
+    return tree.unflatten(jax.pure_callback(run, flat_types, *arrays))
+  return tree.unflatten([jnp.asarray(output) for output in run(*arrays)])
 
 
 _create_dot = interpreter.InterpreterBuilder.create_dot
@@ -63,3 +76,17 @@ def create_dot(self, left, right, *args):
 
 
 interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+_create_si_to_fp = interpreter.InterpreterBuilder.create_si_to_fp
+
+
+def create_si_to_fp(self, source, type_):
+  """The interpreter gives bfloat16 the integer's bits: go by float32."""
+  if type_.scalar != interpreter.tl.bfloat16:
+    return _create_si_to_fp(self, source, type_)
+  exact = _create_si_to_fp(self, source, source.dtype.with_element_ty(interpreter.tl.float32))
+  return self.create_fp_trunc(exact, type_)
+
+
+interpreter.InterpreterBuilder.create_si_to_fp = create_si_to_fp

@@ -1,6 +1,6 @@
 """Compiles Triton attention kernels to machine code without a GPU and prints what they take.
 
-  python -m tests.kernels.triton_resources [--forward] CAPABILITY DTYPE HEAD_DIM
+  python -m tests.kernels.triton_resources [--kernel=NAME] CAPABILITY DTYPE HEAD_DIM
 
 prints one JSON line per kernel: shared memory and spilled bytes per thread (the stack), registers,
 and the kind of matrix instruction, with the block sizes of `block_sizes_gpu`.
@@ -20,21 +20,25 @@ from kernels.attention import triton_backward
 from kernels.attention import triton_forward
 from kernels.attention.block_sizes_gpu import Blocks
 from kernels.attention.block_sizes_gpu import triton_blocks
+from kernels.decode import triton_partial
 
 KERNELS = {
     "forward": triton_forward.forward,
     "query_grad": triton_backward.query_grad,
     "key_value_grad": triton_backward.key_value_grad,
+    "decode": triton_partial.partial,
+    "decode_int8": triton_partial.partial,
 }
 TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 INSTRUCTIONS = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}
 
 
 def resources(name: str, capability: int, dtype: str, head_dim: int, blocks: Blocks) -> dict:
-  """Compiles one kernel for one kind of GPU, with a soft cap left out and four heads in a group."""
+  """Compiles one kernel for one kind of GPU; no soft cap, heads in fours, decode's most rows."""
   kernel = KERNELS[name]
   constants = dict(GROUP=4, HEAD_DIM=head_dim, QUERY_BLOCK=blocks.query, KEY_BLOCK=blocks.key)
   constants |= dict(SCALE=head_dim**-0.5, SOFT_CAP=None)
+  constants |= dict(ROW_BLOCK=blocks.query, IS_QUANTIZED=name == "decode_int8")
   constants["PRECISION"] = "tf32x3" if dtype == "float32" else None
   signature, attributes = {}, {}
   for i, parameter in enumerate(kernel.params):
@@ -44,9 +48,13 @@ def resources(name: str, capability: int, dtype: str, head_dim: int, blocks: Blo
     elif argument.startswith("num_"):
       signature[argument] = "i32"
     else:
-      is_index = argument.startswith(("start", "stop", "tables"))
-      is_statistic = any(part in argument for part in ("log_sum_exp", "delta", "grad"))
-      signature[argument] = "*i32" if is_index else "*fp32" if is_statistic else TYPES[dtype]
+      is_index = argument.startswith(("start", "stop", "tables", "layer"))
+      in_float32 = ("log_sum_exp", "delta", "grad", "scale", "out_P")
+      is_exact = any(part in argument for part in in_float32)
+      is_int8 = name == "decode_int8" and argument.endswith("LxBxKxGxD")
+      signature[argument] = (
+          "*i32" if is_index else "*fp32" if is_exact else "*i8" if is_int8 else TYPES[dtype]
+      )
       attributes[(i,)] = [["tt.divisibility", 16]]
   constants = {
       (i,): constants[parameter.name]
@@ -87,12 +95,12 @@ def resources(name: str, capability: int, dtype: str, head_dim: int, blocks: Blo
 
 def main() -> None:
   parser = argparse.ArgumentParser()
-  parser.add_argument("--forward", action="store_true", help="the forward kernel only")
+  parser.add_argument("--kernel", choices=KERNELS, action="append", help="all unless given")
   parser.add_argument("capability", type=int)
   parser.add_argument("dtype", choices=TYPES)
   parser.add_argument("head_dim", type=int)
   flags = parser.parse_args()
-  for name in ["forward"] if flags.forward else KERNELS:
+  for name in flags.kernel or KERNELS:
     blocks = triton_blocks(name, flags.capability, flags.head_dim, flags.dtype)
     used = resources(name, flags.capability, flags.dtype, flags.head_dim, blocks)
     print(json.dumps(used), flush=True)

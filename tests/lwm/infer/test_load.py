@@ -72,6 +72,17 @@ def test_a_checkpoint_being_written_is_left_alone(experiment, tmp_path):
   assert unfinished.is_dir()
 
 
+def test_a_damaged_checkpoint_is_one_sentence(experiment, tmp_path):
+  save(experiment, tmp_path / "run", Progress(0, 4, 4))
+  checkpoint = tmp_path / "run" / "checkpoints" / "4"
+  path = max((checkpoint / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+  with pytest.raises(UserError, match=rf"checkpoints/4 is damaged \({path.relative_to(checkpoint)}"):
+    load_trained(experiment, tmp_path / "run")
+
+
 @pytest.mark.parametrize("exists", [False, True])
 def test_no_checkpoint_is_one_sentence(experiment, tmp_path, exists):
   if exists:

@@ -43,7 +43,7 @@ def build():
   return model, params
 
 
-def run(model, params, num_tokens=6, choice=GREEDY, seed=0, forced_T=None):
+def run(model, params, num_tokens=7, choice=GREEDY, seed=0, forced_T=None):
   forced_T = jnp.full(num_tokens, FREE, jnp.int32) if forced_T is None else forced_T
   return np.asarray(
       sample(model, params, PROMPT_BxP, forced_T, jax.random.key(seed), choice=choice,
@@ -75,7 +75,7 @@ def test_greedy_tokens_are_those_of_the_full_forward_pass(mesh):
 
 def test_forced_tokens_come_and_are_read(mesh):
   model, params = build()
-  forced_T = jnp.full(6, FREE, jnp.int32).at[2].set(33)
+  forced_T = jnp.full(7, FREE, jnp.int32).at[2].set(33)
   tokens_BxT = run(model, params, forced_T=forced_T)
   free_BxT = run(model, params)
   assert (tokens_BxT[:, 2] == 33).all()

@@ -24,7 +24,7 @@ def full_remat(tiny, batch):
   return tiny.loss_and_gradients(tiny.config(), tiny.mesh(), "contiguous", batch)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "attention"])
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "offload", "offload_attention"])
 def test_remat_policies_give_the_same_gradients(tiny, batch, full_remat, remat):
   actual = tiny.loss_and_gradients(tiny.config(remat=remat), tiny.mesh(), "contiguous", batch)
   tiny.assert_close(actual, full_remat, 1e-6)

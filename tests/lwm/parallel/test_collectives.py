@@ -14,7 +14,7 @@ from lwm.model import ModelConfig
 from lwm.model import build
 from lwm.parallel.mesh import make_mesh
 
-B, S, M = 2, 512, 16
+B, S, M = 4, 256, 16
 INTEGERS = ("tokens", "targets", "positions", "modality", "key_start", "key_stop")
 
 
@@ -46,38 +46,48 @@ def collectives(remat="full", **sizes):
     ).lower(params, batch).compile()
   pattern = re.compile(
       r" = (.*?) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
-      r".*?op_name=\"(.*?)\""
+      r"(.*?)op_name=\"(.*?)\""
   )
   found = []
   for match in pattern.finditer(compiled.as_text()):
-    shapes, kind, origin = match.groups()
+    shapes, kind, details, origin = match.groups()
+    # In groups of one device nothing moves.
+    if re.search(r"'tensor'=1.*\] \{'tensor'\}", details):
+      continue
     for shape in re.findall(r"\w+\[([\d,]*)\]", shapes):
       found.append((kind, math.prod(int(size) for size in shape.split(",") if size), origin))
   assert found
   return found
 
 
-def test_a_ring_gathers_nothing():
+def gathered_sizes(**sizes):
+  return [size for kind, size, _ in collectives(**sizes) if kind == "all-gather"]
+
+
+def test_a_ring_gathers_weights_but_no_tokens():
   found = collectives(ring=8)
-  assert not {"all-gather", "all-to-all"} & {kind for kind, _, _ in found}
-  # Nothing is larger than a device's own tokens.
+  gathered = [size for kind, size, _ in found if kind == "all-gather"]
+  # The largest weight is a table of 64 ids; a device's own tokens are twice that.
+  assert max(gathered) == 64 * M < B * S * M // 8
+  assert "all-to-all" not in {kind for kind, _, _ in found}
+  # Nothing else is larger than a device's own tokens.
   assert max(size for _, size, _ in found) <= B * S * M // 8
 
 
-def test_with_other_axes_only_weights_are_gathered():
-  found = collectives(fsdp=2, ring=2, tensor=2)
-  gathered = [size for kind, size, _ in found if kind == "all-gather"]
-  assert gathered and max(gathered) <= 64 * M // 2
-  assert "all-to-all" not in {kind for kind, _, _ in found}
+def test_tokens_are_gathered_over_tensor_alone():
+  gathered = gathered_sizes(fsdp=2, ring=2, tensor=2)
+  tokens = {size for size in gathered if size > 64 * M}
+  # Those of one place in fsdp x ring.
+  assert tokens == {B * S * M // 4}
 
 
-def test_gradients_over_fsdp_are_scattered_not_all_reduced():
-  found = collectives(fsdp=2, ring=4)
+def test_gradients_are_scattered_and_then_summed_over_data():
+  found = collectives(data=2, fsdp=2, ring=2)
   scattered = sum(size for kind, size, _ in found if kind == "reduce-scatter")
-  # Every weight but the norm scales, once a layer: half of it on each device.
+  # Every weight but the norm scales, once a layer: a quarter of it on each device.
   layer = 4 * M * 2 * 8 + 3 * M * 24
-  assert scattered == (layer + 2 * 64 * M) // 2
-  # What is then summed over the ring is the scattered part, and the norm scales.
+  assert scattered == (layer + 2 * 64 * M) // 4
+  # What is then summed over data is the scattered part, and the norm scales.
   summed = sum(size for _, size, origin in found if "unreduced_psum" in origin)
   assert scattered <= summed <= scattered + 3 * M
 

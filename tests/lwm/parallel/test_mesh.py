@@ -16,6 +16,9 @@ from lwm.model import build
 from lwm.parallel.mesh import check_model_fits_mesh
 from lwm.parallel.mesh import make_mesh
 
+# What a parameter's width is divided over.
+STORED = ("fsdp", "ring", "ulysses")
+
 
 def test_axes_are_explicit_and_tensor_is_nearest():
   mesh = make_mesh(MeshConfig(data=2, fsdp=-1, ring=1, tensor=2))
@@ -56,7 +59,10 @@ def test_an_axis_that_would_cross_slices_is_named():
     "sizes,changes,message",
     [
         (dict(tensor=4), {}, "config.model.num_kv_heads = 2 does not divide over mesh.tensor = 4"),
-        (dict(fsdp=3), {}, "config.model.width = 64 does not divide over mesh.fsdp = 3"),
+        (
+            dict(fsdp=3, ring=2), {},
+            "config.model.width = 64 does not divide over mesh.fsdp x ring x ulysses = 3 x 2 x 1",
+        ),
         (
             dict(tensor=2), dict(text_vocab_size=257),
             "text_vocab_size + vision_vocab_size = 257 does not divide over mesh.tensor = 2",
@@ -98,9 +104,9 @@ def test_parameters_are_the_same_on_any_mesh_and_never_whole():
       drawn.append(jax.jit(model.init)(jax.random.key(0)))
   jax.tree.map(np.testing.assert_array_equal, *drawn)
   blocks = drawn[1]["blocks"]
-  assert blocks["attention"]["query"].sharding.spec == P(None, "fsdp", "tensor", None)
-  assert blocks["attention"]["out"].sharding.spec == P(None, "tensor", None, "fsdp")
-  assert blocks["feed_forward"]["down"].sharding.spec == P(None, "tensor", "fsdp")
-  assert drawn[1]["embedding"].sharding.spec == P("tensor", "fsdp")
-  assert drawn[1]["output"].sharding.spec == P("fsdp", "tensor")
+  assert blocks["attention"]["query"].sharding.spec == P(None, STORED, "tensor", None)
+  assert blocks["attention"]["out"].sharding.spec == P(None, "tensor", None, STORED)
+  assert blocks["feed_forward"]["down"].sharding.spec == P(None, "tensor", STORED)
+  assert drawn[1]["embedding"].sharding.spec == P("tensor", STORED)
+  assert drawn[1]["output"].sharding.spec == P(STORED, "tensor")
   assert drawn[1]["embedding"].addressable_shards[0].data.shape == (16, 4)

@@ -56,7 +56,7 @@ def experiment(make_experiment) -> Experiment:
 
 @pytest.fixture(scope="session")
 def start_program(prepared):
-  """Starts `experiments.NAME` on tiny.py, as a process with one device."""
+  """Starts `experiments.NAME` on tiny.py, as a process with one device and a group of its own."""
 
   def start(name: str, *arguments: str) -> subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -64,7 +64,7 @@ def start_program(prepared):
     return subprocess.Popen(
         [sys.executable, "-m", f"experiments.{name}", f"--config={CONFIG}:{prepared}", *arguments],
         cwd=CHECKOUT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )
 
   return start
@@ -74,7 +74,7 @@ def start_program(prepared):
 def undisturbed(start_program, tmp_path_factory) -> pathlib.Path:
   """The workdir of a run of tiny.py from start to end."""
   workdir = tmp_path_factory.mktemp("undisturbed")
-  process = start_program("train", f"--workdir={workdir}")
+  process = start_program("train", f"--workdir={workdir}", "--profile_steps=3:5")
   output, errors = process.communicate(timeout=300)
   assert process.returncode == 0, errors
   (workdir / "output.txt").write_text(output)

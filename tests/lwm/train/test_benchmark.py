@@ -17,6 +17,10 @@ def test_benchmark_prints_figures_that_agree(start_program, prepared):
   assert stage["outside"] == pytest.approx(
       1 - stage["compiled_step_seconds"] / stage["step_seconds"]
   )
+  assert stage["estimated_step_seconds"] > 0
+  assert stage["estimate_ratio"] == pytest.approx(
+      stage["compiled_step_seconds"] / stage["estimated_step_seconds"]
+  )
   # 8 rows of 64 tokens, and few of them padding.
   tokens = stage["tokens_per_second"] * stage["step_seconds"]
   assert 0.8 * 512 < tokens <= 512

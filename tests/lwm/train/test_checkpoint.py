@@ -11,10 +11,11 @@ from lwm.errors import UserError
 from lwm.experiment import Experiment
 from lwm.experiment import MeshConfig
 from lwm.experiment import Stage
+from lwm.train import digests
 from lwm.train.checkpoint import Checkpoints
-from lwm.train.checkpoint import first_difference
-from lwm.train.checkpoint import Identity
 from lwm.train.checkpoint import Progress
+from lwm.train.identity import Identity
+from lwm.train.identity import first_difference
 from lwm.train.program import build_program
 
 PROGRESS = Progress(stage=0, step=5, total_steps=5)
@@ -54,7 +55,7 @@ def test_restores_bit_for_bit_onto_another_mesh(experiment, identity, tmp_path):
   program, _ = state_on(experiment, MeshConfig(data=1, fsdp=2, ring=2, tensor=2))
   checkpoints = Checkpoints(tmp_path, 2)
   # The mesh is free to change.
-  assert checkpoints.latest(dataclasses.replace(identity, experiment=experiment)) == PROGRESS
+  assert checkpoints.latest(dataclasses.replace(identity, experiment=experiment)) == (PROGRESS, [])
   restored = checkpoints.restore(PROGRESS, program.state)
   checkpoints.close()
   assert_same(restored.params, state.params)
@@ -93,7 +94,7 @@ def test_an_incomplete_checkpoint_is_ignored_and_removed(experiment, identity, t
   shutil.copytree(tmp_path / "5", incomplete)
   shutil.rmtree(incomplete / "params")
   checkpoints = Checkpoints(tmp_path, 2)
-  assert checkpoints.latest(identity) == PROGRESS
+  assert checkpoints.latest(identity) == (PROGRESS, [])
   # The broom runs in the background, but no later than the next save.
   checkpoints.save(state, dataclasses.replace(PROGRESS, step=6, total_steps=6), identity)
   checkpoints.close()
@@ -110,7 +111,7 @@ def test_holds_config_and_tokenizer(experiment, identity, tmp_path):
 
 def test_no_checkpoint_is_a_fresh_start(identity, tmp_path):
   checkpoints = Checkpoints(tmp_path, 2)
-  assert checkpoints.latest(identity) is None
+  assert checkpoints.latest(identity) == (None, [])
   checkpoints.close()
 
 
@@ -134,6 +135,140 @@ def test_another_run_is_refused_in_one_sentence(experiment, identity, tmp_path):
   with pytest.raises(UserError, match="dataset 'video' as it was before"):
     checkpoints.latest(dataclasses.replace(identity, manifests={"text": "abc", "video": "new"}))
   checkpoints.close()
+
+
+def flip(path: pathlib.Path) -> None:
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+def array_file(checkpoint: pathlib.Path) -> pathlib.Path:
+  return max((checkpoint / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+
+
+def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_taken(experiment, identity, tmp_path):
+  """Without digests this byte is restored, and nothing says so."""
+  program, state = state_on(experiment, MeshConfig())
+  save(tmp_path, identity, state, 4, 5)
+  path = array_file(tmp_path / "5")
+  content = path.read_bytes()
+  flip(path)
+  damaged = path.read_bytes()
+  with Checkpoints(tmp_path, 2) as checkpoints:
+    progress, notes = checkpoints.latest(identity)
+    assert progress.total_steps == 4
+    assert notes == [
+        f"{tmp_path}/5 is damaged ({path.relative_to(tmp_path / '5')}) and now 5.damaged; going back "
+        "to the one after step 4"
+    ]
+    restored = checkpoints.restore(progress, program.state)
+    assert_same(restored.params, state.params)
+    # Set aside as it was, and out of the way of the one that is saved next.
+    aside = tmp_path / "5.damaged" / path.relative_to(tmp_path / "5")
+    assert aside.read_bytes() == damaged != content
+    checkpoints.save(state, dataclasses.replace(PROGRESS), identity)
+    assert checkpoints.latest(identity) == (PROGRESS, [])
+    flip(array_file(tmp_path / "5"))
+    assert "now 5.damaged-2;" in checkpoints.latest(identity)[1][0]
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5.damaged", "5.damaged-2"]
+
+
+def test_any_file_that_is_lost_or_cut_short_is_noticed(experiment, identity, tmp_path):
+  _, state = state_on(experiment, MeshConfig())
+  save(tmp_path, identity, state, 4, 5)
+  whole = tmp_path / "5"
+  files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
+  assert len(files) > 20
+  for index, name in enumerate(files):
+    path = whole / name
+    content = path.read_bytes()
+    path.unlink()
+    if index % 2:
+      path.write_bytes(content[: len(content) // 2])
+    with Checkpoints(tmp_path, 2) as checkpoints:
+      progress, notes = checkpoints.latest(identity)
+    # Orbax's own notes are not needed.
+    if path.name in ("commit_success.txt", "_CHECKPOINT_METADATA"):
+      assert progress.total_steps == 5 and not notes, name
+    else:
+      assert progress.total_steps == 4 and f"({name}) and now 5.damaged" in notes[0]
+      (tmp_path / "5.damaged").rename(whole)
+    path.write_bytes(content)
+
+
+def test_if_all_are_damaged_that_is_one_sentence_and_they_stay(experiment, identity, tmp_path):
+  _, state = state_on(experiment, MeshConfig())
+  save(tmp_path, identity, state, 4, 5)
+  (tmp_path / "4" / "params" / "manifest.ocdbt").unlink()
+  (tmp_path / "5" / "digests.json").unlink()
+  for _ in range(2):
+    with Checkpoints(tmp_path, 2) as checkpoints, pytest.raises(UserError) as error:
+      checkpoints.latest(identity)
+    assert str(error.value) == (
+        f"All checkpoints are damaged: {tmp_path}/5 (digests.json), {tmp_path}/4 "
+        "(params/manifest.ocdbt): put one of them back from a copy, or start anew with another "
+        "--workdir."
+    )
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
+
+
+def test_an_older_checkpoint_is_read(experiment, identity, tmp_path):
+  """Of before there were digests, batches passed over, and settings for faults."""
+  _, state = state_on(experiment, MeshConfig())
+  save(tmp_path, identity, state, 5)
+  checkpoint = tmp_path / "5"
+  (checkpoint / "digests.json").unlink()
+  (checkpoint / "progress" / "metadata").write_text('{"stage": 0, "step": 5, "total_steps": 5}')
+  config = json.loads((checkpoint / "config" / "metadata").read_text())
+  del config["faults"], config["loss"]["z_loss"], config["stages"][1]["layout"]
+  (checkpoint / "config" / "metadata").write_text(json.dumps(config))
+  with Checkpoints(tmp_path, 2) as checkpoints:
+    progress, notes = checkpoints.latest(identity)
+    assert progress == PROGRESS
+    assert notes == [
+        f"{checkpoint} is by an older version, without digests.json: nothing tells whether it is "
+        "damaged"
+    ]
+    experiment.loss.z_loss = 1e-4
+    with pytest.raises(UserError, match=r"config.loss.z_loss=0.0, not 0.0001: set it back"):
+      checkpoints.latest(identity)
+
+
+def test_a_newer_checkpoint_is_refused_in_one_sentence(experiment, identity, tmp_path):
+  _, state = state_on(experiment, MeshConfig())
+  save(tmp_path, identity, state, 5)
+  path = tmp_path / "5" / "progress" / "metadata"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"epoch": 3}))
+  (tmp_path / "5" / "digests.json").unlink()
+  digests.write(tmp_path / "5")
+  with Checkpoints(tmp_path, 2) as checkpoints, pytest.raises(UserError) as error:
+    checkpoints.latest(identity)
+  assert str(error.value) == (
+      f"{tmp_path}/5 is by a newer version of this program, which keeps epoch: go on with that one."
+  )
+
+
+def test_progress_survives_as_it_is(experiment, identity, tmp_path):
+  _, state = state_on(experiment, MeshConfig())
+  progress = dataclasses.replace(
+      PROGRESS, passed_over=((1, 3), (6, 7)), losses=((5, float(np.float32(0.1))), (8, 2.5))
+  )
+  with Checkpoints(tmp_path, 2) as checkpoints:
+    checkpoints.save(state, progress, identity)
+    assert checkpoints.latest(identity) == (progress, [])
+
+
+def test_passing_over():
+  progress = Progress(stage=1, step=4, total_steps=10)
+  assert progress.next_batch == 4 and progress.just_passed_over == 0
+  progress = progress.passing_over(5).passing_over(7)
+  assert progress.passed_over == ((4, 7),)
+  assert progress.next_batch == 7 and progress.just_passed_over == 3
+  progress = progress.after_step(()).passing_over(9)
+  assert progress.passed_over == ((4, 7), (8, 9))
+  assert progress.step == 5 and progress.next_batch == 9 and progress.just_passed_over == 1
+  assert progress.at_stage(2) == Progress(stage=2, step=0, total_steps=11)
 
 
 def difference(change) -> str | None:

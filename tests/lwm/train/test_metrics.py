@@ -2,11 +2,12 @@ import json
 import pathlib
 
 from PIL import Image
-import tensorboardX
+from tensorboardX.proto import event_pb2
 
 from lwm.train.evaluate import by_modality
 from lwm.train.evaluate import summary
 from lwm.train.evaluate import table
+from lwm.train.events import EventFile
 from lwm.train.metrics import FILE_NAME
 from lwm.train.metrics import MetricsLog
 from lwm.train.metrics import read_metrics
@@ -65,9 +66,7 @@ def test_a_new_run_starts_an_empty_file(tmp_path):
 
 def test_tensorboard_events(tmp_path, monkeypatch):
   written = []
-  monkeypatch.setattr(
-      tensorboardX.SummaryWriter, "add_scalar", lambda self, *args: written.append(args)
-  )
+  monkeypatch.setattr(EventFile, "add_scalar", lambda self, *args: written.append(args))
   log = MetricsLog(tmp_path, 0)
   log.write(record(2))
   log.write(evaluation(2))
@@ -76,6 +75,24 @@ def test_tensorboard_events(tmp_path, monkeypatch):
   assert ("held_out/film/vision_loss", 4.0, 2) in written
   assert ("held_out/film/vision_unigram_entropy", 7.0, 2) in written
   assert list(pathlib.Path(tmp_path, "tensorboard").glob("events.*"))
+
+
+def test_an_event_file_is_one_that_tensorboard_reads(tmp_path):
+  for purge_step in (1, 2):
+    events = EventFile(tmp_path / "tensorboard", purge_step)
+    events.add_scalar("train/loss", 2.5, purge_step)
+    events.close()
+  found = []
+  for path in sorted((tmp_path / "tensorboard").iterdir()):
+    assert ".out.tfevents." in path.name
+    records = path.open("rb")
+    while header := records.read(12):
+      event = event_pb2.Event.FromString(records.read(int.from_bytes(header[:8], "little")))
+      records.read(4)
+      found += [(value.tag, value.simple_value, event.step) for value in event.summary.value]
+      if event.session_log.status == event_pb2.SessionLog.START:
+        found.append(event.step)
+  assert found == [1, ("train/loss", 2.5, 1), 2, ("train/loss", 2.5, 2)]
 
 
 def test_curves(tmp_path):

@@ -1,6 +1,7 @@
 """Runs that are killed with SIGKILL, and end as if they had not been."""
 
 from collections.abc import Callable
+import os
 import signal
 import time
 
@@ -9,17 +10,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from lwm.train.goodput import CATEGORIES
 from lwm.train.metrics import read_metrics
 
 
-def kill_when(process, moment: Callable[[], bool]) -> None:
-  """Sends SIGKILL at the first sight of `moment`."""
+def kill_when(process, moment: Callable[[], bool]) -> tuple[str, str]:
+  """Sends SIGKILL to the process's group at the first sight of `moment`; returns what it said."""
   while not moment():
     assert process.poll() is None, process.communicate()[1]
     time.sleep(0.0005)
-  process.kill()
-  process.communicate()
+  os.killpg(process.pid, signal.SIGKILL)
+  said = process.communicate()
   assert process.returncode == -signal.SIGKILL
+  return said
 
 
 def steps_done(workdir) -> list[int]:
@@ -36,8 +39,8 @@ def incomplete(workdir) -> list[str]:
   return [path.name for path in (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*")]
 
 
-def final_state(workdir):
-  checkpoint = workdir / "checkpoints" / "51"
+def final_state(workdir, total_steps=51):
+  checkpoint = workdir / "checkpoints" / str(total_steps)
   with ocp.StandardCheckpointer() as checkpointer:
     return jax.tree.map(
         np.asarray,
@@ -47,16 +50,23 @@ def final_state(workdir):
 
 def what_was_learnt(workdir) -> list:
   """All that metrics.jsonl says but times."""
-  timed = ("seconds", "data_seconds", "tokens_per_second", "mfu")
+  timed = ("seconds", "data_seconds", "starved_seconds", "tokens_per_second", "mfu")
   return [
       {name: value for name, value in record.items() if name not in timed}
       for record in read_metrics(workdir / "metrics.jsonl")
+      if record["kind"] in ("train", "evaluation")
   ]
+
+
+def accounts(workdir) -> list[dict]:
+  """The goodput records."""
+  return [r for r in read_metrics(workdir / "metrics.jsonl") if r["kind"] == "goodput"]
 
 
 @pytest.mark.slow
 def test_killed_thrice_ends_as_if_undisturbed(start_program, undisturbed, tmp_path):
   killed = tmp_path / "killed"
+  began = time.time()
 
   def run():
     return start_program("train", f"--workdir={killed}")
@@ -85,6 +95,18 @@ def test_killed_thrice_ends_as_if_undisturbed(start_program, undisturbed, tmp_pa
   assert jax.tree.structure(left) == jax.tree.structure(right)
   for one, other in zip(jax.tree.leaves(left), jax.tree.leaves(right)):
     np.testing.assert_array_equal(one, other)
+
+  # No second of any attempt is lost or counted twice.
+  first, last = accounts(killed)[0], accounts(killed)[-1]
+  whole = accounts(undisturbed)[-1]
+  assert (last["attempts"], whole["attempts"]) == (4, 1)
+  beginning = first["time"] - first["wall_seconds"]
+  assert began < beginning < last["time"] < time.time()
+  categories = [last[f"{name}_seconds"] for name in CATEGORIES]
+  assert min(categories) >= 0 and sum(categories) == pytest.approx(last["wall_seconds"])
+  assert last["wall_seconds"] == pytest.approx(last["time"] - beginning, abs=0.1)
+  assert last["restart_seconds"] > whole["restart_seconds"] == 0
+  assert f"goodput {last['goodput']:.1%}" in output and "in 4 attempts" in output
 
 
 @pytest.mark.slow

@@ -1,0 +1,139 @@
+"""Times block sizes of the kernels that this machine runs, for the tables `block_sizes_*`.
+
+Sizes of one kernel at a time; those of the others are the table's.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels.attention import api as attention_api
+from kernels.attention import packed
+from kernels.attention.block_sizes_gpu import Blocks
+from kernels.attention.block_sizes_tpu import BlockSizes
+from kernels.benchmarks.attention import Shape
+from kernels.benchmarks.decode import Cache
+from kernels.benchmarks.timing import failure
+from kernels.benchmarks.timing import seconds
+from kernels.decode import api as decode_api
+
+# For each operation and backend: kernels and the sizes to try.
+Candidates = Mapping[tuple[str, str], Mapping[str, Sequence[Any]]]
+
+_TRITON = [
+    Blocks(*sizes)
+    for sizes in itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3))
+    if sizes[0] * sizes[1] >= 2048
+]
+_TRITON_DECODE = [
+    Blocks(64, *sizes) for sizes in itertools.product((32, 64, 128), (4, 8), (2, 3, 4))
+]
+_MOSAIC_GPU = list(itertools.product((32, 64, 128), (2, 3, 4)))
+_PALLAS_TPU = [
+    BlockSizes(*sizes)
+    for sizes in itertools.product((512, 1024, 2048), (512, 1024), (512, 1024, 2048))
+    if sizes[1] <= sizes[0]
+]
+_XLA = list(itertools.product((128, 256, 512), (128, 256, 512)))
+CANDIDATES: Candidates = {
+    ("attention", "triton"): dict.fromkeys(("forward", "query_grad", "key_value_grad"), _TRITON),
+    ("attention", "mosaic_gpu"): dict.fromkeys(
+        ("forward", "query_grad", "key_value_grad"), _MOSAIC_GPU
+    ),
+    ("attention", "pallas_tpu"): dict.fromkeys(
+        ("forward", "query_grad", "key_grads"), _PALLAS_TPU
+    ),
+    ("attention", "xla"): dict.fromkeys(("forward", "backward"), _XLA),
+    ("decode", "triton"): {
+        "decode": _TRITON_DECODE,
+        "decode_int8": _TRITON_DECODE,
+        "decode_programs": [count * 128 for count in (2, 4, 8, 16, 32)],
+    },
+}
+KERNELS = tuple(dict.fromkeys(itertools.chain.from_iterable(CANDIDATES.values())))
+
+
+def measure_sizes(
+    shapes: Sequence[Shape],
+    caches: Sequence[Cache],
+    kernels: Sequence[str] = KERNELS,
+    candidates: Candidates = CANDIDATES,
+) -> Iterator[dict]:
+  """A record a kernel and shape: milliseconds of every candidate, the best first.
+
+  `row` is what to write into the table, and `failed` names sizes that do not compile or fit and
+  says why. Milliseconds are those of a call: of the whole backward pass for a kernel of it.
+  """
+  is_cpu = jax.default_backend() == "cpu"
+  for shape in shapes:
+    arrays, intervals = shape.arrays(), packed(jnp.asarray(shape.segment_ids())[None])
+    for backend in attention_api.BACKENDS:
+      if backend.name == "xla" and not is_cpu:
+        continue  # Its sizes are those for CPUs; elsewhere it stands in for what is not there.
+      if backend.unsupported(*arrays[:2]) is None:
+        for kernel, choices in _chosen(candidates, "attention", backend, kernels):
+          run = functools.partial(_attention, arrays, intervals, backend, kernel)
+          yield _measured(backend.name, kernel, shape, choices, run)
+  for cache in caches:
+    arrays = cache.arrays()
+    for backend in decode_api.BACKENDS:
+      if backend.unsupported(*arrays[:2]) is None:
+        for kernel, choices in _chosen(candidates, "decode", backend, kernels):
+          if kernel == ("decode" if cache.is_int8 else "decode_int8"):
+            continue  # It reads the other kind of cache.
+          run = functools.partial(_decode, arrays, backend, kernel)
+          yield _measured(backend.name, kernel, cache, choices, run)
+
+
+def _chosen(candidates: Candidates, operation: str, backend, kernels: Sequence[str]):
+  """Kernels of a backend and their candidates."""
+  of_backend = candidates.get((operation, backend.name), {})
+  return [(kernel, of_backend[kernel]) for kernel in of_backend if kernel in kernels]
+
+
+def _measured(
+    backend: str,
+    kernel: str,
+    shape: Shape | Cache,
+    choices: Sequence[Any],
+    run: Callable[[Any], float],
+) -> dict:
+  taken, failed = [], {}
+  for sizes in choices:
+    try:
+      taken.append((run(sizes) * 1e3, sizes))
+    except Exception as error:  # pylint: disable=broad-exception-caught
+      failed[str(sizes)] = failure(error)  # Too large for a chip in one of its many ways.
+  taken.sort(key=lambda pair: pair[0])
+  return {
+      "backend": backend, "kernel": kernel, **dataclasses.asdict(shape),
+      "row": f'"{kernel}": {taken[0][1]}' if taken else None,
+      "ms": {str(sizes): round(ms, 4) for ms, sizes in taken},
+      "failed": failed,
+  }
+
+
+def _attention(arrays, intervals, backend, kernel: str, sizes) -> float:
+  *arrays, cotangent = arrays
+  backend = backend.with_sizes({kernel: sizes})
+
+  def forward(*arrays):
+    return attention_api.attention(*arrays, intervals, backend=backend)[0]
+
+  if kernel == "forward":
+    return seconds(forward, *arrays)
+  _, pull_back = jax.jit(functools.partial(jax.vjp, forward))(*arrays)
+  return seconds(lambda pull_back, cotangent: pull_back(cotangent), pull_back, cotangent)
+
+
+def _decode(arrays, backend, kernel: str, sizes) -> float:
+  backend = backend.with_sizes({kernel: sizes})
+  return seconds(lambda *args: decode_api.decode_attention(*args, backend=backend)[0], *arrays)

@@ -1,0 +1,203 @@
+"""How XLA lays a cache out in a TPU's memory, and how the decode kernel works on it as it lies.
+
+A cache [L, B, K, G, D] stands in memory as one of
+
+  rows: [L, B, K * G, D]. A block is a matrix of k * G rows, which all query heads multiply at once;
+    a row of another head is masked like a key outside the interval. The matrix units are filled
+    with a block's rows whoever reads them, so that this costs no time while copies take longer.
+  heads: [L, B, G, K, D], or with the positions on lanes, [L, B, G, D, K], where a head has less
+    than a row of lanes. Each key/value head multiplies the queries of its group.
+
+Scales of int8 caches, [L, B, K, G], stand as [L, B, G, K]. Nothing is transposed or copied.
+
+B batch, Q query length, H query heads, G key/value heads, D head_dim, N any width, R rows of
+queries, c columns of scores.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+from jax.experimental import pallas as pl
+import jax.numpy as jnp
+
+from kernels.attention.pallas_tpu_tiles import LANES
+from kernels.attention.pallas_tpu_tiles import round_up
+from kernels.decode.cache import Cached
+from kernels.decode.cache import Quantized
+
+# Query rows come in packed registers of bfloat16.
+SUBLANES = 16
+# Columns of scores that are held at once.
+PART = 2048
+
+
+class Piece(NamedTuple):
+  """A product of some query rows and a part of a block."""
+
+  rows: slice  # Of the R query rows.
+  head: int | None  # The key/value head; None for all.
+  columns: slice  # Of the block's k * G (rows) or k positions (heads).
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Positions and heads as one axis; G is a power of two."""
+
+  num_key_heads: int
+  head_dim: int
+
+  # Contracted axes of query and key, and of weights and value.
+  key_axes = (1, 1)
+  value_axes = (1, 0)
+
+  def num_rows(self, Q: int, H: int) -> int:
+    return round_up(Q * H, SUBLANES)
+
+  def query_rows(self, array_BxQxHxN: jax.Array) -> jax.Array:
+    """[B, R, N]."""
+    B, Q, H, N = array_BxQxHxN.shape
+    padding = (0, 0), (0, self.num_rows(Q, H) - Q * H), (0, 0)
+    return jnp.pad(array_BxQxHxN.reshape(B, Q * H, N), padding)
+
+  def from_query_rows(self, array_BxRxN: jax.Array, Q: int, H: int) -> jax.Array:
+    """[B, Q, H, N]."""
+    B, _, N = array_BxRxN.shape
+    return array_BxRxN[:, : Q * H].reshape(B, Q, H, N)
+
+  def view(self, numbers_LxBxKxGxD: jax.Array) -> jax.Array:
+    L, B, K, G, D = numbers_LxBxKxGxD.shape
+    return numbers_LxBxKxGxD.reshape(L, B, K * G, D)
+
+  def block_shape(self, k: int) -> tuple[int, ...]:
+    return k * self.num_key_heads, self.head_dim
+
+  def block_index(self, begin, k: int) -> tuple:
+    return (pl.ds(begin * self.num_key_heads, k * self.num_key_heads),)
+
+  def pieces(self, R: int, k: int) -> list[Piece]:
+    return [Piece(slice(0, R), None, part) for part in _parts(k * self.num_key_heads)]
+
+  def numbers(self, ref, slot, piece: Piece) -> jax.Array:
+    return ref[slot, piece.columns]
+
+  def scales(self, ref, slot, piece: Piece) -> jax.Array:
+    """Of each column, float32 [1, c], out of [G, k]."""
+    if self.num_key_heads == 1:
+      return ref[slot, :, piece.columns]
+    G = self.num_key_heads
+    head_GxT = jax.lax.broadcasted_iota(jnp.int32, (G, LANES), 0)
+    lane_GxT = jax.lax.broadcasted_iota(jnp.int32, (G, LANES), 1)
+    tiles = []
+    for tile in range(piece.columns.start // LANES, piece.columns.stop // LANES):
+      first = tile // G * LANES
+      source_GxT = ref[slot, :, first : first + LANES]
+      position_GxT = tile % G * (LANES // G) + self.position(lane_GxT)
+      spread_GxT = jnp.take_along_axis(
+          source_GxT, position_GxT, axis=1, mode="promise_in_bounds"
+      )
+      own_GxT = jnp.where(self.is_own(lane_GxT, head_GxT), spread_GxT, 0.0)
+      tiles.append(jnp.sum(own_GxT, axis=0, keepdims=True))
+    return jnp.concatenate(tiles, axis=1)
+
+  def position(self, column: jax.Array) -> jax.Array:
+    """Of a column, from the beginning of the block."""
+    return column >> (self.num_key_heads.bit_length() - 1)
+
+  def is_own(self, column: jax.Array, head: jax.Array) -> jax.Array | None:
+    """Whether a column is of that key/value head; None if all are."""
+    return None if self.num_key_heads == 1 else column & (self.num_key_heads - 1) == head
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+  """Each head's positions for themselves; on lanes (`is_transposed`) or not."""
+
+  num_key_heads: int
+  head_dim: int
+  is_transposed: bool
+
+  @property
+  def key_axes(self) -> tuple[int, int]:
+    return (1, 0) if self.is_transposed else (1, 1)
+
+  @property
+  def value_axes(self) -> tuple[int, int]:
+    return (1, 1) if self.is_transposed else (1, 0)
+
+  def num_rows(self, Q: int, H: int) -> int:
+    return self.num_key_heads * round_up(Q * H // self.num_key_heads, SUBLANES)
+
+  def query_rows(self, array_BxQxHxN: jax.Array) -> jax.Array:
+    """[B, R, N], the rows of a group one after the other."""
+    B, Q, H, N = array_BxQxHxN.shape
+    G, R = self.num_key_heads, self.num_rows(Q, H)
+    array_BxGxqxN = jnp.swapaxes(array_BxQxHxN.reshape(B, Q, G, -1, N), 1, 2).reshape(B, G, -1, N)
+    padding = (0, 0), (0, 0), (0, (R - Q * H) // G), (0, 0)
+    return jnp.pad(array_BxGxqxN, padding).reshape(B, R, N)
+
+  def from_query_rows(self, array_BxRxN: jax.Array, Q: int, H: int) -> jax.Array:
+    """[B, Q, H, N]."""
+    B, _, N = array_BxRxN.shape
+    G = self.num_key_heads
+    array_BxGxqxN = array_BxRxN.reshape(B, G, -1, N)[:, :, : Q * H // G]
+    return jnp.swapaxes(array_BxGxqxN.reshape(B, G, Q, -1, N), 1, 2).reshape(B, Q, H, N)
+
+  def view(self, numbers_LxBxKxGxD: jax.Array) -> jax.Array:
+    axes = (0, 1, 3, 4, 2) if self.is_transposed else (0, 1, 3, 2, 4)
+    return numbers_LxBxKxGxD.transpose(axes)
+
+  def block_shape(self, k: int) -> tuple[int, ...]:
+    shape = (self.head_dim, k) if self.is_transposed else (k, self.head_dim)
+    return self.num_key_heads, *shape
+
+  def block_index(self, begin, k: int) -> tuple:
+    everything, positions = slice(None), pl.ds(begin, k)
+    return (everything, everything, positions) if self.is_transposed else (everything, positions)
+
+  def pieces(self, R: int, k: int) -> list[Piece]:
+    rows = R // self.num_key_heads
+    return [
+        Piece(slice(head * rows, (head + 1) * rows), head, part)
+        for head in range(self.num_key_heads)
+        for part in _parts(k)
+    ]
+
+  def numbers(self, ref, slot, piece: Piece) -> jax.Array:
+    if self.is_transposed:
+      return ref[slot, piece.head, :, piece.columns]
+    return ref[slot, piece.head, piece.columns]
+
+  def scales(self, ref, slot, piece: Piece) -> jax.Array:
+    return ref[slot, piece.head : piece.head + 1, piece.columns]
+
+  def position(self, column: jax.Array) -> jax.Array:
+    return column
+
+  def is_own(self, column: jax.Array, head: jax.Array) -> None:
+    return None
+
+
+def layout_of(cached: Cached) -> Rows | Heads | None:
+  """How XLA for TPUs lays out [L, B, K, G, D]; None where its tiles are not those of a kernel."""
+  numbers = jax.tree.leaves(cached)[0]
+  G, D = numbers.shape[3:]
+  is_int8 = numbers.dtype == jnp.int8
+  if D < LANES:
+    return None if is_int8 else Heads(G, D, is_transposed=True)
+  if D == LANES and is_int8 and G == 2:
+    return Heads(G, D, is_transposed=False)
+  # Where a head has more than a row of lanes, parts of the heads alternate unless they fill tiles.
+  is_rows = D == LANES or G % 8 == 0 or (G == 1 and numbers.dtype == jnp.bfloat16)
+  return Rows(G, D) if is_rows and not G & (G - 1) else None
+
+
+def view(cached: Cached, layout: Rows | Heads) -> Cached:
+  """The cache as it stands in memory."""
+  if isinstance(cached, Quantized):
+    return Quantized(layout.view(cached.value), jnp.swapaxes(cached.scale, 2, 3))
+  return layout.view(cached)
+
+
+def _parts(columns: int) -> list[slice]:
+  return [slice(first, min(first + PART, columns)) for first in range(0, columns, PART)]

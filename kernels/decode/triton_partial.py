@@ -1,0 +1,131 @@
+"""Decode attention in Triton: the kernel over splits of the cache (flash-decoding).
+
+One program holds the query rows of one key/value head (all queries of all heads of its group) and
+streams the key blocks of its split, of which each is loaded once for all rows. A row of the batch
+cuts the blocks that meet an interval of its queries into equal splits, wherever in the cache they
+lie, so that a short sequence in a long cache keeps as many programs busy. The online softmax
+(arXiv 1805.02867, 2205.14135, https://crfm.stanford.edu/2023/10/12/flashdecoding.html) runs in
+base 2 and float32; weights are rounded to the query's dtype before they meet the values.
+
+An int8 cache goes from memory to registers as int8. Scales belong to positions, so that they
+multiply scores and weights instead of keys and values.
+
+Arrays are row-major. L layers, P splits, B batch, Q query length, K cached positions, H query
+heads, G = H / GROUP key/value heads, D head_dim; r/k query rows of a program / keys of a block.
+Offsets of blocks are int64, inside a block int32.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.attention.triton_parts import LN_2
+from kernels.attention.triton_parts import LOWEST
+from kernels.attention.triton_parts import base_2_scores
+from kernels.attention.triton_parts import meeting_blocks
+from kernels.attention.triton_parts import online_softmax
+
+
+@triton.jit
+def partial(
+    query_BxQxHxD,
+    key_LxBxKxGxD,
+    value_LxBxKxGxD,
+    key_scale_LxBxKxG,
+    value_scale_LxBxKxG,
+    layer_1,
+    start_BxQ,
+    stop_BxQ,
+    num_queries,
+    num_keys,
+    num_kv_heads,
+    out_PxBxQxHxD,
+    log_sum_exp_PxBxQxH,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    IS_QUANTIZED: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+  """Grid (G * row blocks, P, B): programs that start together read neighbours in memory.
+
+  The scales are read only if the cache `IS_QUANTIZED`.
+  """
+  tiles = tl.num_programs(0) // num_kv_heads
+  kv_head = tl.program_id(0) // tiles
+  split = tl.program_id(1)
+  num_splits = tl.num_programs(1)
+  batch = tl.program_id(2).to(tl.int64)
+  batch_size = tl.num_programs(2)
+  num_heads = num_kv_heads * GROUP
+  key_stride = num_kv_heads * HEAD_DIM
+  row_r = tl.program_id(0) % tiles * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+  is_row_r = row_r < num_queries * GROUP
+  query_r = row_r // GROUP
+  row_k = tl.arange(0, KEY_BLOCK)
+  index_D = tl.arange(0, HEAD_DIM)
+
+  start_r = tl.load(start_BxQ + batch * num_queries + query_r, mask=is_row_r, other=0)
+  stop_r = tl.load(stop_BxQ + batch * num_queries + query_r, mask=is_row_r, other=0)
+  offset_r = query_r * num_heads + kv_head * GROUP + row_r % GROUP
+  offsets_rxD = offset_r[:, None] * HEAD_DIM + index_D[None, :]
+  first_query = batch * num_queries * num_heads
+  query_rxD = tl.load(
+      query_BxQxHxD + first_query * HEAD_DIM + offsets_rxD, mask=is_row_r[:, None], other=0.0
+  )
+
+  first, last, _, _ = meeting_blocks(start_r, stop_r, num_keys, KEY_BLOCK)
+  num_blocks = (last - first + num_splits - 1) // num_splits
+  first += split * num_blocks
+  # Neither blocks nor keys that no row sees are read: the cache may hold anything there.
+  is_empty_r = stop_r <= start_r
+  first_key = tl.min(tl.where(is_empty_r, num_keys, start_r), 0)
+  stop_key = tl.max(tl.where(is_empty_r, 0, stop_r), 0)
+  first_row = (tl.load(layer_1).to(tl.int64) * batch_size + batch) * num_keys
+  offsets_kxD = row_k[:, None] * key_stride + kv_head * HEAD_DIM + index_D[None, :]
+
+  out_rxD = tl.full((ROW_BLOCK, HEAD_DIM), 0.0, tl.float32)
+  maximum_r = tl.full((ROW_BLOCK,), LOWEST, tl.float32)
+  sum_r = tl.full((ROW_BLOCK,), 0.0, tl.float32)
+  for block in range(first, tl.minimum(first + num_blocks, last)):
+    index_k = block * KEY_BLOCK + row_k
+    is_key_k = (index_k >= first_key) & (index_k < stop_key)
+    block_row = first_row + block * KEY_BLOCK
+    key_kxD = tl.load(
+        key_LxBxKxGxD + block_row * key_stride + offsets_kxD, mask=is_key_k[:, None], other=0
+    ).to(query_rxD.dtype)
+    products_rxk = tl.dot(query_rxD, tl.trans(key_kxD), input_precision=PRECISION)
+    if IS_QUANTIZED:
+      scales = block_row * num_kv_heads + row_k * num_kv_heads + kv_head
+      key_scale_k = tl.load(key_scale_LxBxKxG + scales, mask=is_key_k, other=0.0)
+      products_rxk *= key_scale_k[None, :]
+    scores_rxk = base_2_scores(products_rxk, SCALE, SOFT_CAP)[0]
+    is_seen_rxk = (index_k[None, :] >= start_r[:, None]) & (index_k[None, :] < stop_r[:, None])
+    scores_rxk = tl.where(is_seen_rxk, scores_rxk, float("-inf"))
+    weights_rxk, decay_r, maximum_r, sum_r = online_softmax(scores_rxk, maximum_r, sum_r)
+    value_kxD = tl.load(
+        value_LxBxKxGxD + block_row * key_stride + offsets_kxD, mask=is_key_k[:, None], other=0
+    ).to(query_rxD.dtype)
+    if IS_QUANTIZED:
+      value_scale_k = tl.load(value_scale_LxBxKxG + scales, mask=is_key_k, other=0.0)
+      weights_rxk *= value_scale_k[None, :]
+    out_rxD = tl.dot(
+        weights_rxk.to(query_rxD.dtype),
+        value_kxD,
+        out_rxD * decay_r[:, None],
+        input_precision=PRECISION,
+    )
+
+  # A row that has seen no key of this split.
+  is_empty_r = sum_r == 0.0
+  sum_r = tl.where(is_empty_r, 1.0, sum_r)
+  partial_query = (split * batch_size + batch) * num_queries * num_heads
+  tl.store(
+      out_PxBxQxHxD + partial_query * HEAD_DIM + offsets_rxD,
+      out_rxD / sum_r[:, None],
+      mask=is_row_r[:, None],
+  )
+  log_sum_exp_r = tl.where(is_empty_r, float("-inf"), (maximum_r + tl.log2(sum_r)) * LN_2)
+  tl.store(log_sum_exp_PxBxQxH + partial_query + offset_r, log_sum_exp_r, mask=is_row_r)

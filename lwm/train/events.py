@@ -1,0 +1,44 @@
+"""TensorBoard events, written by the thread that makes them.
+
+tensorboardX's own writer has a thread, which dies of a full disk with a stack trace, and then hangs
+whoever goes on to feed it.
+"""
+
+import os
+import pathlib
+import time
+
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+
+_FLUSH_SECONDS = 10
+
+
+class EventFile:
+  """A new file of scalars in a directory of them."""
+
+  def __init__(self, directory: pathlib.Path, purge_step: int):
+    """Events of step `purge_step` and later in older files are to be forgotten."""
+    directory.mkdir(parents=True, exist_ok=True)
+    # tensorboardX names files by the second.
+    self._writer = EventsWriter(os.fspath(directory / "events"), f".{time.time_ns()}")
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._write(event_pb2.Event(step=purge_step, session_log=start))
+    self._flushed = time.monotonic()
+
+  def add_scalar(self, name: str, value: float, step: int) -> None:
+    self._write(event_pb2.Event(step=step, summary=summary.scalar(name, value)))
+    if time.monotonic() > self._flushed + _FLUSH_SECONDS:
+      self.flush()
+
+  def flush(self) -> None:
+    self._writer.flush()
+    self._flushed = time.monotonic()
+
+  def close(self) -> None:
+    self._writer.close()
+
+  def _write(self, event: event_pb2.Event) -> None:
+    event.wall_time = time.time()
+    self._writer.write_event(event)

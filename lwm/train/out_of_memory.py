@@ -1,0 +1,38 @@
+"""Out of device memory as one sentence, with a profile of what filled it."""
+
+from collections.abc import Iterator
+import contextlib
+import pathlib
+
+import jax
+
+from lwm.errors import UserError
+from lwm.experiment import Stage
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(workdir: pathlib.Path, stage: Stage) -> Iterator[None]:
+  """Leaves a profile of the device's memory in `workdir` if what runs inside takes too much of it.
+
+  The profile lists live arrays by the line that made them; what a compiler refused, and what a
+  program takes while it runs, is not in it.
+
+  Raises:
+    UserError: there was not enough, of the device's memory and not of a kernel's scratchpad.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    reason = str(error)
+    if not reason.startswith("RESOURCE_EXHAUSTED") or "memory space vmem" in reason:
+      raise
+    process = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
+    path = workdir / f"memory_{stage.name}{process}.prof"
+    jax.profiler.save_device_memory_profile(path)
+    raise UserError(
+        f"stage {stage.name} takes more memory than its devices have "
+        f"({reason.splitlines()[0].rstrip('.')}): try --config.model.remat=full, or more devices "
+        "along fsdp or ring of the stage's mesh; python -m experiments.plan --config=... "
+        f"--topology=... --stage={stage.name} --search finds what fits, and pprof -top {path} says "
+        "what was there."
+    ) from error

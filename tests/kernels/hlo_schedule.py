@@ -1,0 +1,109 @@
+"""Reads, in the schedule of a compiled TPU program, which kernels run while something travels."""
+
+import re
+from typing import NamedTuple
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) .*\{$")
+_INSTRUCTION = re.compile(r"^  (?:ROOT )?%(\S+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
+_CALLS = re.compile(
+    r"(?:calls|to_apply|body|branch_computations|true_computation|false_computation)="
+    r"(\{[^}]*\}|%[^,\s]+)"
+)
+_NAME = re.compile(r"%([^\s,(){}]+)")
+
+
+class Transfer(NamedTuple):
+  """One collective-permute of the program.
+
+  Attributes:
+    array: what travels, say "bf16[1,65536,1,128]".
+    times: how often it runs, by the loops around it.
+    kernels: the Pallas kernels that are scheduled between its start and its done, branches of
+      conditionals and bodies of loops included; one name a call in the program's text.
+  """
+
+  array: str
+  times: int
+  kernels: frozenset[str]
+
+
+class _Instruction(NamedTuple):
+  name: str
+  shape: str
+  opcode: str
+  rest: str
+
+  @property
+  def calls(self) -> list[str]:
+    return [name for group in _CALLS.findall(self.rest) for name in _NAME.findall(group)]
+
+
+class Schedule:
+  """A scheduled HLO module, as `jax.stages.Compiled.as_text()` prints it."""
+
+  def __init__(self, text: str):
+    header, *lines = text.splitlines()
+    if "is_scheduled=true" not in header:
+      raise ValueError("The order of this program's instructions is not that of their execution.")
+    self._computations, self._entry = {}, None
+    for line in lines:
+      if match := _COMPUTATION.match(line):
+        instructions = self._computations.setdefault(match[1], [])
+        if line.startswith("ENTRY"):
+          self._entry = match[1]
+      elif match := _INSTRUCTION.match(line):
+        instructions.append(_Instruction(*match.groups()))
+
+  def kernels(self) -> frozenset[str]:
+    """All calls of Pallas kernels."""
+    return self._kernels(self._computations[self._entry])
+
+  def transfers(self) -> list[Transfer]:
+    """All collective-permutes; one that is not asynchronous has no kernel beside it."""
+    return self._transfers(self._entry, 1)
+
+  def _kernels(self, instructions) -> frozenset[str]:
+    found = set()
+    for instruction in instructions:
+      if instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.rest:
+        found.add(instruction.name)
+      for called in instruction.calls:
+        found |= self._kernels(self._computations[called])
+    return frozenset(found)
+
+  def _transfers(self, computation: str, times: int) -> list[Transfer]:
+    found = []
+    instructions = self._computations[computation]
+    for index, instruction in enumerate(instructions):
+      if instruction.opcode in ("collective-permute", "collective-permute-start"):
+        array = re.search(r"\w+\[[0-9,]*\]", instruction.shape)[0]
+        last = self._done(instructions, index)
+        found.append(Transfer(array, times, self._kernels(instructions[index:last])))
+      inner = times
+      if instruction.opcode == "while":
+        inner *= self._trips(instruction)
+      for called in instruction.calls:
+        found += self._transfers(called, inner)
+    return found
+
+  def _done(self, instructions, start: int) -> int:
+    """The index of what waits for a transfer; its own if it is not asynchronous."""
+    if instructions[start].opcode == "collective-permute":
+      return start
+    name = instructions[start].name
+    return next(
+        index
+        for index, instruction in enumerate(instructions)
+        if instruction.opcode == "collective-permute-done"
+        and _NAME.search(instruction.rest)[1] == name
+    )
+
+  def _trips(self, loop: _Instruction) -> int:
+    """Of a loop that counts from 0: the one constant of its condition."""
+    condition = re.search(r"condition=%([^,\s]+)", loop.rest)[1]
+    (bound,) = (
+        instruction.rest.split(")")[0]
+        for instruction in self._computations[condition]
+        if instruction.opcode == "constant"
+    )
+    return int(bound)

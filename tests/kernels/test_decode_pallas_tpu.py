@@ -1,0 +1,132 @@
+"""The TPU decode kernel in Pallas's TPU interpreter on a CPU; see `test_attention_pallas_tpu`."""
+
+import functools
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from kernels.attention import KeyIntervals
+from kernels.attention import pallas_tpu as attention_tpu
+from kernels.decode import decode_attention
+from kernels.decode import dequantize
+from kernels.decode import pallas_tpu
+from kernels.decode import pallas_tpu_layouts
+from kernels.decode import quantize
+from kernels.decode.pallas_tpu import PALLAS_TPU
+from tests.kernels import test_decode
+from tests.kernels.test_decode import LAYER
+from tests.kernels.test_decode import assert_close
+from tests.kernels.test_decode import reference
+from tests.kernels.test_decode import short_windows
+from tests.kernels.test_decode import some_empty
+
+# Three blocks of 128 positions, the least that a TPU's lanes allow.
+inputs = functools.partial(test_decode.inputs, B=2, K=384, D=128)
+decode = functools.partial(decode_attention, layer=LAYER, backend=PALLAS_TPU)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+  """Blocks of 128 positions, in parts of 128 rows."""
+  monkeypatch.setattr(pallas_tpu, "BLOCK_BYTES", 1)
+  monkeypatch.setattr(pallas_tpu_layouts, "PART", 128)
+
+
+@pytest.fixture(autouse=True)
+def interpreter():
+  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(random_seed=0)):
+    yield
+  pltpu.reset_tpu_interpret_mode_state()
+
+
+@pytest.fixture(autouse=True)
+def no_silent_broadcast():
+  with jax.numpy_rank_promotion("raise"):
+    yield
+
+
+@pytest.mark.parametrize(
+    "Q, H, G, D, dtype, tolerance",
+    (
+        (1, 4, 4, 128, "float32", 2e-6),
+        (3, 6, 1, 128, "float32", 2e-6),
+        (2, 4, 2, 128, "bfloat16", 1e-2),
+        (2, 6, 3, 64, "float32", 2e-6),
+    ),
+)
+def test_equals_reference(Q, H, G, D, dtype, tolerance):
+  case = inputs(Q, H, G, dtype, D=D)
+  actual = decode(*case)
+  assert actual[0].dtype == dtype and actual[1].dtype == jnp.float32
+  assert_close(actual, reference(*case), tolerance)
+
+
+@pytest.mark.parametrize("mask, soft_cap", ((some_empty, None), (short_windows, 1.5)))
+def test_masks_and_soft_cap_equal_reference(mask, soft_cap):
+  case = inputs(2, mask=mask)
+  assert_close(decode(*case, soft_cap=soft_cap), reference(*case, soft_cap=soft_cap), 2e-6)
+
+
+def test_the_last_block_reaches_back(monkeypatch):
+  """Blocks of 256 of 384 positions: those that two blocks hold count once."""
+  monkeypatch.setattr(pallas_tpu, "block_positions", lambda *_: 256)
+  case = inputs()
+  assert_close(decode(*case), reference(*case), 2e-6)
+
+
+def test_only_blocks_that_meet_an_interval_are_read():
+  """NaN wherever no block of the row meets its interval: 0 * NaN would show."""
+  query, key, value, intervals = inputs(mask=short_windows)
+  start, stop = map(np.asarray, intervals)
+  block = np.arange(384)[None] // 128
+  meets = (block >= start // 128) & (block <= (stop - 1) // 128)
+  assert 0 < meets.mean() < 0.5
+  key, value = (jnp.where(meets[None, :, :, None, None], array, jnp.nan) for array in (key, value))
+  actual = decode(query, key, value, intervals)
+  clean = (jnp.nan_to_num(array) for array in (key, value))
+  assert_close(actual, reference(query, *clean, intervals), 2e-6)
+
+
+@pytest.mark.parametrize(
+    "G, dtype, tolerance", ((1, "float32", 1e-5), (8, "bfloat16", 2e-2), (2, "float32", 1e-5))
+)
+def test_int8_cache(G, dtype, tolerance):
+  """Two heads stand apart; others alternate."""
+  query, key, value, intervals = inputs(H=8, G=G, dtype=dtype)
+  quantized = quantize(key), quantize(value)
+  rounded = (dequantize(array, jnp.float32) for array in quantized)
+  actual = decode(query, *quantized, intervals)
+  assert_close(actual, reference(query, *rounded, intervals), tolerance)
+
+
+def test_two_cores_take_turns_without_races(monkeypatch, capfd):
+  """As on v4 and v5p; the second core finds nothing in a row of one block."""
+  monkeypatch.setattr(attention_tpu, "num_cores", lambda: 2)
+  case = inputs(mask=lambda B, Q, K: (np.array([[2], [0]]), np.array([[K], [100]])))
+  parameters = pltpu.InterpretParams(num_cores_or_threads=2, detect_races=True, random_seed=1)
+  with pltpu.force_tpu_interpret_mode(parameters):
+    actual = jax.block_until_ready(decode(*case))
+  assert_close(actual, reference(*case), 2e-6)
+  assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+def test_a_cache_over_two_devices_equals_the_whole():
+  """Rows of which the second device holds nothing, too."""
+  query, key, value, intervals = inputs(K=256)
+  stop = jnp.asarray([[256], [100]], jnp.int32)
+  arguments = query, key, value, KeyIntervals(jnp.zeros_like(stop), stop)
+  mesh = jax.make_mesh((2,), ("ring",), (AxisType.Explicit,), devices=jax.devices()[:2])
+  cache = P(None, None, "ring")
+  specs = P(), cache, cache, KeyIntervals(P(), P())
+  with jax.set_mesh(mesh):
+    placed = jax.tree.map(
+        lambda array, spec: jax.device_put(array, jax.NamedSharding(mesh, spec)), arguments, specs
+    )
+    function = functools.partial(decode, axis_names=("ring",))
+    actual = jax.jit(jax.shard_map(function, in_specs=specs, out_specs=(P(), P())))(*placed)
+  assert_close(actual, reference(*arguments), 2e-6)
