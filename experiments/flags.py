@@ -57,7 +57,8 @@ def run(main) -> None:
 
 
 def _is_told_once(record) -> bool:
-  return not (record.exc_info and "orbax" in record.pathname)
+  # asyncio logs what happened to those of Orbax's tasks that came after the first to fail.
+  return not (record.exc_info and ("orbax" in record.pathname or record.name == "asyncio"))
 
 
 def _unraisablehook(unraisable) -> None:
