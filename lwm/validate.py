@@ -62,7 +62,8 @@ def check_devices(experiment: Experiment, num_devices: int) -> None:
 
 def _check_model(model: ModelConfig) -> None:
   for field in ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim",
-                "feed_forward_width", "text_vocab_size", "feed_forward_chunk", "loss_chunk"):
+                "feed_forward_width", "text_vocab_size", "head_groups", "feed_forward_chunk",
+                "loss_chunk"):
     _at_least(f"model.{field}", getattr(model, field), 1)
   _at_least("model.vision_vocab_size", model.vision_vocab_size, 0)
   _one_of("model.compute_dtype", model.compute_dtype, COMPUTE_DTYPES)
@@ -71,6 +72,11 @@ def _check_model(model: ModelConfig) -> None:
     raise ConfigError(
         f"config.model.num_heads={model.num_heads} is no multiple of "
         f"config.model.num_kv_heads={model.num_kv_heads}."
+    )
+  if model.num_kv_heads % model.head_groups:
+    raise ConfigError(
+        f"config.model.num_kv_heads={model.num_kv_heads} is no multiple of "
+        f"config.model.head_groups={model.head_groups}."
     )
   if model.head_dim % 2:
     raise ConfigError(f"config.model.head_dim={model.head_dim} must be even: RoPE turns pairs.")

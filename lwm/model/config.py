@@ -41,6 +41,8 @@ class ModelConfig:
   # outputs, nothing. "offload" keeps the input in the host's memory and nothing else,
   # "offload_attention" the input and attention outputs.
   remat: str = "full"
+  # Heads attend in so many groups, one after the other, each in that part of the memory.
+  head_groups: int = 1
   # Tokens per chunk of the blockwise feed-forward and of the cross-entropy.
   feed_forward_chunk: int = 2048
   loss_chunk: int = 1024

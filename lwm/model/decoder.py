@@ -22,11 +22,11 @@ from lwm.model.config import ModelConfig
 from lwm.model.layers import Attend
 from lwm.model.layers import Block
 from lwm.model.layers import RMSNorm
+from lwm.model.layers import SAVE_ATTENTION
 from lwm.model.layers import matrix
 from lwm.parallel.sharding import ShardingRules
 
 _BLOCK_INPUT = "block_input"
-_save_attention = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
 
 
 def _offload(*names: str):
@@ -42,9 +42,9 @@ def _offload(*names: str):
 _SAVED = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _save_attention
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, SAVE_ATTENTION
     ),
-    "attention": _save_attention,
+    "attention": SAVE_ATTENTION,
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": _offload(_BLOCK_INPUT),
     "offload_attention": _offload(_BLOCK_INPUT, *SAVED_NAMES),
@@ -73,7 +73,7 @@ class Decoder(nnx.Module):
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=_SAVED[self.config.remat])
     def block(x_BxSxM, layer):
       x_BxSxM = checkpoint_name(x_BxSxM, _BLOCK_INPUT)
-      return nnx.merge(graph, layer)(x_BxSxM, cosine, sine, attend)
+      return nnx.merge(graph, layer)(x_BxSxM, cosine, sine, attend, self.config.head_groups)
 
     x_BxSxM, _ = jax.lax.scan(block, self._embed(tokens_BxS), stacked_layers)
     return self.norm(x_BxSxM)

@@ -95,10 +95,19 @@ def check_model_fits_mesh(
   if rules.sequence is None:
     return
   # Key/value heads are repeated where there are too few of them.
-  ulysses = rules.sequence[1]
-  if model.num_heads % (sizes[rules.heads] * sizes[ulysses]):
+  ulysses, groups = rules.sequence[1], model.head_groups
+  if model.num_heads // groups % (sizes[rules.heads] * sizes[ulysses]):
     raise ConfigError(
-        f"config.model.num_heads = {model.num_heads} does not divide over mesh.{rules.heads} x "
-        f"{ulysses} = {sizes[rules.heads]} x {sizes[ulysses]}: change one of them, or use a larger "
-        f"mesh.{rules.sequence[0]} instead."
+        f"config.model.num_heads = {model.num_heads}{_groups(model)} does not divide over "
+        f"mesh.{rules.heads} x {ulysses} = {sizes[rules.heads]} x {sizes[ulysses]}: change one of "
+        f"them, or use a larger mesh.{rules.sequence[0]} instead."
     )
+  if model.num_kv_heads // groups % sizes[rules.heads]:
+    raise ConfigError(
+        f"config.model.num_kv_heads = {model.num_kv_heads}{_groups(model)} does not divide over "
+        f"mesh.{rules.heads} = {sizes[rules.heads]}: change one of them."
+    )
+
+
+def _groups(model: ModelConfig) -> str:
+  return f" / head_groups = {model.head_groups}" if model.head_groups > 1 else ""

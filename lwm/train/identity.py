@@ -19,7 +19,7 @@ FREE = (
     r"faults\..*",
     # The same batches and the same mathematics, cut up in another way.
     r"stages\[\d+\]\.(mesh\..*|layout|accumulation_steps)",
-    r"model\.(remat|feed_forward_chunk|loss_chunk)",
+    r"model\.(remat|head_groups|feed_forward_chunk|loss_chunk)",
     r"optimizer\.offload",
 )
 

@@ -30,6 +30,24 @@ def test_remat_policies_give_the_same_gradients(tiny, batch, full_remat, remat):
   tiny.assert_close(actual, full_remat, 1e-6)
 
 
+@pytest.mark.parametrize("remat,sizes", [
+    ("full", dict(ring=2, ulysses=2)), ("offload_attention", dict(fsdp=2, ring=2)), ("none", {})
+], ids=str)
+def test_groups_of_heads_in_turn_give_the_same_gradients(tiny, batch, full_remat, remat, sizes):
+  config = tiny.config(remat=remat, head_groups=2)
+  kind = "zigzag" if sizes else "contiguous"
+  actual = tiny.loss_and_gradients(config, tiny.mesh(**sizes), kind, batch)
+  tiny.assert_close(actual, full_remat, 1e-5)
+
+
+def test_groups_of_heads_over_tensor(tiny, batch):
+  config = tiny.config(num_kv_heads=4)
+  expected = tiny.loss_and_gradients(config, tiny.mesh(), "contiguous", batch)
+  config = tiny.config(num_kv_heads=4, head_groups=2)
+  actual = tiny.loss_and_gradients(config, tiny.mesh(tensor=2, ring=2), "zigzag", batch)
+  tiny.assert_close(actual, expected, 1e-5)
+
+
 def test_bfloat16_follows_float32_on_a_mesh(tiny, batch, full_remat):
   config = tiny.config(compute_dtype="bfloat16")
   mesh = tiny.mesh(fsdp=2, ring=2, tensor=2)

@@ -68,6 +68,10 @@ def test_an_axis_that_would_cross_slices_is_named():
             "text_vocab_size + vision_vocab_size = 257 does not divide over mesh.tensor = 2",
         ),
         (dict(tensor=2), dict(feed_forward_width=129), "config.model.feed_forward_width = 129"),
+        (
+            dict(tensor=2), dict(head_groups=2),
+            "config.model.num_kv_heads = 2 / head_groups = 2 does not divide over mesh.tensor = 2",
+        ),
         (dict(tensor=2), dict(num_heads=3, num_kv_heads=3), "config.model.num_heads = 3"),
         (
             dict(tensor=2, ulysses=4), {},
