@@ -1,42 +1,85 @@
 """Whether an experiment fits a machine that need not be there, and roughly how fast it would be.
 
     python -m experiments.plan --config=configs/lwm_text_7b.py --topology=v5p:8x8x4 --stage=1m
+    python -m experiments.plan --config=configs/lwm_text_7b.py --topology=v5p:8x8x4 --stage=1m --search
+    python -m experiments.plan --config=configs/lwm_text_7b.py --topology=v5p:8x8x4 --longest
+    python -m experiments.plan --table=recipes
 
 Compiles the train step that training would run, ahead of time, on a CPU: TPU slices by
 `pip install libtpu`, GPUs (h100:4x8, four hosts of eight) by JAX's CUDA plugin. Settings are flags,
-as in training: --config.stages[4].mesh.ring=8, --config.model.remat=attention.
+as in training: --config.stages[4].mesh.ring=8, --config.model.remat=attention. `--search` tries
+meshes, remat and offload policies of a stage, `--longest` rows of one batch over the whole machine;
+both print only what has been compiled and fits, and on stderr what they try.
 """
 
+from collections.abc import Iterator
+import itertools
 import json
 import os
+import sys
 
 from absl import flags
 import jax
 
 from experiments import flags as experiment_flags
+from experiments import plan_tables
 from lwm.errors import UserError
 from lwm.experiment import Experiment
 from lwm.experiment import Stage
+from lwm.plan import StagePlan
 from lwm.plan import load
+from lwm.plan import longest
 from lwm.plan import plan_stage
 from lwm.plan import report
+from lwm.plan import search
 from lwm.validate import check_devices
 from lwm.validate import validate
 
-_CONFIG = experiment_flags.define_config()
+_CONFIG = experiment_flags.define_config(required=False)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "The machine: v5p:8x8x8, v5e:16x16, h100:4x8.")
 _STAGE = flags.DEFINE_string("stage", None, "Name or number (from 0) of a stage; all unless given.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object a line for each plan instead.")
-flags.mark_flag_as_required("topology")
+_SEARCH = flags.DEFINE_bool("search", False, "Find the fastest meshes and policies that fit.")
+_LONGEST = flags.DEFINE_bool("longest", False, "Find the longest row that fits.")
+_TOP = flags.DEFINE_integer("top", 5, "Plans that --search prints.", lower_bound=1)
+_TRIES = flags.DEFINE_integer(
+    "tries", 16, "Programs that --search (a stage), --longest (a length) or --table compile at most.",
+    lower_bound=1,
+)
+_TABLE = flags.DEFINE_enum(
+    "table", None, ["recipes", "longest"],
+    "LWM's stages on LWM's chips and half of them, or the longest contexts against RingAttention's.",
+)
 
 
 def main(argv: list[str]) -> None:
   del argv
+  if _TABLE.value:
+    table = plan_tables.recipes if _TABLE.value == "recipes" else plan_tables.longest_contexts
+    for row in table(_tell, _TRIES.value, _JSON.value):
+      print(row, flush=True)
+    return
+  if _CONFIG.value is None or _TOPOLOGY.value is None:
+    raise UserError("say --config=FILE and --topology=MACHINE, or --table=recipes or longest.")
+  if _SEARCH.value and _LONGEST.value:
+    raise UserError("--search and --longest are two questions: ask one.")
   experiment = _CONFIG.value
   validate(experiment)
   experiment.stages = chosen_stages(experiment, _STAGE.value)
   topology = load(_TOPOLOGY.value)
-  check_devices(experiment, len(topology.devices))
+  if _SEARCH.value:
+    for stage in experiment.stages:
+      found = search(experiment, stage, topology, _tell, _TRIES.value)
+      _print_rows(itertools.islice(found, _TOP.value), stage.name)
+  elif _LONGEST.value:
+    plan = longest(experiment, topology, _tell, _TRIES.value)
+    _print_rows([] if plan is None else [plan], "a row")
+  else:
+    check_devices(experiment, len(topology.devices))
+    _print_plans(experiment, topology)
+
+
+def _print_plans(experiment: Experiment, topology) -> None:
   plans = []
   for stage in experiment.stages:
     plan = plan_stage(experiment, stage, topology)[0]
@@ -45,6 +88,26 @@ def main(argv: list[str]) -> None:
           flush=True)
   if len(plans) > 1 and not _JSON.value:
     print(report.table(plans))
+
+
+def _print_rows(plans: Iterator[StagePlan], what: str) -> None:
+  """As they come; all of them fit."""
+  count = 0
+  for count, plan in enumerate(plans, 1):
+    if _JSON.value:
+      print(json.dumps(plan.as_json()), flush=True)
+    else:
+      head = report.table_head() + "\n" if count == 1 else ""
+      print(head + report.table_row(plan), flush=True)
+  if not count:
+    raise UserError(
+        f"--topology={_TOPOLOGY.value}: nothing that was tried for {what} fits; try more with "
+        "--tries, or a larger machine."
+    )
+
+
+def _tell(*what) -> None:
+  print(report.try_line(*what), file=sys.stderr, flush=True)
 
 
 def chosen_stages(experiment: Experiment, choice: str | None) -> list[Stage]:

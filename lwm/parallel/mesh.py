@@ -44,7 +44,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   sizes = config.resolve(len(devices))
   shape = [sizes[axis] for axis in AXES]
   # On GPUs, JAX's slices are the hosts: their networks carry the other axes too.
-  slices = len({device.slice_index for device in devices if device.platform == "tpu"})
+  # Devices of an ahead-of-time topology of one slice do not name it.
+  slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
   if slices > 1:
     _check_slices(sizes, slices)
     across = [slices, 1, 1, 1, 1]

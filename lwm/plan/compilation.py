@@ -7,10 +7,12 @@ does not fit, and it alone says which operation a buffer belongs to.
 import dataclasses
 import pathlib
 import re
+import resource
 import tempfile
 import time
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from lwm.errors import UserError
 
@@ -54,6 +56,7 @@ class Compilation:
     host: what it takes of the host's memory.
     buffers: the largest first; those that follow one another in the same place count once.
     seconds: of compilation.
+    peak_rss: bytes of memory that this process has taken at most so far, the compiler included.
   """
 
   text: str
@@ -63,6 +66,7 @@ class Compilation:
   host: int
   buffers: tuple[Buffer, ...]
   seconds: float
+  peak_rss: int
 
 
 def compile_ahead(lowered: jax.stages.Lowered, platform: str) -> Compilation:
@@ -79,15 +83,18 @@ def compile_ahead(lowered: jax.stages.Lowered, platform: str) -> Compilation:
   with tempfile.TemporaryDirectory() as folder:
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     failure = None
-    # A program out of the cache would leave no dump.
+    # A program out of the cache would leave no dump. JAX looks at the setting once, and again after
+    # a reset.
     was_enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
     try:
       lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
       failure = error
     finally:
       jax.config.update("jax_enable_compilation_cache", was_enabled)
+      compilation_cache.reset_cache()
     dumps = sorted(pathlib.Path(folder).glob("*after_optimizations-buffer-assignment.txt"))
     if not dumps or (failure is not None and not _OUT_OF_MEMORY.search(str(failure))):
       raise UserError(f"XLA cannot compile this for {platform}: {failure}")
@@ -124,8 +131,10 @@ def read_assignment(assignment: str, text: str, platform: str, seconds: float) -
         # Loops carry the same buffer under other names; one that an operation made says more.
         operation = "" if phi else operations.get(name, "")
         slots.append((int(size), allocation, int(offset), shape.split("{")[0], operation))
+  # Linux counts in KiB; ahead of time is on Linux alone.
+  peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
   return Compilation(
-      text, arguments, temporaries, total, host, _largest(slots), seconds
+      text, arguments, temporaries, total, host, _largest(slots), seconds, peak_rss
   )
 
 

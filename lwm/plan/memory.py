@@ -1,4 +1,4 @@
-"""What a stage's train step takes of each device's memory, by compiling it."""
+"""What a program takes of each device's memory, by compiling it: a train step, or any other."""
 
 import dataclasses
 import math
@@ -20,9 +20,10 @@ class Memory:
 
   Attributes:
     parameters: float32, its shard.
-    optimizer: the optimizer's state, its shard.
-    batch: its part of a batch, and scalars.
-    gradients: float32, its shard; they live among the temporaries, in the end alone.
+    optimizer: the optimizer's state, its shard, what is on the device.
+    batch: its part of the other arguments: a batch, a cache, scalars.
+    gradients: float32, its shard; they live among the temporaries, in the end alone. 0 of a program
+      that makes none.
     temporaries: activations, gradients, gathered weights: all between arguments and results.
     rest: results that share no memory with arguments, constants.
     total: all but the gradients, which are in the temporaries.
@@ -63,14 +64,32 @@ def compile_train_step(
   batch = program.abstract_batch(stage.rows_per_batch, stage.sequence_length)
   with jax.set_mesh(program.mesh):
     lowered = program.train_step.lower(program.state, batch)
+  return compile_program(
+      lowered, topology, program.state.params, program.state.optimizer_state
+  )
+
+
+def compile_program(
+    lowered: jax.stages.Lowered, topology: Topology, parameters: Any, optimizer_state: Any = ()
+) -> tuple[Memory, Compilation]:
+  """Compiles any program, say prefill or decode, for devices that need not be there.
+
+  Args:
+    lowered: of `jax.jit(...).lower(...)`, for devices of the topology.
+    topology: where it is to run.
+    parameters: those of its arguments that are parameters: ShapeDtypeStructs with shardings.
+    optimizer_state: likewise, of a train step.
+
+  Raises:
+    UserError: the compiler refuses it for another reason than the device's memory.
+  """
   compilation = compile_ahead(lowered, topology.devices[0].platform)
-  parameters = shard_bytes(program.state.params)
-  optimizer = shard_bytes(program.state.optimizer_state)
+  state, optimizer = shard_bytes(parameters), shard_bytes(optimizer_state)
   memory = Memory(
-      parameters=parameters,
+      parameters=state,
       optimizer=optimizer,
-      batch=compilation.arguments - parameters - optimizer,
-      gradients=parameters,
+      batch=compilation.arguments - state - optimizer,
+      gradients=state if jax.tree.leaves(optimizer_state) else 0,
       temporaries=compilation.temporaries,
       rest=compilation.total - compilation.arguments - compilation.temporaries,
       total=compilation.total,
@@ -82,8 +101,12 @@ def compile_train_step(
 
 
 def shard_bytes(tree: Any) -> int:
-  """Bytes of one device's shards of all arrays (ShapeDtypeStructs with shardings) of a tree."""
+  """Bytes of one device's shards of all arrays (ShapeDtypeStructs with shardings) of a tree.
+
+  Those in the host's memory do not count.
+  """
   return sum(
       math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
       for leaf in jax.tree.leaves(tree)
+      if leaf.sharding.memory_kind != "pinned_host"
   )

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from lwm.experiment import Experiment
+from lwm.experiment import OptimizerConfig
 from lwm.experiment import Stage
 from lwm.plan.compilation import Compilation
 from lwm.plan.memory import Memory
@@ -23,9 +24,11 @@ class StagePlan:
   topology: Topology
   mesh: dict[str, int]
   remat: str
+  moments: str  # Their dtype, and "host" if that is where they are.
   memory: Memory
   roofline: Roofline
   compile_seconds: float
+  peak_rss: int  # Bytes of memory that compiling took at most in this process so far.
 
   def as_json(self) -> dict[str, Any]:
     """Numbers, strings, lists and dicts; bytes, seconds and FLOPs throughout."""
@@ -37,12 +40,14 @@ class StagePlan:
         "devices": len(self.topology.devices),
         "mesh": self.mesh,
         "remat": self.remat,
+        "moments": self.moments,
         "fits": self.memory.fits,
         "excess": self.memory.excess,
         "memory": dataclasses.asdict(self.memory),
         "roofline": dataclasses.asdict(self.roofline)
         | {"hop_hides": self.roofline.hop and self.roofline.hop.hides},
         "compile_seconds": self.compile_seconds,
+        "peak_rss": self.peak_rss,
     }
 
 
@@ -66,8 +71,14 @@ def plan_stage(
       topology=topology,
       mesh=dict(program.mesh.shape),
       remat=experiment.model.remat,
+      moments=moments_text(experiment.optimizer),
       memory=memory,
       roofline=estimate(experiment, stage, program.mesh, topology),
       compile_seconds=compilation.seconds,
+      peak_rss=compilation.peak_rss,
   )
   return plan, program, compilation
+
+
+def moments_text(optimizer: OptimizerConfig) -> str:
+  return optimizer.moment_dtype + (" host" if optimizer.offload else "")

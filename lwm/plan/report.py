@@ -3,7 +3,9 @@
 import re
 
 from lwm.chips import GIB
+from lwm.plan.candidates import Candidate
 from lwm.plan.plan import StagePlan
+from lwm.plan.plan import moments_text
 
 
 def stage_report(plan: StagePlan) -> str:
@@ -59,19 +61,39 @@ def stage_report(plan: StagePlan) -> str:
 
 def table(plans: list[StagePlan]) -> str:
   """One line a plan."""
-  lines = [
-      f"{'stage':<8} {'length':>9} {'mesh':<34} {'remat':<10} {'memory':>10} {'of':>10}  "
-      f"{'fits':<5} {'step':>11} {'tokens/s/chip':>13} {'MFU':>6}"
-  ]
-  for plan in plans:
-    roofline = plan.roofline
-    lines.append(
-        f"{plan.stage.name:<8} {plan.stage.sequence_length:>9} {mesh_text(plan.mesh):<34} "
-        f"{plan.remat:<10} {gib(plan.memory.total):>10} {gib(plan.memory.capacity):>10}  "
-        f"{'yes' if plan.memory.fits else 'NO':<5} {milliseconds(roofline.step_seconds):>11} "
-        f"{roofline.tokens_per_second_per_chip:>13,.0f} {roofline.mfu:>6.1%}"
-    )
-  return "\n".join(lines)
+  return "\n".join([table_head(), *map(table_row, plans)])
+
+
+def table_head() -> str:
+  return (
+      f"{'stage':<8} {'length':>9} {'machine':<9} {'mesh':<34} {'remat':<10} {'moments':<13} "
+      f"{'memory':>10} {'of':>10}  {'fits':<5} {'step':>11} {'tokens/s/chip':>13} {'MFU':>6}"
+  )
+
+
+def table_row(plan: StagePlan) -> str:
+  stage, roofline = plan.stage, plan.roofline
+  return (
+      f"{stage.name:<8} {stage.sequence_length:>9} {plan.topology.name:<9} "
+      f"{mesh_text(plan.mesh):<34} {plan.remat:<10} {plan.moments:<13} "
+      f"{gib(plan.memory.total):>10} {gib(plan.memory.capacity):>10}  "
+      f"{'yes' if plan.memory.fits else 'NO':<5} {milliseconds(roofline.step_seconds):>11} "
+      f"{roofline.tokens_per_second_per_chip:>13,.0f} {roofline.mfu:>6.1%}"
+  )
+
+
+def try_line(candidate: Candidate, plan: StagePlan | None, reason: str) -> str:
+  """What became of a candidate, for a person who waits."""
+  what = (
+      f"{candidate.stage.name}: {mesh_text(candidate.stage.mesh.axis_sizes())}, remat "
+      f"{candidate.experiment.model.remat}, moments {moments_text(candidate.experiment.optimizer)}"
+  )
+  if plan is None:
+    return f"{what}: {reason}"
+  return (
+      f"{what}: {verdict(plan)}, by counting at least {gib(candidate.least_memory)} "
+      f"({plan.compile_seconds:.0f} s)"
+  )
 
 
 def heading(plan: StagePlan) -> str:
@@ -79,7 +101,8 @@ def heading(plan: StagePlan) -> str:
   return (
       f"{stage.name}: {stage.rows_per_batch} rows of {stage.sequence_length} tokens on "
       f"{plan.topology.name} ({len(plan.topology.devices)} devices), mesh {mesh_text(plan.mesh)}, "
-      f"remat {plan.remat}; compiled in {plan.compile_seconds:.0f} s"
+      f"remat {plan.remat}, moments {plan.moments}; compiled in {plan.compile_seconds:.0f} s, this "
+      f"process has taken {gib(plan.peak_rss)} at most"
   )
 
 

@@ -4,6 +4,7 @@ XLA's cost analysis counts the body of a loop once, so everything here is counte
 configuration. The assumptions are part of the answer: `Roofline.assumptions`.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import math
 
@@ -15,7 +16,10 @@ from lwm.experiment import Stage
 from lwm.model.config import ModelConfig
 from lwm.parallel.sharding import ShardingRules
 from lwm.plan.topology import Topology
+from lwm.plan.traffic import RECOMPUTED
 from lwm.plan.traffic import Traffic
+from lwm.plan.traffic import feed_forward_in_chunks
+from lwm.plan.traffic import moment_bytes
 from lwm.plan.traffic import step_traffic
 from lwm.train.flops import layer_parameters
 from lwm.train.flops import train_flops
@@ -26,8 +30,8 @@ ATTENTION_EFFICIENCY = 0.55
 # Reads and writes of an array [tokens, width] in one pass of a block: norms, residuals, the inputs
 # and results of products. A backward pass has twice as many.
 ACTIVATION_TRIPS = 12
-# Of a parameter, in bytes: two moments, the parameter and its gradient, each read and written.
-UPDATE_BYTES = 32
+# Of a parameter, in bytes: it and its gradient, each read and written in float32.
+UPDATE_BYTES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +97,7 @@ def estimate(
       softmax_range=experiment.loss.softmax_range,
   )
   local_tokens = tokens / math.prod(sizes[axis] for axis in rules.token_axes)
-  recompute, attention_again = recompute_flops(experiment, stage, pairs, sizes["ring"])
+  recompute, attention_again = recompute_flops(experiment, stage, pairs, sizes)
 
   per_second = mesh.size * chip.flops
   imbalance = 1.0
@@ -104,13 +108,14 @@ def estimate(
   )
   products = flops - attention + recompute - attention_again
   compute = products / (per_second * MATMUL_EFFICIENCY) + attention_seconds
-  memory = _memory_bytes(model, local_tokens, sizes, rules, stage) / chip.memory_bandwidth
+  memory = _memory_bytes(experiment, local_tokens, sizes, rules, stage) / chip.memory_bandwidth
   traffic = step_traffic(experiment, stage, mesh, topology, rules)
 
   def wires(*what):
     return sum(part.seconds for part in traffic if part.what in what)
 
-  weights, ring = wires("weights", "gradients"), wires("keys and values")
+  weights = wires("weights", "gradients", "tables", "gradients of tables")
+  ring = wires("keys and values")
   busy = max(compute, memory)
   seconds = {
       "compute": compute,
@@ -119,6 +124,10 @@ def estimate(
       "heads over ulysses": wires("heads"),
       "weights and gradients, what compute does not hide": max(0.0, weights - busy),
       "keys and values, what attention does not hide": max(0.0, ring - attention_seconds),
+      "activations to the host and back, what compute does not hide": max(
+          0.0, wires("activations kept") - busy
+      ),
+      "moments from the host and back": wires("moments"),
   }
   step = sum(seconds.values())
   chips = mesh.size / chip.devices_per_chip
@@ -139,12 +148,13 @@ def _assumptions(chip: Chip) -> tuple[str, ...]:
   network = "" if chip.is_tpu else f", network {chip.network_bandwidth / 1e9:g} GB/s a device"
   return (
       f"{chip.name}: {chip.flops / 1e12:.3g} TFLOP/s, memory {chip.memory_bandwidth / 1e9:g} GB/s, "
-      f"links {chip.link_bandwidth / 1e9:g} GB/s one way{network}.",
+      f"links {chip.link_bandwidth / 1e9:g} GB/s one way{network}, "
+      f"to the host {chip.host_bandwidth / 1e9:g} GB/s.",
       f"Matrix products reach {MATMUL_EFFICIENCY:.0%} of the peak, attention "
       f"{ATTENTION_EFFICIENCY:.0%} (its backward pass: seven products, four of them the model's).",
       "Every row is one document, all of it targets over the text ids: the most work there is.",
-      "Weights and gradients travel while anything is computed, keys and values while attention is, "
-      "activations over tensor while nothing is.",
+      "Weights, gradients and offloaded activations travel while anything is computed, keys and "
+      "values while attention is, activations over tensor and offloaded moments while nothing is.",
   )
 
 
@@ -153,7 +163,7 @@ def _attention_flops(model: ModelConfig, pairs: float) -> float:
 
 
 def recompute_flops(
-    experiment: Experiment, stage: Stage, pairs: float, ring: int
+    experiment: Experiment, stage: Stage, pairs: float, sizes: Mapping[str, int]
 ) -> tuple[float, float]:
   """FLOPs beyond the model's: (all, those of attention among them).
 
@@ -164,30 +174,31 @@ def recompute_flops(
   feed_forward = 2 * model.width * model.feed_forward_width
   projections = layer_parameters(model) - 3 * model.width * model.feed_forward_width
   weights = 0
-  if model.remat in ("full", "attention"):
+  if model.remat not in ("none", "dots"):
     weights += projections + feed_forward
-  elif stage.sequence_length // ring > model.feed_forward_chunk:
+  elif feed_forward_in_chunks(model, stage, sizes):
     weights += feed_forward
   head = 2 * tokens * model.width * model.text_vocab_size
   # The backward kernels make scores twice and the products with the values once more.
-  attention = 6 + (4 if model.remat == "full" else 0)
+  attention = 6 + (4 if model.remat in RECOMPUTED else 0)
   attention *= model.num_layers * model.num_heads * model.head_dim * pairs
   return 2 * model.num_layers * weights * tokens + head + attention, attention
 
 
-def _memory_bytes(model, local_tokens, sizes, rules, stage) -> float:
+def _memory_bytes(experiment, local_tokens, sizes, rules, stage) -> float:
   """What a device reads and writes in a step, roughly."""
+  model = experiment.model
   number = 4 if model.compute_dtype == "float32" else 2
   parameters = (
       model.num_layers * layer_parameters(model) + 2 * model.vocab_size * model.width
   )
-  stored = (rules.model,) if isinstance(rules.model, str) else rules.model
-  shard = parameters / sizes["tensor"] / math.prod(sizes[axis] for axis in stored)
+  shard = parameters / sizes["tensor"] / math.prod(sizes[axis] for axis in rules.model)
+  update = UPDATE_BYTES + 2 * moment_bytes(experiment.optimizer)
   # Gathered (written), and read, in three passes.
   weights = 6 * number * parameters / sizes["tensor"] * stage.accumulation_steps
   passes = 3 if model.remat == "none" else 4
   activations = ACTIVATION_TRIPS * passes * model.num_layers * local_tokens * model.width * number
-  return UPDATE_BYTES * shard + weights + activations
+  return update * shard + weights + activations
 
 
 def _hop(stage, model, traffic, pairs, sizes, flops) -> Hop | None:

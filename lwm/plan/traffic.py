@@ -3,6 +3,7 @@
 Letters: T a device's tokens (of one tensor shard), n devices along an axis, M width, P parameters.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import math
 
@@ -10,11 +11,16 @@ import jax
 import numpy as np
 
 from lwm.experiment import Experiment
+from lwm.experiment import OptimizerConfig
 from lwm.experiment import Stage
+from lwm.model.config import ModelConfig
 from lwm.parallel.sharding import ShardingRules
 from lwm.plan.topology import Topology
 from lwm.train.flops import layer_parameters
 
+# Remat policies that compute attention a second time, and those that keep in the host's memory.
+RECOMPUTED = ("full", "offload")
+OFFLOADED = ("offload", "offload_attention")
 _FLOAT32 = 4
 
 
@@ -23,7 +29,7 @@ class Traffic:
   """What crosses one mesh axis, or several at once.
 
   Attributes:
-    axes: its names.
+    axes: its names; "host" is the way to the host's memory.
     what: what travels.
     bytes: sent by each device in a step.
     bandwidth: bytes/s that a device can send along these axes in this way.
@@ -48,53 +54,85 @@ def step_traffic(
 ) -> list[Traffic]:
   """All that a step of `stage` sends, axes of one device left out.
 
-  Weights are gathered in the compute dtype for the forward pass and again for the backward pass
-  unless remat keeps them; their gradients are reduced in float32; once for each microbatch.
-  Activations cross `tensor` four times a block and pass; keys and values go round the ring, and
-  in the backward pass their float32 gradients with them; `ulysses` exchanges heads for tokens.
+  The weights of blocks are gathered in the compute dtype for the forward pass and again for the
+  backward pass unless remat keeps them, the tables in float32 and over `tensor` too; their
+  gradients are reduced in float32; once for each microbatch. Activations are gathered over `tensor`
+  before each half of a block and scattered after it; keys and values go round the ring, and in the
+  backward pass their float32 gradients with them; `ulysses` exchanges heads for tokens. What is
+  offloaded goes to the host's memory and comes back.
   """
   model, sizes = experiment.model, mesh.shape
   number = np.dtype("float32" if model.compute_dtype == "float32" else "int16").itemsize
-  tensor, ring = sizes["tensor"], sizes["ring"]
+  tensor, ring, ulysses = sizes["tensor"], sizes["ring"], sizes["ulysses"]
   tokens = stage.tokens_per_batch / math.prod(sizes[axis] for axis in rules.token_axes)
-  again = model.remat in ("attention", "full")
   body = model.num_layers * layer_parameters(model) / tensor
-  ends = model.vocab_size * model.width * (1 if model.tied_head else 2) / tensor
+  tables = model.vocab_size * model.width * (1 if model.tied_head else 2)
   wires = _Wires(mesh, topology)
   traffic = []
 
   def add(axes, what, amount, bandwidth):
-    if math.prod(sizes[axis] for axis in axes) > 1:
+    if amount and math.prod(sizes[axis] for axis in axes) > 1:
       traffic.append(Traffic(axes, what, amount, bandwidth(axes)))
 
-  stored = _axes(rules.model)
+  stored = rules.model
   group = math.prod(sizes[axis] for axis in stored)
-  gathered = body * number * (1 if model.remat == "none" else 2) + ends * _FLOAT32
   share = stage.accumulation_steps * (group - 1) / group
-  add(stored, "weights", share * gathered, wires.collective)
-  add(stored, "gradients", share * (body + ends) * _FLOAT32, wires.collective)
-  rest = tuple(axis for axis in rules.token_axes if axis not in stored)
-  for axis in rest:
-    n = sizes[axis]
-    amount = stage.accumulation_steps * 2 * (n - 1) / n * (body + ends) / group * _FLOAT32
-    add((axis,), "gradients", amount, wires.collective)
+  add(stored, "weights", share * body * number * (1 if model.remat == "none" else 2),
+      wires.collective)
+  add(stored, "gradients", share * body * _FLOAT32, wires.collective)
+  whole = (*stored, rules.vocab)
+  share = stage.accumulation_steps * (group * tensor - 1) / (group * tensor)
+  add(whole, "tables", share * tables * _FLOAT32, wires.collective)
+  add(whole, "gradients of tables", share * tables * _FLOAT32, wires.collective)
+  for axis in rules.token_axes:
+    if axis not in stored:
+      n, shard = sizes[axis], (body + tables / tensor) / group
+      amount = stage.accumulation_steps * 2 * (n - 1) / n * shard * _FLOAT32
+      add((axis,), "gradients", amount, wires.collective)
 
-  # A reduce-scatter or an all-gather of the activations, or half of an all-reduce of them.
+  # A reduce-scatter or an all-gather of the activations.
   half = (tensor - 1) / tensor * tokens * model.width * number
-  passes = 4 + 4 + (3 if again else 0)
-  add(("tensor",), "activations", half * (model.num_layers * passes + 6), wires.collective)
+  again = 3
+  if model.remat == "none":
+    again = 1 if feed_forward_in_chunks(model, stage, sizes) else 0
+  add(("tensor",), "activations", half * model.num_layers * (4 + 4 + again), wires.collective)
 
-  keys = 2 * tokens * model.num_kv_heads * model.head_dim / tensor
-  hops = (ring - 1) * (3 if model.remat == "full" else 2)
+  # Heads are repeated where there are too few of them for `ulysses`.
+  kv_heads = math.lcm(model.num_kv_heads // tensor, ulysses)
+  keys = 2 * tokens * kv_heads * model.head_dim
+  hops = (ring - 1) * (3 if model.remat in RECOMPUTED else 2)
   amount = model.num_layers * keys * (hops * number + ring * _FLOAT32)
   add(("ring",), "keys and values", amount, wires.neighbour)
 
-  ulysses = sizes["ulysses"]
-  heads = 2 * (model.num_heads + model.num_kv_heads)
-  exchanged = tokens * heads * model.head_dim / tensor * number * (ulysses - 1) / ulysses
-  passes = 2 + (1 if again else 0)
+  heads = 2 * (model.num_heads // tensor + kv_heads)
+  exchanged = tokens * heads * model.head_dim * number * (ulysses - 1) / ulysses
+  passes = 2 if model.remat == "none" else 3
   add(("ulysses",), "heads", model.num_layers * passes * exchanged, wires.collective)
+
+  host = topology.chip.host_bandwidth
+  if model.remat in OFFLOADED:
+    saved = tokens / tensor * model.width * number
+    if model.remat not in RECOMPUTED:
+      saved += tokens * model.num_heads / tensor * (model.head_dim * number + _FLOAT32)
+    amount = 2 * model.num_layers * saved
+    traffic.append(Traffic(("host",), "activations kept", amount, host))
+  if experiment.optimizer.offload:
+    # There and back at the same time.
+    amount = 2 * moment_bytes(experiment.optimizer) * (body + tables / tensor) / group
+    traffic.append(Traffic(("host",), "moments", amount, 2 * host))
   return traffic
+
+
+def feed_forward_in_chunks(
+    model: ModelConfig, stage: Stage, sizes: Mapping[str, int]
+) -> bool:
+  """Whether the feed-forward of a device goes by chunks, which its backward pass makes again."""
+  return stage.sequence_length // (sizes["ring"] * sizes["ulysses"]) > model.feed_forward_chunk
+
+
+def moment_bytes(optimizer: OptimizerConfig) -> int:
+  """Of both moments of a parameter; the scales of int8 blocks left out."""
+  return 2 * {"float32": 4, "bfloat16": 2, "int8": 1}[optimizer.moment_dtype]
 
 
 class _Wires:
@@ -139,7 +177,3 @@ class _Wires:
   def _hosts(self, axes: tuple[str, ...]) -> int:
     index = {device: number for number, device in enumerate(self._topology.devices)}
     return len({index[d] // self._topology.devices_per_host for d in self._along(axes)})
-
-
-def _axes(names: str | tuple[str, ...]) -> tuple[str, ...]:
-  return (names,) if isinstance(names, str) else names

@@ -33,6 +33,8 @@ def test_json_of_a_stage_that_fits():
     [
         (["--topology=v5p:2x2"], "error: --topology=v5p:2x2: there is no such machine"),
         (["--topology=cpu:4", "--stage=9"], "error: --stage=9: the experiment's stages are long"),
+        (["--topology=cpu:4", "--search", "--longest"], "error: --search and --longest are two"),
+        (["--stage=long"], "error: say --config=FILE and --topology=MACHINE, or --table"),
         (
             ["--topology=cpu:4", "--config.stages[0].mesh.ring=3"],
             "error: config.stages[0].sequence_length=8192 does not divide",
@@ -43,3 +45,13 @@ def test_what_is_wrong_is_one_sentence(flags, message):
   done = plan(*flags)
   assert done.returncode == 1
   assert done.stderr.strip().splitlines()[-1].startswith(message), done.stderr
+
+
+def test_search_prints_what_fits_and_tells_what_it_tries():
+  done = plan("--topology=v5e:2x2", "--search", "--top=1", "--json")
+  assert done.returncode == 0, done.stderr
+  (line,) = done.stdout.splitlines()
+  answer = json.loads(line)
+  assert answer["fits"] and answer["remat"] and answer["moments"] == "float32"
+  assert 0 < answer["compile_seconds"] < 600 and 0 < answer["peak_rss"] < 16e9
+  assert "by counting at least" in done.stderr

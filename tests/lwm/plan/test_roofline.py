@@ -62,7 +62,9 @@ def test_flops_and_seconds(v5p):
 
 @pytest.mark.parametrize(
     "remat, again",
-    [("none", 0), ("dots", 0), ("attention", 2 * 2 * (655_360 - 256 * 512) * TOKENS)],
+    [("none", 0), ("dots", 0)]
+    + [(remat, 2 * 2 * (655_360 - 256 * 512) * TOKENS) for remat in ("attention", "offload_attention")],
+    ids=("none", "dots", "attention", "offload_attention"),
 )
 def test_recompute_follows_remat(v5p, remat, again):
   roofline = estimate(*planned(v5p, remat=remat, fsdp=4))
@@ -70,19 +72,47 @@ def test_recompute_follows_remat(v5p, remat, again):
   assert roofline.recompute_flops == always + again
 
 
-def test_bytes_of_weights(v5p):
-  parts = traffic(v5p, fsdp=4)
-  weights = next(part for (axes, what), part in parts.items() if what == "weights")
+@pytest.mark.parametrize(
+    "sizes", [dict(fsdp=4), dict(fsdp=1, ring=4), dict(fsdp=2, ulysses=2)],
+    ids=("fsdp", "ring", "fsdp and ulysses"),
+)
+def test_bytes_of_weights(v5p, sizes):
+  """They are stored in shards over all axes of the tokens but data."""
+  parts = {what: part for (axes, what), part in traffic(v5p, **sizes).items() if "fsdp" in axes}
   # Three quarters of them come from others: bfloat16 twice for blocks, float32 once for tables.
-  assert weights.bytes == 3 / 4 * (2 * 2 * BODY + 4 * ENDS)
+  assert parts["weights"].bytes == 3 / 4 * 2 * 2 * BODY
+  assert parts["tables"].bytes == 3 / 4 * 4 * ENDS
   # Two dimensions of two chips: a link each.
-  assert weights.bandwidth == 2 * 90e9
-  assert sum(part.bytes for (_, what), part in parts.items() if what == "gradients") == (
-      3 / 4 * 4 * (BODY + ENDS)
-  )
-  kept = traffic(v5p, fsdp=4, remat="none")
-  weights = next(part for (axes, what), part in kept.items() if what == "weights")
-  assert weights.bytes == 3 / 4 * (2 * BODY + 4 * ENDS)
+  assert parts["weights"].bandwidth == 2 * 90e9
+  assert parts["gradients"].bytes == 3 / 4 * 4 * BODY
+  assert parts["gradients of tables"].bytes == 3 / 4 * 4 * ENDS
+  kept = traffic(v5p, remat="none", **sizes)
+  weights = next(part for (_, what), part in kept.items() if what == "weights")
+  assert weights.bytes == 3 / 4 * 2 * BODY
+
+
+def test_bytes_over_data(v5p):
+  parts = traffic(v5p, data=2, fsdp=2)
+  # All-reduced, the shards that fsdp leaves; the tables' too.
+  assert parts[("data",), "gradients"].bytes == 2 * 1 / 2 * 4 * (BODY + ENDS) / 2
+
+
+def test_bytes_of_offload(v5p):
+  parts = traffic(v5p, fsdp=1, ring=2, tensor=2, remat="offload")
+  # Inputs of two blocks, half of 1024 tokens of a ring shard, there and back.
+  assert parts[("host",), "activations kept"].bytes == 2 * 2 * 512 * 256 * 2
+  assert parts[("host",), "activations kept"].bandwidth == 16e9
+  parts = traffic(v5p, fsdp=1, ring=2, tensor=2, remat="offload_attention")
+  # And of 1024 tokens for one head the result and its log-sum-exp.
+  assert parts[("host",), "activations kept"].bytes == 2 * 2 * (512 * 256 * 2 + 1024 * (128 * 2 + 4))
+  arguments = planned(v5p, fsdp=4)
+  arguments[0].optimizer.offload = True
+  part = next(part for part in step_traffic(*arguments) if part.what == "moments")
+  # Two float32 moments of a quarter of the parameters, both ways at the same time.
+  assert part.bytes == 2 * 8 * (BODY + ENDS) / 4
+  assert part.seconds == pytest.approx(8 * (BODY + ENDS) / 4 / 16e9)
+  roofline = estimate(*arguments)
+  assert roofline.seconds["moments from the host and back"] == part.seconds
 
 
 def test_bytes_of_the_ring(v5p):
@@ -95,7 +125,10 @@ def test_bytes_of_the_ring(v5p):
 
 def test_bytes_of_tensor_parallelism(v5p):
   part = traffic(v5p, tensor=2, fsdp=2)[("tensor",), "activations"]
-  assert part.bytes == 1 / 2 * 1024 * 256 * 2 * (2 * 11 + 6)
+  # Four halves of an all-reduce forward and four backward, three for what is computed again.
+  assert part.bytes == 1 / 2 * 1024 * 256 * 2 * 2 * 11
+  part = traffic(v5p, tensor=2, fsdp=2, remat="none")[("tensor",), "activations"]
+  assert part.bytes == 1 / 2 * 1024 * 256 * 2 * 2 * 8
 
 
 def test_nothing_crosses_a_mesh_of_one_device():

@@ -1,0 +1,104 @@
+"""The README's tables of plans: `python -m experiments.plan --table=...`."""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import dataclasses
+import json
+
+from configs import lwm_text_7b
+from configs import lwm_vision_7b
+from configs import models
+from lwm.experiment import ConfigError
+from lwm.experiment import Experiment
+from lwm.experiment import Stage
+from lwm.model.config import ModelConfig
+from lwm.plan import StagePlan
+from lwm.plan import Topology
+from lwm.plan import load
+from lwm.plan import longest
+from lwm.plan import plan_stage
+from lwm.plan import report
+from lwm.plan import search
+from lwm.plan.candidates import length_text
+from lwm.validate import check_devices
+from lwm.validate import validate
+
+# LWM's chips and half of them.
+RECIPES = (
+    (lwm_text_7b.get_config, ("v4:8x8x4", "v4:8x4x4")),
+    (lwm_vision_7b.get_config, ("v4:8x8x8", "v4:8x8x4")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contest:
+  """A row of table 3 of the RingAttention paper (arXiv 2310.01889): tokens by its ring attention."""
+
+  name: str
+  model: Callable[[], ModelConfig]
+  machine: str
+  paper: int
+
+
+CONTESTS = (
+    Contest("7B", models.lwm_7b, "v4:8x8x8", 8 << 20),
+    Contest("13B", models.lwm_13b, "v4:8x8x8", 4 << 20),
+    Contest("7B", models.lwm_7b, "v5e:16x16", 2 << 20),
+    Contest("7B", models.lwm_7b, "a100:1x8", 256 << 10),
+    Contest("7B", models.lwm_7b, "a100:4x8", 4 << 20),
+)
+
+
+def recipes(report_try, tries: int, as_json: bool, cases=RECIPES) -> Iterator[str]:
+  """Lines: every stage with the config's own mesh, or the fastest found where that does not fit."""
+  if not as_json:
+    yield f"{'config':<14} {report.table_head()}"
+  for get_config, machines in cases:
+    for machine in machines:
+      topology = load(machine)
+      experiment = get_config()
+      validate(experiment)
+      for stage in experiment.stages:
+        plan = _own_or_found(experiment, stage, topology, report_try, tries)
+        if as_json:
+          row = {"config": experiment.name, "stage": stage.name, "machine": machine}
+          yield json.dumps({**row, "plan": plan and plan.as_json()})
+        else:
+          row = report.table_row(plan) if plan else f"{stage.name}: nothing tried fits {machine}"
+          yield f"{experiment.name:<14} {row}"
+
+
+def _own_or_found(
+    experiment: Experiment, stage: Stage, topology: Topology, report_try, tries: int
+) -> StagePlan | None:
+  """The stage's own plan if it fits, else the fastest that was found to, None if none was."""
+  alone = dataclasses.replace(experiment, stages=[stage])
+  try:
+    check_devices(alone, len(topology.devices))
+    own = plan_stage(alone, stage, topology)[0]
+  except ConfigError:
+    own = None
+  if own is not None and own.memory.fits:
+    return own
+  return next(search(experiment, stage, topology, report_try, tries), None)
+
+
+def longest_contexts(report_try, tries: int, as_json: bool, cases=CONTESTS) -> Iterator[str]:
+  """Lines: the longest row of each model on each machine, and how many times the paper's it is."""
+  if not as_json:
+    yield f"{'model':<6} {'longest':>8} {'paper':>8} {'ratio':>6}  {report.table_head()}"
+  for case in cases:
+    experiment = dataclasses.replace(lwm_text_7b.get_config(), model=case.model())
+    validate(experiment)
+    plan = longest(experiment, load(case.machine), report_try, tries)
+    length = plan.stage.sequence_length if plan else 0
+    ratio = length / case.paper
+    if as_json:
+      row = {"model": case.name, "machine": case.machine, "paper": case.paper, "longest": length}
+      yield json.dumps({**row, "ratio": ratio, "plan": plan and plan.as_json()})
+    else:
+      row = report.table_row(plan) if plan else f"nothing tried fits {case.machine}"
+      yield (
+          f"{case.name:<6} {length_text(length):>8} {length_text(case.paper):>8} {ratio:>5.3g}x"
+          f"  {row}"
+      )

@@ -1,0 +1,94 @@
+"""The meshes and policies that a stage could run with on a machine."""
+
+from collections.abc import Iterator
+import copy
+import dataclasses
+import math
+
+from lwm.experiment import ConfigError
+from lwm.experiment import Experiment
+from lwm.experiment import MeshConfig
+from lwm.experiment import Stage
+from lwm.model.config import REMAT_POLICIES
+from lwm.parallel.mesh import AXES
+from lwm.parallel.mesh import check_model_fits_mesh
+from lwm.plan.bound import least_memory
+from lwm.validate import check_devices
+from lwm.validate import validate
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """A way to run a stage.
+
+  Attributes:
+    experiment: with one stage, whose mesh has a size for every axis.
+    least_memory: bytes of one device: `lwm.plan.bound`.
+  """
+
+  experiment: Experiment
+  least_memory: float
+
+  @property
+  def stage(self) -> Stage:
+    return self.experiment.stages[0]
+
+
+def candidates(
+    experiment: Experiment, stage: Stage, num_devices: int, axes: tuple[str, ...] = AXES
+) -> Iterator[Candidate]:
+  """All meshes that the stage and the model allow, with each remat and offload policy.
+
+  Args:
+    experiment: whose model and optimizer to take. The moments' dtype stays: it changes the numbers.
+    stage: whose lengths, batch and layout to take.
+    num_devices: all of which every mesh uses.
+    axes: of the mesh; the others have one device.
+  """
+  for sizes in _factorisations(num_devices, len(axes)):
+    mesh = MeshConfig(**{**dict.fromkeys(AXES, 1), **dict(zip(axes, sizes))})
+    trial = dataclasses.replace(experiment, stages=[dataclasses.replace(stage, mesh=mesh)])
+    try:
+      validate(trial)
+      check_devices(trial, num_devices)
+      check_model_fits_mesh(trial.model, mesh.axis_sizes())
+    except ConfigError:
+      continue
+    for remat in REMAT_POLICIES:
+      for offload in (False, True):
+        choice = dataclasses.replace(
+            trial,
+            model=dataclasses.replace(trial.model, remat=remat),
+            optimizer=dataclasses.replace(trial.optimizer, offload=offload),
+        )
+        yield Candidate(choice, least_memory(choice, choice.stages[0], mesh.axis_sizes()))
+
+
+def single_row(experiment: Experiment, length: int) -> Stage:
+  """The first stage with one row of `length` tokens a batch."""
+  return dataclasses.replace(
+      copy.deepcopy(experiment.stages[0]),
+      name=length_text(length),
+      sequence_length=length,
+      tokens_per_batch=length,
+      accumulation_steps=1,
+  )
+
+
+def length_text(length: int) -> str:
+  """Tokens in the units that people use: 32K, 8M."""
+  for unit, scale in (("M", 2**20), ("K", 2**10)):
+    if length >= scale:
+      return f"{length / scale:g}{unit}"
+  return str(length)
+
+
+def _factorisations(number: int, parts: int) -> Iterator[tuple[int, ...]]:
+  """All ordered tuples of `parts` factors whose product is `number`."""
+  if parts == 1:
+    yield (number,)
+    return
+  for first in range(1, number + 1):
+    if number % first == 0:
+      for rest in _factorisations(number // first, parts - 1):
+        yield (first, *rest)

@@ -1,0 +1,53 @@
+"""Other programs than the train step go through the same door."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+import pytest
+
+from lwm.experiment import MeshConfig
+from lwm.model import build
+from lwm.parallel.mesh import make_mesh
+from lwm.parallel.sharding import ShardingRules
+from lwm.plan import compile_program
+from lwm.plan import load
+from lwm.plan.memory import shard_bytes
+from tests.lwm.plan import planned
+
+LENGTH = 1024
+
+
+@pytest.mark.parametrize("new_tokens", (1, 256), ids=("decode", "prefill"))
+def test_memory_of_sampling(new_tokens):
+  machine = load("v5e:2x2")
+  mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), machine.devices)
+  rules = ShardingRules(sequence=None)
+  model = build(planned.get_config().model, rules)
+
+  def placed(tree, shardings):
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree, shardings,
+    )
+
+  params = placed(model.abstract(), rules.tree_shardings(model.logical_axes, mesh))
+  with jax.set_mesh(mesh):
+    cache = jax.eval_shape(functools.partial(model.init_cache, 2, LENGTH))
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec if leaf.sharding else rules.spec(), cache)
+    cache = placed(cache, jax.tree.map(functools.partial(NamedSharding, mesh), specs))
+    tokens = jax.ShapeDtypeStruct(
+        (2, new_tokens), jnp.int32, sharding=NamedSharding(mesh, rules.spec("batch", None))
+    )
+    step = jax.jit(functools.partial(model.decode, rope_theta=1e4), donate_argnums=2)
+    lowered = step.lower(params, tokens, cache)
+  memory, compilation = compile_program(lowered, machine, params)
+  assert memory.parameters == shard_bytes(params)
+  assert memory.optimizer == memory.gradients == 0
+  # Keys and values, half of the rows and of the heads.
+  config = model.config
+  keys = 2 * config.num_layers * 1 * LENGTH * 1 * config.head_dim * 2
+  assert keys <= shard_bytes(cache) <= memory.batch
+  assert memory.total == memory.parameters + memory.batch + memory.temporaries + memory.rest
+  assert memory.fits and compilation.buffers

@@ -1,0 +1,188 @@
+"""Candidates, the bound that leaves some out, and what search and longest make of them."""
+
+import dataclasses
+import importlib
+import math
+import types
+
+import pytest
+
+from configs import lwm_text_7b
+from lwm.chips import GIB
+from lwm.errors import UserError
+from lwm.model.config import REMAT_POLICIES
+from lwm.plan import load
+from lwm.plan import longest
+from lwm.plan import plan_stage
+from lwm.plan import search
+from lwm.plan.bound import least_memory
+from lwm.plan.candidates import candidates
+from lwm.plan.candidates import length_text
+from lwm.plan.candidates import single_row
+from tests.lwm.plan import planned
+
+# The package exports the function of that name.
+search_module = importlib.import_module("lwm.plan.search")
+
+
+@pytest.fixture(scope="module")
+def v5e():
+  return load("v5e:2x2")
+
+
+def ignore(*_):
+  pass
+
+
+def test_candidates_are_all_meshes_that_go_with_the_model():
+  experiment = planned.get_config()
+  found = list(candidates(experiment, experiment.stages[0], 8))
+  meshes = {tuple(candidate.stage.mesh.axis_sizes().values()) for candidate in found}
+  assert all(math.prod(mesh) == 8 for mesh in meshes)
+  # One row: nothing over data and fsdp; two key/value heads: tensor at most 2; four heads.
+  assert meshes == {
+      (1, 1, ring, ulysses, tensor)
+      for ring, ulysses, tensor in (
+          (8, 1, 1), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2),
+      )
+  }
+  policies = {
+      (c.experiment.model.remat, c.experiment.optimizer.offload) for c in found
+  }
+  assert len(policies) * len(meshes) == len(found)
+  assert ("full", True) in policies and ("none", False) in policies
+  # The person's own experiment stays as it is.
+  assert experiment.stages[0].mesh == planned.get_config().stages[0].mesh
+
+
+@pytest.mark.parametrize("remat", ("none", "offload"))
+def test_the_bound_is_below_what_is_compiled(v5e, remat):
+  experiment = planned.get_config()
+  experiment.model.remat = remat
+  stage = experiment.stages[0]
+  plan = plan_stage(experiment, stage, v5e)[0]
+  least = least_memory(experiment, stage, plan.mesh)
+  assert plan.memory.total / 4 < least < plan.memory.total
+
+
+def test_the_bound_of_a_7b_step_by_hand():
+  experiment = lwm_text_7b.get_config()
+  experiment.model.remat = "full"
+  stage = single_row(experiment, 2**25)
+  sizes = dict(data=1, fsdp=1, ring=512, ulysses=1, tensor=1)
+  full = least_memory(experiment, stage, sizes)
+  # Saved inputs of 32 blocks, 65536 tokens a device in bfloat16.
+  experiment.model.remat = "offload"
+  assert full - least_memory(experiment, stage, sizes) == 32 * 65536 * 4096 * 2
+  # Two moments of 1/512 of the parameters.
+  with_moments = least_memory(experiment, stage, sizes)
+  experiment.optimizer.offload = True
+  parameters = 6_738_149_376  # Without the norms.
+  assert with_moments - least_memory(experiment, stage, sizes) == pytest.approx(
+      8 * parameters / 512, rel=1e-3
+  )
+
+
+@dataclasses.dataclass
+class FakeCompiler:
+  """Fits what `fits` says, refuses what `refuses` says, and keeps what it was asked."""
+
+  fits: object
+  refuses: object = lambda experiment: False
+  total: int = 0
+  asked: list = dataclasses.field(default_factory=list)
+
+  def __call__(self, experiment, stage, topology):
+    self.asked.append(experiment)
+    if self.refuses(experiment):
+      raise UserError("XLA cannot compile this")
+    mesh = stage.mesh.axis_sizes()
+    plan = types.SimpleNamespace(
+        stage=stage, mesh=mesh, remat=experiment.model.remat,
+        memory=types.SimpleNamespace(fits=self.fits(experiment), total=self.total),
+        roofline=types.SimpleNamespace(step_seconds=1.0),
+    )
+    return plan, None, None
+
+
+def compiler(monkeypatch, **settings):
+  fake = FakeCompiler(**settings)
+  monkeypatch.setattr(search_module, "plan_stage", fake)
+  return fake
+
+
+def test_search_compiles_the_fastest_first_and_yields_what_fits(monkeypatch, v5e):
+  fake = compiler(
+      monkeypatch,
+      fits=lambda experiment: experiment.model.remat == "full",
+      refuses=lambda experiment: experiment.model.remat == "dots",
+  )
+  experiment, told = planned.get_config(), []
+  plans = list(
+      search(experiment, experiment.stages[0], v5e, lambda *what: told.append(what), tries=100)
+  )
+  assert plans and all(plan.remat == "full" for plan in plans)
+  assert len(fake.asked) == len(told) > len(plans)
+  order = [
+      (search_module._step_seconds(candidate, v5e), candidate.least_memory)
+      for candidate, _, _ in told
+  ]
+  assert order == sorted(order)
+  refused = [reason for candidate, plan, reason in told if plan is None]
+  assert refused and set(refused) == {"XLA cannot compile this"}
+
+
+def test_search_ends_after_its_tries_and_compiles_nothing_that_cannot_fit(monkeypatch, v5e):
+  fake = compiler(monkeypatch, fits=lambda experiment: False)
+  experiment = planned.get_config()
+  assert not list(search(experiment, experiment.stages[0], v5e, ignore, tries=3))
+  assert len(fake.asked) == 3
+  tiny = dataclasses.replace(v5e, chip=dataclasses.replace(v5e.chip, memory=1000))
+  assert not list(search(experiment, experiment.stages[0], tiny, ignore, tries=3))
+  assert len(fake.asked) == 3
+
+
+def test_search_learns_from_what_did_not_fit(monkeypatch, v5e):
+  """Of each remat policy one is compiled: it takes far more than was counted."""
+  fake = compiler(monkeypatch, fits=lambda experiment: False, total=1000 * GIB)
+  experiment = planned.get_config()
+  assert not list(search(experiment, experiment.stages[0], v5e, ignore, tries=100))
+  assert sorted(e.model.remat for e in fake.asked) == sorted(REMAT_POLICIES)
+
+
+@pytest.mark.parametrize("limit", (2**12, 2**21, 2**30), ids=("low", "middle", "high"))
+def test_longest_finds_the_last_power_of_two_from_either_side(monkeypatch, v5e, limit):
+  """Whether counting allows more than the compiler does or less."""
+  chip = dataclasses.replace(v5e.chip, memory=GIB)
+  fake = compiler(
+      monkeypatch, fits=lambda experiment: experiment.stages[0].sequence_length <= limit
+  )
+  machine = dataclasses.replace(v5e, chip=chip)
+  plan = longest(planned.get_config(), machine, ignore, tries=2)
+  assert plan.stage.sequence_length == plan.stage.tokens_per_batch == limit
+  assert plan.mesh["data"] == plan.mesh["fsdp"] == 1
+  # It has seen that twice as much does not fit.
+  lengths = [experiment.stages[0].sequence_length for experiment in fake.asked]
+  assert lengths.count(2 * limit) == 2
+
+
+def test_longest_of_nothing(monkeypatch, v5e):
+  compiler(monkeypatch, fits=lambda experiment: False)
+  assert longest(planned.get_config(), v5e, ignore, tries=1) is None
+
+
+@pytest.mark.slow
+def test_longest_of_a_real_compiler(v5e):
+  """With 24 MiB a chip."""
+  machine = dataclasses.replace(v5e, chip=dataclasses.replace(v5e.chip, memory=24 << 20))
+  plan = longest(planned.get_config(), machine, ignore, tries=1)
+  assert plan.memory.fits and plan.memory.capacity == 24 << 20
+  assert plan.stage.sequence_length >= 2**13
+  assert plan.stage.name == length_text(plan.stage.sequence_length)
+
+
+@pytest.mark.parametrize(
+    "length, expected", [(512, "512"), (2**15, "32K"), (3 << 19, "1.5M"), (2**25, "32M")]
+)
+def test_lengths_as_people_write_them(length, expected):
+  assert length_text(length) == expected
