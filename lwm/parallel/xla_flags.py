@@ -12,7 +12,7 @@ import os
 
 # XLA_FLAGS: of the compilers in jaxlib and its GPU plugins.
 XLA = {
-    # GPU. A default, stated because without it no hop of the ring hides behind a block of attention.
+    # GPU. A default, stated because without it no hop of the ring hides behind a computation.
     "xla_gpu_enable_latency_hiding_scheduler": "true",
     # CPU. A program in which one device waits 40 s for another is killed. On a busy machine that is
     # no error; and whether a process is lost is for lwm/parallel/distributed.py to say.
