@@ -11,6 +11,7 @@ from jax.sharding import SingleDeviceSharding
 import pytest
 
 from lwm.parallel import xla_flags
+from tests.kernels.compile_for_tpu import not_cached
 
 # What a program does, with the flags set after `import jax`, as in experiments/train.py.
 PROGRAM = """
@@ -26,7 +27,8 @@ def test_libtpu_knows_the_flag(flag):
   device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
   argument = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=SingleDeviceSharding(device))
   lowered = jax.jit(jnp.tanh).lower(argument)
-  lowered.compile(compiler_options={flag: xla_flags.TPU[flag]})
+  with not_cached():
+    lowered.compile(compiler_options={flag: xla_flags.TPU[flag]})
   with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
     lowered.compile(compiler_options={f"{flag}_": xla_flags.TPU[flag]})
 

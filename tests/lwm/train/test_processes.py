@@ -28,7 +28,7 @@ PATIENCE = 600
 class Run:
   """`experiments.train` on pair.py, on eight devices: one process, or two of four."""
 
-  def __init__(self, prepared, workdir, num_processes):
+  def __init__(self, prepared, workdir, num_processes, *overrides):
     with socket.socket() as probe:
       probe.bind(("127.0.0.1", 0))
       port = probe.getsockname()[1]
@@ -45,7 +45,7 @@ class Run:
                f"--process_id={process}", "--peer_timeout=20"]
       self.processes.append(subprocess.Popen(
           [sys.executable, "-m", "experiments.train", f"--config={CONFIG}:{prepared}",
-           f"--workdir={workdir}", *(peers if num_processes > 1 else [])],
+           f"--workdir={workdir}", *(peers if num_processes > 1 else []), *overrides],
           cwd=CHECKOUT, env=environment, text=True,
           stdout=subprocess.PIPE, stderr=subprocess.PIPE,
       ))
@@ -57,14 +57,15 @@ class Run:
       assert process.returncode == 0, errors
     return outputs[0][0]
 
-  def kill(self, victim: int, step: int) -> None:
-    """SIGKILL for one process once `step` is on record; the other says so and asks to be resumed.
-
-    Step + 1 is in flight at that moment.
-    """
+  def reach(self, step: int) -> None:
+    """Waits until `step` is on record; the next one is in flight at that moment."""
     while max(losses(self.workdir), default=0) < step:
       assert all(process.poll() is None for process in self.processes), self.errors()
       time.sleep(0.001)
+
+  def kill(self, victim: int, step: int) -> None:
+    """SIGKILL for one process after `step`; the other says so and asks to be resumed."""
+    self.reach(step)
     self.processes[victim].send_signal(signal.SIGKILL)
     assert max(losses(self.workdir)) < STEPS
     survivor = self.processes[1 - victim]
@@ -89,8 +90,8 @@ class Run:
 def run(prepared):
   runs = []
 
-  def start(workdir, num_processes):
-    runs.append(Run(prepared, workdir, num_processes))
+  def start(workdir, num_processes, *overrides):
+    runs.append(Run(prepared, workdir, num_processes, *overrides))
     return runs[-1]
 
   yield start
@@ -173,6 +174,19 @@ def test_killed_in_mid_step_and_resumed_ends_as_if_undisturbed(run, pair, tmp_pa
   assert losses(tmp_path) == losses(pair)
   for left, right in zip(final_state(tmp_path), final_state(pair), strict=True):
     np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.slow
+def test_sigterm_for_one_stops_both_after_the_same_step(run, tmp_path):
+  started = run(tmp_path, 2, "--config.stages[0].steps=500")
+  started.reach(2)
+  started.processes[1].send_signal(signal.SIGTERM)
+  ends = [process.communicate(timeout=PATIENCE) for process in started.processes]
+  assert [process.returncode for process in started.processes] == [RESUME_EXIT_CODE] * 2, ends
+  step = checkpoints(tmp_path)[-1]
+  assert 2 <= step == max(losses(tmp_path)) < 500
+  for _, errors in ends:
+    assert f"stopped after step {step} of 500" in errors.splitlines()[-1]
 
 
 @pytest.mark.slow
