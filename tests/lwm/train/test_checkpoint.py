@@ -159,8 +159,8 @@ def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_taken(experiment, i
     progress, notes = checkpoints.latest(identity)
     assert progress.total_steps == 4
     assert notes == [
-        f"{tmp_path}/5 is damaged ({path.relative_to(tmp_path / '5')}) and now 5.damaged; going back "
-        "to the one after step 4"
+        f"{tmp_path}/5 is damaged ({path.relative_to(tmp_path / '5')}) and now 5.damaged; going "
+        "back to the one after step 4"
     ]
     restored = checkpoints.restore(progress, program.state)
     assert_same(restored.params, state.params)

@@ -11,7 +11,8 @@ from lwm.train import digests
 @pytest.fixture
 def checkpoint(tmp_path) -> pathlib.Path:
   for name, content in {
-      "params/manifest": b"abc", "params/ocdbt.process_0/d/1": bytes(1000), "params/_METADATA": b"{}",
+      "params/manifest": b"abc", "params/_METADATA": b"{}",
+      "params/ocdbt.process_0/d/1": bytes(1000),
       "params/commit_success.txt": b"", "params/ocdbt.process_1/d/2": b"another host",
       "progress/metadata": b"{}", "_CHECKPOINT_METADATA": b"{}",
   }.items():

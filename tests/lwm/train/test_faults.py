@@ -39,9 +39,11 @@ def run(
     experiment, workdir: pathlib.Path, monkeypatch, stage=0, nan=(), spikes=(), left_out=(),
     stop_at=None, devices=1,
 ) -> None:
-  """Trains on so many devices. Of the batches of `stage`, those in `nan` make its loss NaN, those in
-  `spikes` have targets that occur nowhere else, and those in `left_out` do not exist; when batch `stop_at`
-  is read the process gets a SIGTERM.
+  """Trains on so many devices.
+
+  Of the batches of `stage`, those in `nan` make its loss NaN, those in `spikes` have targets that
+  occur nowhere else, and those in `left_out` do not exist; when batch `stop_at` is read the process
+  gets a SIGTERM.
   """
   class Altered(Loader):
 
