@@ -45,7 +45,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   shape = [sizes[axis] for axis in AXES]
   # On GPUs, JAX's slices are the hosts: their networks carry the other axes too.
   # Devices of an ahead-of-time topology of one slice do not name it.
-  slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+  tpus = [device for device in devices if device.platform == "tpu"]
+  slices = len({getattr(device, "slice_index", 0) for device in tpus})
   if slices > 1:
     _check_slices(sizes, slices)
     across = [slices, 1, 1, 1, 1]
