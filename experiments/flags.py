@@ -39,7 +39,7 @@ def run(main) -> None:
     main: called with the list of arguments that are no flags.
   """
   # The library's own notes (Orbax: a line per save) are not for the person at the terminal; nor are
-  # the stack traces that come with errors that are also raised.
+  # the stack traces that come with errors that are also raised, nor what a run says itself.
   logging.set_verbosity(logging.WARNING)
   logging.get_absl_handler().addFilter(_is_told_once)
   sys.unraisablehook = _unraisablehook
@@ -57,7 +57,10 @@ def run(main) -> None:
 
 
 def _is_told_once(record) -> bool:
-  return not (record.exc_info and "orbax" in record.pathname)
+  if "orbax" in record.pathname:
+    return not record.exc_info and "preemption" not in record.getMessage()
+  # asyncio logs what happened to those of Orbax's tasks that came after the first to fail.
+  return not (record.exc_info and record.name == "asyncio")
 
 
 def _unraisablehook(unraisable) -> None:

@@ -5,8 +5,9 @@
 compiles the kernel with libtpu, reads the instruction bundles (one a cycle, if nothing stalls) of
 its two loop bodies, the one for full blocks and the one with a mask, and prints how many there are
 and what share of the slots of each unit they use. The sizes in `kernels.attention.block_sizes_tpu`
-were chosen this way. Bodies so large that the compiler makes loops of their parts are not counted
-whole: their bundles do not grow with the block.
+were chosen this way. `--kernel=decode` has eight key/value heads, and its blocks that many rows for
+each key. Bodies so large that the compiler makes loops of their parts are not counted whole: their
+bundles do not grow with the block.
 """
 
 import os
@@ -24,8 +25,11 @@ from kernels.attention import pallas_tpu_backward
 from kernels.attention import pallas_tpu_forward
 from kernels.attention.block_sizes_tpu import vmem_bytes
 from kernels.attention.pallas_tpu_tiles import Tiling
+from kernels.decode import pallas_tpu as decode_tpu
+from kernels.decode.cache import Quantized
+from kernels.decode.pallas_tpu_layouts import Rows
 
-_KERNELS = ("forward", "query_grad", "key_grads")
+_KERNELS = ("forward", "query_grad", "key_grads", "decode")
 _TOPOLOGIES = {
     "v4": "v4:2x2x1",
     "v5e": "v5e:2x2",
@@ -36,10 +40,14 @@ _TOPOLOGIES = {
 
 _KERNEL = flags.DEFINE_enum("kernel", "forward", _KERNELS, "Which kernel.")
 _DEVICE = flags.DEFINE_enum("device", "v5p", list(_TOPOLOGIES), "Which TPU.")
-_ROWS = flags.DEFINE_integer("rows", 1024, "Queries x heads in a tile.", lower_bound=128)
-_KEYS = flags.DEFINE_integer("keys", 512, "Keys in a block.", lower_bound=128)
+_ROWS = flags.DEFINE_integer("rows", 1024, "Queries x heads in a tile.", lower_bound=16)
+_KEYS = flags.DEFINE_integer("keys", 512, "Positions in a block.", lower_bound=128)
 _HEAD_DIM = flags.DEFINE_enum("head_dim", "128", ["64", "128", "256"], "Width of a head.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the operands.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "bfloat16", ["bfloat16", "float32", "int8"], "Of the operands; int8 of decode's cache."
+)
+# Key/value heads of decode's cache: a block is of keys x heads.
+_DECODE_HEADS = 8
 
 # The columns of the compiler's table, one row a bundle, and which of them to print.
 _UNITS = "matrix cross_lane vector pop exponential load refill store spill scalar".split()
@@ -63,6 +71,8 @@ def _compile(topology_name: str) -> None:
   """Compiles the kernel alone, for its side effect: the compiler's reports."""
   device = topologies.get_topology_desc(platform="tpu", topology_name=topology_name).devices[0]
   R, k, D, dtype = _ROWS.value, _KEYS.value, int(_HEAD_DIM.value), _DTYPE.value
+  if dtype == "int8" and _KERNEL.value != "decode":
+    raise app.UsageError("--dtype=int8 is a kind of cache: give --kernel=decode, or bfloat16.")
   tiling = Tiling(8 * R, 8 * k, 1, 1, heads=1, queries=R, keys=k, cores=1)
   mesh = jax.sharding.Mesh([device], ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -70,18 +80,33 @@ def _compile(topology_name: str) -> None:
   def array(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-  query, key = array((1, 8, R, D), dtype), array((1, 8, k, D), dtype)
-  cotangent = [query, array((1, 8, 2, R), jnp.float32)]
-  tables = [array((1, 8, 2, R), jnp.int32), array((1, 1, 32), jnp.int32)]
-  options = dict(scale=D**-0.5, soft_cap=None, vmem_limit=vmem_bytes(device.device_kind))
-  if _KERNEL.value == "forward":
-    function, operands = pallas_tpu_forward.forward, [query, key, key, *tables]
-    options |= dict(out_dtype=dtype)
+  options = dict(scale=D**-0.5, soft_cap=None)
+  if _KERNEL.value == "decode":
+    function, operands = decode_tpu.call, _decode_operands(array, R, k, D, dtype)
+    tiling = Rows(_DECODE_HEADS, D)
+    options |= dict(positions=k, length=8 * k)
   else:
-    function = getattr(pallas_tpu_backward, _KERNEL.value)
-    operands = [query, key, key, *cotangent, *tables]
+    query, key = array((1, 8, R, D), dtype), array((1, 8, k, D), dtype)
+    cotangent = [query, array((1, 8, 2, R), jnp.float32)]
+    tables = [array((1, 8, 2, R), jnp.int32), array((1, 1, 32), jnp.int32)]
+    options |= dict(vmem_limit=vmem_bytes(device.device_kind))
+    if _KERNEL.value == "forward":
+      function, operands = pallas_tpu_forward.forward, [query, key, key, *tables]
+      options |= dict(out_dtype=dtype)
+    else:
+      function = getattr(pallas_tpu_backward, _KERNEL.value)
+      operands = [query, key, key, *cotangent, *tables]
   with jax.set_mesh(mesh):
     jax.jit(lambda *arrays: function(*arrays, tiling, **options)).lower(*operands).compile()
+
+
+def _decode_operands(array, R: int, k: int, D: int, dtype: str) -> list:
+  """One batch row and a cache of eight blocks of k positions."""
+  cache = array((1, 1, 8 * k * _DECODE_HEADS, D), dtype)
+  if dtype == "int8":
+    cache = Quantized(cache, array((1, 1, _DECODE_HEADS, 8 * k), jnp.float32))
+  query = array((1, R, D), "bfloat16" if dtype == "int8" else dtype)
+  return [query, cache, cache, array((1, R, 3), jnp.int32), array((5,), jnp.int32)]
 
 
 def _loop_bodies(directory: pathlib.Path) -> list[tuple[int, dict[str, float]]]:

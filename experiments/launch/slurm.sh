@@ -1,5 +1,5 @@
 #!/bin/bash
-# Trains on the GPUs of a SLURM cluster. From a checkout with its .venv, on a disk that all nodes see:
+# Trains on the GPUs of a SLURM cluster. From a checkout with its .venv, where all nodes see it:
 #
 #   sbatch --nodes=4 --time=24:00:00 experiments/launch/slurm.sh \
 #       --config=configs/lwm_text_7b.py --workdir=/shared/runs/text

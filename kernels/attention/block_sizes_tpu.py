@@ -7,6 +7,15 @@ No TPU was at hand. The sizes come from the schedules that libtpu compiles, cycl
 which tells how much of a block's time the matrix units work. For full blocks, head_dim 128 and
 bfloat16 (forward, dQ, dK/dV): v5p 71, 95 and 96 percent of their slots; tpu7x 48, 82 and 87. Blocks
 of twice the size win up to a tenth, and lose more at the diagonal and at the edges of documents.
+
+Decode has to compute faster than the memory delivers. With 32 query and 8 key/value heads of 128,
+
+    python -m experiments.tpu_schedule --kernel=decode --device=v6e --rows=32 --keys=512
+
+tells 840 to 850 cycles for a block of 4096 rows of bfloat16, which takes 3840 (v5e), 2650 (v5p),
+2240 (v6e) and 1250 (tpu7x) to arrive; on v4 1270 of 3590. int8 blocks of twice the rows take the
+same time to arrive and 2550, 2530, 2110 and 2070 to compute, but 15150 on v4, where unpacking int8
+is slow: int8 saves memory there, not time.
 """
 
 from typing import NamedTuple
@@ -38,6 +47,11 @@ VMEM_BYTES = {"TPU v4": 16 * MIB}
 DEFAULT_VMEM_BYTES = 32 * MIB
 # A row of a query tile up to here, head_dim 256 in bfloat16, leaves room for the scores.
 MOST_ROW_BYTES = 512
+
+# Of a block of keys or of values that decode holds; four are: two of each, one on its way.
+DECODE_BLOCK_BYTES = 2**20
+# Columns of scores that decode works on at once: shorter ones wait for each other.
+DECODE_COLUMNS = 2048
 
 
 def block_sizes(kernel: str, device_kind: str, head_dim: int, dtype: jnp.dtype) -> BlockSizes:

@@ -34,7 +34,7 @@ _TRITON = [
     if sizes[0] * sizes[1] >= 2048
 ]
 _TRITON_DECODE = [
-    Blocks(64, *sizes) for sizes in itertools.product((32, 64, 128), (4, 8), (2, 3, 4))
+    Blocks(64, *sizes) for sizes in itertools.product((32, 64, 128), (2, 4, 8), (2, 3, 4))
 ]
 _MOSAIC_GPU = list(itertools.product((32, 64, 128), (2, 3, 4)))
 _PALLAS_TPU = [

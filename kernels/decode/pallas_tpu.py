@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from kernels.attention import pallas_tpu
+from kernels.attention.block_sizes_tpu import DECODE_BLOCK_BYTES
 from kernels.attention.block_sizes_tpu import vmem_bytes
 from kernels.attention.intervals import KeyIntervals
 from kernels.attention.merge import merge
@@ -35,10 +36,10 @@ from kernels.decode.pallas_tpu_layouts import Rows
 from kernels.decode.pallas_tpu_layouts import layout_of
 from kernels.decode.pallas_tpu_layouts import view
 
-# Of a block of keys or of values. Four are held: two of each, one of which is on its way.
-BLOCK_BYTES = 2**20
-# Scores of a block: what they take to compute is unrolled, and compiling takes its time.
+# Scores of a block: what they take to compute is unrolled, and compiling takes its time. Rather
+# than more than the most, XLA.
 BLOCK_SCORES = 2**18
+MOST_SCORES = 2**21
 # Fields of a batch row in the table.
 FIRST, STOP, FULL_FIRST, FULL_STOP = range(4)
 
@@ -59,7 +60,7 @@ def partial(
   group_H = jnp.arange(H, dtype=jnp.int32) // (H // layout.num_key_heads)
   facts = (*(bound_BxQ[..., None] for bound_BxQ in intervals), group_H[None, None])
   facts_BxQxHx3 = jnp.stack([jnp.broadcast_to(fact, (B, Q, H)) for fact in facts], axis=3)
-  out_CxBxRxD, log_sum_exp_CxBxRx1 = _call(
+  out_CxBxRxD, log_sum_exp_CxBxRx1 = call(
       layout.query_rows(query_BxQxHxD),
       view(key_LxBxKxGxD, layout),
       view(value_LxBxKxGxD, layout),
@@ -83,13 +84,9 @@ def partial(
 
 def block_positions(key_LxBxKxGxD: Cached, Q: int, H: int) -> int:
   """Positions in a block, a multiple of a TPU's lanes."""
-  numbers, layout = jax.tree.leaves(key_LxBxKxGxD)[0], layout_of(key_LxBxKxGxD)
-  K, G, D = numbers.shape[2:]
-  R = layout.num_rows(Q, H)
-  columns = sum(piece.columns.stop - piece.columns.start for piece in layout.pieces(R, STRETCH))
-  fit = BLOCK_BYTES // (STRETCH * G * D * numbers.dtype.itemsize)
-  fit = min(fit, BLOCK_SCORES // (R * columns))
-  return min(K, max(fit, 1) * STRETCH)
+  num_bytes, num_scores = _of_a_stretch(key_LxBxKxGxD, Q, H)
+  fit = min(DECODE_BLOCK_BYTES // num_bytes, BLOCK_SCORES // num_scores)
+  return min(jax.tree.leaves(key_LxBxKxGxD)[0].shape[2], max(fit, 1) * STRETCH)
 
 
 def unsupported(query_BxQxHxD, key_LxBxKxGxD: Cached) -> str | None:
@@ -103,9 +100,22 @@ def unsupported(query_BxQxHxD, key_LxBxKxGxD: Cached) -> str | None:
     return f"{K} cached positions are no multiple of {STRETCH}; allocate more or use 'xla'"
   if layout_of(key_LxBxKxGxD) is None:
     return f"it would copy a cache of {G} {numbers.dtype} heads of {D}; use 'xla'"
-  if STRETCH * G * D * numbers.dtype.itemsize > 2 * BLOCK_BYTES:
+  num_bytes, num_scores = _of_a_stretch(key_LxBxKxGxD, *query_BxQxHxD.shape[1:3])
+  shares = query_BxQxHxD.dtype.itemsize // 2  # Products of float32 take several registers.
+  if num_bytes * shares > 2 * DECODE_BLOCK_BYTES or num_scores * shares > MOST_SCORES:
     return f"{G} key heads on one device overflow its vector memory; shard them or use 'xla'"
   return None
+
+
+def _of_a_stretch(key_LxBxKxGxD: Cached, Q: int, H: int) -> tuple[int, int]:
+  """Bytes of keys, and scores, of the fewest positions in a block."""
+  numbers, layout = jax.tree.leaves(key_LxBxKxGxD)[0], layout_of(key_LxBxKxGxD)
+  G, D = numbers.shape[3:]
+  scores = sum(
+      (piece.rows.stop - piece.rows.start) * (piece.columns.stop - piece.columns.start)
+      for piece in layout.pieces(layout.num_rows(Q, H), STRETCH)
+  )
+  return STRETCH * G * D * numbers.dtype.itemsize, scores
 
 
 PALLAS_TPU = Backend("pallas_tpu", unsupported, partial)
@@ -127,7 +137,7 @@ def _table(intervals: KeyIntervals, k: int) -> jax.Array:
   return jnp.stack(fields, axis=1).reshape(-1)
 
 
-def _call(
+def call(
     query_BxRxD,
     keys: Cached,
     values: Cached,
@@ -194,7 +204,7 @@ def _call(
           dimension_semantics=("parallel", "arbitrary"),
           vmem_limit_bytes=vmem_bytes(pallas_tpu.device().device_kind),
       ),
-      name="decode_attention",
+      name="attention_decode",
   )(table, query_BxRxD, facts_BxRx3, keys, values)
 
 

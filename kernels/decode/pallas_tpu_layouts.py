@@ -21,6 +21,7 @@ import jax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
+from kernels.attention.block_sizes_tpu import DECODE_COLUMNS
 from kernels.attention.pallas_tpu_tiles import LANES
 from kernels.attention.pallas_tpu_tiles import round_up
 from kernels.decode.cache import Cached
@@ -28,8 +29,8 @@ from kernels.decode.cache import Quantized
 
 # Query rows come in packed registers of bfloat16.
 SUBLANES = 16
-# Columns of scores that are held at once.
-PART = 2048
+# Scores that are held at once.
+PART_SCORES = 2**17
 
 
 class Piece(NamedTuple):
@@ -76,7 +77,7 @@ class Rows:
     return (pl.ds(begin * self.num_key_heads, k * self.num_key_heads),)
 
   def pieces(self, R: int, k: int) -> list[Piece]:
-    return [Piece(slice(0, R), None, part) for part in _parts(k * self.num_key_heads)]
+    return [Piece(slice(0, R), None, part) for part in _parts(k * self.num_key_heads, R)]
 
   def numbers(self, ref, slot, piece: Piece) -> jax.Array:
     return ref[slot, piece.columns]
@@ -160,7 +161,7 @@ class Heads:
     return [
         Piece(slice(head * rows, (head + 1) * rows), head, part)
         for head in range(self.num_key_heads)
-        for part in _parts(k)
+        for part in _parts(k, rows)
     ]
 
   def numbers(self, ref, slot, piece: Piece) -> jax.Array:
@@ -199,5 +200,6 @@ def view(cached: Cached, layout: Rows | Heads) -> Cached:
   return layout.view(cached)
 
 
-def _parts(columns: int) -> list[slice]:
-  return [slice(first, min(first + PART, columns)) for first in range(0, columns, PART)]
+def _parts(columns: int, rows: int) -> list[slice]:
+  most = min(DECODE_COLUMNS, max(PART_SCORES // rows // LANES, 1) * LANES)
+  return [slice(first, min(first + most, columns)) for first in range(0, columns, most)]

@@ -1,7 +1,8 @@
 """Decode attention in Triton: the kernel over splits of the cache (flash-decoding).
 
 One program holds the query rows of one key/value head (all queries of all heads of its group) and
-streams the key blocks of its split, of which each is loaded once for all rows. A row of the batch
+streams the key blocks of its split, of which each is loaded once for all rows: first those that a
+boundary crosses, with a mask, then those inside every interval, without. A row of the batch
 cuts the blocks that meet an interval of its queries into equal splits, wherever in the cache they
 lie, so that a short sequence in a long cache keeps as many programs busy. The online softmax
 (arXiv 1805.02867, 2205.14135, https://crfm.stanford.edu/2023/10/12/flashdecoding.html) runs in
@@ -21,6 +22,8 @@ import triton.language as tl
 from kernels.attention.triton_parts import LN_2
 from kernels.attention.triton_parts import LOWEST
 from kernels.attention.triton_parts import base_2_scores
+from kernels.attention.triton_parts import block_at
+from kernels.attention.triton_parts import load_rows
 from kernels.attention.triton_parts import meeting_blocks
 from kernels.attention.triton_parts import online_softmax
 
@@ -76,9 +79,12 @@ def partial(
       query_BxQxHxD + first_query * HEAD_DIM + offsets_rxD, mask=is_row_r[:, None], other=0.0
   )
 
-  first, last, _, _ = meeting_blocks(start_r, stop_r, num_keys, KEY_BLOCK)
+  first, last, full_first, full_last = meeting_blocks(start_r, stop_r, num_keys, KEY_BLOCK)
   num_blocks = (last - first + num_splits - 1) // num_splits
-  first += split * num_blocks
+  first = tl.minimum(first + split * num_blocks, last)
+  last = tl.minimum(first + num_blocks, last)
+  full_first = tl.minimum(tl.maximum(full_first, first), last)
+  full_last = tl.maximum(tl.minimum(full_last, last), full_first)
   # Neither blocks nor keys that no row sees are read: the cache may hold anything there.
   is_empty_r = stop_r <= start_r
   first_key = tl.min(tl.where(is_empty_r, num_keys, start_r), 0)
@@ -89,43 +95,46 @@ def partial(
   out_rxD = tl.full((ROW_BLOCK, HEAD_DIM), 0.0, tl.float32)
   maximum_r = tl.full((ROW_BLOCK,), LOWEST, tl.float32)
   sum_r = tl.full((ROW_BLOCK,), 0.0, tl.float32)
-  for block in range(first, tl.minimum(first + num_blocks, last)):
-    index_k = block * KEY_BLOCK + row_k
-    is_key_k = (index_k >= first_key) & (index_k < stop_key)
-    block_row = first_row + block * KEY_BLOCK
-    key_kxD = tl.load(
-        key_LxBxKxGxD + block_row * key_stride + offsets_kxD, mask=is_key_k[:, None], other=0
-    ).to(query_rxD.dtype)
-    products_rxk = tl.dot(query_rxD, tl.trans(key_kxD), input_precision=PRECISION)
-    if IS_QUANTIZED:
-      scales = block_row * num_kv_heads + row_k * num_kv_heads + kv_head
-      key_scale_k = tl.load(key_scale_LxBxKxG + scales, mask=is_key_k, other=0.0)
-      products_rxk *= key_scale_k[None, :]
-    scores_rxk = base_2_scores(products_rxk, SCALE, SOFT_CAP)[0]
-    is_seen_rxk = (index_k[None, :] >= start_r[:, None]) & (index_k[None, :] < stop_r[:, None])
-    scores_rxk = tl.where(is_seen_rxk, scores_rxk, float("-inf"))
-    weights_rxk, decay_r, maximum_r, sum_r = online_softmax(scores_rxk, maximum_r, sum_r)
-    value_kxD = tl.load(
-        value_LxBxKxGxD + block_row * key_stride + offsets_kxD, mask=is_key_k[:, None], other=0
-    ).to(query_rxD.dtype)
-    if IS_QUANTIZED:
-      value_scale_k = tl.load(value_scale_LxBxKxG + scales, mask=is_key_k, other=0.0)
-      weights_rxk *= value_scale_k[None, :]
-    out_rxD = tl.dot(
-        weights_rxk.to(query_rxD.dtype),
-        value_kxD,
-        out_rxD * decay_r[:, None],
-        input_precision=PRECISION,
-    )
+  num_full = full_last - full_first
+  for IS_FULL in tl.static_range(2):
+    for step in range(0, num_full if IS_FULL else last - first - num_full):
+      block = block_at(step, first, last, full_first, full_last, IS_FULL)
+      index_k = block * KEY_BLOCK + row_k
+      is_key_k = (index_k >= first_key) & (index_k < stop_key)
+      block_row = first_row + block * KEY_BLOCK
+      key_kxD = load_rows(
+          key_LxBxKxGxD + block_row * key_stride + offsets_kxD, is_key_k, IS_FULL
+      ).to(query_rxD.dtype)
+      products_rxk = tl.dot(query_rxD, tl.trans(key_kxD), input_precision=PRECISION)
+      if IS_QUANTIZED:
+        scales = block_row * num_kv_heads + row_k * num_kv_heads + kv_head
+        key_scale_k = tl.load(key_scale_LxBxKxG + scales, mask=is_key_k, other=0.0)
+        products_rxk *= key_scale_k[None, :]
+      scores_rxk = base_2_scores(products_rxk, SCALE, SOFT_CAP)[0]
+      if not IS_FULL:
+        is_seen_rxk = (index_k[None, :] >= start_r[:, None]) & (index_k[None, :] < stop_r[:, None])
+        scores_rxk = tl.where(is_seen_rxk, scores_rxk, float("-inf"))
+      weights_rxk, decay_r, maximum_r, sum_r = online_softmax(scores_rxk, maximum_r, sum_r)
+      value_kxD = load_rows(
+          value_LxBxKxGxD + block_row * key_stride + offsets_kxD, is_key_k, IS_FULL
+      ).to(query_rxD.dtype)
+      if IS_QUANTIZED:
+        value_scale_k = tl.load(value_scale_LxBxKxG + scales, mask=is_key_k, other=0.0)
+        weights_rxk *= value_scale_k[None, :]
+      out_rxD = tl.dot(
+          weights_rxk.to(query_rxD.dtype),
+          value_kxD,
+          out_rxD * decay_r[:, None],
+          input_precision=PRECISION,
+      )
 
-  # A row that has seen no key of this split.
-  is_empty_r = sum_r == 0.0
+  # A row that has seen no key of this split; or, with an empty interval, gone through full blocks.
+  is_empty_r |= sum_r == 0.0
   sum_r = tl.where(is_empty_r, 1.0, sum_r)
   partial_query = (split * batch_size + batch) * num_queries * num_heads
+  out_rxD = tl.where(is_empty_r[:, None], 0.0, out_rxD / sum_r[:, None])
   tl.store(
-      out_PxBxQxHxD + partial_query * HEAD_DIM + offsets_rxD,
-      out_rxD / sum_r[:, None],
-      mask=is_row_r[:, None],
+      out_PxBxQxHxD + partial_query * HEAD_DIM + offsets_rxD, out_rxD, mask=is_row_r[:, None]
   )
   log_sum_exp_r = tl.where(is_empty_r, float("-inf"), (maximum_r + tl.log2(sum_r)) * LN_2)
   tl.store(log_sum_exp_PxBxQxH + partial_query + offset_r, log_sum_exp_r, mask=is_row_r)

@@ -1,10 +1,10 @@
 """Processes that train together: how they find each other, and how they end when one is lost.
 
 JAX's coordination service, which lives in process 0, introduces the processes to each other. What
-it does about a loss is not enough: a collective waits for the lost process for ever, and the service
-aborts the others with a stack trace. So every process also writes a beat into the service's table
-of keys, process 0 reads them all, and the others watch process 0. Whoever loses a peer says which,
-and ends with RESUME_EXIT_CODE: start all processes again, and they resume.
+it does about a loss is not enough: collectives wait for the lost process for ever, and after a
+while the service aborts the others with a stack trace. So every process also writes a beat into the
+service's table of keys, process 0 reads them all, and the others watch process 0. Whoever loses a
+peer says which, and ends with RESUME_EXIT_CODE: start all processes again, and they resume.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -59,8 +60,9 @@ def joined(
 ) -> Iterator[None]:
   """Joins the other processes of the run, if there are any, for what runs inside.
 
-  A coordinator that is given, by argument or environment, comes first; then what JAX detects: SLURM,
-  TPU pods of one slice or several, indexed Kubernetes jobs. Without any of it nothing is done.
+  A coordinator that is given, by argument or environment, comes first; then what JAX detects:
+  SLURM, TPU pods of one slice or several, indexed Kubernetes jobs. Without any of it nothing is
+  done.
 
   Inside, a process that loses another prints one sentence that names it, and ends with
   RESUME_EXIT_CODE; an error in one process ends all, with its message and exit status 1. Must be
@@ -131,7 +133,7 @@ def explicit_settings(
 
 def _initialize(settings: dict[str, Any], peer_timeout: float, start_timeout: int) -> None:
   """Calls jax.distributed.initialize, unless this process is alone."""
-  if not settings and _pod_by_itself():
+  if not settings and _told_to_be_alone():
     return
 
   def give_up() -> None:
@@ -153,25 +155,39 @@ def _initialize(settings: dict[str, Any], peer_timeout: float, start_timeout: in
         # JAX ends a process whose time-outs have passed with abort(): ours come first.
         initialization_timeout=2 * start_timeout,
         heartbeat_timeout_seconds=int(4 * peer_timeout),
-        # All of a host's devices belong to its process.
-        **({"cluster_detection_method": "deactivate"} if settings else {}),
+        # None: what JAX detects. Empty: all devices of the host.
+        local_device_ids=[] if settings or _one_task_a_node() else None,
+        cluster_detection_method="deactivate" if settings else None,
     )
   except ValueError as error:
     if "coordinator_address should be defined" not in str(error):
       raise
     if "JOB_COMPLETION_INDEX" in os.environ:
       raise UserError(
-          f"this is pod {os.environ['JOB_COMPLETION_INDEX']} of an indexed job, and JAX cannot find "
-          f"the others: set {', '.join(_EXPLICIT.values())}, or pip install 'jax[k8s]'."
+          f"this is pod {os.environ['JOB_COMPLETION_INDEX']} of an indexed job, and JAX cannot "
+          f"find the others: set {', '.join(_EXPLICIT.values())}, or pip install 'jax[k8s]'."
       ) from error
+  except jax.errors.JaxRuntimeError as error:
+    # The only one that JAX raises here; a client that does not get through aborts.
+    address = distributed.global_state.coordinator_address
+    raise UserError(
+        f"process 0 cannot listen on the port of {address}: another program, or an earlier start, "
+        "has it; end that, or take another port."
+    ) from error
   finally:
     timer.cancel()
 
 
-def _pod_by_itself() -> bool:
-  """Whether this is a Kubernetes pod of no job, about which JAX would ask the cluster in vain."""
+def _told_to_be_alone() -> bool:
+  """Whether this is SLURM's only task, or a Kubernetes pod of no job: JAX would ask in vain."""
   job = ("JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
-  return "KUBERNETES_SERVICE_HOST" in os.environ and not any(name in os.environ for name in job)
+  pod = "KUBERNETES_SERVICE_HOST" in os.environ and not any(name in os.environ for name in job)
+  return pod or os.environ.get("SLURM_NTASKS") == "1"
+
+
+def _one_task_a_node() -> bool:
+  """Whether SLURM has one task on each node: JAX would give it the first GPU and no other."""
+  return bool(re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")))
 
 
 class Watch:

@@ -1,9 +1,9 @@
 """Flags of XLA, by platform, each with the reason why it is set.
 
 The compilers of jax 0.11.2 and libtpu 0.0.48 hide communication behind computation by themselves:
-most flags that recipes for older versions pass are their defaults. Those of libtpu for data-parallel
-sums and for the network between slices left small training steps over two slices as they were. What
-is here changes a program when it is set the other way, or keeps a run from being killed.
+most flags that recipes for older versions pass are their defaults. Those of libtpu for
+data-parallel sums and for the network between slices left small training steps over two slices as
+they were. What is here changes a program when it is set the other way, or keeps a run alive.
 """
 
 import os

@@ -55,7 +55,7 @@ def test_slurm_puts_a_job_back_that_asks_for_it(launch, status, restarts, requeu
 
 
 def tpu_vm(directory, *starts):
-  """Stand-ins: gcloud runs what it is given here, for two hosts of which each start ends as told."""
+  """Stand-ins: gcloud runs what it is given, here; the hosts of each start end as told."""
   python = directory / "lwm" / ".venv" / "bin" / "python"
   python.parent.mkdir(parents=True)
   python.write_text('#!/bin/bash\n[ "$1 $2" = "-m experiments.train" ] && exit $STATUS\n')

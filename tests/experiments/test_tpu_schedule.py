@@ -5,11 +5,16 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
-def test_reports_both_loop_bodies():
-  flags = ["--kernel=key_grads", "--device=v5e", "--rows=128", "--keys=128"]
+@pytest.mark.parametrize(
+    "flags", (["--kernel=key_grads", "--rows=128"], ["--kernel=decode", "--rows=16", "--dtype=int8"])
+)
+def test_reports_both_loop_bodies(flags):
+  flags = [*flags, "--device=v5e", "--keys=128"]
   report = subprocess.run(
       [sys.executable, "-m", "experiments.tpu_schedule", *flags],
       cwd=ROOT,

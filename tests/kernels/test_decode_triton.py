@@ -25,6 +25,7 @@ from kernels.decode import dequantize
 from kernels.decode import quantize
 from kernels.decode import triton as triton_backend
 from kernels.decode import triton_partial
+from tests.kernels import attention_cases
 from tests.kernels.test_decode import LAYER
 from tests.kernels.test_decode import assert_close
 from tests.kernels.test_decode import inputs
@@ -53,8 +54,17 @@ def interpreted(monkeypatch):
 
 
 def test_rows_beyond_one_block_of_them(backend):
-  """Eight query tokens of a group of six heads: 48 rows in three programs."""
-  case = inputs(8, H=6, G=1)
+  """Eight query tokens of a group of six heads, 48 rows in three programs; one sees nothing.
+
+  Its rows go through the blocks that lie inside the intervals of the others.
+  """
+
+  def one_empty(B, Q, K):
+    start, stop = attention_cases.decode(B, Q, K)
+    stop[:, 3] = 0
+    return start, stop
+
+  case = inputs(8, H=6, G=1, mask=one_empty)
   assert_close(decode_attention(*case, layer=LAYER, backend=backend), reference(*case), 2e-6)
 
 

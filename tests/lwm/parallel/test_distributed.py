@@ -1,4 +1,4 @@
-"""How processes find each other, and how they end together. The loss of one: train/test_processes."""
+"""How processes find each other, and how they end together; train/test_processes.py loses one."""
 
 import os
 import pathlib
@@ -56,6 +56,11 @@ def test_alone_nothing_is_initialized():
   assert results([start()]) == [(0, "1 0", "")]
 
 
+def test_one_task_of_slurm_is_alone():
+  variables = dict(SLURM_JOB_ID="1", SLURM_STEP_NODELIST="localhost", SLURM_NTASKS="1")
+  assert results([start(**variables, SLURM_LOCALID="0", SLURM_PROCID="0")]) == [(0, "1 0", "")]
+
+
 def test_slurm_tells_all():
   # JAX makes the port from the number of the job: 65535 - 4095 + number.
   job = free_port() % 4096
@@ -86,9 +91,19 @@ def test_a_process_that_never_starts_is_missed():
   (end,) = results([start(1, 2, "127.0.0.1:1", start_timeout=2)])
   assert end[0] == RESUME_EXIT_CODE
   assert end[2] == (
-      "error: process 1 of 2 has waited 2 s for the others at 127.0.0.1:1: see that all of them run "
-      "and reach it, and start the same command again."
+      "error: process 1 of 2 has waited 2 s for the others at 127.0.0.1:1: see that all of them "
+      "run and reach it, and start the same command again."
   )
+
+
+def test_a_port_that_is_taken_is_named():
+  with socket.socket() as taken:
+    taken.bind(("0.0.0.0", 0))
+    taken.listen()
+    coordinator = f"127.0.0.1:{taken.getsockname()[1]}"
+    (end,) = results([start(0, 2, coordinator)])
+  assert end[0] == 1
+  assert end[2].startswith(f"error: process 0 cannot listen on the port of {coordinator}: another")
 
 
 def test_a_job_whose_pods_cannot_be_found_is_an_error():

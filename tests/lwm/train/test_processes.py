@@ -1,4 +1,4 @@
-"""Two processes of four devices train as one of eight does; a lost one ends the other, with a word."""
+"""Two processes of four devices train as one of eight; a lost one is named, and both resume."""
 
 import json
 import os
