@@ -68,7 +68,8 @@ def decode_attention(
     ValueError: no backend has this name, or it does not support the arguments.
   """
   if not isinstance(backend, Backend):
-    backend = backends.choose("decode", BACKENDS, backend, query_BxQxHxD, key_LxBxKxGxD)
+    few_BxQxHxD = query_BxQxHxD[:, :FEW]  # A backend gets no more.
+    backend = backends.choose("decode", BACKENDS, backend, few_BxQxHxD, key_LxBxKxGxD)
   K, D = jax.tree.leaves(key_LxBxKxGxD)[0].shape[2], query_BxQxHxD.shape[3]
   scale = D**-0.5 if scale is None else scale
   offset = cache_lib.first_position(K, axis_names)

@@ -150,7 +150,23 @@ def call(
     scale: float,
     soft_cap: float | None,
 ):
-  """Returns out [C, B, R, D] and log_sum_exp [C, B, R, 1], float32."""
+  """The kernel.
+
+  Args:
+    query_BxRxD: in the order of `layout.query_rows`.
+    keys: as `view` gives them, all layers.
+    values: likewise.
+    facts_BxRx3: int32; start, stop and key/value head of each row.
+    table: int32 [B * 4 + 1]; `_table`, then the layer.
+    layout: of keys and values.
+    positions: in a block.
+    length: K.
+    scale: as in `attention`.
+    soft_cap: as in `attention`.
+
+  Returns:
+    (out [C, B, R, D], log_sum_exp [C, B, R, 1]) float32, of the blocks of each core.
+  """
   B, R, D = query_BxRxD.shape
   k, cores = positions, pallas_tpu.num_cores()
 

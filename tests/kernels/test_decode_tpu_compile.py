@@ -57,6 +57,7 @@ def test_the_platform_and_the_cache_choose_the_backend():
   with jax.set_mesh(one("v5e")):
     assert choice() == choice(is_int8=True) == choice(G=2) == choice(D=64) == "pallas_tpu"
     assert choice(K=whole_length(1000)) == "pallas_tpu"
+    assert choice(K=whole_length(1000, 16) // 16) == "pallas_tpu"
     for options, reason in (
         (dict(K=1000), "1000 cached positions are no multiple of 128; allocate more"),
         (dict(D=64, is_int8=True), "it would copy a cache of 8 int8 heads of 64"),
