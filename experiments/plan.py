@@ -1,7 +1,7 @@
 """Whether an experiment fits a machine that need not be there, and roughly how fast it would be.
 
     python -m experiments.plan --config=configs/lwm_text_7b.py --topology=v5p:8x8x4 --stage=1m
-    python -m experiments.plan --config=configs/lwm_text_7b.py --topology=v5p:8x8x4 --stage=1m --search
+    python -m experiments.plan --config=configs/lwm_text_7b.py --topology=v5p:8x8x4 --search
     python -m experiments.plan --config=configs/lwm_text_7b.py --topology=v5p:8x8x4 --longest
     python -m experiments.plan --table=recipes
 
@@ -43,12 +43,12 @@ _SEARCH = flags.DEFINE_bool("search", False, "Find the fastest meshes and polici
 _LONGEST = flags.DEFINE_bool("longest", False, "Find the longest row that fits.")
 _TOP = flags.DEFINE_integer("top", 5, "Plans that --search prints.", lower_bound=1)
 _TRIES = flags.DEFINE_integer(
-    "tries", 16, "Programs that --search (a stage), --longest (a length) or --table compile at most.",
+    "tries", 16, "Programs that --search compiles of a stage, --longest of a length, at most.",
     lower_bound=1,
 )
 _TABLE = flags.DEFINE_enum(
     "table", None, ["recipes", "longest"],
-    "LWM's stages on LWM's chips and half of them, or the longest contexts against RingAttention's.",
+    "LWM's stages on its chips and on half of them, or longest contexts against RingAttention's.",
 )
 
 

@@ -32,7 +32,7 @@ RECIPES = (
 
 @dataclasses.dataclass(frozen=True)
 class Contest:
-  """A row of table 3 of the RingAttention paper (arXiv 2310.01889): tokens by its ring attention."""
+  """The longest context of a model on a machine by the RingAttention paper (arXiv 2310.01889)."""
 
   name: str
   model: Callable[[], ModelConfig]

@@ -25,6 +25,7 @@ class Chip:
     network_bandwidth: bytes/s one way of the device's share of the network between hosts (GPU) or
       slices (TPU).
     host_bandwidth: bytes/s one way to the host's memory.
+    host_memory: bytes of the host's memory that are a device's share, on Google Cloud's machines.
     devices_per_chip: JAX devices that are one chip.
   """
 
@@ -36,6 +37,7 @@ class Chip:
   link_bandwidth: float
   network_bandwidth: float
   host_bandwidth: float
+  host_memory: float
   devices_per_chip: int = 1
 
   @property
@@ -46,17 +48,19 @@ class Chip:
 # The first whose kind is part of a device's counts, so the longer come first. Memory of TPUs is
 # what libtpu 0.0.48 says is there when a program takes too much.
 CHIPS = (
-    Chip("v4", ("tpu v4",), 275e12, int(30.75 * GIB), 1.2e12, 45e9, 6e9, 8e9),
-    Chip("v5e", ("tpu v5 lite", "tpu v5e"), 197e12, int(15.75 * GIB), 0.82e12, 45e9, 3e9, 8e9),
+    Chip("v4", ("tpu v4",), 275e12, int(30.75 * GIB), 1.2e12, 45e9, 6e9, 8e9, 101e9),
+    Chip("v5e", ("tpu v5 lite", "tpu v5e"), 197e12, int(15.75 * GIB), 0.82e12, 45e9, 3e9, 8e9,
+         48e9),
     # It calls itself "TPU v5" or "TPU v5p".
-    Chip("v5p", ("tpu v5",), 459e12, int(95.73 * GIB), 2.765e12, 90e9, 6e9, 16e9),
-    Chip("v6e", ("tpu v6",), 918e12, int(31.24 * GIB), 1.64e12, 90e9, 12e9, 16e9),
-    Chip("tpu7x", ("tpu7x", "tpu v7x"), 1153.5e12, int(94.74 * GIB), 3.69e12, 90e9, 6e9, 16e9, 2),
-    Chip("a100", ("a100",), 312e12, 85_100_068_864, 2.04e12, 300e9, 25e9, 32e9),
-    Chip("h100-pcie", ("h100 pcie",), 756e12, 85_100_068_864, 2.04e12, 64e9, 50e9, 64e9),
-    Chip("h100", ("h100",), 989e12, 84_942_979_072, 3.35e12, 450e9, 50e9, 64e9),
-    Chip("h200", ("h200",), 989e12, 151_397_597_184, 4.8e12, 450e9, 50e9, 64e9),
-    Chip("b200", ("b200",), 2250e12, 191_514_411_008, 7.67e12, 900e9, 50e9, 64e9),
+    Chip("v5p", ("tpu v5",), 459e12, int(95.73 * GIB), 2.765e12, 90e9, 6e9, 16e9, 112e9),
+    Chip("v6e", ("tpu v6",), 918e12, int(31.24 * GIB), 1.64e12, 90e9, 12e9, 16e9, 180e9),
+    Chip("tpu7x", ("tpu7x", "tpu v7x"), 1153.5e12, int(94.74 * GIB), 3.69e12, 90e9, 6e9, 16e9,
+         120e9, 2),
+    Chip("a100", ("a100",), 312e12, 85_100_068_864, 2.04e12, 300e9, 25e9, 32e9, 170e9),
+    Chip("h100-pcie", ("h100 pcie",), 756e12, 85_100_068_864, 2.04e12, 64e9, 50e9, 64e9, 170e9),
+    Chip("h100", ("h100",), 989e12, 84_942_979_072, 3.35e12, 450e9, 50e9, 64e9, 234e9),
+    Chip("h200", ("h200",), 989e12, 151_397_597_184, 4.8e12, 450e9, 50e9, 64e9, 369e9),
+    Chip("b200", ("b200",), 2250e12, 191_514_411_008, 7.67e12, 900e9, 50e9, 64e9, 496e9),
 )
 
 

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import math
 
+from lwm.chips import Chip
 from lwm.experiment import ConfigError
 from lwm.experiment import Experiment
 from lwm.experiment import MeshConfig
@@ -13,6 +14,7 @@ from lwm.model.config import REMAT_POLICIES
 from lwm.parallel.mesh import AXES
 from lwm.parallel.mesh import check_model_fits_mesh
 from lwm.plan.bound import least_memory
+from lwm.plan.traffic import host_memory
 from lwm.validate import check_devices
 from lwm.validate import validate
 
@@ -24,14 +26,20 @@ class Candidate:
   Attributes:
     experiment: with one stage, whose mesh has a size for every axis.
     least_memory: bytes of one device: `lwm.plan.bound`.
+    host_memory: bytes of the host's memory for one device.
   """
 
   experiment: Experiment
   least_memory: float
+  host_memory: float
 
   @property
   def stage(self) -> Stage:
     return self.experiment.stages[0]
+
+  def may_fit(self, chip: Chip) -> bool:
+    """Whether counting allows it."""
+    return self.least_memory <= chip.memory and self.host_memory <= chip.host_memory
 
 
 def candidates(
@@ -61,7 +69,8 @@ def candidates(
             model=dataclasses.replace(trial.model, remat=remat),
             optimizer=dataclasses.replace(trial.optimizer, offload=offload),
         )
-        yield Candidate(choice, least_memory(choice, choice.stages[0], mesh.axis_sizes()))
+        arguments = choice, choice.stages[0], mesh.axis_sizes()
+        yield Candidate(choice, least_memory(*arguments), sum(host_memory(*arguments)))
 
 
 def single_row(experiment: Experiment, length: int) -> Stage:

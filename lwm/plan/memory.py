@@ -29,6 +29,7 @@ class Memory:
     total: all but the gradients, which are in the temporaries.
     host: of the host's memory.
     capacity: what a program may take.
+    host_capacity: the device's share of its host's memory.
     buffers: the largest first.
   """
 
@@ -41,16 +42,17 @@ class Memory:
   total: int
   host: int
   capacity: int
+  host_capacity: float
   buffers: tuple[Buffer, ...]
 
   @property
   def excess(self) -> int:
-    """Bytes beyond the capacity; negative if the program fits."""
+    """Bytes beyond the device's capacity; negative if there are some left."""
     return self.total - self.capacity
 
   @property
   def fits(self) -> bool:
-    return self.excess <= 0
+    return self.excess <= 0 and self.host <= self.host_capacity
 
 
 def compile_train_step(
@@ -95,6 +97,7 @@ def compile_program(
       total=compilation.total,
       host=compilation.host,
       capacity=topology.chip.memory,
+      host_capacity=topology.chip.host_memory,
       buffers=compilation.buffers,
   )
   return memory, compilation

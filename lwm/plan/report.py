@@ -24,7 +24,7 @@ def stage_report(plan: StagePlan) -> str:
     lines.append(f"  {name:<22}{gib(size):>12}")
   lines[-2] += f"   activations, gathered weights, gradients ({gib(memory.gradients).strip()})"
   if memory.host:
-    lines.append(f"  {'of the host':<22}{gib(memory.host):>12}")
+    lines.append(f"  {'of the host':<22}{gib(memory.host):>12}   of {gib(memory.host_capacity)}")
   lines.append("  largest buffers")
   for buffer in memory.buffers[: 8 if not memory.fits else 4]:
     lines.append(f"  {gib(buffer.bytes):>12}  {buffer.shape:<28} {place(buffer.operation)}")
@@ -112,7 +112,9 @@ def verdict(plan: StagePlan) -> str:
   share = f"{gib(memory.total).strip()} of {gib(memory.capacity).strip()}"
   if memory.fits:
     return f"{share}: fits"
-  return f"{share}: OUT OF MEMORY by {gib(memory.excess).strip()}"
+  if memory.excess > 0:
+    return f"{share}: OUT OF MEMORY by {gib(memory.excess)}"
+  return f"{share}: OUT OF THE HOST'S MEMORY by {gib(memory.host - memory.host_capacity)}"
 
 
 def mesh_text(mesh: dict[str, int]) -> str:

@@ -48,7 +48,7 @@ def search(
   fitting = [
       candidate
       for candidate in candidates(experiment, stage, len(topology.devices), axes)
-      if candidate.least_memory <= topology.chip.memory
+      if candidate.may_fit(topology.chip)
   ]
   # Where the roofline sees no difference, the leanest.
   fitting.sort(key=lambda c: (_step_seconds(c, topology), c.least_memory))
@@ -87,10 +87,14 @@ def longest(
     The fastest plan found for the longest row, None if no row fits.
   """
 
+  chip = topology.chip
+
   def leanest(length: int) -> list[Candidate]:
     stage = single_row(experiment, length)
     found = candidates(experiment, stage, len(topology.devices), _SEQUENCE_AXES)
-    return sorted(found, key=lambda candidate: candidate.least_memory)
+    # What is kept in the host's memory is known; the device's is left to the compiler.
+    held = [candidate for candidate in found if candidate.host_memory <= chip.host_memory]
+    return sorted(held, key=lambda candidate: candidate.least_memory)
 
   def fits(length: int) -> StagePlan | None:
     for candidate in leanest(length)[:tries]:
@@ -100,7 +104,7 @@ def longest(
     return None
 
   def counts(length: int) -> bool:
-    return any(c.least_memory <= topology.chip.memory for c in leanest(length)[:1])
+    return any(candidate.may_fit(chip) for candidate in leanest(length)[:1])
 
   # Two chunks a device: a power of two of tokens.
   length = shortest = 1 << (2 * len(topology.devices) - 1).bit_length()

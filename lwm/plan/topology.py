@@ -125,5 +125,6 @@ def _cpu(name: str, count: int) -> Topology:
       link_bandwidth=_CPU_BYTES_PER_SECOND / count,
       network_bandwidth=_CPU_BYTES_PER_SECOND / count,
       host_bandwidth=_CPU_BYTES_PER_SECOND / count,
+      host_memory=memory // count,
   )
   return Topology(name, chip, devices)

@@ -110,17 +110,39 @@ def step_traffic(
   add(("ulysses",), "heads", model.num_layers * passes * exchanged, wires.collective)
 
   host = topology.chip.host_bandwidth
-  if model.remat in OFFLOADED:
-    saved = tokens / tensor * model.width * number
-    if model.remat not in RECOMPUTED:
-      saved += tokens * model.num_heads / tensor * (model.head_dim * number + _FLOAT32)
-    amount = 2 * model.num_layers * saved
+  activations, moments = host_memory(experiment, stage, sizes, rules)
+  if activations:
+    amount = 2 * stage.accumulation_steps * activations
     traffic.append(Traffic(("host",), "activations kept", amount, host))
-  if experiment.optimizer.offload:
+  if moments:
     # There and back at the same time.
-    amount = 2 * moment_bytes(experiment.optimizer) * (body + tables / tensor) / group
-    traffic.append(Traffic(("host",), "moments", amount, 2 * host))
+    traffic.append(Traffic(("host",), "moments", 2 * moments, 2 * host))
   return traffic
+
+
+def host_memory(
+    experiment: Experiment,
+    stage: Stage,
+    sizes: Mapping[str, int],
+    rules: ShardingRules = ShardingRules(),
+) -> tuple[float, float]:
+  """Bytes of one device that are kept in its host's memory: (activations, moments)."""
+  model, tensor = experiment.model, sizes["tensor"]
+  activations = moments = 0
+  if model.remat in OFFLOADED:
+    number = 4 if model.compute_dtype == "float32" else 2
+    tokens = stage.tokens_per_batch / stage.accumulation_steps
+    tokens /= math.prod(sizes[axis] for axis in rules.token_axes) * tensor
+    kept = model.width * number
+    if model.remat not in RECOMPUTED:
+      kept += model.num_heads * (model.head_dim * number + _FLOAT32)
+    activations = model.num_layers * tokens * kept
+  if experiment.optimizer.offload:
+    tables = model.vocab_size * model.width * (1 if model.tied_head else 2)
+    parameters = model.num_layers * layer_parameters(model) + tables
+    shards = tensor * math.prod(sizes[axis] for axis in rules.model)
+    moments = moment_bytes(experiment.optimizer) * parameters / shards
+  return activations, moments
 
 
 def feed_forward_in_chunks(

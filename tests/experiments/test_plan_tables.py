@@ -13,11 +13,11 @@ from tests.lwm.plan import planned
 
 @pytest.fixture(autouse=True)
 def small_chips(monkeypatch):
-  """Chips of 24 MiB."""
+  """Chips of 20 MiB."""
 
   def load_small(name):
     machine = load(name)
-    return dataclasses.replace(machine, chip=dataclasses.replace(machine.chip, memory=24 << 20))
+    return dataclasses.replace(machine, chip=dataclasses.replace(machine.chip, memory=20 << 20))
 
   monkeypatch.setattr(plan_tables, "load", load_small)
 

@@ -1,22 +1,43 @@
 """Other programs than the train step go through the same door."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 import pytest
 
+from lwm.chips import GIB
 from lwm.experiment import MeshConfig
 from lwm.model import build
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import ShardingRules
 from lwm.plan import compile_program
 from lwm.plan import load
+from lwm.plan import report
+from lwm.plan.memory import Memory
 from lwm.plan.memory import shard_bytes
 from tests.lwm.plan import planned
 
 LENGTH = 1024
+
+
+@pytest.mark.parametrize(
+    "total, host, verdict",
+    [
+        (GIB, GIB, "1.0 GiB of 2.0 GiB: fits"),
+        (3 * GIB, 0, "3.0 GiB of 2.0 GiB: OUT OF MEMORY by 1.0 GiB"),
+        (GIB, 7 * GIB, "1.0 GiB of 2.0 GiB: OUT OF THE HOST'S MEMORY by 3.0 GiB"),
+    ],
+)
+def test_both_memories_must_do(total, host, verdict):
+  memory = Memory(
+      parameters=0, optimizer=0, batch=0, gradients=0, temporaries=total, rest=0, total=total,
+      host=host, capacity=2 * GIB, host_capacity=4 * GIB, buffers=(),
+  )
+  assert memory.fits == verdict.endswith("fits")
+  assert report.verdict(types.SimpleNamespace(memory=memory)) == verdict
 
 
 @pytest.mark.parametrize("new_tokens", (1, 256), ids=("decode", "prefill"))

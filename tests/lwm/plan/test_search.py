@@ -140,6 +140,10 @@ def test_search_ends_after_its_tries_and_compiles_nothing_that_cannot_fit(monkey
   tiny = dataclasses.replace(v5e, chip=dataclasses.replace(v5e.chip, memory=1000))
   assert not list(search(experiment, experiment.stages[0], tiny, ignore, tries=3))
   assert len(fake.asked) == 3
+  no_host = dataclasses.replace(v5e, chip=dataclasses.replace(v5e.chip, host_memory=0))
+  assert not list(search(experiment, experiment.stages[0], no_host, ignore, tries=100))
+  for asked in fake.asked[3:]:
+    assert not asked.optimizer.offload and "offload" not in asked.model.remat
 
 
 def test_search_learns_from_what_did_not_fit(monkeypatch, v5e):

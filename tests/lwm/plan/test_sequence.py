@@ -127,10 +127,11 @@ def neighbours_along_tensor(x_SxM, weight):
 def test_what_counts(program, caught):
   mesh = make_mesh(MeshConfig(fsdp=1, ring=4, tensor=2), jax.devices("cpu")[:8])
   with jax.set_mesh(mesh):
-    place = lambda shape, spec: jax.ShapeDtypeStruct(
-        shape, jnp.float32, sharding=jax.NamedSharding(mesh, spec)
-    )
-    lowered = jax.jit(program).lower(place((LENGTH, WIDTH), P("ring")), place((WIDTH, 256), P("ring")))
+    arguments = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, P("ring")))
+        for shape in ((LENGTH, WIDTH), (WIDTH, 256))
+    ]
+    lowered = jax.jit(program).lower(*arguments)
   found = gathered_sequences(
       compile_ahead(lowered, "cpu").text, dict(mesh.shape), sequence_length=LENGTH, width=WIDTH,
       num_layers=LAYERS, parameters=PARAMETERS,
