@@ -16,6 +16,7 @@ from kernels.attention import KeyIntervals
 from kernels.attention import SAVED_NAMES
 from kernels.ring import Layout
 from kernels.ulysses import ulysses_attention
+from kernels.varying import vary_alike
 from lwm.model import rope
 from lwm.model.cache import Cache
 from lwm.model.config import ModelConfig
@@ -110,9 +111,23 @@ class Decoder(nnx.Module):
   def _embed(self, tokens_BxS: jax.Array) -> jax.Array:
     rules = self.rules
     # The table comes to the tokens: where contexts are long it is the smaller of the two.
-    table_VxM = self._embedding(whole=rules.residual is not None)
-    tokens_BxS = jax.reshard(tokens_BxS, rules.spec("batch", "residual"))
-    x_BxSxM = table_VxM.at[tokens_BxS].get(out_sharding=rules.spec("batch", "residual", None))
+    whole = rules.residual is not None
+
+    def local(table_VxM, tokens_BxS):
+      table_VxM, tokens_BxS = vary_alike(table_VxM, tokens_BxS)
+      if whole:
+        return table_VxM[tokens_BxS]
+      row_BxS = tokens_BxS - table_VxM.shape[0] * jax.lax.axis_index(rules.vocab)
+      x_BxSxM = table_VxM.at[row_BxS].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+      return jax.lax.psum(x_BxSxM, rules.vocab)
+
+    x_BxSxM = jax.shard_map(
+        local,
+        in_specs=(
+            rules.gathered("vocab", "model", whole=whole), rules.spec("batch", "residual")
+        ),
+        out_specs=rules.spec("batch", "residual", None),
+    )(self._embedding(whole), jax.reshard(tokens_BxS, rules.spec("batch", "residual")))
     return x_BxSxM.astype(self.config.compute_dtype)
 
   def _rotations(self, positions_BxS, rope_theta):

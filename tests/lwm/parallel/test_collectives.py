@@ -90,6 +90,12 @@ def test_gradients_are_scattered_and_then_summed_over_data():
   # What is then summed over data is the scattered part, and the norm scales.
   summed = sum(size for _, size, origin in found if "unreduced_psum" in origin)
   assert scattered <= summed <= scattered + 3 * M
+  # Nothing else is summed but scalars and norm scales.
+  rest = [
+      size for kind, size, origin in found
+      if kind == "all-reduce" and "unreduced_psum" not in origin
+  ]
+  assert max(rest) <= 3 * M
 
 
 @pytest.mark.parametrize("remat,hops", [("full", 2), ("attention", 0)])
