@@ -26,6 +26,7 @@ from experiments import plan_tables
 from lwm.errors import UserError
 from lwm.experiment import Experiment
 from lwm.experiment import Stage
+from lwm.parallel import xla_flags
 from lwm.plan import StagePlan
 from lwm.plan import load
 from lwm.plan import longest
@@ -126,5 +127,6 @@ if __name__ == "__main__":
   # Compilers only: a TPU or GPU that is here stays free for others. libtpu's start is noisy.
   os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  xla_flags.apply()
   jax.config.update("jax_platforms", "cpu")
   experiment_flags.run(main)

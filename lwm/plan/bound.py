@@ -51,11 +51,13 @@ def least_memory(
   saved = _saved(model, stage, sizes, tokens, number)
   query = tokens * model.num_heads * model.head_dim / tensor
   key = tokens * model.num_kv_heads * model.head_dim / tensor
-  # Query, result and its cotangent, key and value; their gradients in float32.
-  attention = number * (3 * query + 2 * key) + _FLOAT32 * (query + 2 * key)
+  # Query, key and value; their gradients in float32.
+  attention = number * (query + 2 * key) + _FLOAT32 * (query + 2 * key)
   if sizes["ring"] > 1:
     # The next key and value, and the gradients of a hop.
     attention += 2 * key * number + _FLOAT32 * (query + 2 * key)
+  # Of all heads: the result and its cotangent.
+  attention = attention / model.head_groups + number * 2 * query
   if tensor > 1:
     # Gathered tokens, or products that are not added up yet.
     attention += tokens * model.width * number

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import copy
 import dataclasses
+import itertools
 import math
 
 from lwm.chips import Chip
@@ -17,6 +18,10 @@ from lwm.plan.bound import least_memory
 from lwm.plan.traffic import host_memory
 from lwm.validate import check_devices
 from lwm.validate import validate
+
+
+# Of heads, one after the other. Not over `tensor`: each group would gather the tokens anew.
+_HEAD_GROUPS = (1, 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +52,25 @@ def candidates(
 ) -> Iterator[Candidate]:
   """All meshes that the stage and the model allow, with each remat and offload policy.
 
+  Groups of heads that attend in turn, which save memory and compute projections again, are among
+  the policies.
+
   Args:
     experiment: whose model and optimizer to take. The moments' dtype stays: it changes the numbers.
     stage: whose lengths, batch and layout to take.
     num_devices: all of which every mesh uses.
     axes: of the mesh; the others have one device.
   """
-  for sizes in _factorisations(num_devices, len(axes)):
+  shapes = _factorisations(num_devices, len(axes))
+  for sizes, head_groups in itertools.product(shapes, _HEAD_GROUPS):
     mesh = MeshConfig(**{**dict.fromkeys(AXES, 1), **dict(zip(axes, sizes))})
-    trial = dataclasses.replace(experiment, stages=[dataclasses.replace(stage, mesh=mesh)])
+    if head_groups > 1 and mesh.tensor > 1:
+      continue
+    trial = dataclasses.replace(
+        experiment,
+        model=dataclasses.replace(experiment.model, head_groups=head_groups),
+        stages=[dataclasses.replace(stage, mesh=mesh)],
+    )
     try:
       validate(trial)
       check_devices(trial, num_devices)

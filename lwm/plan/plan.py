@@ -24,6 +24,7 @@ class StagePlan:
   topology: Topology
   mesh: dict[str, int]
   remat: str
+  head_groups: int
   moments: str  # Their dtype, and "host" if that is where they are.
   memory: Memory
   roofline: Roofline
@@ -40,6 +41,7 @@ class StagePlan:
         "devices": len(self.topology.devices),
         "mesh": self.mesh,
         "remat": self.remat,
+        "head_groups": self.head_groups,
         "moments": self.moments,
         "fits": self.memory.fits,
         "excess": self.memory.excess,
@@ -71,6 +73,7 @@ def plan_stage(
       topology=topology,
       mesh=dict(program.mesh.shape),
       remat=experiment.model.remat,
+      head_groups=experiment.model.head_groups,
       moments=moments_text(experiment.optimizer),
       memory=memory,
       roofline=estimate(experiment, stage, program.mesh, topology),

@@ -66,8 +66,8 @@ def table(plans: list[StagePlan]) -> str:
 
 def table_head() -> str:
   return (
-      f"{'stage':<8} {'length':>9} {'machine':<9} {'mesh':<34} {'remat':<10} {'moments':<13} "
-      f"{'memory':>10} {'of':>10}  {'fits':<5} {'step':>11} {'tokens/s/chip':>13} {'MFU':>6}"
+      f"{'stage':<8} {'length':>9} {'machine':<9} {'mesh':<34} {'remat':<17} {'heads':<5} "
+      f"{'moments':<13} {'memory':>10} {'of':>10}  {'fits':<5} {'step':>11} {'tokens/s/chip':>13} {'MFU':>6}"
   )
 
 
@@ -75,18 +75,25 @@ def table_row(plan: StagePlan) -> str:
   stage, roofline = plan.stage, plan.roofline
   return (
       f"{stage.name:<8} {stage.sequence_length:>9} {plan.topology.name:<9} "
-      f"{mesh_text(plan.mesh):<34} {plan.remat:<10} {plan.moments:<13} "
-      f"{gib(plan.memory.total):>10} {gib(plan.memory.capacity):>10}  "
+      f"{mesh_text(plan.mesh):<34} {plan.remat:<17} {heads_text(plan.head_groups):<5} "
+      f"{plan.moments:<13} {gib(plan.memory.total):>10} {gib(plan.memory.capacity):>10}  "
       f"{'yes' if plan.memory.fits else 'NO':<5} {milliseconds(roofline.step_seconds):>11} "
       f"{roofline.tokens_per_second_per_chip:>13,.0f} {roofline.mfu:>6.1%}"
   )
+
+
+def heads_text(head_groups: int) -> str:
+  """Which part of the heads attends at a time."""
+  return "all" if head_groups == 1 else f"1/{head_groups}"
 
 
 def try_line(candidate: Candidate, plan: StagePlan | None, reason: str) -> str:
   """What became of a candidate, for a person who waits."""
   what = (
       f"{candidate.stage.name}: {mesh_text(candidate.stage.mesh.axis_sizes())}, remat "
-      f"{candidate.experiment.model.remat}, moments {moments_text(candidate.experiment.optimizer)}"
+      f"{candidate.experiment.model.remat}, heads "
+      f"{heads_text(candidate.experiment.model.head_groups)}, moments "
+      f"{moments_text(candidate.experiment.optimizer)}"
   )
   if plan is None:
     return f"{what}: {reason}"
@@ -101,8 +108,8 @@ def heading(plan: StagePlan) -> str:
   return (
       f"{stage.name}: {stage.rows_per_batch} rows of {stage.sequence_length} tokens on "
       f"{plan.topology.name} ({len(plan.topology.devices)} devices), mesh {mesh_text(plan.mesh)}, "
-      f"remat {plan.remat}, moments {plan.moments}; compiled in {plan.compile_seconds:.0f} s, this "
-      f"process has taken {gib(plan.peak_rss)} at most"
+      f"remat {plan.remat}, heads {heads_text(plan.head_groups)}, moments {plan.moments}; compiled "
+      f"in {plan.compile_seconds:.0f} s, this process has taken {gib(plan.peak_rss)} at most"
   )
 
 

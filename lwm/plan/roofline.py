@@ -178,6 +178,9 @@ def recompute_flops(
     weights += projections + feed_forward
   elif feed_forward_in_chunks(model, stage, sizes):
     weights += feed_forward
+  if model.head_groups > 1:
+    # Queries, keys and values of a group, once more.
+    weights += projections - model.width * model.num_heads * model.head_dim
   head = 2 * tokens * model.width * model.text_vocab_size
   # The backward kernels make scores twice and the products with the values once more.
   attention = 6 + (4 if model.remat in RECOMPUTED else 0)

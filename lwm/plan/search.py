@@ -2,7 +2,7 @@
 
 What comes out has been compiled and fits. Candidates are left out by counting (`lwm.plan.bound`),
 put in order by the roofline, and compiled one after the other; what those took beyond the count is
-then expected of the others with their remat policy.
+then expected of the others with their remat policy and groups of heads.
 """
 
 from collections.abc import Callable
@@ -52,10 +52,11 @@ def search(
   ]
   # Where the roofline sees no difference, the leanest.
   fitting.sort(key=lambda c: (_step_seconds(c, topology), c.least_memory))
-  beyond = {}  # The least of compiled over counted bytes, by remat policy.
+  beyond = {}  # The least of compiled over counted bytes, by remat policy and groups of heads.
   for candidate in fitting:
-    remat = candidate.experiment.model.remat
-    if candidate.least_memory * beyond.get(remat, 1.0) > topology.chip.memory:
+    model = candidate.experiment.model
+    policy = model.remat, model.head_groups
+    if candidate.least_memory * beyond.get(policy, 1.0) > topology.chip.memory:
       continue
     if tries == 0:
       return
@@ -64,7 +65,7 @@ def search(
     if plan is None:
       continue
     ratio = plan.memory.total / candidate.least_memory
-    beyond[remat] = min(ratio, beyond.get(remat, ratio))
+    beyond[policy] = min(ratio, beyond.get(policy, ratio))
     if plan.memory.fits:
       yield plan
 

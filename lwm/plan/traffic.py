@@ -95,6 +95,9 @@ def step_traffic(
   again = 3
   if model.remat == "none":
     again = 1 if feed_forward_in_chunks(model, stage, sizes) else 0
+  if model.head_groups > 1:
+    # Each group gathers its tokens: twice forward, and again and scattered backward.
+    again += 3 * (model.head_groups - 1) + model.head_groups
   add(("tensor",), "activations", half * model.num_layers * (4 + 4 + again), wires.collective)
 
   # Heads are repeated where there are too few of them for `ulysses`.
