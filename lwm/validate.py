@@ -102,7 +102,8 @@ def _check_stage(where: str, stage: Stage, datasets: list[str]) -> None:
     _one_of(f"{where}.schedule", stage.schedule, experiment_lib.SCHEDULES)
   if not 0 <= stage.warmup_steps <= stage.steps:
     raise ConfigError(
-        f"config.{where}.warmup_steps={stage.warmup_steps} is not between 0 and steps={stage.steps}."
+        f"config.{where}.warmup_steps={stage.warmup_steps} is not between 0 and "
+        f"steps={stage.steps}."
     )
   if stage.tokens_per_batch % stage.sequence_length:
     raise ConfigError(
@@ -152,7 +153,9 @@ def _one_of(setting: str, value: str, allowed) -> None:
 def _unique(setting: str, names: list[str]) -> None:
   for name in names:
     if not name or names.count(name) > 1:
-      raise ConfigError(f"config.{setting}: each needs a name of its own, not {name!r} twice or empty.")
+      raise ConfigError(
+          f"config.{setting}: each needs a name of its own, not {name!r} twice or empty."
+      )
 
 
 def _at_least(setting: str, value: int, least: int) -> None:

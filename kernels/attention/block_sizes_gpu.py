@@ -66,7 +66,7 @@ SINGLE_PRECISION = {
     "decode": (Blocks(16, 64, 4, 2), Blocks(16, 32, 4, 2), Blocks(16, 16, 8, 2)),
     "decode_int8": (Blocks(16, 64, 4, 2), Blocks(16, 32, 4, 2), Blocks(16, 16, 8, 2)),
 }
-# Decode programs: eight for each multiprocessor of the largest GPU of a kind, so that the last ones,
+# Decode programs: eight for each multiprocessor of the largest GPU of a kind: the last ones,
 # which run beside idle multiprocessors, are a small part. Each writes a result to be merged.
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 160, 120: 188}
 DECODE_PROGRAMS = {capability: 8 * count for capability, count in MULTIPROCESSORS.items()}

@@ -36,9 +36,10 @@ class Loader:
   """Batches of one stage of an experiment: dicts of the FIELDS of lwm/data/rows.py, [B, S] each.
 
   The rows of each dataset come in an order shuffled anew each epoch; the mixture interleaves the
-  datasets in proportion to their weights; batch s takes rows [s B, (s + 1) B) of that stream, and is
-  that of step s unless some were passed over. Arrays are sharded by PartitionSpec(("data", "fsdp"), ("ring", "ulysses")) with columns in the order of
-  the stage's layout, and each process reads only what its own devices hold.
+  datasets in proportion to their weights; batch s takes rows [s B, (s + 1) B) of that stream, and
+  is that of step s unless some were passed over. Arrays are sharded by PartitionSpec(("data",
+  "fsdp"), ("ring", "ulysses")) with columns in the order of the stage's layout, and each process
+  reads only what its own devices hold.
   """
 
   def __init__(self, experiment: Experiment, stage: int, mesh: Mesh):

@@ -67,7 +67,8 @@ def table(plans: list[StagePlan]) -> str:
 def table_head() -> str:
   return (
       f"{'stage':<8} {'length':>9} {'machine':<9} {'mesh':<34} {'remat':<17} {'heads':<5} "
-      f"{'moments':<13} {'memory':>10} {'of':>10}  {'fits':<5} {'step':>11} {'tokens/s/chip':>13} {'MFU':>6}"
+      f"{'moments':<13} {'memory':>10} {'of':>10}  {'fits':<5} {'step':>11} {'tokens/s/chip':>13} "
+      f"{'MFU':>6}"
   )
 
 
