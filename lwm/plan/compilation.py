@@ -25,8 +25,12 @@ _VALUE = re.compile(
     r" value: <\d+ (\S+?)(?:\{[^ ]*)?( \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)"
 )
 _OPERATION = re.compile(r'^\s*(?:ROOT )?%?(\S+) = .*op_name="([^"]*)"', re.MULTILINE)
-# Not of the vector memory of a kernel, which no other mesh would mend.
-_OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED.*\bhbm\b", re.IGNORECASE | re.DOTALL)
+# What comes after buffers are assigned, and leaves the answer as it is: the device's memory (not the
+# vector memory of a kernel, which no other mesh would mend), and an assembler on this machine that is
+# too old for the devices.
+_SETTLED = re.compile(
+    r"RESOURCE_EXHAUSTED.*\bhbm\b|ptxas exited with non-zero", re.IGNORECASE | re.DOTALL
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +81,7 @@ def compile_ahead(lowered: jax.stages.Lowered, platform: str) -> Compilation:
     platform: `jax.Device.platform` of those devices.
 
   Raises:
-    UserError: the compiler refuses the program, for another reason than the device's memory.
+    UserError: the compiler refuses the program before it knows its memory.
   """
   started = time.perf_counter()
   with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +100,7 @@ def compile_ahead(lowered: jax.stages.Lowered, platform: str) -> Compilation:
       jax.config.update("jax_enable_compilation_cache", was_enabled)
       compilation_cache.reset_cache()
     dumps = sorted(pathlib.Path(folder).glob("*after_optimizations-buffer-assignment.txt"))
-    if not dumps or (failure is not None and not _OUT_OF_MEMORY.search(str(failure))):
+    if not dumps or (failure is not None and not _SETTLED.search(str(failure))):
       raise UserError(f"XLA cannot compile this for {platform}: {failure}")
     assignment = dumps[-1]
     text = assignment.with_name(

@@ -56,9 +56,15 @@ class Memory:
 
 
 def compile_train_step(
-    program: StageProgram, stage: Stage, topology: Topology
+    program: StageProgram, stage: Stage, topology: Topology, offload: bool
 ) -> tuple[Memory, Compilation]:
   """Compiles the step that training would run, for devices that need not be there.
+
+  Args:
+    program: of the stage.
+    stage: whose batches it takes.
+    topology: of the program's devices.
+    offload: the moments are kept in the host's memory.
 
   Raises:
     UserError: the compiler refuses it for another reason than the device's memory.
@@ -66,9 +72,12 @@ def compile_train_step(
   batch = program.abstract_batch(stage.rows_per_batch, stage.sequence_length)
   with jax.set_mesh(program.mesh):
     lowered = program.train_step.lower(program.state, batch)
-  return compile_program(
-      lowered, topology, program.state.params, program.state.optimizer_state
-  )
+  # Shardings for GPUs that are not there do not say which memory they mean.
+  on_device = [
+      leaf for leaf in jax.tree.leaves(program.state.optimizer_state)
+      if not (offload and leaf.ndim)
+  ]
+  return compile_program(lowered, topology, program.state.params, on_device)
 
 
 def compile_program(
@@ -80,7 +89,7 @@ def compile_program(
     lowered: of `jax.jit(...).lower(...)`, for devices of the topology.
     topology: where it is to run.
     parameters: those of its arguments that are parameters: ShapeDtypeStructs with shardings.
-    optimizer_state: likewise, of a train step.
+    optimizer_state: likewise those of a train step's optimizer, on the device.
 
   Raises:
     UserError: the compiler refuses it for another reason than the device's memory.
@@ -104,12 +113,8 @@ def compile_program(
 
 
 def shard_bytes(tree: Any) -> int:
-  """Bytes of one device's shards of all arrays (ShapeDtypeStructs with shardings) of a tree.
-
-  Those in the host's memory do not count.
-  """
+  """Bytes of one device's shards of all arrays (ShapeDtypeStructs with shardings) of a tree."""
   return sum(
       math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
       for leaf in jax.tree.leaves(tree)
-      if leaf.sharding.memory_kind != "pinned_host"
   )

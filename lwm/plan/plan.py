@@ -67,7 +67,9 @@ def plan_stage(
     UserError: the mesh, the model and the devices do not go together, or XLA refuses the program.
   """
   program = build_program(experiment, stage, topology.devices)
-  memory, compilation = compile_train_step(program, stage, topology)
+  memory, compilation = compile_train_step(
+      program, stage, topology, experiment.optimizer.offload
+  )
   plan = StagePlan(
       stage=stage,
       topology=topology,
