@@ -32,6 +32,7 @@ from experiments import flags as experiment_flags
 from experiments.runtime import use_compilation_cache
 from kernels import benchmarks
 from lwm.errors import UserError
+from lwm.parallel import xla_flags
 from lwm.train.benchmark import measure_stage
 from lwm.train.benchmark import this_machine
 from lwm.train.peak import peak_flops
@@ -137,6 +138,7 @@ def tune() -> None:
 
 def ring() -> None:
   """The subcommand `ring`."""
+  os.environ.setdefault("PJRT_NPROC", str(xla_flags.CPU_THREADS))
   jax.config.update("jax_num_cpu_devices", 8)
   print_records({"ring": benchmarks.measure_ring()})
 

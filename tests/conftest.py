@@ -10,6 +10,8 @@ os.environ["XLA_FLAGS"] = (
     # With it, jaxlib 0.11.2 computes wrong gradients of a ring with a program from the cache.
     + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
+# Fewer threads may all wait in collectives: see lwm/parallel/xla_flags.py.
+os.environ.setdefault("PJRT_NPROC", "128")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "lwm-test-jax-cache")

@@ -26,6 +26,11 @@ TPU = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
 }
 
+# PJRT_NPROC: threads of the client for CPUs. A device that waits in a collective holds one, and the
+# gathers of a layer's weights wait side by side: of one a device, which is what several CPU devices
+# get by default, all may wait, each for another collective, for ever.
+CPU_THREADS = 128
+
 
 def apply() -> None:
   """Puts the flags into the environment, but for those that it already has.
@@ -36,3 +41,5 @@ def apply() -> None:
     given = os.environ.get(variable, "")
     ours = [f"--{name}={value}" for name, value in flags.items() if f"--{name}=" not in given]
     os.environ[variable] = " ".join([*ours, given]).strip()
+  if "--xla_force_host_platform_device_count=" in os.environ["XLA_FLAGS"]:
+    os.environ.setdefault("PJRT_NPROC", str(CPU_THREADS))

@@ -55,3 +55,14 @@ def test_what_the_environment_says_stays(monkeypatch):
       f"--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true {given}"
   )
   assert os.environ["XLA_FLAGS"].split() == [f"--{k}={v}" for k, v in xla_flags.XLA.items()]
+
+
+@pytest.mark.parametrize("given, threads", [
+    ("", None), ("--xla_force_host_platform_device_count=8", str(xla_flags.CPU_THREADS))
+])
+def test_several_cpu_devices_get_threads_to_wait_in(monkeypatch, given, threads):
+  monkeypatch.setenv("XLA_FLAGS", given)
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
+  monkeypatch.delenv("PJRT_NPROC", raising=False)
+  xla_flags.apply()
+  assert os.environ.pop("PJRT_NPROC", None) == threads

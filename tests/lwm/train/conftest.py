@@ -59,7 +59,10 @@ def start_program(prepared):
   """Starts `experiments.NAME` on tiny.py, as a process with one device and a group of its own."""
 
   def start(name: str, *arguments: str) -> subprocess.Popen:
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = {
+        name: value for name, value in os.environ.items()
+        if name not in ("XLA_FLAGS", "PJRT_NPROC")
+    }
     environment["JAX_NUMPY_RANK_PROMOTION"] = "raise"
     return subprocess.Popen(
         [sys.executable, "-m", f"experiments.{name}", f"--config={CONFIG}:{prepared}", *arguments],
