@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
   experiment = _CONFIG.value
   validate(experiment)
   profile_steps = parse_steps(_PROFILE_STEPS.value) if _PROFILE_STEPS.value else range(0)
-  xla_flags.apply()
+  xla_flags.apply(_NUM_PROCESSES.value)
   processes = distributed.joined(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PEER_TIMEOUT.value
   )

@@ -76,7 +76,9 @@ class Decoder(nnx.Module):
       x_BxSxM = checkpoint_name(x_BxSxM, _BLOCK_INPUT)
       return nnx.merge(graph, layer)(x_BxSxM, cosine, sine, attend, self.config.head_groups)
 
-    x_BxSxM, _ = jax.lax.scan(block, self._embed(tokens_BxS), stacked_layers)
+    x_BxSxM, _ = jax.lax.scan(
+        block, self._embed(tokens_BxS), stacked_layers, unroll=_meets_over_gloo()
+    )
     return self.norm(x_BxSxM)
 
   def decode(self, tokens_BxQ: jax.Array, cache: Cache, rope_theta) -> tuple[jax.Array, Cache]:
@@ -133,6 +135,16 @@ class Decoder(nnx.Module):
   def _rotations(self, positions_BxS, rope_theta):
     frequency_P = rope.frequencies(self.config.head_dim, rope_theta, self.config.rope_scaling)
     return rope.rotations(positions_BxS, frequency_P)
+
+
+def _meets_over_gloo() -> bool:
+  """Whether devices are CPUs of several processes.
+
+  XLA lets what a loop over layers gathers run beside what is gathered outside of it, and gloo takes
+  the one for the other; without a loop they keep their order.
+  """
+  platform = jax.sharding.get_abstract_mesh().abstract_device.platform
+  return platform == "cpu" and jax.process_count() > 1
 
 
 def _attend_over_mesh(rules: ShardingRules, intervals: KeyIntervals, layout: Layout) -> Attend:

@@ -28,18 +28,23 @@ TPU = {
 
 # PJRT_NPROC: threads of the client for CPUs. A device that waits in a collective holds one, and the
 # gathers of a layer's weights wait side by side: of one a device, which is what several CPU devices
-# get by default, all may wait, each for another collective, for ever.
+# get by default, all may wait, each for another collective, for ever. Several processes, which meet
+# over gloo, must not have them: it takes side by side what comes in turn.
 CPU_THREADS = 128
 
 
-def apply() -> None:
+def apply(num_processes: int | None = None) -> None:
   """Puts the flags into the environment, but for those that it already has.
 
   Must come before the first question about devices: the compilers read them once.
+
+  Args:
+    num_processes: that train together, if it was said; or else JAX_NUM_PROCESSES.
   """
   for variable, flags in (("XLA_FLAGS", XLA), ("LIBTPU_INIT_ARGS", TPU)):
     given = os.environ.get(variable, "")
     ours = [f"--{name}={value}" for name, value in flags.items() if f"--{name}=" not in given]
     os.environ[variable] = " ".join([*ours, given]).strip()
-  if "--xla_force_host_platform_device_count=" in os.environ["XLA_FLAGS"]:
+  alone = num_processes is None and "JAX_NUM_PROCESSES" not in os.environ
+  if alone and "--xla_force_host_platform_device_count=" in os.environ["XLA_FLAGS"]:
     os.environ.setdefault("PJRT_NPROC", str(CPU_THREADS))

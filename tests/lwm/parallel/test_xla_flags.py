@@ -57,12 +57,15 @@ def test_what_the_environment_says_stays(monkeypatch):
   assert os.environ["XLA_FLAGS"].split() == [f"--{k}={v}" for k, v in xla_flags.XLA.items()]
 
 
-@pytest.mark.parametrize("given, threads", [
-    ("", None), ("--xla_force_host_platform_device_count=8", str(xla_flags.CPU_THREADS))
+EIGHT = "--xla_force_host_platform_device_count=8"
+
+
+@pytest.mark.parametrize("given, num_processes, threads", [
+    ("", None, None), (EIGHT, None, str(xla_flags.CPU_THREADS)), (EIGHT, 2, None)
 ])
-def test_several_cpu_devices_get_threads_to_wait_in(monkeypatch, given, threads):
+def test_several_cpu_devices_get_threads_to_wait_in(monkeypatch, given, num_processes, threads):
   monkeypatch.setenv("XLA_FLAGS", given)
   monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
   monkeypatch.delenv("PJRT_NPROC", raising=False)
-  xla_flags.apply()
+  xla_flags.apply(num_processes)
   assert os.environ.pop("PJRT_NPROC", None) == threads

@@ -32,7 +32,8 @@ class Run:
     with socket.socket() as probe:
       probe.bind(("127.0.0.1", 0))
       port = probe.getsockname()[1]
-    environment = os.environ | {
+    environment = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
+    environment |= {
         "JAX_NUMPY_RANK_PROMOTION": "raise",
         # See conftest.py of all tests.
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // num_processes} "
