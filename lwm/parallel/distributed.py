@@ -135,6 +135,8 @@ def _initialize(settings: dict[str, Any], peer_timeout: float, start_timeout: in
   """Calls jax.distributed.initialize, unless this process is alone."""
   if not settings and _told_to_be_alone():
     return
+  if settings and settings["process_id"] == 0:
+    _see_that_port_is_free(settings["coordinator_address"])
 
   def give_up() -> None:
     state = distributed.global_state
@@ -169,13 +171,27 @@ def _initialize(settings: dict[str, Any], peer_timeout: float, start_timeout: in
       ) from error
   except jax.errors.JaxRuntimeError as error:
     # The only one that JAX raises here; a client that does not get through aborts.
-    address = distributed.global_state.coordinator_address
-    raise UserError(
-        f"process 0 cannot listen on the port of {address}: another program, or an earlier start, "
-        "has it; end that, or take another port."
-    ) from error
+    raise _port_is_taken(distributed.global_state.coordinator_address) from error
   finally:
     timer.cancel()
+
+
+def _see_that_port_is_free(address: str) -> None:
+  """Raises a UserError if not: there jaxlib 0.11.2 now and then ends with a segmentation fault."""
+  dual = socket.has_dualstack_ipv6()
+  family = socket.AF_INET6 if dual else socket.AF_INET
+  port = int(address.rpartition(":")[2])
+  try:
+    socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+  except OSError as error:
+    raise _port_is_taken(address) from error
+
+
+def _port_is_taken(address: str) -> UserError:
+  return UserError(
+      f"process 0 cannot listen on the port of {address}: another program, or an earlier start, "
+      "has it; end that, or take another port."
+  )
 
 
 def _told_to_be_alone() -> bool:

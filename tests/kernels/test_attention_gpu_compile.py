@@ -19,10 +19,9 @@ LARGEST_STACK, LARGEST_DECODE_STACK = 640, 0
 
 
 def run(*arguments):
-  environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
   finished = subprocess.run(
       [sys.executable, *map(str, arguments)],
-      env=environment | {"JAX_PLATFORMS": "cpu"},
+      env=os.environ | {"JAX_PLATFORMS": "cpu"},
       capture_output=True,
       text=True,
   )

@@ -1,6 +1,6 @@
 """Runs the Triton kernels of this repository on NumPy arrays, by Triton's own interpreter.
 
-Import this before anything imports Triton: the interpreter must be chosen when Triton is loaded.
+Import this before anything imports Triton: the interpreter is chosen when kernels are defined.
 """
 
 import os
@@ -14,6 +14,14 @@ import numpy as np
 import pytest
 
 interpreter = pytest.importorskip("triton.runtime.interpreter", exc_type=ImportError)
+
+# All that defines kernels. Then the choice is over: programs that tests start have the compiler.
+import jax_triton
+from kernels.attention import triton_backward
+from kernels.attention import triton_forward
+from kernels.decode import triton_partial
+
+del os.environ["TRITON_INTERPRET"]
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "int8": "i8"}
 ARRAY = (jax.Array, np.ndarray)
