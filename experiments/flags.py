@@ -1,7 +1,10 @@
 """The --config flag of every program, with one sentence for whatever is wrong with it."""
 
+from collections.abc import Collection
 import dataclasses
 import difflib
+import inspect
+import os
 import re
 import runpy
 import sys
@@ -78,7 +81,8 @@ def _parse(argv: list[str]) -> list[str]:
       flag = re.match(r"flag --(config[.\[][^=]*)=(.*?): ", str(error), re.DOTALL)
       if not flag or flag[1] not in kinds:
         raise
-      expected = _IN_WORDS[kinds[flag[1]]]
+      # Else a group that may be None.
+      expected = _IN_WORDS.get(kinds[flag[1]], "build or none")
       raise ConfigError(f"--{flag[1]}={flag[2]}: this setting takes {expected}.") from error
   except (UserError, flags.Error) as error:
     sys.exit(f"error: {error}")
@@ -102,23 +106,31 @@ def _override_types(argv: list[str]) -> dict[str, type]:
     elif config is None:
       raise ConfigError(f"{argument}: --config=FILE must come before what overrides it.")
     else:
-      types[f"config{path}"] = _setting_type(config, path)
+      types[f"config{path}"] = _setting_type(config, path, types)
   return types
 
 
 def _load(path: str):
   name, _, parameter = path.partition(":")
+  arguments = [parameter] if parameter else []
+  if not os.path.isfile(name):
+    raise ConfigError(f"--config={path}: there is no file {name!r}.")
   try:
-    get_config = runpy.run_path(name)["get_config"]
-  except (OSError, KeyError) as error:
-    why = "it defines no get_config()" if isinstance(error, KeyError) else error.strerror
-    raise ConfigError(f"--config={path}: cannot use this file: {why}.") from error
-  return get_config(parameter) if parameter else get_config()
+    get_config = runpy.run_path(name).get("get_config")
+  except (OSError, ImportError, SyntaxError) as error:
+    raise ConfigError(f"--config={path}: cannot use this file: {error}.") from error
+  if get_config is None:
+    raise ConfigError(f"--config={path}: cannot use this file: it defines no get_config().")
+  try:
+    inspect.signature(get_config).bind(*arguments)
+  except TypeError as error:
+    raise ConfigError(f"--config={path}: {error} of get_config(), after the colon.") from error
+  return get_config(*arguments)
 
 
-def _setting_type(node, path: str) -> type:
-  """The type of the setting at `.a.b[2].c` below `node`."""
-  where = "config"
+def _setting_type(node, path: str, given: Collection[str]) -> type:
+  """The type of the setting at `.a.b[2].c` below `node`, behind those that are `given`."""
+  where, is_optional = "config", False
   kind = type(node)
   for name, index in re.findall(r"\.([^.\[\]]*)|\[([^\]]*)\]", path):
     if index:
@@ -128,9 +140,11 @@ def _setting_type(node, path: str) -> type:
           size = f"has {len(node)} entries, counted from 0"
         raise ConfigError(f"--config{path}: there is no {where}[{index}]; {where} {size}.")
       node = node[int(index)]
-      kind = type(node)
+      kind, is_optional = type(node), False
       where += f"[{index}]"
     else:
+      if is_optional and node is None:
+        raise ConfigError(f"--config{path}: {where} is None; say --{where}=build before it.")
       types = {field.name: field.type for field in dataclasses.fields(node)} if (
           dataclasses.is_dataclass(node)) else {}
       if name not in types:
@@ -138,7 +152,11 @@ def _setting_type(node, path: str) -> type:
         hint = f"did you mean {close[0]!r}?" if close else f"it has: {', '.join(types) or 'none'}."
         raise ConfigError(f"--config{path}: {where} has no setting {name!r}; {hint}")
       node, kind = getattr(node, name), types[name]
+      kind = next((member for member in typing.get_args(kind) if member is not type(None)), kind)
+      is_optional = dataclasses.is_dataclass(kind) and kind is not types[name]
       where += f".{name}"
-  if dataclasses.is_dataclass(node) or isinstance(node, list):
+      if is_optional and where in given:
+        node = kind()
+  if (dataclasses.is_dataclass(node) and not is_optional) or isinstance(node, list):
     raise ConfigError(f"--config{path}: {where} is a group of settings; override one of them.")
-  return next((member for member in typing.get_args(kind) if member is not type(None)), kind)
+  return kind

@@ -31,6 +31,16 @@ def test_settings_are_flags():
   assert done.stdout.split() == ["7", "2048", "True"], done.stderr
 
 
+def test_a_group_that_is_none_is_built():
+  program = PROGRAM.replace("CONFIG.value.seed,", "CONFIG.value.model.rope_scaling,")
+  done = subprocess.run(
+      [sys.executable, "-c", program, "--config=configs/laptop.py",
+       "--config.model.rope_scaling=build", "--config.model.rope_scaling.factor=4"],
+      cwd=ROOT, capture_output=True, text=True,
+  )
+  assert done.stdout.startswith("RopeScaling(factor=4.0, low_frequency_factor=1.0"), done.stderr
+
+
 @pytest.mark.parametrize(
     "flag, named",
     [
@@ -41,6 +51,9 @@ def test_settings_are_flags():
         ("--config.model.tied_head=maybe", ["tied_head=maybe", "true or false"]),
         ("--config.stages[7].steps=5", ["config.stages[7]", "4 entries"]),
         ("--config.stages=5", ["group of settings"]),
+        ("--config.model.rope_scaling=8", ["rope_scaling=8", "build or none"]),
+        ("--config.model.rope_scaling.factor=8", ["say --config.model.rope_scaling=build before"]),
+        ("--config.model=build", ["config.model is a group of settings"]),
         ("--confg=5", ["confg"]),
         ("--config.seed=99", ["the seed is 99."]),
     ],
@@ -54,8 +67,11 @@ def test_a_mistake_is_one_sentence(flag, named):
 
 
 @pytest.mark.parametrize("config, named", [
-    (["--config=configs/lapto.py"], ["configs/lapto.py", "No such file"]),
+    (["--config=configs/lapto.py"], ["there is no file 'configs/lapto.py'"]),
+    (["--config=configs"], ["there is no file 'configs'"]),
     (["--config=configs/models.py"], ["configs/models.py", "get_config"]),
+    (["--config=README.md"], ["cannot use this file", "README.md, line"]),
+    (["--config=configs/laptop.py:big"], ["too many positional arguments of get_config()"]),
     ([], ["--config"]),
 ])
 def test_a_wrong_config_file_is_one_sentence(config, named):
