@@ -35,17 +35,23 @@ def config_from_hugging_face(config: Mapping) -> tuple[ModelConfig, float]:
   """The model of a `config.json` and its RoPE theta. All ids are text.
 
   Raises:
-    UserError: it is not a Llama, or has a RoPE or an activation that ours lacks.
+    UserError: it is not a Llama, or has a RoPE, an activation or biases that ours lacks.
   """
   if config.get("model_type") != "llama" or config.get("hidden_act", "silu") != "silu":
     raise UserError(
         f"config.json: model_type {config.get('model_type')!r} with hidden_act "
         f"{config.get('hidden_act')!r} is no Llama with SwiGLU; convert such a model only."
     )
-  # transformers 5 has rope_parameters; before, rope_theta stood beside rope_scaling.
+  biases = [name for name in ("attention_bias", "mlp_bias") if config.get(name)]
+  if biases:
+    raise UserError(
+        f"config.json: a Llama with {' and '.join(biases)} is not supported; convert one without."
+    )
+  # transformers 5 has rope_parameters; before, rope_theta stood beside rope_scaling, whose
+  # rope_type was type at first.
   rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
   theta = rope.get("rope_theta", config.get("rope_theta", 1e4))
-  kind = rope.get("rope_type", "default")
+  kind = rope.get("rope_type", rope.get("type", "default"))
   if kind not in ("default", "llama3"):
     raise UserError(
         f"config.json: rope_type {kind!r} is not supported; convert a model with default or llama3."

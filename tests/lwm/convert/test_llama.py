@@ -84,5 +84,12 @@ def test_errors_name_the_weight_and_the_setting():
     from_hugging_face(weights, dataclasses.replace(config, num_kv_heads=4))
   with pytest.raises(UserError, match="rope_type 'yarn'"):
     config_from_hugging_face(hugging_face_config | {"rope_parameters": {"rope_type": "yarn"}})
+  with pytest.raises(UserError, match="rope_type 'linear'"):
+    # As transformers 4.31 wrote it.
+    old = {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 8.0}}
+    config_from_hugging_face(hugging_face_config | old)
+  for bias in ("attention_bias", "mlp_bias"):
+    with pytest.raises(UserError, match=f"Llama with {bias} is not supported"):
+      config_from_hugging_face(hugging_face_config | {bias: True})
   with pytest.raises(UserError, match="'mixtral'"):
     config_from_hugging_face(hugging_face_config | {"model_type": "mixtral"})
