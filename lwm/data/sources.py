@@ -134,7 +134,7 @@ def _parse(line: bytes) -> tuple[dict[str, Any] | None, str]:
     value = json.loads(line.decode("utf-8"))
   except UnicodeDecodeError as error:
     return None, _unreadable(error)
-  except (json.JSONDecodeError, RecursionError) as error:
+  except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits.
     return None, f"not JSON: {error}"
   if not isinstance(value, dict):
     return None, f"a JSON {type(value).__name__}, not an object"

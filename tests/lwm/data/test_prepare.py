@@ -55,6 +55,7 @@ def test_jsonl_with_bad_lines_and_a_bad_file(tokenizer, tmp_path):
       b"",
       b'{"q": "\xff", "a": "x"}',
       b'["a list"]',
+      b'{"q": ' + b"1" * 5000 + b"}",
       b'{"q": "no answer"}',
       json.dumps({"q": "", "a": " "}).encode(),
       json.dumps(good[1]).encode(),
@@ -68,15 +69,16 @@ def test_jsonl_with_bad_lines_and_a_bad_file(tokenizer, tmp_path):
       record_document(tokenizer, record, "[q],a").tokens.tolist() for record in good
   ]
   file = str(root / "1.jsonl")
-  assert [b["where"] for b in bad[:5]] == [f"{file}:{line}" for line in (2, 4, 5, 6, 7)]
-  assert [b["reason"].partition(":")[0] for b in bad[:5]] == [
+  assert [b["where"] for b in bad[:6]] == [f"{file}:{line}" for line in (2, 4, 5, 6, 7, 8)]
+  assert [b["reason"].partition(":")[0] for b in bad[:6]] == [
       "not JSON",
       "not UTF-8",
       "a JSON list, not an object",
+      "not JSON",
       "there is no field 'a'",
       "the document is empty",
   ]
-  assert {b["where"].rpartition(":")[0] for b in bad[5:]} == {str(root / "2.jsonl")}
+  assert {b["where"].rpartition(":")[0] for b in bad[6:]} == {str(root / "2.jsonl")}
   assert dataset.manifest["documents_by_source"] == {"1.jsonl": 2, "3.jsonl": 1}
 
 
