@@ -110,7 +110,7 @@ class Dataset:
     self.path = pathlib.Path(path)
     try:
       self.manifest = json.loads((self.path / "manifest.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
       raise UserError(
           f"There is no prepared dataset at {path} (no manifest.json): make it with "
           "`python -m experiments.prepare_data`."
@@ -143,20 +143,27 @@ class Dataset:
     return name in self.manifest["splits"]
 
   def split(self, name: str) -> Split:
-    """Raises UserError if the dataset has no such split."""
+    """Raises UserError if the dataset has no such split, or one of its indices is damaged."""
     if not self.has_split(name):
       raise UserError(
           f"Dataset {self.path} has no {name} documents, only "
           f"{', '.join(self.manifest['splits'])}: prepare it with some."
       )
-    info = self._builder.info.splits[name]
-    return Split(
-        self.path,
-        name,
-        self.manifest["chunk_tokens"],
-        self._builder.as_data_source(name),
-        list(zip(map(str, info.filepaths), info.shard_lengths)),
-    )
+    try:
+      info = self._builder.info.splits[name]
+      return Split(
+          self.path,
+          name,
+          self.manifest["chunk_tokens"],
+          self._builder.as_data_source(name),
+          list(zip(map(str, info.filepaths), info.shard_lengths)),
+      )
+    except Exception as error:  # NumPy and TFDS raise all kinds.
+      reason = str(error).partition("\n")[0]
+      raise UserError(
+          f"Dataset {self.path} is damaged ({reason}): put what is wrong back from a copy, or "
+          "prepare it again."
+      ) from error
 
   def unigram_entropy(self, split: str) -> dict[str, float]:
     """Nats per target of each modality present: the loss of the best model without context."""
