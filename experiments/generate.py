@@ -3,8 +3,8 @@
     python -m experiments.generate --config=configs/laptop.py --workdir=runs/laptop
 
 Writes WORKDIR/samples/text.txt, and WORKDIR/samples/video.png if a dataset of the run has
-validation documents with frames: ground truth above (as the VQGAN shows it), prediction below,
-frames that the model was given with a border.
+validation documents with clips, and says which VQGAN its codes are of: ground truth above (as the
+VQGAN shows it), prediction below, frames that the model was given with a border.
 """
 
 import pathlib
@@ -20,6 +20,8 @@ from lwm.data import Dataset
 from lwm.data import load_tokenizer
 from lwm.data import Tokenizer
 from lwm.data import VALIDATION
+from lwm.data.dataset import Split
+from lwm.data.vision_tokens import TOKENS_PER_FRAME
 from lwm.errors import UserError
 from lwm.experiment import Experiment
 from lwm.experiment import MeshConfig
@@ -39,7 +41,7 @@ _TOP_K = flags.DEFINE_integer(
     "top_k", 50, "Draw a text token among that many of the likeliest.", lower_bound=1
 )
 _CLIP = flags.DEFINE_integer(
-    "clip", 0, "Which of the validation documents with frames to continue.", lower_bound=0
+    "clip", 0, "Which of the validation documents with clips to continue.", lower_bound=0
 )
 _GIVEN_FRAMES = flags.DEFINE_integer("given_frames", 4, "Frames to start from.", lower_bound=1)
 _FRAMES = flags.DEFINE_integer("frames", 4, "Frames to write.", lower_bound=1)
@@ -73,6 +75,11 @@ def sample(trained: infer.TrainedModel, prompt, forced, choice: infer.Choice) ->
   return np.asarray(tokens_BxT[0])
 
 
+def decode_behind(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
+  """The text of tokens; alone, Llama's tokenizer would drop a space that they begin with."""
+  return tokenizer.decode([*prompt, *tokens])[len(tokenizer.decode(prompt)) :]
+
+
 def write_text(trained: infer.TrainedModel, tokenizer: Tokenizer, path: pathlib.Path) -> str:
   """Continues the prompt up to <eos>, and writes both to `path`."""
   prompt = [tokenizer.bos_id, *tokenizer.encode(_PROMPT.value)]
@@ -80,7 +87,7 @@ def write_text(trained: infer.TrainedModel, tokenizer: Tokenizer, path: pathlib.
   tokens = sample(trained, prompt, np.full(_NUM_TOKENS.value, infer.FREE), choice).tolist()
   if tokenizer.eos_id in tokens:
     tokens = tokens[: tokens.index(tokenizer.eos_id)]
-  text = _PROMPT.value + tokenizer.decode(tokens)
+  text = _PROMPT.value + decode_behind(tokenizer, prompt, tokens)
   path.write_text(text + "\n")
   return text
 
@@ -100,16 +107,21 @@ def write_video(
   save_contact_sheet(path, [[*given, *truth[_GIVEN_FRAMES.value :]], [*given, *predicted]])
 
 
+def clips(split: Split) -> np.ndarray:
+  """Numbers of the documents with more than one frame that the model is to predict."""
+  return np.flatnonzero(split.targets[:, 1] > TOKENS_PER_FRAME)
+
+
 def held_out_clip(dataset: Dataset) -> infer.Clip:
-  """The validation document with frames that --clip names, cut."""
+  """The validation document with a clip that --clip names, cut."""
   split = dataset.split(VALIDATION)
-  (with_frames,) = np.nonzero(split.targets[:, 1])
-  if _CLIP.value >= len(with_frames):
+  documents = clips(split)
+  if _CLIP.value >= len(documents):
     raise UserError(
-        f"--clip={_CLIP.value}: {dataset.path} has {len(with_frames)} validation documents with "
-        "frames, counted from 0."
+        f"--clip={_CLIP.value}: {dataset.path} has {len(documents)} validation documents with "
+        "clips, counted from 0."
     )
-  document = int(with_frames[_CLIP.value])
+  document = int(documents[_CLIP.value])
   tokens, _ = split.read(document, 0, int(split.lengths[document]))
   return infer.cut_clip(tokens, dataset.text_vocab_size, _GIVEN_FRAMES.value, _FRAMES.value)
 
@@ -122,11 +134,12 @@ def with_border(frame_HxWx3: np.ndarray) -> np.ndarray:
 
 
 def video_dataset(experiment: Experiment) -> Dataset | None:
-  """The first of the experiment's datasets that has frames held out."""
+  """The first of the experiment's datasets that has clips held out, of a VQGAN that it names."""
   for config in experiment.datasets:
     dataset = Dataset(config.path)
-    if dataset.has_vision and dataset.has_split(VALIDATION):
-      return dataset
+    if dataset.manifest["vqgan_sha256"] and dataset.has_split(VALIDATION):
+      if len(clips(dataset.split(VALIDATION))):
+        return dataset
   return None
 
 

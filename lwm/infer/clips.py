@@ -32,22 +32,22 @@ def cut_clip(tokens: np.ndarray, text_vocab_size: int, given: int, predicted: in
   """Cuts a document behind its `given`-th frame.
 
   Args:
-    tokens: int32 ids of the document; its first vision id begins its first frame.
+    tokens: int32 ids of the document; its first vision ids, up to the next text, are the clip.
     text_vocab_size: vision ids follow these.
     given: frames in the prompt, at least 1.
     predicted: frames to come.
 
   Raises:
-    UserError: the document has fewer frames.
+    UserError: the clip has fewer frames.
   """
-  (vision,) = np.nonzero(tokens >= text_vocab_size)
-  frames = len(vision) // TOKENS_PER_FRAME
+  # Where text and vision change: a document may hold other clips and images behind the first.
+  first, end = np.flatnonzero(np.diff(tokens >= text_vocab_size, prepend=False, append=False))[:2]
+  frames = (end - first) // TOKENS_PER_FRAME
   if frames < given + predicted:
     raise UserError(
         f"The clip has {frames} frames, fewer than {given} given + {predicted} predicted: set "
         "--given_frames and --frames so that they fit, or take another --clip."
     )
-  first = vision[0]
   stop = first + given * TOKENS_PER_FRAME
   ids = tokens[first : first + (given + predicted) * TOKENS_PER_FRAME] - text_vocab_size
   forced = np.full((predicted, TOKENS_PER_FRAME), FREE, np.int32)

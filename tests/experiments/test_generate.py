@@ -1,5 +1,6 @@
 """The program that samples, from the command line to its files."""
 
+import io
 import pathlib
 import runpy
 import subprocess
@@ -11,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
+import sentencepiece
 
+from experiments.generate import decode_behind
 from lwm import data
 from lwm import model as model_lib
 from lwm.experiment import MeshConfig
@@ -44,6 +47,8 @@ def get_config(directory):
       model=models.debug(text_vocab_size=300),
       datasets=[
           DatasetConfig(name="text", path=f"{directory}/text"),
+          DatasetConfig(name="images", path=f"{directory}/images"),
+          DatasetConfig(name="codes", path=f"{directory}/codes"),
           DatasetConfig(name="video", path=f"{directory}/video"),
       ],
       stages=[Stage(name="only", mixture=[MixtureEntry("text")])],
@@ -62,9 +67,13 @@ def directory(tmp_path_factory) -> pathlib.Path:
   save_vqgan(directory / "vqgan.npz", VISION, nnx.state(VQGAN(VISION, rngs=nnx.Rngs(0))))
   with data.DatasetWriter(directory / "text", tokenizer) as writer:
     writer.write("train", data.text_document(tokenizer, "the cat runs"))
-  with data.DatasetWriter(
-      directory / "video", tokenizer, vqgan_sha256=Codec(directory / "vqgan.npz").sha256
-  ) as writer:
+  # What has no clip, or codes of a VQGAN that nobody named, stands before what can be shown.
+  sha256 = Codec(directory / "vqgan.npz").sha256
+  with data.DatasetWriter(directory / "images", tokenizer, vqgan_sha256=sha256) as writer:
+    writer.write("validation", data.video_document(tokenizer, CODES_NxP[:1], "a cat"))
+  with data.DatasetWriter(directory / "codes", tokenizer) as writer:
+    writer.write("validation", data.video_document(tokenizer, CODES_NxP, "a cat"))
+  with data.DatasetWriter(directory / "video", tokenizer, vqgan_sha256=sha256) as writer:
     writer.write("validation", data.text_document(tokenizer, "the cat runs"))
     writer.write("validation", data.video_document(tokenizer, CODES_NxP, "a cat"))
 
@@ -118,7 +127,7 @@ def test_text_and_frames(directory):
     [
         ([], "nowhere", "There is no checkpoint in"),
         (["--frames=3"], "run", "The clip has 3 frames, fewer than 1 given + 3 predicted"),
-        (["--clip=1"], "run", "has 1 validation documents with frames"),
+        (["--clip=1"], "run", "has 1 validation documents with clips"),
         (["--vqgan=config.py"], "run", "There is no VQGAN file config.py"),
     ],
     ids=["checkpoint", "frames", "clip", "vqgan"],
@@ -128,3 +137,17 @@ def test_mistakes_end_in_one_sentence(directory, arguments, workdir, message):
   assert done.returncode == 1
   assert done.stderr.strip().splitlines()[-1].startswith("error: ") and message in done.stderr
   assert "Traceback" not in done.stderr
+
+
+def test_a_space_between_prompt_and_continuation_stays(tmp_path):
+  # As Llama's tokenizer was trained: a space is put before every text, and taken away again.
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(["the cat sees a red house and runs"] * 9), model_writer=model,
+      vocab_size=300, model_type="bpe", byte_fallback=True, minloglevel=2,
+  )
+  (tmp_path / "llama.model").write_bytes(model.getvalue())
+  tokenizer = data.load_tokenizer(tmp_path / "llama.model")
+  prompt, tokens = [tokenizer.bos_id, *tokenizer.encode("the cat")], tokenizer.encode("sees a")
+  assert tokenizer.decode(tokens) == "sees a"
+  assert decode_behind(tokenizer, prompt, tokens) == " sees a"

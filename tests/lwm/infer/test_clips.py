@@ -39,3 +39,9 @@ def test_all_frames_may_be_used():
 def test_too_few_frames_is_one_sentence():
   with pytest.raises(UserError, match="has 3 frames, fewer than 2 given . 2 predicted"):
     cut_clip(make_document(3)[1], TEXT, given=2, predicted=2)
+
+
+def test_a_clip_ends_where_text_comes():
+  image = np.concatenate([make_document(1)[1], make_document(2)[1]])
+  with pytest.raises(UserError, match="has 1 frames"):
+    cut_clip(image, TEXT, given=1, predicted=1)
