@@ -1,10 +1,11 @@
 """LWM-Text 7B: five stages from 32K to 1M tokens (arXiv 2402.08268, table 1 and appendix).
 
-For 256 TPU v4 chips, from Llama-2 7B. The datasets are books filtered by length, one directory a
-stage, made by `python -m experiments.prepare_data`; override where yours are:
+For 256 TPU v4 chips. LWM went on from Llama-2 7B; a run here begins with random parameters, for no
+program takes converted ones (lwm/convert) yet. The datasets are books filtered by length, one
+directory a stage, made by `python -m experiments.prepare_data`; override where yours are:
 
-    python -m experiments.train --config=configs/lwm_text_7b.py --workdir=gs://BUCKET/lwm-text-7b \
-        --config.datasets[0].path=gs://BUCKET/books-10k-100k
+    python -m experiments.train --config=configs/lwm_text_7b.py --workdir=/shared/runs/text \
+        '--config.datasets[0].path=/shared/data/books-10k-100k'
 
 The meshes have the paper's tensor x ring and fit these chips, and half of them
 (`python -m experiments.plan --table=recipes`). By the planner's roofline a ring in place of tensor

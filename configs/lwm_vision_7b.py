@@ -1,9 +1,9 @@
 """LWM 7B over text and video: five stages from 1K to 1M tokens (arXiv 2402.08268, appendix).
 
-For 512 TPU v4 chips, from LWM-Text 1M. Images and videos are 256 codes a frame at 4 frames a
-second; the chat stages take a quarter each of text-to-image, image understanding, text-to-video and
-video understanding. Override where your datasets are, as in configs/lwm_text_7b.py, which has a
-word on faster meshes too.
+For 512 TPU v4 chips. LWM went on from LWM-Text 1M. Images and videos are 256 codes a frame at 4
+frames a second; the chat stages take a quarter each of text-to-image, image understanding,
+text-to-video and video understanding. Override where your datasets are, as in
+configs/lwm_text_7b.py, which has a word on parameters and faster meshes too.
 """
 
 from configs import models

@@ -18,6 +18,7 @@ import jax
 
 from experiments import flags as experiment_flags
 from experiments.runtime import use_compilation_cache
+from lwm.errors import UserError
 from lwm.parallel import distributed
 from lwm.parallel import xla_flags
 from lwm.train import loop
@@ -43,8 +44,13 @@ flags.mark_flag_as_required("workdir")
 
 def main(argv: list[str]) -> None:
   del argv
-  experiment = _CONFIG.value
+  experiment, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
   validate(experiment)
+  if "://" in _WORKDIR.value or workdir.is_file():
+    raise UserError(
+        f"--workdir={_WORKDIR.value} is no directory: name one on a disk that all hosts see, a "
+        "bucket where it is mounted."
+    )
   profile_steps = parse_steps(_PROFILE_STEPS.value) if _PROFILE_STEPS.value else range(0)
   xla_flags.apply(_NUM_PROCESSES.value)
   processes = distributed.joined(
@@ -53,7 +59,7 @@ def main(argv: list[str]) -> None:
   with processes:
     check_devices(experiment, jax.device_count())
     use_compilation_cache()
-    loop.train(experiment, pathlib.Path(_WORKDIR.value), profile_steps=profile_steps)
+    loop.train(experiment, workdir, profile_steps=profile_steps)
 
 
 if __name__ == "__main__":
