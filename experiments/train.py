@@ -52,6 +52,9 @@ def main(argv: list[str]) -> None:
         "bucket where it is mounted."
     )
   profile_steps = parse_steps(_PROFILE_STEPS.value) if _PROFILE_STEPS.value else range(0)
+  steps = sum(stage.steps for stage in experiment.stages)
+  if profile_steps and profile_steps[0] > steps:
+    raise UserError(f"--profile_steps={_PROFILE_STEPS.value}: the run has {steps} steps.")
   xla_flags.apply(_NUM_PROCESSES.value)
   processes = distributed.joined(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PEER_TIMEOUT.value

@@ -9,13 +9,15 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
-@pytest.mark.parametrize("workdir", ["gs://bucket/run", "README.md"])
-def test_a_workdir_that_is_no_directory_is_one_sentence(workdir):
+@pytest.mark.parametrize("arguments, message", [
+    (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is no directory: "),
+    (["--workdir=README.md"], "--workdir=README.md is no directory: "),
+    (["--workdir=runs/x", "--profile_steps=761:763"], "--profile_steps=761:763: the run has 760"),
+])
+def test_a_mistake_is_one_sentence(arguments, message):
   done = subprocess.run(
-      [sys.executable, "-m", "experiments.train", "--config=configs/laptop.py",
-       f"--workdir={workdir}"],
+      [sys.executable, "-m", "experiments.train", "--config=configs/laptop.py", *arguments],
       cwd=ROOT, capture_output=True, text=True,
   )
   assert done.returncode == 1
-  assert done.stderr.startswith(f"error: --workdir={workdir} is no directory: ")
-  assert done.stderr.count("\n") == 1
+  assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
