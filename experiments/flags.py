@@ -28,6 +28,8 @@ def define_config(required: bool = True) -> flags.FlagHolder:
   holder = config_flags.DEFINE_config_file(
       "config", None, "A Python file whose get_config() returns an Experiment.", lock_config=False
   )
+  # So that --help lists it among the program's own.
+  flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
   if required:
     flags.mark_flag_as_required("config")
   return holder

@@ -31,6 +31,11 @@ def test_settings_are_flags():
   assert done.stdout.split() == ["7", "2048", "True"], done.stderr
 
 
+def test_help_names_the_config():
+  done = _run("--help")
+  assert "--config: A Python file whose get_config()" in done.stdout, done.stdout
+
+
 def test_a_group_that_is_none_is_built():
   program = PROGRAM.replace("CONFIG.value.seed,", "CONFIG.value.model.rope_scaling,")
   done = subprocess.run(
