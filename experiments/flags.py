@@ -9,6 +9,7 @@ import re
 import runpy
 import sys
 import typing
+from typing import Any
 
 from absl import app
 from absl import flags
@@ -20,6 +21,8 @@ from lwm.errors import ResumeError
 from lwm.errors import UserError
 from lwm.experiment import ConfigError
 
+# Of `define_settings`, by the flag's name.
+_SETTINGS = {}
 _IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
@@ -28,10 +31,22 @@ def define_config(required: bool = True) -> flags.FlagHolder:
   holder = config_flags.DEFINE_config_file(
       "config", None, "A Python file whose get_config() returns an Experiment.", lock_config=False
   )
-  # So that --help lists it among the program's own.
-  flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
+  _list_in_help("config")
   if required:
     flags.mark_flag_as_required("config")
+  return holder
+
+
+def define_settings(name: str, settings: Any) -> flags.FlagHolder:
+  """Defines a flag for each setting of a dataclass: --NAME.SETTING=1."""
+  _SETTINGS[name] = settings
+  # ml_collections reads what overrides them here already.
+  try:
+    _override_types(sys.argv)
+  except ConfigError as error:
+    sys.exit(f"error: {error}")
+  holder = config_flags.DEFINE_config_dataclass(name, settings)
+  _list_in_help(name)
   return holder
 
 
@@ -61,6 +76,11 @@ def run(main) -> None:
   app.run(checked_main, flags_parser=_parse)
 
 
+def _list_in_help(name: str) -> None:
+  """Makes a flag one of the program's own."""
+  flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+
+
 def _is_told_once(record) -> bool:
   if "orbax" in record.pathname:
     return not record.exc_info and "preemption" not in record.getMessage()
@@ -76,11 +96,11 @@ def _unraisablehook(unraisable) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
   try:
-    kinds = _override_types(argv) if "config" in flags.FLAGS else {}
+    kinds = _override_types(argv)
     try:
       return flags.FLAGS(argv)
     except flags.IllegalFlagValueError as error:
-      flag = re.match(r"flag --(config[.\[][^=]*)=(.*?): ", str(error), re.DOTALL)
+      flag = re.match(r"flag --(\w+[.\[][^=]*)=(.*?): ", str(error), re.DOTALL)
       if not flag or flag[1] not in kinds:
         raise
       # Else a group that may be None.
@@ -93,22 +113,25 @@ def _parse(argv: list[str]) -> list[str]:
 def _override_types(argv: list[str]) -> dict[str, type]:
   """The type of each setting that a flag overrides, by the flag's name.
 
-  Raises ConfigError for the first --config.PATH that the config has no place for: ml_collections
+  Raises ConfigError for the first --NAME.PATH that the settings have no place for: ml_collections
   would raise what its own data structures raise, which names neither flag nor cure.
   """
-  config = None
+  settings = _SETTINGS | {"config": None} if "config" in flags.FLAGS else _SETTINGS
   types = {}
   for index, argument in enumerate(argv):
-    match = re.match(r"--?(?:no)?config([.\[][^=]*)?(?:=(.*))?$", argument, re.DOTALL)
-    if not match:
+    match = re.match(r"--?(?:no)?(\w+)([.\[][^=]*)?(?:=(.*))?$", argument, re.DOTALL)
+    if not match or match[1] not in settings:
       continue
-    path, value = match.groups()
+    name, path, value = match.groups()
+    if path is None and name != "config":
+      raise ConfigError(f"{argument}: --{name} is a group of settings; override one of them.")
     if path is None:
-      config = _load(value if value is not None else "".join(argv[index + 1:index + 2]))
-    elif config is None:
+      file = value if value is not None else "".join(argv[index + 1:index + 2])
+      settings = settings | {name: _load(file)}
+    elif settings[name] is None:
       raise ConfigError(f"{argument}: --config=FILE must come before what overrides it.")
     else:
-      types[f"config{path}"] = _setting_type(config, path, types)
+      types[name + path] = _setting_type(settings[name], name, path, types)
   return types
 
 
@@ -130,9 +153,9 @@ def _load(path: str):
   return get_config(*arguments)
 
 
-def _setting_type(node, path: str, given: Collection[str]) -> type:
-  """The type of the setting at `.a.b[2].c` below `node`, behind those that are `given`."""
-  where, is_optional = "config", False
+def _setting_type(node, flag: str, path: str, given: Collection[str]) -> type:
+  """The type of the setting at `.a.b[2].c` of a flag's `node`, behind those that are `given`."""
+  where, is_optional = flag, False
   kind = type(node)
   for name, index in re.findall(r"\.([^.\[\]]*)|\[([^\]]*)\]", path):
     if index:
@@ -140,19 +163,19 @@ def _setting_type(node, path: str, given: Collection[str]) -> type:
         size = "is no list"
         if isinstance(node, list):
           size = f"has {len(node)} entries, counted from 0"
-        raise ConfigError(f"--config{path}: there is no {where}[{index}]; {where} {size}.")
+        raise ConfigError(f"--{flag}{path}: there is no {where}[{index}]; {where} {size}.")
       node = node[int(index)]
       kind, is_optional = type(node), False
       where += f"[{index}]"
     else:
       if is_optional and node is None:
-        raise ConfigError(f"--config{path}: {where} is None; say --{where}=build before it.")
+        raise ConfigError(f"--{flag}{path}: {where} is None; say --{where}=build before it.")
       types = {field.name: field.type for field in dataclasses.fields(node)} if (
           dataclasses.is_dataclass(node)) else {}
       if name not in types:
         close = difflib.get_close_matches(name, types, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"it has: {', '.join(types) or 'none'}."
-        raise ConfigError(f"--config{path}: {where} has no setting {name!r}; {hint}")
+        raise ConfigError(f"--{flag}{path}: {where} has no setting {name!r}; {hint}")
       node, kind = getattr(node, name), types[name]
       kind = next((member for member in typing.get_args(kind) if member is not type(None)), kind)
       is_optional = dataclasses.is_dataclass(kind) and kind is not types[name]
@@ -160,5 +183,5 @@ def _setting_type(node, path: str, given: Collection[str]) -> type:
       if is_optional and where in given:
         node = kind()
   if (dataclasses.is_dataclass(node) and not is_optional) or isinstance(node, list):
-    raise ConfigError(f"--config{path}: {where} is a group of settings; override one of them.")
+    raise ConfigError(f"--{flag}{path}: {where} is a group of settings; override one of them.")
   return kind

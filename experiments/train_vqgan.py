@@ -10,7 +10,6 @@ and below each its reconstruction.
 import pathlib
 
 from absl import flags
-from ml_collections import config_flags
 import numpy as np
 
 from experiments import flags as experiment_flags
@@ -26,8 +25,8 @@ _OUTPUT = flags.DEFINE_string("output", None, "The .npz file to write.")
 _FRAMES_PER_SECOND = flags.DEFINE_float("frames_per_second", None, "Of the frames taken [all].")
 _HELD_OUT = flags.DEFINE_float("held_out", 0.15, "Share of each clip's frames, at its end.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of everything drawn at random.")
-_VQGAN = config_flags.DEFINE_config_dataclass("vqgan", laptop())
-_TRAINING = config_flags.DEFINE_config_dataclass("training", VQGANTrainingConfig())
+_VQGAN = experiment_flags.define_settings("vqgan", laptop())
+_TRAINING = experiment_flags.define_settings("training", VQGANTrainingConfig())
 flags.mark_flags_as_required(["video", "output"])
 
 

@@ -67,6 +67,8 @@ class VQGANTrainingConfig:
 
   def validate(self) -> None:
     """Raises ValueError naming the settings that do not go together."""
+    if self.batch_size < 1:
+      raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
     for name in ("warmup_steps", "continuous_steps"):
       if not 0 <= getattr(self, name) < self.steps:
         raise ValueError(

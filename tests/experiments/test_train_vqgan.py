@@ -66,3 +66,17 @@ def test_a_file_that_is_no_video_and_sizes_that_do_not_fit(clip, tmp_path):
       "--training.steps=100",
   ])
   assert ended.returncode == 1 and "continuous_steps=200 is not in [0, steps)" in ended.stderr
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("--vqgan.codbook_size=9", "has no setting 'codbook_size'; did you mean 'codebook_size'?"),
+    ("--vqgan.codebook_size=x", "--vqgan.codebook_size=x: this setting takes a whole number."),
+    ("--vqgan=9", "--vqgan=9: --vqgan is a group of settings; override one of them."),
+    ("--training.batch_size=0", "--training: batch_size=0 must be at least 1."),
+])
+def test_a_wrong_setting_is_one_sentence(tmp_path, flag, message):
+  output = f"--output={tmp_path / 'vqgan.npz'}"
+  ended = run(["-m", "experiments.train_vqgan", "--video=x", output, flag])
+  assert ended.returncode == 1
+  assert ended.stderr.startswith("error: ") and ended.stderr.endswith(f"{message}\n")
+  assert ended.stderr.count("\n") == 1
