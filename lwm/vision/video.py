@@ -3,6 +3,7 @@
 Legend: N frames, H height, W width in pixels.
 """
 
+import math
 import os
 from collections.abc import Iterator
 
@@ -32,7 +33,8 @@ def read_frames(
   """
   if frames_per_second is not None and frames_per_second <= 0:
     raise UserError(f"frames_per_second={frames_per_second} is not a rate: use a positive number.")
-  count = 0
+  # Frames yielded, and the multiple that the next one is for.
+  count = due = 0
   try:
     with av.open(os.fspath(path)) as container:
       if not container.streams.video:
@@ -46,8 +48,10 @@ def read_frames(
           raise UserError(f"{path} has a frame without a time; convert it to mp4 first.")
         start = frame.time if start is None else start
         if frames_per_second is not None:
-          if frame.time - start + _TIME_TOLERANCE < count / frames_per_second:
+          periods = (frame.time - start + _TIME_TOLERANCE) * frames_per_second
+          if periods < due:
             continue
+          due = math.floor(periods) + 1
         count += 1
         yield frame.to_image()
   except FileNotFoundError as error:

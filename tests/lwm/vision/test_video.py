@@ -1,5 +1,6 @@
 """Video files to frames."""
 
+from fractions import Fraction
 import wave
 
 import av
@@ -49,6 +50,22 @@ def test_frames_per_second(clip):
   # Multiples of a quarter of a second: the first frame at or after each.
   assert greys(4) == [0, 3, 5, 8, 10, 13, 15, 18]
   assert greys(100) == list(range(20))
+
+
+def test_frames_per_second_behind_a_pause(tmp_path):
+  path = tmp_path / "pause.mp4"
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream("mpeg4", rate=RATE)
+    stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+    for number, tenths in enumerate([0, 1, 2, 3, 4, 20, 21, 22]):
+      pixels = np.full((64, 64, 3), 20 * number, np.uint8)
+      frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+      frame.pts, frame.time_base = tenths, Fraction(1, RATE)
+      container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+  # The frame at 2.0 s stands for all fifths of a second of the pause, the one at 2.1 s for none.
+  greys = np.round(read_clip(path, 32, 5).mean((1, 2, 3)) / 20).tolist()
+  assert greys == [0, 2, 4, 5, 7]
 
 
 def test_the_square_is_cut_where_asked(clip):
