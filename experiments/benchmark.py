@@ -169,4 +169,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  experiment_flags.run(main)
+  experiment_flags.run(main, takes_arguments=True)

@@ -50,13 +50,14 @@ def define_settings(name: str, settings: Any) -> flags.FlagHolder:
   return holder
 
 
-def run(main) -> None:
+def run(main, takes_arguments: bool = False) -> None:
   """`absl.app.run`, but a UserError or a wrong flag ends in one sentence and exit status 1.
 
   A ResumeError does so with exit status RESUME_EXIT_CODE.
 
   Args:
-    main: called with the list of arguments that are no flags.
+    main: called with the list of arguments that are no flags, the program's name first.
+    takes_arguments: whether there may be any beside that; else they are an error.
   """
   # The library's own notes (Orbax: a line per save) are not for the person at the terminal; nor are
   # the stack traces that come with errors that are also raised, nor what a run says itself.
@@ -66,6 +67,8 @@ def run(main) -> None:
 
   def checked_main(argv: list[str]) -> None:
     try:
+      if len(argv) > 1 and not takes_arguments:
+        raise UserError(f"{argv[1]!r} is no flag: flags begin with --.")
       main(argv)
     except ResumeError as error:
       print(error, file=sys.stderr)

@@ -60,6 +60,7 @@ def test_a_group_that_is_none_is_built():
         ("--config.model.rope_scaling.factor=8", ["say --config.model.rope_scaling=build before"]),
         ("--config.model=build", ["config.model is a group of settings"]),
         ("--confg=5", ["confg"]),
+        ("config.seed=3", ["'config.seed=3' is no flag"]),
         ("--config.seed=99", ["the seed is 99."]),
     ],
 )
