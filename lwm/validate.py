@@ -19,8 +19,8 @@ def validate(experiment: Experiment) -> None:
   _check_model(experiment.model)
   _check_optimizer(experiment)
   _one_of("loss.softmax_range", experiment.loss.softmax_range, experiment_lib.SOFTMAX_RANGES)
-  if experiment.loss.text_weight < 0 or experiment.loss.vision_weight < 0:
-    raise ConfigError("config.loss.text_weight and vision_weight must not be negative.")
+  for field in ("text_weight", "vision_weight", "z_loss"):
+    _not_negative(f"loss.{field}", getattr(experiment.loss, field))
   if experiment.loss.text_weight + experiment.loss.vision_weight <= 0:
     raise ConfigError("config.loss: text_weight and vision_weight are both 0; nothing would train.")
   for setting in ("checkpoint.every_steps", "checkpoint.keep", "evaluation.every_steps",
@@ -85,8 +85,10 @@ def _check_model(model: ModelConfig) -> None:
 def _check_optimizer(experiment: Experiment) -> None:
   optimizer = experiment.optimizer
   _one_of("optimizer.schedule", optimizer.schedule, experiment_lib.SCHEDULES)
-  _positive("optimizer.peak_learning_rate", optimizer.peak_learning_rate)
-  _positive("optimizer.clip_norm", optimizer.clip_norm)
+  for field in ("peak_learning_rate", "clip_norm", "epsilon"):
+    _positive(f"optimizer.{field}", getattr(optimizer, field))
+  for field in ("end_learning_rate", "weight_decay"):
+    _not_negative(f"optimizer.{field}", getattr(optimizer, field))
   _one_of("optimizer.moment_dtype", optimizer.moment_dtype, experiment_lib.MOMENT_DTYPES)
   for field in ("beta1", "beta2"):
     if not 0 <= getattr(optimizer, field) < 1:
@@ -100,6 +102,10 @@ def _check_stage(where: str, stage: Stage, datasets: list[str]) -> None:
   _one_of(f"{where}.layout", stage.layout, experiment_lib.LAYOUTS)
   if stage.schedule is not None:
     _one_of(f"{where}.schedule", stage.schedule, experiment_lib.SCHEDULES)
+  if stage.peak_learning_rate is not None:
+    _positive(f"{where}.peak_learning_rate", stage.peak_learning_rate)
+  if stage.end_learning_rate is not None:
+    _not_negative(f"{where}.end_learning_rate", stage.end_learning_rate)
   if not 0 <= stage.warmup_steps <= stage.steps:
     raise ConfigError(
         f"config.{where}.warmup_steps={stage.warmup_steps} is not between 0 and "
@@ -119,8 +125,7 @@ def _check_stage(where: str, stage: Stage, datasets: list[str]) -> None:
     raise ConfigError(f"config.{where}.mixture is empty; name at least one dataset.")
   for index, entry in enumerate(stage.mixture):
     _one_of(f"{where}.mixture[{index}].dataset", entry.dataset, datasets)
-    if not (entry.weight >= 0 and math.isfinite(entry.weight)):
-      raise ConfigError(f"config.{where}.mixture[{index}].weight={entry.weight} is not a weight.")
+    _not_negative(f"{where}.mixture[{index}].weight", entry.weight)
   if sum(entry.weight for entry in stage.mixture) <= 0:
     raise ConfigError(f"config.{where}.mixture: all weights are 0.")
   # A size of -1 is known once the devices are.
@@ -166,3 +171,8 @@ def _at_least(setting: str, value: int, least: int) -> None:
 def _positive(setting: str, value: float) -> None:
   if not (value > 0 and math.isfinite(value)):
     raise ConfigError(f"config.{setting}={value} must be a positive number.")
+
+
+def _not_negative(setting: str, value: float) -> None:
+  if not (value >= 0 and math.isfinite(value)):
+    raise ConfigError(f"config.{setting}={value} must not be negative, and a finite number.")

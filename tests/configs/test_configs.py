@@ -91,6 +91,12 @@ def _experiment(**changes):
         ({"datasets__0__weighting": "document"}, ["weighting", "'example'"]),
         ({"loss__text_weight": 0.0, "loss__vision_weight": 0.0}, ["text_weight", "vision_weight"]),
         ({"optimizer__peak_learning_rate": -1.0}, ["peak_learning_rate=-1.0"]),
+        ({"optimizer__weight_decay": float("nan")}, ["optimizer.weight_decay=nan"]),
+        ({"optimizer__epsilon": 0.0}, ["optimizer.epsilon=0.0"]),
+        ({"stages__3__peak_learning_rate": -1e-3}, ["stages[3].peak_learning_rate=-0.001"]),
+        ({"stages__0__end_learning_rate": -1e-3}, ["stages[0].end_learning_rate=-0.001"]),
+        ({"stages__2__mixture__1__weight": -1.0}, ["stages[2].mixture[1].weight=-1.0"]),
+        ({"loss__z_loss": -1e-4}, ["loss.z_loss=-0.0001"]),
         ({"stages": []}, ["stages"]),
     ],
 )
