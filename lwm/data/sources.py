@@ -118,7 +118,7 @@ def _files(root: pathlib.Path, suffix: str) -> list[pathlib.Path]:
         if file.is_file() and not any(p.startswith(".") for p in file.relative_to(root).parts)
     )
     if not files:
-      raise UserError(f"There is no file that ends in {suffix} in {root}.")
+      raise UserError(f"There is no file that ends in {suffix} in {root}: take another suffix.")
     return files
   if not root.exists():
     raise UserError(f"There is no input {root}.")

@@ -1,7 +1,7 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864), pairs laid out as Hugging Face does.
 
 Element i of a head is turned together with element i + D/2. Meta's and LWM's checkpoints pair 2i
-with 2i + 1 instead; conversion permutes them.
+with 2i + 1 instead, and are none that lwm/convert takes.
 
 B batch, S sequence, H heads, D head_dim, P = D/2 pairs.
 """
