@@ -1,7 +1,8 @@
 # make train: the laptop experiment, end to end.    make test: all tests.
 PYTHON ?= $(shell command -v python3.12 || command -v python3 || echo python3)
 WORKDIR ?= runs/laptop
-# The laptop experiment is for CPUs; make train JAX_PLATFORMS=cuda takes a GPU.
+# The laptop experiment is for CPUs; make train JAX_PLATFORMS=cuda takes a GPU, after
+# make data and .venv/bin/pip install --constraint pins.txt --editable '.[gpu]'.
 export JAX_PLATFORMS ?= cpu
 BIN := .venv/bin
 

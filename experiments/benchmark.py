@@ -29,6 +29,7 @@ from absl import flags
 import jax
 
 from experiments import flags as experiment_flags
+from experiments.runtime import devices
 from experiments.runtime import use_compilation_cache
 from kernels import benchmarks
 from lwm.errors import UserError
@@ -54,7 +55,7 @@ def train() -> None:
   if experiment is None:
     raise UserError("train: give the experiment to measure, --config=FILE.")
   validate(experiment)
-  check_devices(experiment, jax.device_count())
+  check_devices(experiment, len(devices()))
   use_compilation_cache()
   names = [stage.name for stage in experiment.stages]
   for name in _STAGES.value:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import flags as experiment_flags
+from experiments.runtime import devices
 from lwm import infer
 from lwm.data import Dataset
 from lwm.data import load_tokenizer
@@ -160,7 +161,7 @@ def main(argv: list[str]) -> None:
   experiment, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
   validate(experiment)
   tokenizer = load_tokenizer(experiment.tokenizer)
-  with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])):
+  with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), devices()[:1])):
     trained = infer.load_trained(experiment, workdir)
     dataset = video_dataset(experiment)
     clip_and_codec = dataset and (held_out_clip(dataset), load_codec(experiment, dataset))

@@ -5,6 +5,24 @@ import pathlib
 
 import jax
 
+from lwm.errors import UserError
+
+
+def devices() -> list[jax.Device]:
+  """Those of all processes.
+
+  Raises:
+    UserError: JAX has none of the platform that it was told to take.
+  """
+  try:
+    return jax.devices()
+  except (AssertionError, RuntimeError) as error:
+    reason = str(error).partition("\n")[0] or "no device of it"
+    raise UserError(
+        f"JAX cannot start, JAX_PLATFORMS being {os.environ.get('JAX_PLATFORMS')} ({reason}): "
+        "pip install --constraint pins.txt '.[gpu]' or '.[tpu]' where such devices are, or take cpu."
+    ) from error
+
 
 def use_compilation_cache() -> None:
   """Keeps compiled programs in ~/.cache/lwm, so that a resumed run starts at once.

@@ -14,9 +14,9 @@ All see the same workdir and data. Exit status 75 asks for the same command agai
 import pathlib
 
 from absl import flags
-import jax
 
 from experiments import flags as experiment_flags
+from experiments.runtime import devices
 from experiments.runtime import use_compilation_cache
 from lwm.errors import UserError
 from lwm.parallel import distributed
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PEER_TIMEOUT.value
   )
   with processes:
-    check_devices(experiment, jax.device_count())
+    check_devices(experiment, len(devices()))
     use_compilation_cache()
     loop.train(experiment, workdir, profile_steps=profile_steps)
 

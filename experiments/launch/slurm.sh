@@ -1,5 +1,6 @@
 #!/bin/bash
-# Trains on the GPUs of a SLURM cluster. From a checkout with its .venv, where all nodes see it:
+# Trains on the GPUs of a SLURM cluster. From a checkout that all nodes see, with a .venv in which
+# pip install --constraint pins.txt '.[gpu]' has been run:
 #
 #   sbatch --nodes=4 --time=24:00:00 experiments/launch/slurm.sh \
 #       --config=configs/lwm_text_7b.py --workdir=/shared/runs/text

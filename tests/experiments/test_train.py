@@ -1,5 +1,6 @@
 """Mistakes in the flags of the program that trains."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -9,15 +10,26 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
+def run(*arguments, **variables):
+  return subprocess.run(
+      [sys.executable, "-m", "experiments.train", "--config=configs/laptop.py", *arguments],
+      cwd=ROOT, capture_output=True, text=True, env=os.environ | variables,
+  )
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is no directory: "),
     (["--workdir=README.md"], "--workdir=README.md is no directory: "),
     (["--workdir=runs/x", "--profile_steps=761:763"], "--profile_steps=761:763: the run has 760"),
 ])
 def test_a_mistake_is_one_sentence(arguments, message):
-  done = subprocess.run(
-      [sys.executable, "-m", "experiments.train", "--config=configs/laptop.py", *arguments],
-      cwd=ROOT, capture_output=True, text=True,
-  )
+  done = run(*arguments)
   assert done.returncode == 1
   assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
+def test_devices_that_are_not_here_are_one_sentence(tmp_path):
+  done = run(f"--workdir={tmp_path}", JAX_PLATFORMS="abacus")
+  last = done.stderr.strip().splitlines()[-1]
+  assert done.returncode == 1 and "Traceback" not in done.stderr
+  assert last.startswith("error: JAX cannot start, JAX_PLATFORMS being abacus (")
