@@ -67,7 +67,8 @@ class HuggingFaceTokenizer:
     self.path = pathlib.Path(path)
     self.sha256 = file_sha256(self.path)
     self._tokenizer = tokenizers.Tokenizer.from_file(str(self.path))
-    self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+    # Not the number of its pieces: ids may have gaps.
+    self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
     self.bos_id, self.eos_id = self._find_marks()
 
   def _find_marks(self) -> tuple[int, int]:

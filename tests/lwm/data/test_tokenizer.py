@@ -55,6 +55,15 @@ def test_hugging_face_tokenizer(tmp_path, config):
   assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode(text)]) == text
 
 
+def test_ids_may_have_gaps(tmp_path):
+  vocabulary = {"<s>": 0, "</s>": 1, "a": 2, "b": 7}
+  model = tokenizers.models.WordLevel(vocabulary, unk_token="<s>")
+  tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+  tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+  # Ids from here on are those of vision.
+  assert tokenizer.encode("b") == [7] and tokenizer.vocab_size == 8
+
+
 def test_errors_name_the_file(tmp_path):
   with pytest.raises(UserError, match="no tokenizer file .*none.model"):
     load_tokenizer(tmp_path / "none.model")
