@@ -67,6 +67,9 @@ class HuggingFaceTokenizer:
     self.path = pathlib.Path(path)
     self.sha256 = file_sha256(self.path)
     self._tokenizer = tokenizers.Tokenizer.from_file(str(self.path))
+    # The file keeps what whoever saved it had set.
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
     # Not the number of its pieces: ids may have gaps.
     self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
     self.bos_id, self.eos_id = self._find_marks()

@@ -55,6 +55,20 @@ def test_hugging_face_tokenizer(tmp_path, config):
   assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode(text)]) == text
 
 
+def test_no_text_is_cut_or_padded(tmp_path):
+  words = tokenizers.Tokenizer(
+      tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "a": 2}, unk_token="<s>")
+  )
+  words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  # What a program set before it saved the tokenizer.
+  words.enable_truncation(4)
+  words.enable_padding(length=4)
+  words.save(str(tmp_path / "tokenizer.json"))
+  tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+  assert tokenizer.encode("a a") == [2, 2]
+  assert tokenizer.encode("a a a a a a") == [2] * 6
+
+
 def test_ids_may_have_gaps(tmp_path):
   vocabulary = {"<s>": 0, "</s>": 1, "a": 2, "b": 7}
   model = tokenizers.models.WordLevel(vocabulary, unk_token="<s>")
