@@ -102,12 +102,13 @@ def tfds_records(
   for index in range(len(examples)):
     key = f"{split}:{index}"
     where = f"{name}/{key}"
-    text = examples[index][feature]
     try:
+      text = examples[index][feature]
       text = text.decode("utf-8") if isinstance(text, bytes) else str(text)
-      yield Record(key, where, name, text)
-    except UnicodeDecodeError as error:
+    except Exception as error:  # ArrayRecord and TFDS raise all kinds.
       yield Record(key, where, name, None, _unreadable(error))
+    else:
+      yield Record(key, where, name, text)
 
 
 def _files(root: pathlib.Path, suffix: str) -> list[pathlib.Path]:
@@ -144,4 +145,4 @@ def _parse(line: bytes) -> tuple[dict[str, Any] | None, str]:
 def _unreadable(error: Exception) -> str:
   if isinstance(error, UnicodeDecodeError):
     return f"not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}"
-  return f"cannot be read: {error}"
+  return f"cannot be read: {str(error).partition('\n')[0]}"

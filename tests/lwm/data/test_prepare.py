@@ -137,6 +137,14 @@ def test_tfds_by_name_and_by_directory(tokenizer, tmp_path):
   )
   assert sorted(_documents(dataset)) == expected and len(bad) == 1
 
+  # A record that the dataset's own files cannot give is a bad one too.
+  (shard,) = (tmp_path / "tfds" / "tiny_tfds" / "1.0.0").glob("*array_record*")
+  content = shard.read_bytes()
+  shard.write_bytes(content[:100] + bytes(len(content) - 100))
+  (*_, last) = sources.tfds_records(directory, "train", "body")
+  assert last.where == f"{directory}/train:2" and last.problem.startswith("cannot be read: ")
+  shard.write_bytes(content)
+
   with pytest.raises(UserError, match="no feature 'text', only body, label"):
     next(sources.tfds_records(directory, "train", "text"))
   with pytest.raises(UserError, match="split 'test'"):
