@@ -72,6 +72,8 @@ def main(argv: list[str]) -> None:
     raise UserError(f"--validation_fraction={_VALIDATION_FRACTION.value} is not in [0, 1).")
   if _VALIDATION_INPUT.value and _VALIDATION_FRACTION.value:
     raise UserError("Give --validation_input or --validation_fraction, not both.")
+  if "://" in _OUTPUT.value:
+    raise UserError(f"--output={_OUTPUT.value} is no directory: name one where it is mounted.")
   if os.path.exists(_OUTPUT.value):
     raise UserError(f"{_OUTPUT.value} exists already: delete it, or name another --output.")
 

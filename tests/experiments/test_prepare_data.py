@@ -64,6 +64,7 @@ def test_jsonl(tmp_path):
         (["--tokenizer=/nothing/t.model"], "no tokenizer file /nothing/t.model"),
         (["--validation_fraction=2"], "--validation_fraction=2.0 is not in"),
         (["--validation_fraction=0.5", "--validation_input=x"], "not both"),
+        (["--output=gs://bucket/out"], "--output=gs://bucket/out is no directory"),
     ],
 )
 def test_errors_are_one_sentence(tmp_path, flags, message):
