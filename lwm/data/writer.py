@@ -21,7 +21,7 @@ from lwm.data.tokenizer import Tokenizer
 from lwm.data.vision_tokens import VISION_VOCAB_SIZE
 from lwm.errors import UserError
 
-# 50 KB of ids and mask: a slice reads at most two such records more than it needs.
+# 40 KB of ids and mask: a slice reads at most two such records more than it needs.
 CHUNK_TOKENS = 8192
 _RECORDS_PER_FILE = 16384
 _RECORDS_PER_WRITE = 256
