@@ -20,7 +20,8 @@ def devices() -> list[jax.Device]:
     reason = str(error).partition("\n")[0] or "no device of it"
     raise UserError(
         f"JAX cannot start, JAX_PLATFORMS being {os.environ.get('JAX_PLATFORMS')} ({reason}): "
-        "pip install --constraint pins.txt '.[gpu]' or '.[tpu]' where such devices are, or take cpu."
+        "pip install --constraint pins.txt '.[gpu]' or '.[tpu]' where such devices are, or take "
+        "cpu."
     ) from error
 
 

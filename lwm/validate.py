@@ -53,9 +53,10 @@ def check_devices(experiment: Experiment, num_devices: int) -> None:
     rows = stage.rows_per_batch // stage.accumulation_steps
     if rows % shards:
       raise ConfigError(
-          f"{where}: {rows} rows a step (tokens_per_batch {stage.tokens_per_batch} / sequence_length "
-          f"{stage.sequence_length} / accumulation_steps {stage.accumulation_steps}) do not divide "
-          f"over mesh data x fsdp = {sizes['data']} x {sizes['fsdp']}."
+          f"{where}: {rows} rows a step (tokens_per_batch {stage.tokens_per_batch} / "
+          f"sequence_length {stage.sequence_length} / accumulation_steps "
+          f"{stage.accumulation_steps}) do not divide over mesh data x fsdp = "
+          f"{sizes['data']} x {sizes['fsdp']}."
       )
     _check_sequence(where, stage, sizes)
 
