@@ -4,6 +4,7 @@ L tokens of a document, N frames of P = 256 codes.
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
@@ -152,7 +153,7 @@ def record_document(
 
 def choose(alternatives: Sequence[str], seed: int, where: str) -> str:
   """One of the alternatives, evenly, by a hash of the seed and of where the record stands."""
-  digest = hashlib.blake2b(f"{seed}/{where}".encode(), digest_size=8).digest()
+  digest = hashlib.blake2b(os.fsencode(f"{seed}/{where}"), digest_size=8).digest()
   return alternatives[int.from_bytes(digest) % len(alternatives)]
 
 

@@ -1,6 +1,7 @@
 """From a source's records to a prepared dataset."""
 
 import hashlib
+import os
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -52,7 +53,7 @@ def by_fraction(validation_fraction: float) -> Callable[[Record], str]:
   """The split that a record falls into by a hash of its key, the same in every run."""
 
   def split(record: Record) -> str:
-    digest = hashlib.blake2b(record.key.encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(os.fsencode(record.key), digest_size=8).digest()
     return VALIDATION if int.from_bytes(digest) < validation_fraction * 2**64 else TRAIN
 
   return split

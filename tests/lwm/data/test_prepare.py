@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -162,6 +163,18 @@ def test_a_source_without_a_good_document_ends_the_run(tokenizer, tmp_path):
     _prepare(tmp_path / "out", tokenizer, sources.jsonl_files(tmp_path))
   with pytest.raises(UserError, match="no input .*missing"):
     _prepare(tmp_path / "out", tokenizer, sources.text_files(tmp_path / "missing"))
+
+
+def test_a_file_name_that_is_not_utf8(tokenizer, tmp_path):
+  root = tmp_path / "chat"
+  root.mkdir()
+  line = json.dumps({"q": "fox", "fields": ["q", "[q],q"]})
+  (root / os.fsdecode(b"caf\xe9.jsonl")).write_text(line)
+  to_document = prepare.from_fields([], "fields", seed=0)
+  dataset, bad = _prepare(
+      tmp_path / "out", tokenizer, sources.jsonl_files(root), to_document, fraction=1e-9
+  )
+  assert len(_documents(dataset)) == 1 and not bad
 
 
 def test_the_split_hangs_on_the_document_alone(tokenizer, tmp_path):
