@@ -143,27 +143,20 @@ class Dataset:
     return name in self.manifest["splits"]
 
   def split(self, name: str) -> Split:
-    """Raises UserError if the dataset has no such split, or one of its indices is damaged."""
+    """Raises UserError if the dataset has no such split."""
     if not self.has_split(name):
       raise UserError(
           f"Dataset {self.path} has no {name} documents, only "
           f"{', '.join(self.manifest['splits'])}: prepare it with some."
       )
-    try:
-      info = self._builder.info.splits[name]
-      return Split(
-          self.path,
-          name,
-          self.manifest["chunk_tokens"],
-          self._builder.as_data_source(name),
-          list(zip(map(str, info.filepaths), info.shard_lengths)),
-      )
-    except Exception as error:  # NumPy and TFDS raise all kinds.
-      reason = str(error).partition("\n")[0]
-      raise UserError(
-          f"Dataset {self.path} is damaged ({reason}): put what is wrong back from a copy, or "
-          "prepare it again."
-      ) from error
+    info = self._builder.info.splits[name]
+    return Split(
+        self.path,
+        name,
+        self.manifest["chunk_tokens"],
+        self._builder.as_data_source(name),
+        list(zip(map(str, info.filepaths), info.shard_lengths)),
+    )
 
   def unigram_entropy(self, split: str) -> dict[str, float]:
     """Nats per target of each modality present: the loss of the best model without context."""

@@ -77,16 +77,6 @@ def test_reaches_the_loop_through_the_threads_that_read_ahead(dataset, experimen
     list(Loader(experiment, 0, make_mesh()).iterate())
 
 
-@pytest.mark.parametrize("name", ("train_lengths.npy", "train_targets.npy", "dataset_info.json"))
-@pytest.mark.parametrize("damage", (truncate, pathlib.Path.unlink))
-def test_names_a_dataset_whose_index_is_damaged(dataset, name, damage):
-  damage(dataset / name)
-  with pytest.raises(UserError) as error:
-    Dataset(dataset).split("train")
-  message = str(error.value)
-  assert message.startswith(f"Dataset {dataset} is damaged (") and "\n" not in message
-
-
 def test_a_file_is_no_dataset(tmp_path):
   (tmp_path / "book.txt").write_text("the fox")
   with pytest.raises(UserError, match="no prepared dataset at .*book.txt"):
