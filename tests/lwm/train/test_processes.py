@@ -72,6 +72,7 @@ class Run:
     survivor = self.processes[1 - victim]
     _, errors = survivor.communicate(timeout=PATIENCE)
     assert survivor.returncode == RESUME_EXIT_CODE, errors
+    assert "Traceback" not in errors
     assert errors.splitlines()[-1] == (
         f"error: process {victim} of 2 (host {socket.gethostname()}) has been lost; start the same "
         "command again: it resumes from the last checkpoint."
