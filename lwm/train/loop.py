@@ -205,11 +205,10 @@ def run_steps(
   reporter.start_clock()
   for index in range(first, first + stop - done.step):
     checkpoints.check()
-    dispatched = done.total_steps + (in_flight is not None)
-    if notice.reached(dispatched):
+    if notice.reached():
       break
     limit = loss_limit(faults, done.losses, index)
-    with reporter.dispatch(dispatched + 1):
+    with reporter.dispatch(done.total_steps + (in_flight is not None) + 1):
       asked = wall_clock()
       batch = next(batches)
       came = wall_clock()

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import socket
@@ -57,6 +58,11 @@ class Run:
     for process, (_, errors) in zip(self.processes, outputs):
       assert process.returncode == 0, errors
     return outputs[0][0]
+
+  def ends(self) -> list[tuple[int, str, str]]:
+    """Waits for the end; returns exit status, output and errors of each."""
+    said = [process.communicate(timeout=PATIENCE) for process in self.processes]
+    return [(process.returncode, *texts) for process, texts in zip(self.processes, said)]
 
   def reach(self, step: int) -> None:
     """Waits until `step` is on record; the next one is in flight at that moment."""
@@ -180,15 +186,38 @@ def test_killed_in_mid_step_and_resumed_ends_as_if_undisturbed(run, pair, tmp_pa
 
 @pytest.mark.slow
 def test_sigterm_for_one_stops_both_after_the_same_step(run, tmp_path):
+  """While they train; and started again, while they compile."""
   started = run(tmp_path, 2, "--config.stages[0].steps=500")
-  started.reach(2)
-  started.processes[1].send_signal(signal.SIGTERM)
-  ends = [process.communicate(timeout=PATIENCE) for process in started.processes]
-  assert [process.returncode for process in started.processes] == [RESUME_EXIT_CODE] * 2, ends
-  step = checkpoints(tmp_path)[-1]
-  assert 2 <= step == max(losses(tmp_path)) < 500
-  for _, errors in ends:
-    assert f"stopped after step {step} of 500" in errors.splitlines()[-1]
+  started.reach(6)
+  for when in ("training", "compiling"):
+    started.processes[1].send_signal(signal.SIGTERM)
+    ends = started.ends()
+    assert [status for status, _, _ in ends] == [RESUME_EXIT_CODE] * 2, ends
+    step = checkpoints(tmp_path)[-1]
+    assert 6 <= step == max(losses(tmp_path)) < 500
+    for _, _, errors in ends:
+      assert f"stopped after step {step} of 500" in errors.splitlines()[-1]
+    if when == "training":
+      started = run(tmp_path, 2, "--config.stages[0].steps=500")
+      while not (line := started.processes[0].stdout.readline()).startswith("resuming"):
+        assert line, started.errors()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_cannot_write_ends_both(run, tmp_path):
+  started = run(tmp_path, 2, "--config.stages[0].steps=500")
+  started.reach(1)
+  resource.prlimit(
+      started.processes[1].pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)
+  )
+  (*end, heard), (*other_end, said) = started.ends()
+  assert end[0] == other_end[0] == RESUME_EXIT_CODE, (heard, said)
+  message = f"Checkpoint {tmp_path}/checkpoints/4 could not be written (File too large), there is"
+  assert said.startswith(f"error: {message}")
+  assert heard.startswith(
+      f"error: process 1 of 2 (host {socket.gethostname()}) has ended with an error: {message}"
+  )
+  assert max(losses(tmp_path)) < 500
 
 
 @pytest.mark.slow
