@@ -42,6 +42,7 @@ from lwm.train.progress import duration
 from lwm.train.report import Reporter
 from lwm.train.state import TrainState
 from lwm.train.stop import StopNotice
+from lwm.train.workdir import held
 
 NOTHING_DONE = Progress(stage=0, step=0, total_steps=0)
 
@@ -61,14 +62,17 @@ def train(
     profile_steps: to trace into WORKDIR/profile, counted over all stages from 1.
 
   Raises:
-    UserError: the workdir belongs to another experiment, or data or tokenizer are not there or
-      damaged, a bad step ends the run (see FaultConfig), or a device's memory is too small.
-    ResumeError: the run was told to stop and has left a checkpoint, or cannot write to the disk.
+    UserError: the workdir belongs to another experiment or is of no use (see workdir.py), or data
+      or tokenizer are not there or damaged, a bad step ends the run (see FaultConfig), or a
+      device's memory is too small.
+    ResumeError: the run was told to stop and has left a checkpoint, or cannot write to the disk,
+      or another run is in the workdir.
   """
   identity = run_identity(experiment)
   with (
       StopNotice() as notice,
       full_disk_explained(workdir),
+      held(workdir),
       Checkpoints(workdir / "checkpoints", experiment.checkpoint.keep) as checkpoints,
   ):
     checkpoint, notes = checkpoints.latest(identity)

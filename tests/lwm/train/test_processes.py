@@ -27,7 +27,10 @@ PATIENCE = 600
 
 
 class Run:
-  """`experiments.train` on pair.py, on eight devices: one process, or two of four."""
+  """`experiments.train` on pair.py, on eight devices: one process, or two of four.
+
+  In overrides, PROCESS is the number of the process.
+  """
 
   def __init__(self, prepared, workdir, num_processes, *overrides):
     with socket.socket() as probe:
@@ -47,7 +50,8 @@ class Run:
                f"--process_id={process}", "--peer_timeout=20"]
       self.processes.append(subprocess.Popen(
           [sys.executable, "-m", "experiments.train", f"--config={CONFIG}:{prepared}",
-           f"--workdir={workdir}", *(peers if num_processes > 1 else []), *overrides],
+           f"--workdir={workdir}", *(peers if num_processes > 1 else []),
+           *(override.replace("PROCESS", str(process)) for override in overrides)],
           cwd=CHECKOUT, env=environment, text=True,
           stdout=subprocess.PIPE, stderr=subprocess.PIPE,
       ))
@@ -218,6 +222,17 @@ def test_a_checkpoint_that_one_cannot_write_ends_both(run, tmp_path):
       f"error: process 1 of 2 (host {socket.gethostname()}) has ended with an error: {message}"
   )
   assert max(losses(tmp_path)) < 500
+
+
+@pytest.mark.slow
+def test_a_workdir_that_is_not_shared_is_one_sentence(run, tmp_path):
+  started = run(tmp_path, 2, f"--workdir={tmp_path}/PROCESS")
+  for process, (status, _, errors) in enumerate(started.ends()):
+    assert status == 1
+    assert errors == (
+        f"error: --workdir={tmp_path}/{process}: process 1 does not see there what process 0 "
+        "writes; it must be on a disk that all hosts share.\n"
+    )
 
 
 @pytest.mark.slow
