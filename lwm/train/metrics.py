@@ -20,6 +20,7 @@ import os
 import pathlib
 from typing import Any
 
+from lwm.errors import UserError
 from lwm.train.events import EventFile
 
 FILE_NAME = "metrics.jsonl"
@@ -69,8 +70,20 @@ class MetricsLog:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The records of a metrics.jsonl; a last line that was cut short by a kill is left out."""
+  """The records of a metrics.jsonl; a last line that was cut short by a kill is left out.
+
+  Raises UserError if another line is damaged.
+  """
   if not path.exists():
     return []
-  lines = path.read_text().splitlines(keepends=True)
-  return [json.loads(line) for line in lines if line.endswith("\n")]
+  records = []
+  for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+    if line.endswith(b"\n"):
+      try:
+        records.append(json.loads(line))
+      except ValueError:
+        raise UserError(
+            f"Line {number} of {path} is damaged: put the file back from a copy, or remove the "
+            "line."
+        ) from None
+  return records
