@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from lwm.train.faults import loss_limit
 from lwm.train.faults import with_loss
 from lwm.train.metrics import read_metrics
 from lwm.train.program import build_program
+from tests.lwm.train.test_resume import accounts
 from tests.lwm.train.test_resume import final_state
 from tests.lwm.train.test_resume import steps_done
 
@@ -167,6 +169,19 @@ def test_too_many_in_a_row_end_the_run(experiment, tmp_path, monkeypatch, policy
   with pytest.raises(UserError, match="after 2 such in a row .* the last checkpoint is .*/3"):
     run(experiment, tmp_path / "run", monkeypatch, nan=bad)
   assert len(events(tmp_path / "run")) == 2
+
+
+def test_an_attempt_killed_before_its_first_step_took_time_too(experiment, tmp_path, monkeypatch):
+  def killed(*arguments):
+    time.sleep(0.1)
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(loop, "compile_train_step", killed)
+    run(experiment, tmp_path, monkeypatch)
+  run(experiment, tmp_path, monkeypatch)
+  account = accounts(tmp_path)[-1]
+  assert account["attempts"] == 2 and account["restart_seconds"] > 0.1
 
 
 @pytest.mark.slow
