@@ -27,8 +27,8 @@ from lwm.experiment import Stage
 from lwm.train import evaluate
 from lwm.train.checkpoint import Checkpoints
 from lwm.train.checkpoint import Progress
+from lwm.train.faults import bad_disk_explained
 from lwm.train.faults import check_tolerated
-from lwm.train.faults import full_disk_explained
 from lwm.train.faults import loss_limit
 from lwm.train.faults import problem
 from lwm.train.faults import with_loss
@@ -71,7 +71,7 @@ def train(
   identity = run_identity(experiment)
   with (
       StopNotice() as notice,
-      full_disk_explained(workdir),
+      bad_disk_explained(workdir),
       held(workdir),
       Checkpoints(workdir / "checkpoints", experiment.checkpoint.keep) as checkpoints,
   ):

@@ -1,6 +1,7 @@
 """Bad steps, stops and other meshes on the way, in runs of a few steps on one device."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import signal
@@ -19,6 +20,7 @@ from lwm.experiment import MeshConfig
 from lwm.train import loop
 from lwm.train.faults import loss_limit
 from lwm.train.faults import with_loss
+from lwm.train.metrics import MetricsLog
 from lwm.train.metrics import read_metrics
 from lwm.train.program import build_program
 from tests.lwm.train.test_resume import accounts
@@ -169,6 +171,19 @@ def test_too_many_in_a_row_end_the_run(experiment, tmp_path, monkeypatch, policy
   with pytest.raises(UserError, match="after 2 such in a row .* the last checkpoint is .*/3"):
     run(experiment, tmp_path / "run", monkeypatch, nan=bad)
   assert len(events(tmp_path / "run")) == 2
+
+
+def test_a_disk_that_fails_under_the_metrics_ends_in_a_sentence(experiment, tmp_path, monkeypatch):
+  def fail(self):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+  with monkeypatch.context() as patch, pytest.raises(ResumeError) as error:
+    patch.setattr(MetricsLog, "sync", fail)
+    run(experiment, tmp_path, monkeypatch)
+  assert str(error.value) == (
+      f"Writing to {tmp_path} failed (Input/output error): see to the disk, and start the same "
+      "command again; it goes on from the last checkpoint."
+  )
 
 
 def test_an_attempt_killed_before_its_first_step_took_time_too(experiment, tmp_path, monkeypatch):
