@@ -156,7 +156,7 @@ def train_stage(
       batches = None
     if bad and not notice.reason:
       rollbacks += 1
-      check_tolerated(experiment.faults, rollbacks, bad, checkpoints.newest)
+      check_tolerated(experiment.faults, rollbacks, f"{stage.name}, {bad}", checkpoints.newest)
       # This state goes before the other comes.
       state = None
       with reporter.account.spend("restart"):
