@@ -17,8 +17,9 @@
 # A lost node, and exit status 75 below, put the job back into the queue; it resumes.
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# Before the time is over, time for a checkpoint.
-#SBATCH --signal=TERM@300
+# Before the time is over, time for the two steps that may be in flight and a checkpoint: longer for
+# steps of more than five minutes.
+#SBATCH --signal=TERM@900
 set -u
 
 # The others name a lost process and end by themselves: SLURM is to wait for that.

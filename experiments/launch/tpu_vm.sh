@@ -65,7 +65,7 @@ if $dry_run; then
 fi
 
 for restart in {1..100}; do
-  statuses=$(tpu ssh @SLICE@ --command="$train" 2>&1 | tee /dev/stderr \
+  statuses=$(tpu ssh @SLICE@ --command="$train" 2>&1 | tee >(cat >&2) \
       | sed -n 's/.*exit status \([0-9]*\) on .*/\1/p' | sort -nu | tr '\n' ' ')
   # 75 asks for another start; a signal, or a host that says nothing, is what others saw as a loss.
   case " $statuses" in

@@ -30,6 +30,8 @@ TRAIN = "train"
 VALIDATION = "validation"
 MODALITIES = ("text", "vision")
 
+_MEND = "put the file back from a copy, or prepare the dataset again"
+
 
 class Split:
   """The documents of one split. Reading is safe from any number of threads."""
@@ -49,11 +51,14 @@ class Split:
       chunk_tokens: tokens of a record, at most.
       source: its records.
       files: their files, and how many records are in each.
+
+    Raises:
+      UserError: the index of lengths is damaged or missing.
     """
     self.name = name
     self._files = files
-    self.lengths = np.load(path / f"{name}_lengths.npy")
-    self.targets = np.load(path / f"{name}_targets.npy")
+    self.lengths = _load_index(path / f"{name}_lengths.npy")
+    self.targets = _load_index(path / f"{name}_targets.npy")
     self._chunk_tokens = chunk_tokens
     self._source = source
     records = -(-self.lengths // chunk_tokens)
@@ -97,9 +102,17 @@ class Split:
         break
       index -= records
     return UserError(
-        f"Record {index} of {file} cannot be read ({reason}): put the file back from a copy, or "
-        "prepare the dataset again; the same command then goes on from the last checkpoint."
+        f"Record {index} of {file} cannot be read ({reason}): {_MEND}; the same command then goes "
+        "on from the last checkpoint."
     )
+
+
+def _load_index(path: pathlib.Path) -> np.ndarray:
+  try:
+    return np.load(path)
+  except (OSError, EOFError, ValueError) as error:
+    reason = getattr(error, "strerror", None) or error
+    raise UserError(f"{path} cannot be read ({reason}): {_MEND}.") from error
 
 
 class Dataset:
@@ -137,13 +150,19 @@ class Dataset:
 
   @functools.cached_property
   def _builder(self) -> tfds.core.DatasetBuilder:
-    return tfds.builder_from_directory(str(self.path))
+    try:
+      return tfds.builder_from_directory(str(self.path))
+    except Exception as error:  # As above.
+      raise UserError(
+          f"{self.path}/dataset_info.json or features.json cannot be read "
+          f"({str(error).partition('\n')[0]}): {_MEND}."
+      ) from error
 
   def has_split(self, name: str) -> bool:
     return name in self.manifest["splits"]
 
   def split(self, name: str) -> Split:
-    """Raises UserError if the dataset has no such split."""
+    """Raises UserError if the dataset has no such split, or is damaged."""
     if not self.has_split(name):
       raise UserError(
           f"Dataset {self.path} has no {name} documents, only "

@@ -257,11 +257,11 @@ class Watch:
 
   def fail(self, error: BaseException) -> NoReturn:
     """Ends this process, and the others, because of `error`; unless it comes from a lost peer."""
-    if not isinstance(error, UserError):
-      traceback.print_exception(error)
     if isinstance(error, jax.errors.JaxRuntimeError):
       # What a collective says when a peer is gone names no one; the watch soon does.
       time.sleep(self._timeout)
+    if not isinstance(error, UserError):
+      traceback.print_exception(error)
     self._end_all(str(error).partition("\n")[0] or type(error).__name__, 1)
 
   def _beat(self, count: int) -> None:

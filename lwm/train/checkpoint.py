@@ -24,6 +24,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 from typing import Any
 
 from etils import epath
@@ -135,6 +136,17 @@ class Progress:
     return dataclasses.replace(self, passed_over=(*before, (self.next_batch - just, stop)))
 
 
+class Manager(ocp.CheckpointManager):
+  """Orbax's, but for what it asks JAX's preemption service: of that, only stop.py may ask.
+
+  The service heeds the last number that it was asked for, whoever asks.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
+
+
 class Checkpoints:
   """The checkpoints of one working directory."""
 
@@ -148,12 +160,15 @@ class Checkpoints:
     self._directory = directory.absolute()
     # Total steps of the checkpoint that is being written, or None.
     self._saving = None
-    self._manager = ocp.CheckpointManager(
+    # Whether that is known not to become one.
+    self._failed = False
+    self._manager = Manager(
         self._directory,
         options=ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(
+                barrier_sync_fn=self._meet,
                 # The last thing before the directory takes its final name; process 0 only.
                 post_finalization_callback=lambda: digests.write(self._incomplete())
             ),
@@ -205,7 +220,7 @@ class Checkpoints:
 
   def check(self) -> None:
     """Raises a ResumeError if the checkpoint being written has failed; waits for nothing."""
-    if self._saving is not None and not self._manager.is_saving_in_progress():
+    if self._failed or (self._saving is not None and not self._manager.is_saving_in_progress()):
       self.wait()
 
   def wait(self) -> None:
@@ -321,6 +336,17 @@ class Checkpoints:
         f"{instead}"
     )
 
+  def _meet(self, *, key: str, timeout_ms: int) -> None:
+    """Waits for the others, between the parts of a checkpoint, but not with an error to tell.
+
+    Orbax has a process whose part has failed meet the others too, who are waiting elsewhere: all
+    would for 20 minutes, and the error would be lost.
+    """
+    if error := sys.exception():
+      self._failed = True
+      raise error
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
   def _incomplete(self) -> pathlib.Path:
     """What is to become the checkpoint that is being written."""
     (path,) = self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
@@ -336,7 +362,7 @@ class Checkpoints:
       if not code and not isinstance(error, OSError):
         raise
       reason = os.strerror(int(code[1])) if code else error.strerror or error
-      failed, self._saving = self._saving, None
+      failed, self._saving, self._failed = self._saving, None, False
       if jax.process_index() == 0:
         for path in self._directory.glob(f"{failed}.orbax-checkpoint-tmp*"):
           shutil.rmtree(path, ignore_errors=True)

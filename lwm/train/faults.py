@@ -1,4 +1,4 @@
-"""Bad steps and full disks: which they are, and what is said of them. See FaultConfig."""
+"""Bad steps and bad disks: which they are, and what is said of them. See FaultConfig."""
 
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -14,6 +14,11 @@ import numpy as np
 from lwm.errors import ResumeError
 from lwm.errors import UserError
 from lwm.experiment import FaultConfig
+
+# No space, or a disk that fails, is gone or has become read-only, as a shared one may at any time.
+_DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EROFS, errno.ENOTCONN
+)
 
 # Batches of a stage and their losses.
 Losses = Sequence[tuple[int, float]]
@@ -77,12 +82,12 @@ def check_tolerated(
 
 
 @contextlib.contextmanager
-def full_disk_explained(workdir: pathlib.Path) -> Iterator[None]:
-  """Turns what the system says of a full disk or quota into a ResumeError."""
+def bad_disk_explained(workdir: pathlib.Path) -> Iterator[None]:
+  """Turns what the system says of a full disk or quota, or a failing disk, into a ResumeError."""
   try:
     yield
   except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno not in _DISK_ERRORS:
       raise
     raise ResumeError(
         f"Writing to {workdir} failed ({error.strerror}): see to the disk, and start the same "

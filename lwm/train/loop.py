@@ -27,8 +27,8 @@ from lwm.experiment import Stage
 from lwm.train import evaluate
 from lwm.train.checkpoint import Checkpoints
 from lwm.train.checkpoint import Progress
+from lwm.train.faults import bad_disk_explained
 from lwm.train.faults import check_tolerated
-from lwm.train.faults import full_disk_explained
 from lwm.train.faults import loss_limit
 from lwm.train.faults import problem
 from lwm.train.faults import with_loss
@@ -42,6 +42,7 @@ from lwm.train.progress import duration
 from lwm.train.report import Reporter
 from lwm.train.state import TrainState
 from lwm.train.stop import StopNotice
+from lwm.train.workdir import held
 
 NOTHING_DONE = Progress(stage=0, step=0, total_steps=0)
 
@@ -61,14 +62,17 @@ def train(
     profile_steps: to trace into WORKDIR/profile, counted over all stages from 1.
 
   Raises:
-    UserError: the workdir belongs to another experiment, or data or tokenizer are not there or
-      damaged, a bad step ends the run (see FaultConfig), or a device's memory is too small.
-    ResumeError: the run was told to stop and has left a checkpoint, or cannot write to the disk.
+    UserError: the workdir belongs to another experiment or is of no use (see workdir.py), or data
+      or tokenizer are not there or damaged, a bad step ends the run (see FaultConfig), or a
+      device's memory is too small.
+    ResumeError: the run was told to stop and has left a checkpoint, or cannot write to the disk,
+      or another run is in the workdir.
   """
   identity = run_identity(experiment)
   with (
       StopNotice() as notice,
-      full_disk_explained(workdir),
+      bad_disk_explained(workdir),
+      held(workdir),
       Checkpoints(workdir / "checkpoints", experiment.checkpoint.keep) as checkpoints,
   ):
     checkpoint, notes = checkpoints.latest(identity)
@@ -152,7 +156,7 @@ def train_stage(
       batches = None
     if bad and not notice.reason:
       rollbacks += 1
-      check_tolerated(experiment.faults, rollbacks, bad, checkpoints.newest)
+      check_tolerated(experiment.faults, rollbacks, f"{stage.name}, {bad}", checkpoints.newest)
       # This state goes before the other comes.
       state = None
       with reporter.account.spend("restart"):
@@ -205,11 +209,10 @@ def run_steps(
   reporter.start_clock()
   for index in range(first, first + stop - done.step):
     checkpoints.check()
-    dispatched = done.total_steps + (in_flight is not None)
-    if notice.reached(dispatched):
+    if notice.reached():
       break
     limit = loss_limit(faults, done.losses, index)
-    with reporter.dispatch(dispatched + 1):
+    with reporter.dispatch(done.total_steps + (in_flight is not None) + 1):
       asked = wall_clock()
       batch = next(batches)
       came = wall_clock()

@@ -6,10 +6,10 @@ loss, text_loss, vision_loss (absent without targets), gradient_norm, learning_r
 padding), text_targets, vision_targets, attended_pairs, seconds, tokens_per_second, mfu,
 data_seconds (waited for the batch), starved_seconds (those of them in which the device had nothing
 to run). `"kind": "evaluation"`: stage, step, total_steps, and for each dataset and modality
-`held_out`: dataset, modality, loss, unigram_entropy (nats), targets. `"kind": "goodput"`, whenever
-steps begin (at the start, after an evaluation or a checkpoint) and at the end: total_steps, time
-(seconds since 1970), attempts, wall_seconds and how they divide into the categories of goodput.py:
-step_seconds, input_seconds, ...; goodput, the share of step_seconds.
+`held_out`: dataset, modality, loss, unigram_entropy (nats), targets. `"kind": "goodput"`, when an
+attempt begins, whenever steps begin (at the start, after an evaluation or a checkpoint) and at the
+end: total_steps, time (seconds since 1970), attempts, wall_seconds and how they divide into the
+categories of goodput.py: step_seconds, input_seconds, ...; goodput, the share of step_seconds.
 `"kind": "fault"`: stage, step, total_steps (steps done), event (`skip`, `rollback` or
 `checkpoint`), text (the line that was said of it).
 """
@@ -20,6 +20,7 @@ import os
 import pathlib
 from typing import Any
 
+from lwm.errors import UserError
 from lwm.train.events import EventFile
 
 FILE_NAME = "metrics.jsonl"
@@ -69,8 +70,20 @@ class MetricsLog:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The records of a metrics.jsonl; a last line that was cut short by a kill is left out."""
+  """The records of a metrics.jsonl; a last line that was cut short by a kill is left out.
+
+  Raises UserError if another line is damaged.
+  """
   if not path.exists():
     return []
-  lines = path.read_text().splitlines(keepends=True)
-  return [json.loads(line) for line in lines if line.endswith("\n")]
+  records = []
+  for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+    if line.endswith(b"\n"):
+      try:
+        records.append(json.loads(line))
+      except ValueError:
+        raise UserError(
+            f"Line {number} of {path} is damaged: put the file back from a copy, or remove the "
+            "line."
+        ) from None
+  return records

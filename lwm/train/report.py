@@ -60,8 +60,9 @@ class Reporter:
     peaks = [peak_flops(device, experiment.model.compute_dtype) for device in jax.local_devices()]
     # All processes have the same devices.
     self._peak = None if None in peaks else sum(peaks) * jax.process_count()
-    goes_on = self.account.attempts > 1 and done.total_steps < self.total_steps
-    self._open(done, [self.account.record(done.total_steps)] if goes_on else [])
+    # On record at once: an attempt that is killed before its first step took time too.
+    unfinished = done.total_steps < self.total_steps
+    self._open(done, [self.account.record(done.total_steps)] if unfinished else [])
 
   def _open(self, done: Progress, carried: list[dict[str, Any]]) -> None:
     self._log = MetricsLog(self._workdir, done.total_steps, carried)

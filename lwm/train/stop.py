@@ -11,7 +11,7 @@ class StopNotice:
   """Says before which step a run that was told to stop does so; the same one on all processes.
 
       with StopNotice() as notice:
-        while not notice.reached(steps_done):
+        while not notice.reached():
           ...
 
   One process heeds its own SIGTERM and SIGINT. Of several, whichever is told tells the others
@@ -25,6 +25,7 @@ class StopNotice:
   def __init__(self):
     self.reason = None
     self._signal = None
+    self._asked = 0
     self._several = jax.process_count() > 1
 
   def __enter__(self) -> "StopNotice":
@@ -44,10 +45,13 @@ class StopNotice:
     if self._several:
       os.kill(os.getpid(), signal.SIGTERM)
 
-  def reached(self, total_steps: int) -> bool:
-    """Whether to stop before the step after `total_steps`: to be asked before each one."""
+  def reached(self) -> bool:
+    """Whether to stop before the next step: to be asked before each one."""
     if self._several:
-      reached = multihost_utils.reached_preemption_sync_point(total_steps)
+      # The processes agree on the number after the highest that one has asked for, 0 before the
+      # first. Steps do not start there when a run resumes, and come again after a rollback.
+      self._asked += 1
+      reached = multihost_utils.reached_preemption_sync_point(self._asked)
     else:
       reached = self._signal is not None
     if reached:

@@ -18,14 +18,15 @@ ARGUMENTS = ["--config=configs/lwm_text_7b.py", "--workdir=/shared/a run"]
 def launch(tmp_path):
   """Runs a script with stand-ins first in PATH; each call of one becomes a line of `calls`."""
 
-  def launch(script, *arguments, stand_ins, **variables):
+  def launch(script, *arguments, stand_ins, output=subprocess.PIPE, **variables):
     for name, body in stand_ins.items():
       path = tmp_path / name
       log = f'echo "{name} $*" | tr "\\n" " " >> {tmp_path}/calls; echo >> {tmp_path}/calls'
       path.write_text(f"#!/bin/bash\n{log}\n{body}\n")
       path.chmod(path.stat().st_mode | stat.S_IXUSR)
     process = subprocess.run(
-        ["bash", LAUNCH / script, *arguments], text=True, capture_output=True, timeout=120,
+        ["bash", LAUNCH / script, *arguments], text=True, timeout=120,
+        stdout=output, stderr=output,
         env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RESTART_SECONDS": "0"}
         | variables,
     )
@@ -97,6 +98,17 @@ def test_tpu_vms_are_started_again_until_they_are_done(launch, tmp_path, starts,
   assert len(trained) == len(starts)
   for call in trained:
     assert "-m experiments.train --config=configs/lwm_text_7b.py --workdir=/shared/a\\ run" in call
+
+
+def test_tpu_vm_keeps_what_it_said_before_a_restart(launch, tmp_path):
+  """In a file too, as with nohup: /dev/stderr opened anew would cut it short."""
+  stand_ins = tpu_vm(tmp_path, (75,), (0,))
+  with (tmp_path / "log").open("w") as log:
+    launch("tpu_vm.sh", "zone-a", "slice", *ARGUMENTS, stand_ins=stand_ins, output=log)
+  lines = (tmp_path / "log").read_text().splitlines()
+  statuses = [line.split(" on ")[0] for line in lines if line.startswith("exit status")]
+  assert statuses == ["exit status 75", "exit status 0"]
+  assert "starting again (1 of 100): the exit statuses were 75 " in lines
 
 
 def test_tpu_vm_dry_run_prints_the_commands_and_runs_none(launch):

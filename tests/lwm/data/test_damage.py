@@ -69,6 +69,19 @@ def test_names_file_and_record(dataset, damage):
   split.read(15, 0, 1), split.read(24, 0, 1)
 
 
+@pytest.mark.parametrize("damage", (truncate, empty, pathlib.Path.unlink))
+@pytest.mark.parametrize(
+    "name", ("train_lengths.npy", "train_targets.npy", "dataset_info.json", "features.json")
+)
+def test_a_damaged_index_is_named(dataset, name, damage):
+  damage(dataset / name)
+  with pytest.raises(UserError) as error:
+    Dataset(dataset).split("train")
+  message = str(error.value)
+  assert message.startswith(f"{dataset}/") and name in message.partition(" cannot be read (")[0]
+  assert "\n" not in message and message.endswith("or prepare the dataset again.")
+
+
 def test_reaches_the_loop_through_the_threads_that_read_ahead(dataset, experiment, make_mesh):
   experiment.datasets[0].path = str(dataset)
   experiment.stages[0].mixture = experiment.stages[0].mixture[:1]

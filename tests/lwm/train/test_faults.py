@@ -1,9 +1,11 @@
 """Bad steps, stops and other meshes on the way, in runs of a few steps on one device."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +20,10 @@ from lwm.experiment import MeshConfig
 from lwm.train import loop
 from lwm.train.faults import loss_limit
 from lwm.train.faults import with_loss
+from lwm.train.metrics import MetricsLog
 from lwm.train.metrics import read_metrics
 from lwm.train.program import build_program
+from tests.lwm.train.test_resume import accounts
 from tests.lwm.train.test_resume import final_state
 from tests.lwm.train.test_resume import steps_done
 
@@ -164,9 +168,36 @@ def test_raises_by_default_and_goes_on_with_another_policy(experiment, tmp_path,
 def test_too_many_in_a_row_end_the_run(experiment, tmp_path, monkeypatch, policy):
   experiment.faults = FaultConfig(bad_step=policy, max_in_a_row=2)
   bad = tuple(range(4, 20))
-  with pytest.raises(UserError, match="after 2 such in a row .* the last checkpoint is .*/3"):
+  message = "^text_64, step .*, after 2 such in a row .* the last checkpoint is .*/3"
+  with pytest.raises(UserError, match=message):
     run(experiment, tmp_path / "run", monkeypatch, nan=bad)
   assert len(events(tmp_path / "run")) == 2
+
+
+def test_a_disk_that_fails_under_the_metrics_ends_in_a_sentence(experiment, tmp_path, monkeypatch):
+  def fail(self):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+  with monkeypatch.context() as patch, pytest.raises(ResumeError) as error:
+    patch.setattr(MetricsLog, "sync", fail)
+    run(experiment, tmp_path, monkeypatch)
+  assert str(error.value) == (
+      f"Writing to {tmp_path} failed (Input/output error): see to the disk, and start the same "
+      "command again; it goes on from the last checkpoint."
+  )
+
+
+def test_an_attempt_killed_before_its_first_step_took_time_too(experiment, tmp_path, monkeypatch):
+  def killed(*arguments):
+    time.sleep(0.1)
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(loop, "compile_train_step", killed)
+    run(experiment, tmp_path, monkeypatch)
+  run(experiment, tmp_path, monkeypatch)
+  account = accounts(tmp_path)[-1]
+  assert account["attempts"] == 2 and account["restart_seconds"] > 0.1
 
 
 @pytest.mark.slow

@@ -2,8 +2,10 @@ import json
 import pathlib
 
 from PIL import Image
+import pytest
 from tensorboardX.proto import event_pb2
 
+from lwm.errors import UserError
 from lwm.train.evaluate import by_modality
 from lwm.train.evaluate import summary
 from lwm.train.evaluate import table
@@ -35,6 +37,14 @@ def evaluation(step, stage="a"):
   return {
       "kind": "evaluation", "stage": stage, "step": step, "total_steps": step, "held_out": HELD_OUT
   }
+
+
+def test_a_damaged_line_is_named(tmp_path):
+  path = tmp_path / FILE_NAME
+  for damaged in (b"\0\0\0\n", b"\xff\n", b'{"kind": "train"\n'):
+    path.write_bytes(b'{"kind": "train"}\n' + damaged + b'{"kind": "train"}\n')
+    with pytest.raises(UserError, match=f"Line 2 of {path} is damaged: put the file back"):
+      read_metrics(path)
 
 
 def test_resuming_forgets_what_lies_beyond_and_a_line_cut_short(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import socket
@@ -26,7 +27,10 @@ PATIENCE = 600
 
 
 class Run:
-  """`experiments.train` on pair.py, on eight devices: one process, or two of four."""
+  """`experiments.train` on pair.py, on eight devices: one process, or two of four.
+
+  In overrides, PROCESS is the number of the process.
+  """
 
   def __init__(self, prepared, workdir, num_processes, *overrides):
     with socket.socket() as probe:
@@ -46,7 +50,8 @@ class Run:
                f"--process_id={process}", "--peer_timeout=20"]
       self.processes.append(subprocess.Popen(
           [sys.executable, "-m", "experiments.train", f"--config={CONFIG}:{prepared}",
-           f"--workdir={workdir}", *(peers if num_processes > 1 else []), *overrides],
+           f"--workdir={workdir}", *(peers if num_processes > 1 else []),
+           *(override.replace("PROCESS", str(process)) for override in overrides)],
           cwd=CHECKOUT, env=environment, text=True,
           stdout=subprocess.PIPE, stderr=subprocess.PIPE,
       ))
@@ -57,6 +62,11 @@ class Run:
     for process, (_, errors) in zip(self.processes, outputs):
       assert process.returncode == 0, errors
     return outputs[0][0]
+
+  def ends(self) -> list[tuple[int, str, str]]:
+    """Waits for the end; returns exit status, output and errors of each."""
+    said = [process.communicate(timeout=PATIENCE) for process in self.processes]
+    return [(process.returncode, *texts) for process, texts in zip(self.processes, said)]
 
   def reach(self, step: int) -> None:
     """Waits until `step` is on record; the next one is in flight at that moment."""
@@ -72,6 +82,7 @@ class Run:
     survivor = self.processes[1 - victim]
     _, errors = survivor.communicate(timeout=PATIENCE)
     assert survivor.returncode == RESUME_EXIT_CODE, errors
+    assert "Traceback" not in errors
     assert errors.splitlines()[-1] == (
         f"error: process {victim} of 2 (host {socket.gethostname()}) has been lost; start the same "
         "command again: it resumes from the last checkpoint."
@@ -179,15 +190,49 @@ def test_killed_in_mid_step_and_resumed_ends_as_if_undisturbed(run, pair, tmp_pa
 
 @pytest.mark.slow
 def test_sigterm_for_one_stops_both_after_the_same_step(run, tmp_path):
+  """While they train; and started again, while they compile."""
   started = run(tmp_path, 2, "--config.stages[0].steps=500")
-  started.reach(2)
-  started.processes[1].send_signal(signal.SIGTERM)
-  ends = [process.communicate(timeout=PATIENCE) for process in started.processes]
-  assert [process.returncode for process in started.processes] == [RESUME_EXIT_CODE] * 2, ends
-  step = checkpoints(tmp_path)[-1]
-  assert 2 <= step == max(losses(tmp_path)) < 500
-  for _, errors in ends:
-    assert f"stopped after step {step} of 500" in errors.splitlines()[-1]
+  started.reach(6)
+  for when in ("training", "compiling"):
+    started.processes[1].send_signal(signal.SIGTERM)
+    ends = started.ends()
+    assert [status for status, _, _ in ends] == [RESUME_EXIT_CODE] * 2, ends
+    step = checkpoints(tmp_path)[-1]
+    assert 6 <= step == max(losses(tmp_path)) < 500
+    for _, _, errors in ends:
+      assert f"stopped after step {step} of 500" in errors.splitlines()[-1]
+    if when == "training":
+      started = run(tmp_path, 2, "--config.stages[0].steps=500")
+      while not (line := started.processes[0].stdout.readline()).startswith("resuming"):
+        assert line, started.errors()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_cannot_write_ends_both(run, tmp_path):
+  started = run(tmp_path, 2, "--config.stages[0].steps=500")
+  started.reach(1)
+  resource.prlimit(
+      started.processes[1].pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)
+  )
+  (*end, heard), (*other_end, said) = started.ends()
+  assert end[0] == other_end[0] == RESUME_EXIT_CODE, (heard, said)
+  message = f"Checkpoint {tmp_path}/checkpoints/4 could not be written (File too large), there is"
+  assert said.startswith(f"error: {message}")
+  assert heard.startswith(
+      f"error: process 1 of 2 (host {socket.gethostname()}) has ended with an error: {message}"
+  )
+  assert max(losses(tmp_path)) < 500
+
+
+@pytest.mark.slow
+def test_a_workdir_that_is_not_shared_is_one_sentence(run, tmp_path):
+  started = run(tmp_path, 2, f"--workdir={tmp_path}/PROCESS")
+  for process, (status, _, errors) in enumerate(started.ends()):
+    assert status == 1
+    assert errors == (
+        f"error: --workdir={tmp_path}/{process}: process 1 does not see there what process 0 "
+        "writes; it must be on a disk that all hosts share.\n"
+    )
 
 
 @pytest.mark.slow

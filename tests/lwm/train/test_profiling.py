@@ -83,7 +83,7 @@ def test_steps_are_traced_without_waiting_for_steps(tmp_path, monkeypatch):
     def check(self):
       pass
 
-    def reached(self, total_steps):
+    def reached(self):
       return False
 
     def dispatch(self, total_steps):
