@@ -44,9 +44,9 @@ flags.mark_flag_as_required("workdir")
 
 def main(argv: list[str]) -> None:
   del argv
-  experiment, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+  experiment = _CONFIG.value
   validate(experiment)
-  if "://" in _WORKDIR.value or workdir.is_file():
+  if "://" in _WORKDIR.value:
     raise UserError(
         f"--workdir={_WORKDIR.value} is no directory: name one on a disk that all hosts see, a "
         "bucket where it is mounted."
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
   with processes:
     check_devices(experiment, len(devices()))
     use_compilation_cache()
-    loop.train(experiment, workdir, profile_steps=profile_steps)
+    loop.train(experiment, pathlib.Path(_WORKDIR.value), profile_steps=profile_steps)
 
 
 if __name__ == "__main__":
