@@ -14,6 +14,7 @@ is faster and fits too: the 1M stage with fsdp=4, ring=64, tensor=1 and
 """
 
 from configs import models
+from lwm.experiment import CheckpointConfig
 from lwm.experiment import DatasetConfig
 from lwm.experiment import Experiment
 from lwm.experiment import MeshConfig
@@ -56,4 +57,6 @@ def get_config() -> Experiment:
       ),
       datasets=datasets,
       stages=stages,
+      # Four minutes of the shortest rows, an hour of the longest.
+      checkpoint=CheckpointConfig(every_steps=20),
   )

@@ -7,6 +7,7 @@ configs/lwm_text_7b.py, which has a word on parameters and faster meshes too.
 """
 
 from configs import models
+from lwm.experiment import CheckpointConfig
 from lwm.experiment import DatasetConfig
 from lwm.experiment import Experiment
 from lwm.experiment import MeshConfig
@@ -70,4 +71,6 @@ def get_config() -> Experiment:
           )
           for name, length, steps, warmup, peak, end, tensor, ring, mixture in _STAGES
       ],
+      # A minute and a half of the shortest rows, an hour of the longest.
+      checkpoint=CheckpointConfig(every_steps=20),
   )
