@@ -19,6 +19,7 @@ from kernels.attention.backend import Backend
 from kernels.attention.block_sizes_gpu import MOSAIC_GPU_BLOCKS as BLOCKS
 from kernels.attention.block_sizes_gpu import MOSAIC_GPU_TILE as TILE
 from kernels.attention.intervals import KeyIntervals
+from kernels.attention.triton import compute_capability
 from kernels.varying import vary_alike
 
 HEAD_DIMS = (64, 128, 256)
@@ -122,7 +123,7 @@ def backward(
 
 def unsupported(query_BxQxHxD, key_BxKxGxD) -> str | None:
   """What stands against Mosaic GPU here, or None; see `kernels.attention.backend.Backend`."""
-  if not pallas_triton.is_gpu_device() or pallas_triton.get_gpu_info().compute_capability != 90:
+  if not pallas_triton.is_gpu_device() or compute_capability() != 90:
     return "it needs an NVIDIA Hopper GPU (H100, H200); 'triton' runs on others, 'xla' everywhere"
   if query_BxQxHxD.dtype.itemsize != 2:
     return f"it takes bfloat16 and float16, not {query_BxQxHxD.dtype}; 'triton' takes float32"

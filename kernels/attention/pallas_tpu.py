@@ -124,6 +124,8 @@ def unsupported(query_BxQxHxD, key_BxKxGxD) -> str | None:
   """What stands against these kernels here, or None; see `kernels.attention.backend.Backend`."""
   if not pltpu.is_tpu_device():
     return "it needs a TPU; 'xla' runs everywhere"
+  if pltpu.get_tpu_info().generation < 4:
+    return "it needs a TPU v4 or later; use 'xla'"
   if query_BxQxHxD.dtype == jnp.float16:
     return "TPUs have no float16; use bfloat16 or 'xla'"
   if query_BxQxHxD.shape[-1] not in HEAD_DIMS:

@@ -120,11 +120,19 @@ def unsupported(query_BxQxHxD, key_BxKxGxD) -> str | None:
     return "it needs an NVIDIA GPU; 'xla' runs everywhere"
   if importlib.util.find_spec("jax_triton") is None:
     return "it needs jax-triton: pip install 'lwm[gpu]'"
-  if pallas_triton.get_gpu_info().compute_capability < 80:
+  if compute_capability() < 80:
     return "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or later; use 'xla'"
   if query_BxQxHxD.shape[-1] not in HEAD_DIMS:
     return f"it takes head_dim {HEAD_DIMS}, not {query_BxQxHxD.shape[-1]}; 'xla' takes any"
   return None
+
+
+def compute_capability() -> int:
+  """Of the GPU that the program will run on, times ten; 0 if JAX has no name for it."""
+  try:
+    return pallas_triton.get_gpu_info().compute_capability
+  except ValueError:  # Names without "NVIDIA" in front are older than Ampere.
+    return 0
 
 
 TRITON = Backend("triton", unsupported, forward, backward)
@@ -133,8 +141,9 @@ TRITON = Backend("triton", unsupported, forward, backward)
 def _blocks(kernel: str, query_BxQxHxD, sizes: Mapping[str, Blocks]) -> Blocks:
   if kernel in sizes:
     return sizes[kernel]
-  capability = pallas_triton.get_gpu_info().compute_capability
-  return triton_blocks(kernel, capability, query_BxQxHxD.shape[-1], query_BxQxHxD.dtype)
+  return triton_blocks(
+      kernel, compute_capability(), query_BxQxHxD.shape[-1], query_BxQxHxD.dtype
+  )
 
 
 def _call(kernel, arrays, sizes, out_type, *, grid, blocks, scale, soft_cap):

@@ -82,7 +82,10 @@ def linear_cross_entropy(
         *arrays, ranges, chunk, vocab_block, soft_cap
     )
     if axis_name is not None:
-      log_sum_exp_N = _log_sum_exp_over(log_sum_exp_N, axis_name)
+      # Of a target in no range every shard says 0, and these are no parts of one sum.
+      log_sum_exp_N = jnp.where(
+          _lies_in(targets_N, ranges), _log_sum_exp_over(log_sum_exp_N, axis_name), 0.0
+      )
       target_logit_N = jax.lax.psum(target_logit_N, axis_name)
   else:
     raise ValueError(
@@ -92,6 +95,13 @@ def linear_cross_entropy(
   log_probability_N = target_logit_N - log_sum_exp_N
   loss_N = z_loss * jnp.square(log_sum_exp_N) - log_probability_N
   return TokenLosses(loss_N, log_probability_N, log_sum_exp_N)
+
+
+def _lies_in(targets_N: jax.Array, ranges: Ranges) -> jax.Array:
+  lies_N = jnp.zeros_like(targets_N, jnp.bool_)
+  for start, stop in ranges:
+    lies_N |= (targets_N >= start) & (targets_N < stop)
+  return lies_N
 
 
 def _log_sum_exp_over(log_sum_exp_N: jax.Array, axis_name: str) -> jax.Array:

@@ -106,9 +106,9 @@ def _backward(ranges, chunk, vocab_block, soft_cap, residuals, cotangents):
   vary = _vary_like(hidden_NxM)
 
   def visit(tokens, blocks, carry):
-    hidden_CxM = tokens.take(hidden_NxM)
+    # Rows that are not of this chunk: 0 times what they hold might be NaN, and exp(0 - inf) is 0.
+    hidden_CxM = jnp.where(tokens.valid_C[:, None], tokens.take(hidden_NxM), 0)
     targets_C = tokens.take(targets_N) - first_column
-    # Rows that are not of this chunk: exp(logit - inf) is 0.
     log_sum_exp_C = jnp.where(tokens.valid_C, tokens.take(log_sum_exp_N), jnp.inf)
     softmax_cotangent_C = tokens.take(log_sum_exp_cotangent_N)
     one_hot_cotangent_C = jnp.where(tokens.valid_C, tokens.take(target_logit_cotangent_N), 0.0)

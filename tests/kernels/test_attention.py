@@ -3,12 +3,14 @@
 import functools
 
 import jax
+from jax._src.pallas.triton import gpu_info
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kernels import attention as attention_lib
 from kernels.attention import KeyIntervals
+from kernels.attention import api
 from kernels.attention import attention
 from kernels.attention import xla
 from tests.kernels import attention_cases
@@ -190,3 +192,14 @@ def test_what_is_not_supported_is_said_in_a_sentence(change, message):
         backend=change.get("backend"),
     )
   assert str(raised.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("kind", ("Quadro RTX 8000", "Tesla V100-SXM2-32GB"))
+def test_a_gpu_that_pallas_has_no_name_for_takes_xla(kind, monkeypatch):
+  """JAX raises for these names, which are all older than Ampere."""
+  monkeypatch.setattr(gpu_info, "get_device_platform", lambda: "gpu")
+  monkeypatch.setattr(gpu_info, "get_device_kind", lambda: kind)
+  query = jax.ShapeDtypeStruct((1, 8, 2, 64), jnp.bfloat16)
+  assert api.choose(None, query, query).name == "xla"
+  with pytest.raises(ValueError, match="Hopper"):
+    api.choose("mosaic_gpu", query, query)

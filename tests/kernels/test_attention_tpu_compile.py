@@ -4,6 +4,8 @@ What Mosaic rejects (layouts, scalar and vector memory that do not suffice) fail
 """
 
 import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
 import pytest
 
 from kernels.attention import api
@@ -46,3 +48,15 @@ def test_the_platform_of_the_mesh_chooses_the_backend():
     assert api.choose(None, query(head_dim=32), query(head_dim=32)).name == "xla"
     with pytest.raises(ValueError, match="head_dim 32 is none of"):
       api.choose("pallas_tpu", query(head_dim=32), query(head_dim=32))
+
+
+def test_tpus_before_v4_take_xla():
+  """Their compilers do not know the kernels' products."""
+  topology = topologies.get_topology_desc(
+      platform="tpu", topology_name="v3:2x2", chips_per_host_bounds=(2, 2, 1), num_slices=1
+  )
+  query = jax.ShapeDtypeStruct((1, 1024, 2, 128), "bfloat16")
+  with jax.set_mesh(Mesh(topology.devices[:1], ("x",))):
+    assert api.choose(None, query, query).name == "xla"
+    with pytest.raises(ValueError, match="it needs a TPU v4 or later"):
+      api.choose("pallas_tpu", query, query)

@@ -73,17 +73,21 @@ def test_weight_gradient_of_many_chunks_keeps_its_precision():
   assert error < 0.01
 
 
+@pytest.mark.parametrize("has_part_of_tokens", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 8), (2, 1, 2, 2), (1, 2, 4, 1)], ids=str)
-def test_sharded_equals_reference(shape):
+def test_sharded_equals_reference(shape, has_part_of_tokens):
+  """Chunks of four tokens; where a device holds three, more chunks than it has tokens."""
   inputs = make_inputs(4, 24)
   weights_BxSxM = cotangent(inputs[0])
   expected = gradients(reference.feed_forward, inputs, weights_BxSxM)
   mesh = jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 4)
-  tokens = P(("data", "fsdp"), "ring", None)
+  tokens = P(("data", "fsdp"), ("ring", "tensor") if has_part_of_tokens else "ring", None)
   specs = tokens, P(None, "tensor"), P(None, "tensor"), P("tensor", None)
   with jax.set_mesh(mesh):
     sharded = jax.shard_map(
-        functools.partial(feed_forward, chunk=4, axis_name="tensor"),
+        functools.partial(
+            feed_forward, chunk=4, axis_name="tensor", has_part_of_tokens=has_part_of_tokens
+        ),
         in_specs=specs, out_specs=tokens,
     )  # fmt: skip
     place = lambda array, spec: jax.device_put(array, jax.NamedSharding(mesh, spec))
