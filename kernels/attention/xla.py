@@ -1,7 +1,8 @@
 """Blockwise attention in plain JAX: runs everywhere, memory O(S), work by the blocks that count.
 
-For every batch row and block of queries, a loop runs over the contiguous range of key blocks that
-meet an interval of those queries: blocks outside are neither loaded nor computed. Forward is the
+For every batch row and block of queries, one loop runs over the key blocks that lie inside all
+intervals of those queries, without a mask, and another over those that cross one: blocks outside
+are neither loaded nor computed. Forward is the
 online softmax (arXiv 1805.02867, 2205.14135); backward is one pass that recomputes the scores
 and accumulates the gradients of key and value in place.
 
@@ -9,11 +10,13 @@ B batch, Q/K query/key length, H query heads, G key/value heads, R = H / G, D he
 N query blocks, q/k queries/keys in a block, T = B * N tiles.
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
+from kernels.attention import block_tables
 from kernels.attention.backend import Backend
 from kernels.attention.intervals import KeyIntervals
 
@@ -46,19 +49,20 @@ def forward(
   query_TxGxRqxD = _query_tiles(query_BxQxHxD, G, q)
   intervals_TxRq = _interval_tiles(intervals, q, H // G)
   rows_T = _rows_of_tiles(query_TxGxRqxD, B)
+  tables_Tx4 = _tables_of_tiles(intervals, key_BxKxGxD.shape[1], q, k)
 
   def tile(_, inputs):
-    row, query_GxRqxD, intervals_Rq = inputs
-    first, last = _key_blocks(intervals_Rq, k)
+    row, query_GxRqxD, intervals_Rq, table_4 = inputs
 
-    def key_block(index, carry):
+    def key_block(index, is_full, carry):
       out_GxRqxD, maximum_GxRq, sum_GxRq = carry
       key_GxkxD = load(key_rows, row, index, k)
       scores_GxRqxk = scale * _dot("GQD,GKD->GQK", query_GxRqxD, key_GxkxD)
       if soft_cap is not None:
         scores_GxRqxk = soft_cap * jnp.tanh(scores_GxRqxk / soft_cap)
-      mask_Rqxk = _is_seen(intervals_Rq, index, k, keys_first=False)
-      scores_GxRqxk = jnp.where(mask_Rqxk[None], scores_GxRqxk, -jnp.inf)
+      if not is_full:
+        mask_Rqxk = _is_seen(intervals_Rq, index, k, keys_first=False)
+        scores_GxRqxk = jnp.where(mask_Rqxk[None], scores_GxRqxk, -jnp.inf)
       new_maximum_GxRq = jnp.maximum(maximum_GxRq, jnp.max(scores_GxRqxk, axis=-1))
       weights_GxRqxk = jnp.exp(scores_GxRqxk - new_maximum_GxRq[..., None])
       decay_GxRq = jnp.exp(maximum_GxRq - new_maximum_GxRq)
@@ -70,18 +74,21 @@ def forward(
       return out_GxRqxD, new_maximum_GxRq, sum_GxRq
 
     zero_GxRq = jnp.zeros_like(query_GxRqxD[..., 0], jnp.float32)
-    # A finite start, since -inf - -inf is no number: rows without a key keep a sum of 0.
+    # A finite start, since -inf - -inf is no number.
     lowest_GxRq = jnp.full_like(zero_GxRq, jnp.finfo(jnp.float32).min)
-    out_GxRqxD, maximum_GxRq, sum_GxRq = jax.lax.fori_loop(
-        first, last, key_block, (jnp.zeros_like(query_GxRqxD, jnp.float32), lowest_GxRq, zero_GxRq)
+    out_GxRqxD, maximum_GxRq, sum_GxRq = _over_key_blocks(
+        table_4, key_block, (jnp.zeros_like(query_GxRqxD, jnp.float32), lowest_GxRq, zero_GxRq)
     )
-    is_empty_GxRq = sum_GxRq == 0
-    sum_GxRq = jnp.where(is_empty_GxRq, 1.0, sum_GxRq)
-    log_sum_exp_GxRq = jnp.where(is_empty_GxRq, -jnp.inf, maximum_GxRq + jnp.log(sum_GxRq))
+    # Full blocks have counted keys for empty rows too.
+    start_Rq, stop_Rq = intervals_Rq
+    is_empty_Rq = stop_Rq <= start_Rq
+    out_GxRqxD = jnp.where(is_empty_Rq[:, None], 0.0, out_GxRqxD)
+    sum_GxRq = jnp.where(is_empty_Rq, 1.0, sum_GxRq)
+    log_sum_exp_GxRq = jnp.where(is_empty_Rq, -jnp.inf, maximum_GxRq + jnp.log(sum_GxRq))
     return None, ((out_GxRqxD / sum_GxRq[..., None]).astype(out_dtype), log_sum_exp_GxRq)
 
   _, (out_TxGxRqxD, log_sum_exp_TxGxRq) = jax.lax.scan(
-      tile, None, (rows_T, query_TxGxRqxD, intervals_TxRq)
+      tile, None, (rows_T, query_TxGxRqxD, intervals_TxRq, tables_Tx4)
   )
   out_BxQxHxD = _from_tiles(out_TxGxRqxD, B, Q, H)
   return out_BxQxHxD, _from_tiles(log_sum_exp_TxGxRq[..., None], B, Q, H)[..., 0]
@@ -123,13 +130,14 @@ def backward(
       _query_tiles(log_sum_exp_BxQxH[..., None], G, q)[..., 0],
       _query_tiles(delta_BxQxH[..., None], G, q)[..., 0],
       _interval_tiles(intervals, q, H // G),
+      _tables_of_tiles(intervals, K, q, k),
   )
 
   def tile(grads, inputs):
-    row, query_GxRqxD, out_cotangent_GxRqxD, log_sum_exp_GxRq, delta_GxRq, intervals_Rq = inputs
-    first, last = _key_blocks(intervals_Rq, k)
+    row, query_GxRqxD, out_cotangent_GxRqxD, *rows, intervals_Rq, table_4 = inputs
+    log_sum_exp_GxRq, delta_GxRq = rows
 
-    def key_block(index, carry):
+    def key_block(index, is_full, carry):
       query_grad_GxDxRq, key_grad_BxGxKxD, value_grad_BxGxKxD = carry
       key_GxkxD = _load(key_BxGxKxD, row, index, k)
       value_GxkxD = _load(value_BxGxKxD, row, index, k)
@@ -137,10 +145,11 @@ def backward(
       if soft_cap is not None:
         tanh_GxkxRq = jnp.tanh(scores_GxkxRq / soft_cap)
         scores_GxkxRq = soft_cap * tanh_GxkxRq
-      mask_kxRq = _is_seen(intervals_Rq, index, k, keys_first=True)
-      weights_GxkxRq = jnp.exp(
-          jnp.where(mask_kxRq[None], scores_GxkxRq - log_sum_exp_GxRq[:, None], -jnp.inf)
-      )
+      exponents_GxkxRq = scores_GxkxRq - log_sum_exp_GxRq[:, None]
+      if not is_full:
+        mask_kxRq = _is_seen(intervals_Rq, index, k, keys_first=True)
+        exponents_GxkxRq = jnp.where(mask_kxRq[None], exponents_GxkxRq, -jnp.inf)
+      weights_GxkxRq = jnp.exp(exponents_GxkxRq)
       weights_cotangent_GxkxRq = _dot("GKD,GQD->GKQ", value_GxkxD, out_cotangent_GxRqxD)
       scores_grad_GxkxRq = weights_GxkxRq * (weights_cotangent_GxkxRq - delta_GxRq[:, None])
       if soft_cap is not None:
@@ -160,9 +169,7 @@ def backward(
       )
 
     query_grad_GxDxRq = jnp.swapaxes(jnp.zeros_like(query_GxRqxD, jnp.float32), 1, 2)
-    query_grad_GxDxRq, *grads = jax.lax.fori_loop(
-        first, last, key_block, (query_grad_GxDxRq, *grads)
-    )
+    query_grad_GxDxRq, *grads = _over_key_blocks(table_4, key_block, (query_grad_GxDxRq, *grads))
     return tuple(grads), jnp.swapaxes(query_grad_GxDxRq, 1, 2)
 
   zero_BxGxKxD = jnp.zeros_like(key_BxGxKxD, jnp.float32)
@@ -216,14 +223,25 @@ def _rows_of_tiles(query_TxGxRqxD, B: int):
   return jnp.arange(T, dtype=jnp.int32) // (T // B)
 
 
-def _key_blocks(intervals_Rq: KeyIntervals, k: int):
-  """The first and last + 1 block of k keys that meet an interval of one query block."""
-  start_q, stop_q = intervals_Rq
-  is_empty_q = stop_q <= start_q
-  first_key = jnp.min(jnp.where(is_empty_q, jnp.iinfo(jnp.int32).max, start_q))
-  stop_key = jnp.max(jnp.where(is_empty_q, 0, stop_q))
-  last = (stop_key + k - 1) // k
-  return jnp.minimum(first_key // k, last), last
+def _tables_of_tiles(intervals: KeyIntervals, num_keys: int, q: int, k: int):
+  """Of each tile the ranges of key blocks that `block_tables.of_queries` says: int32 [T, 4]."""
+  tables_Bx4xN = block_tables.of_queries(intervals, num_keys, q, k)
+  return jnp.swapaxes(tables_Bx4xN, 1, 2).reshape(-1, 4)
+
+
+def _over_key_blocks(table_4, key_block: Callable, carry):
+  """Takes `carry` through `key_block(index, is_full, carry)` for each block of a tile's ranges."""
+  first, last, full_first, full_last = table_4
+
+  def full(index, carry):
+    return key_block(index, True, carry)
+
+  def crossed(number, carry):
+    index = jnp.where(number < full_first, number, number + full_last - full_first)
+    return key_block(index, False, carry)
+
+  carry = jax.lax.fori_loop(full_first, full_last, full, carry)
+  return jax.lax.fori_loop(first, last - (full_last - full_first), crossed, carry)
 
 
 def _is_seen(intervals_Rq: KeyIntervals, index, k: int, *, keys_first: bool):

@@ -73,6 +73,29 @@ def test_only_blocks_that_meet_an_interval_are_loaded(monkeypatch):
   assert counts == expected
 
 
+@pytest.mark.parametrize("part, passes", ((total, 1), (jax.grad(total, argnums=(0, 1, 2)), 2)))
+def test_full_blocks_take_no_mask(monkeypatch, part, passes):
+  """Of 36 causal blocks of 8 the 8 on the diagonal do; so do both ends of a window of 29."""
+  masked = []
+
+  def counted(intervals, index, k, *, keys_first):
+    jax.debug.callback(lambda index: masked.append(int(index)), index)
+    return is_seen(intervals, index, k, keys_first=keys_first)
+
+  is_seen = xla._is_seen
+  monkeypatch.setattr(xla, "_is_seen", counted)
+  monkeypatch.setattr(xla, "QUERY_BLOCK", 8)
+  monkeypatch.setattr(xla, "KEY_BLOCK", 8)
+  start, stop = causal(2, 64)
+  start = start.at[1].set(jnp.maximum(stop[1] - 29, 0))
+  jax.block_until_ready(part(*random_inputs(2, 64), KeyIntervals(start, stop)))
+  jax.effects_barrier()
+  # Query block n of the window sees keys from 8 n - 28 on, and whole blocks from 8 n - 21 on.
+  causal_blocks = list(range(8))
+  ends = [block for n in range(8) for block in (n - 4, n - 3) if block >= 0]
+  assert sorted(masked) == sorted(passes * (2 * causal_blocks + ends))
+
+
 @pytest.mark.parametrize("num_queries", (1, 1024))
 def test_keys_outside_every_interval_are_not_read(num_queries):
   """A NaN there would reach the output through 0 * NaN, were its block computed."""
