@@ -149,4 +149,4 @@ def gib(size: float) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-  return f"{seconds:.2f} s" if seconds >= 10 else f"{seconds * 1e3:.3g} ms"
+  return f"{seconds:.2f} s" if seconds >= 0.9995 else f"{seconds * 1e3:.3g} ms"
