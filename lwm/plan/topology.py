@@ -14,6 +14,7 @@ from jax.experimental import topologies
 from lwm.chips import Chip
 from lwm.chips import of_kind
 from lwm.errors import UserError
+from lwm.parallel.xla_flags import GPU_MEMORY
 from lwm.plan.gpu_target import GPUS
 from lwm.plan.gpu_target import gpu_target
 from lwm.train.peak import measured_flops
@@ -124,7 +125,9 @@ def _gpu(name: str, kind: str, hosts: int, gpus: int) -> Topology:
     ) from error
   finally:
     logger.setLevel(level)
-  return Topology(name, of_kind(devices[0].device_kind), tuple(devices), devices_per_host=gpus)
+  chip = of_kind(devices[0].device_kind)
+  chip = dataclasses.replace(chip, memory=int(GPU_MEMORY * chip.memory))
+  return Topology(name, chip, tuple(devices), devices_per_host=gpus)
 
 
 def _cpu(name: str, count: int) -> Topology:
