@@ -130,8 +130,8 @@ def nothing_fits(
   if leanest.least_memory <= chip.memory:
     needs = f"{gib(leanest.host_memory)} of {gib(chip.host_memory)} of the host's memory"
   return (
-      f"{what}: nothing fits {topology.name}; by counting, the leanest, {_candidate_text(leanest)}, "
-      f"takes at least {needs} a device: take a larger machine."
+      f"{what}: nothing fits {topology.name}; by counting, the leanest, "
+      f"{_candidate_text(leanest)}, takes at least {needs} a device: take a larger machine."
   )
 
 
