@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import math
 import types
 
@@ -165,11 +166,13 @@ def test_search_ends_after_its_tries_and_compiles_nothing_that_cannot_fit(monkey
 
 
 def test_search_learns_from_what_did_not_fit(monkeypatch, v5e):
-  """Of each remat policy one is compiled: it takes far more than was counted."""
+  """Of each remat policy one is compiled, and one with a ring: far more than was counted."""
   fake = compiler(monkeypatch, fits=lambda experiment: False, total=1000 * GIB)
   experiment = planned.get_config()
   assert not list(search(experiment, experiment.stages[0], v5e, ignore, tries=100))
-  assert sorted(e.model.remat for e in fake.asked) == sorted(REMAT_POLICIES)
+  asked = {(e.model.remat, e.stages[0].mesh.ring > 1) for e in fake.asked}
+  assert len(fake.asked) == len(asked)
+  assert asked == set(itertools.product(REMAT_POLICIES, (False, True)))
 
 
 @pytest.mark.parametrize("limit", (2**12, 2**21, 2**30), ids=("low", "middle", "high"))
