@@ -12,7 +12,8 @@ meshes, remat and offload policies of a stage, `--longest` rows of one batch ove
 both print only what has been compiled and fits, and on stderr what they try.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
+import functools
 import itertools
 import json
 import os
@@ -28,11 +29,14 @@ from lwm.experiment import Experiment
 from lwm.experiment import Stage
 from lwm.parallel import xla_flags
 from lwm.plan import StagePlan
+from lwm.plan import Topology
 from lwm.plan import load
 from lwm.plan import longest
 from lwm.plan import plan_stage
 from lwm.plan import report
 from lwm.plan import search
+from lwm.plan.candidates import Candidate
+from lwm.plan.candidates import candidates
 from lwm.validate import check_devices
 from lwm.validate import validate
 
@@ -57,7 +61,7 @@ def main(argv: list[str]) -> None:
   del argv
   if _TABLE.value:
     table = plan_tables.recipes if _TABLE.value == "recipes" else plan_tables.longest_contexts
-    for row in table(_tell, _TRIES.value, _JSON.value):
+    for row in table(functools.partial(_tell, tried=[]), _TRIES.value, _JSON.value):
       print(row, flush=True)
     return
   if _CONFIG.value is None or _TOPOLOGY.value is None:
@@ -69,18 +73,19 @@ def main(argv: list[str]) -> None:
   experiment.stages = chosen_stages(experiment, _STAGE.value)
   topology = load(_TOPOLOGY.value)
   if _SEARCH.value:
-    for stage in experiment.stages:
-      found = search(experiment, stage, topology, _tell, _TRIES.value)
-      _print_rows(itertools.islice(found, _TOP.value), stage.name)
+    _print_found(experiment, topology)
   elif _LONGEST.value:
-    plan = longest(experiment, topology, _tell, _TRIES.value)
-    _print_rows([] if plan is None else [plan], "a row")
+    tried = []
+    plan = longest(experiment, topology, functools.partial(_tell, tried=tried), _TRIES.value)
+    if plan is None:
+      raise UserError(report.nothing_fits(topology, "a row", tried, ()))
+    _print_rows([plan])
   else:
     check_devices(experiment, len(topology.devices))
     _print_plans(experiment, topology)
 
 
-def _print_plans(experiment: Experiment, topology) -> None:
+def _print_plans(experiment: Experiment, topology: Topology) -> None:
   plans = []
   for stage in experiment.stages:
     plan = plan_stage(experiment, stage, topology)[0]
@@ -91,8 +96,22 @@ def _print_plans(experiment: Experiment, topology) -> None:
     print(report.table(plans))
 
 
-def _print_rows(plans: Iterator[StagePlan], what: str) -> None:
-  """As they come; all of them fit."""
+def _print_found(experiment: Experiment, topology: Topology) -> None:
+  """What fits of every stage; raises a UserError in the end if of some nothing does."""
+  missing = []
+  for stage in experiment.stages:
+    tried = []
+    tell = functools.partial(_tell, tried=tried)
+    found = search(experiment, stage, topology, tell, _TRIES.value)
+    if not _print_rows(itertools.islice(found, _TOP.value)):
+      others = candidates(experiment, stage, len(topology.devices))
+      missing.append(report.nothing_fits(topology, stage.name, tried, others))
+  if missing:
+    raise UserError("\n".join(missing))
+
+
+def _print_rows(plans: Iterable[StagePlan]) -> int:
+  """As they come; all of them fit. Returns how many they are."""
   count = 0
   for count, plan in enumerate(plans, 1):
     if _JSON.value:
@@ -100,15 +119,15 @@ def _print_rows(plans: Iterator[StagePlan], what: str) -> None:
     else:
       head = report.table_head() + "\n" if count == 1 else ""
       print(head + report.table_row(plan), flush=True)
-  if not count:
-    raise UserError(
-        f"--topology={_TOPOLOGY.value}: nothing that was tried for {what} fits; try more with "
-        "--tries, or a larger machine."
-    )
+  return count
 
 
-def _tell(*what) -> None:
-  print(report.try_line(*what), file=sys.stderr, flush=True)
+def _tell(
+    candidate: Candidate, plan: StagePlan | None, reason: str, tried: list[StagePlan]
+) -> None:
+  print(report.try_line(candidate, plan, reason), file=sys.stderr, flush=True)
+  if plan is not None:
+    tried.append(plan)
 
 
 def chosen_stages(experiment: Experiment, choice: str | None) -> list[Stage]:

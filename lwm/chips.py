@@ -17,8 +17,8 @@ class Chip:
     name: as in `--topology=NAME:...`.
     kinds: parts of `jax.Device.device_kind` in lower case that mean this one.
     flops: bfloat16 FLOP/s.
-    memory: bytes that a program may take. On TPUs what XLA grants; on GPUs the whole, of which JAX
-      grants XLA_PYTHON_CLIENT_MEM_FRACTION.
+    memory: bytes. On TPUs what XLA grants a program; on GPUs the whole, of which JAX gets a part
+      (lwm/parallel/xla_flags.py).
     memory_bandwidth: bytes/s.
     link_bandwidth: bytes/s one way, of a link to one neighbour in the torus (TPU) or of the device
       to all others in its host (GPU).

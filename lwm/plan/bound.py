@@ -1,8 +1,8 @@
 """The least memory that a train step can take, by counting: what need not be compiled.
 
 Only what is certain to live at one of two moments is counted, the backward pass of a block and that
-of the head, so that a step which fits is never left out; a compiled step takes up to half as much
-again. Letters, of one device: T tokens of attention and feed-forward, R tokens of the residual
+of the head, so that a step which fits is never left out; a compiled step takes up to twice as
+much. Letters, of one device: T tokens of attention and feed-forward, R tokens of the residual
 stream (T / tensor), M width, L layers.
 """
 
@@ -51,20 +51,22 @@ def least_memory(
   saved = _saved(model, stage, sizes, tokens, number)
   query = tokens * model.num_heads * model.head_dim / tensor
   key = tokens * model.num_kv_heads * model.head_dim / tensor
-  # Query, key and value; their gradients in float32.
-  attention = number * (query + 2 * key) + _FLOAT32 * (query + 2 * key)
+  # Query, key and value, their gradients: the query's is made alone, and has been rounded by then.
+  attention = number * 2 * (query + key) + _FLOAT32 * 2 * key
   if sizes["ring"] > 1:
-    # The next key and value, and the gradients of a hop.
-    attention += 2 * key * number + _FLOAT32 * (query + 2 * key)
-  # Of all heads: the result and its cotangent.
-  attention = attention / model.head_groups + number * 2 * query
+    # The next key and value; the gradients in float32, and those of a hop.
+    attention += number * (2 * key - query) + _FLOAT32 * (2 * query + 2 * key)
+  # Of all heads: the result's cotangent; the result as well where groups come one after the other.
+  attention /= model.head_groups
+  attention += number * query * (1 if model.head_groups == 1 else 2)
   if tensor > 1:
-    # Gathered tokens, or products that are not added up yet.
-    attention += tokens * model.width * number
-  # Of a block's input, its cotangent and the sum after attention.
-  block = gradients + attention + 3 * residual
-  # The head in float32, its copy for the products, its gradient.
-  head = model.vocab_size * model.width * (2 * _FLOAT32 + number) + 2 * residual
+    # The three gradients, and their products that are not added up yet.
+    products = number * ((query + 2 * key) / model.head_groups + tokens * model.width)
+    attention = max(attention, products)
+  # The cotangent of what goes past attention.
+  block = gradients + attention + residual
+  # The head as products take it, and its gradient.
+  head = model.vocab_size * model.width * (_FLOAT32 + number) + 2 * residual
   return state + saved + max(block, head)
 
 

@@ -42,9 +42,13 @@ class Candidate:
   def stage(self) -> Stage:
     return self.experiment.stages[0]
 
+  def shortage(self, chip: Chip) -> float:
+    """Bytes that are missing at least, of the device's memory or of the host's."""
+    return max(self.least_memory - chip.memory, self.host_memory - chip.host_memory)
+
   def may_fit(self, chip: Chip) -> bool:
     """Whether counting allows it."""
-    return self.least_memory <= chip.memory and self.host_memory <= chip.host_memory
+    return self.shortage(chip) <= 0
 
 
 def candidates(

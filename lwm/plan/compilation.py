@@ -25,8 +25,8 @@ _VALUE = re.compile(
     r" value: <\d+ (\S+?)(?:\{[^ ]*)?( \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)"
 )
 _OPERATION = re.compile(r'^\s*(?:ROOT )?%?(\S+) = .*op_name="([^"]*)"', re.MULTILINE)
-# What comes after buffers are assigned, and leaves the answer as it is: the device's memory (not the
-# vector memory of a kernel, which no other mesh would mend), and an assembler on this machine that is
+# What comes after buffers are assigned, and leaves the answer as it is: the device's memory (not a
+# kernel's vector memory, which no other mesh would mend), and an assembler on this machine that is
 # too old for the devices.
 _SETTLED = re.compile(
     r"RESOURCE_EXHAUSTED.*\bhbm\b|ptxas exited with non-zero", re.IGNORECASE | re.DOTALL

@@ -51,8 +51,13 @@ class Memory:
     return self.total - self.capacity
 
   @property
+  def shortage(self) -> float:
+    """Bytes that are missing, of the device's memory or of the host's; not above 0 if it fits."""
+    return max(self.excess, self.host - self.host_capacity)
+
+  @property
   def fits(self) -> bool:
-    return self.excess <= 0 and self.host <= self.host_capacity
+    return self.shortage <= 0
 
 
 def compile_train_step(

@@ -1,11 +1,13 @@
 """Plans as text for the person at the terminal."""
 
+from collections.abc import Iterable
 import re
 
 from lwm.chips import GIB
 from lwm.plan.candidates import Candidate
 from lwm.plan.plan import StagePlan
 from lwm.plan.plan import moments_text
+from lwm.plan.topology import Topology
 
 
 def stage_report(plan: StagePlan) -> str:
@@ -90,18 +92,59 @@ def heads_text(head_groups: int) -> str:
 
 def try_line(candidate: Candidate, plan: StagePlan | None, reason: str) -> str:
   """What became of a candidate, for a person who waits."""
-  what = (
-      f"{candidate.stage.name}: {mesh_text(candidate.stage.mesh.axis_sizes())}, remat "
-      f"{candidate.experiment.model.remat}, heads "
-      f"{heads_text(candidate.experiment.model.head_groups)}, moments "
-      f"{moments_text(candidate.experiment.optimizer)}"
-  )
+  what = f"{candidate.stage.name}: {_candidate_text(candidate)}"
   if plan is None:
     return f"{what}: {reason}"
   return (
       f"{what}: {verdict(plan)}, by counting at least {gib(candidate.least_memory)} "
       f"({plan.compile_seconds:.0f} s)"
   )
+
+
+def nothing_fits(
+    topology: Topology, what: str, tried: Iterable[StagePlan], candidates: Iterable[Candidate]
+) -> str:
+  """A sentence: the closest of what was compiled, or of what by counting need not be.
+
+  Args:
+    topology: the machine.
+    what: the name of a stage.
+    tried: of it; none of them fits.
+    candidates: for it; wanted if nothing was tried.
+  """
+  chip = topology.chip
+  closest = min(tried, key=lambda plan: plan.memory.shortage, default=None)
+  if closest is not None:
+    policy = _policy_text(closest.mesh, closest.remat, closest.head_groups, closest.moments)
+    return (
+        f"{what}: nothing that was tried fits {topology.name}; the closest is {policy}: "
+        f"{verdict(closest)}; try more with --tries, or a larger machine."
+    )
+  leanest = min(candidates, key=lambda candidate: candidate.shortage(chip), default=None)
+  if leanest is None:
+    return (
+        f"{what}: no mesh of the {len(topology.devices)} devices of {topology.name} goes with this "
+        "model and its batch: take another number of devices, or of rows or tokens."
+    )
+  needs = f"{gib(leanest.least_memory)} of {gib(chip.memory)}"
+  if leanest.least_memory <= chip.memory:
+    needs = f"{gib(leanest.host_memory)} of {gib(chip.host_memory)} of the host's memory"
+  return (
+      f"{what}: nothing fits {topology.name}; by counting, the leanest, "
+      f"{_candidate_text(leanest)}, takes at least {needs} a device: take a larger machine."
+  )
+
+
+def _candidate_text(candidate: Candidate) -> str:
+  experiment = candidate.experiment
+  return _policy_text(
+      candidate.stage.mesh.axis_sizes(), experiment.model.remat, experiment.model.head_groups,
+      moments_text(experiment.optimizer),
+  )
+
+
+def _policy_text(mesh: dict[str, int], remat: str, head_groups: int, moments: str) -> str:
+  return f"{mesh_text(mesh)}, remat {remat}, heads {heads_text(head_groups)}, moments {moments}"
 
 
 def heading(plan: StagePlan) -> str:

@@ -18,6 +18,7 @@ from lwm.parallel.sharding import ShardingRules
 from lwm.plan.topology import Topology
 from lwm.plan.traffic import RECOMPUTED
 from lwm.plan.traffic import Traffic
+from lwm.plan.traffic import exchanged_kv_heads
 from lwm.plan.traffic import feed_forward_in_chunks
 from lwm.plan.traffic import moment_bytes
 from lwm.plan.traffic import step_traffic
@@ -102,7 +103,8 @@ def estimate(
   per_second = mesh.size * chip.flops
   imbalance = 1.0
   if stage.layout == "contiguous":
-    imbalance = 2 * sizes["ring"] / (sizes["ring"] + 1)
+    # Of n shards the last has n - 1/2 blocks of work, the mean n/2.
+    imbalance = 2 - 1 / sizes["ring"]
   attention_seconds = (
       imbalance * (attention + attention_again) / (per_second * ATTENTION_EFFICIENCY)
   )
@@ -178,10 +180,11 @@ def recompute_flops(
     weights += projections + feed_forward
   elif feed_forward_in_chunks(model, stage, sizes):
     weights += feed_forward
-  if model.head_groups > 1:
+  if model.head_groups > 1 and model.remat in RECOMPUTED:
     # Queries, keys and values of a group, once more.
     weights += projections - model.width * model.num_heads * model.head_dim
-  head = 2 * tokens * model.width * model.text_vocab_size
+  ids = model.vocab_size if experiment.loss.softmax_range == "all" else model.text_vocab_size
+  head = 2 * tokens * model.width * ids
   # The backward kernels make scores twice and the products with the values once more.
   attention = 6 + (4 if model.remat in RECOMPUTED else 0)
   attention *= model.num_layers * model.num_heads * model.head_dim * pairs
@@ -213,9 +216,8 @@ def _hop(stage, model, traffic, pairs, sizes, flops) -> Hop | None:
   keys = next(part for part in traffic if part.what == "keys and values")
   number = 4 if model.compute_dtype == "float32" else 2
   shards = math.prod(size for axis, size in sizes.items() if axis != "tensor")
-  amount = (
-      2 * stage.tokens_per_batch / shards * model.num_kv_heads * model.head_dim / sizes["tensor"]
-  )
+  heads = exchanged_kv_heads(model, sizes)
+  amount = 2 * stage.tokens_per_batch / shards * heads * model.head_dim
   return Hop(
       forward_compute=forward,
       forward_transfer=amount * number / keys.bandwidth,

@@ -46,8 +46,8 @@ def gathered_sequences(
     parameters: shapes of the parameters, stacked ones as they are.
     sequence_axes: the mesh axes that divide a sequence in attention.
   """
-  # A layer's part of each, and what a gather along some of the axes makes of it.
-  sizes = {math.prod(shape) // layers for shape in parameters for layers in (1, num_layers)}
+  # Of one layer: all layers together are so large that a head of the whole sequence may be a part.
+  sizes = {math.prod(shape[1:] if shape[0] == num_layers else shape) for shape in parameters}
   devices = math.prod(mesh.values())
   found = []
   for match in _INSTRUCTION.finditer(text):
@@ -57,16 +57,19 @@ def gathered_sequences(
         for kind, dims in _SHAPE.findall(result)
         if not kind.startswith(_INTEGERS)
     ]
-    for kind, shape in arrays:
-      layers = num_layers if len(shape) > 1 and shape[0] == num_layers else 1
-      if math.prod(shape) // layers >= sequence_length * width:
+    # Of a layer.
+    elements = [
+        math.prod(shape[1:] if len(shape) > 1 and shape[0] == num_layers else shape)
+        for _, shape in arrays
+    ]
+    for (kind, shape), size in zip(arrays, elements):
+      if size >= sequence_length * width:
         found.append(f"{name}: {kind}{list(shape)} holds a whole sequence ({operation})")
     if operation.removesuffix("-start") in ("all-gather", "all-reduce"):
       line = text[match.start() : text.find("\n", match.end())]
       crossed = set(crossed_axes(line, mesh)) & set(sequence_axes)
-      for kind, shape in arrays:
-        part = any(size % math.prod(shape) == 0 and devices % (size // math.prod(shape)) == 0
-                   for size in sizes)
+      for (kind, shape), size in zip(arrays, elements):
+        part = any(whole % size == 0 and devices % (whole // size) == 0 for whole in sizes)
         if crossed and not part and math.prod(shape) >= sequence_length:
           axes = " and ".join(sorted(crossed))
           found.append(f"{name}: {kind}{list(shape)} comes from {operation} over {axes}")

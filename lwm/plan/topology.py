@@ -14,6 +14,7 @@ from jax.experimental import topologies
 from lwm.chips import Chip
 from lwm.chips import of_kind
 from lwm.errors import UserError
+from lwm.parallel.xla_flags import GPU_MEMORY
 from lwm.plan.gpu_target import GPUS
 from lwm.plan.gpu_target import gpu_target
 from lwm.train.peak import measured_flops
@@ -22,6 +23,8 @@ from lwm.train.peak import measured_flops
 # a chip's two cores as a device.
 _MEGACORE = dict(chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1), num_slices=1)
 _TPU_DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
+# Chips along each side of a whole pod of v5e or v6e.
+_POD_SIDE = 16
 # Of a machine's memory, about; its FLOP/s are measured.
 _CPU_BYTES_PER_SECOND = 20e9
 _EXAMPLES = "v4:8x8x8, v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, h100:4x8 (hosts x GPUs), cpu:8"
@@ -45,6 +48,16 @@ class Topology:
   devices_per_host: int | None = None
   torus: tuple[int, ...] = ()
 
+  def goes_round(self, dimension: int) -> bool:
+    """Whether a link joins both ends of a dimension of the torus.
+
+    Of v5e and v6e on the sides of a whole pod; of the others in slices made of cubes of 4 x 4 x 4
+    (Google Cloud's pages on TPU v5e and v5p).
+    """
+    if _TPU_DIMENSIONS[self.chip.name] == 2:
+      return self.torus[dimension] == _POD_SIDE
+    return all(side % 4 == 0 for side in self.torus)
+
 
 def load(name: str) -> Topology:
   """The topology of that name, say `v5p:8x8x8`, `h100:4x8` or `cpu:8`.
@@ -52,7 +65,7 @@ def load(name: str) -> Topology:
   Raises:
     UserError: no such topology, or its compiler is not installed.
   """
-  match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
+  match = re.fullmatch(r"([a-z0-9]+):([1-9]\d*(?:x[1-9]\d*)*)", name)
   kind, sizes = (match[1], tuple(map(int, match[2].split("x")))) if match else (None, ())
   if kind in _TPU_DIMENSIONS and len(sizes) == _TPU_DIMENSIONS[kind]:
     return _tpu(name, kind, sizes)
@@ -64,6 +77,13 @@ def load(name: str) -> Topology:
 
 
 def _tpu(name: str, kind: str, sizes: tuple[int, ...]) -> Topology:
+  # libtpu compiles for others, too.
+  fours = all(n in (1, 2) or n % 4 == 0 for n in sizes)
+  if not fours or (len(sizes) == 2 and max(sizes) > _POD_SIDE):
+    raise UserError(
+        f"--topology={name}: Google has no such slice: sides are 1, 2 or multiples of 4, and of "
+        f"v5e and v6e at most {_POD_SIDE}."
+    )
   # The compiler alone: no lock on a TPU, no questions to a cloud's metadata server.
   for variable, value in {
       "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -105,7 +125,9 @@ def _gpu(name: str, kind: str, hosts: int, gpus: int) -> Topology:
     ) from error
   finally:
     logger.setLevel(level)
-  return Topology(name, of_kind(devices[0].device_kind), tuple(devices), devices_per_host=gpus)
+  chip = of_kind(devices[0].device_kind)
+  chip = dataclasses.replace(chip, memory=int(GPU_MEMORY * chip.memory))
+  return Topology(name, chip, tuple(devices), devices_per_host=gpus)
 
 
 def _cpu(name: str, count: int) -> Topology:

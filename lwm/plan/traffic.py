@@ -3,6 +3,7 @@
 Letters: T a device's tokens (of one tensor shard), n devices along an axis, M width, P parameters.
 """
 
+import collections
 from collections.abc import Mapping
 import dataclasses
 import math
@@ -96,21 +97,23 @@ def step_traffic(
   if model.remat == "none":
     again = 1 if feed_forward_in_chunks(model, stage, sizes) else 0
   if model.head_groups > 1:
-    # Each group gathers its tokens: twice forward, and again and scattered backward.
-    again += 3 * (model.head_groups - 1) + model.head_groups
+    # Each group gathers its tokens, and again backward.
+    again += 2 * (model.head_groups - 1) + (model.remat in RECOMPUTED)
   add(("tensor",), "activations", half * model.num_layers * (4 + 4 + again), wires.collective)
 
-  # Heads are repeated where there are too few of them for `ulysses`.
-  kv_heads = math.lcm(model.num_kv_heads // tensor, ulysses)
+  kv_heads = exchanged_kv_heads(model, sizes)
   keys = 2 * tokens * kv_heads * model.head_dim
   hops = (ring - 1) * (3 if model.remat in RECOMPUTED else 2)
   amount = model.num_layers * keys * (hops * number + ring * _FLOAT32)
   add(("ring",), "keys and values", amount, wires.neighbour)
 
-  heads = 2 * (model.num_heads // tensor + kv_heads)
+  query_heads = model.num_heads // tensor
+  heads = (2 if model.remat == "none" else 3) * 2 * (query_heads + kv_heads)
+  if model.head_groups > 1 and model.remat in RECOMPUTED:
+    # Queries, keys and values of a group, once more.
+    heads += query_heads + 2 * kv_heads
   exchanged = tokens * heads * model.head_dim * number * (ulysses - 1) / ulysses
-  passes = 2 if model.remat == "none" else 3
-  add(("ulysses",), "heads", model.num_layers * passes * exchanged, wires.collective)
+  add(("ulysses",), "heads", model.num_layers * exchanged, wires.collective)
 
   host = topology.chip.host_bandwidth
   activations, moments = host_memory(experiment, stage, sizes, rules)
@@ -148,6 +151,11 @@ def host_memory(
   return activations, moments
 
 
+def exchanged_kv_heads(model: ModelConfig, sizes: Mapping[str, int]) -> int:
+  """Of one tensor shard: repeated where there are too few of them for `ulysses`."""
+  return math.lcm(model.num_kv_heads // sizes["tensor"], sizes["ulysses"])
+
+
 def feed_forward_in_chunks(
     model: ModelConfig, stage: Stage, sizes: Mapping[str, int]
 ) -> bool:
@@ -167,7 +175,12 @@ class _Wires:
     self._mesh, self._topology, self._chip = mesh, topology, topology.chip
 
   def neighbour(self, axes: tuple[str, ...]) -> float:
-    """From each device to the next along one axis, in one direction."""
+    """From each device to the next along one axis, all at the same time.
+
+    TPU: those whose ways through the torus share a link share its bandwidth.
+    """
+    if self._topology.torus:
+      return self._chip.link_bandwidth / self._users_of_a_link(*axes)
     if self._topology.devices_per_host is None:
       return self._chip.link_bandwidth
     return self._chip.network_bandwidth if self._hosts(axes) > 1 else self._chip.link_bandwidth
@@ -191,9 +204,29 @@ class _Wires:
     for dimension, size in enumerate(self._topology.torus):
       span = len({device.coords[dimension] for device in devices})
       if span > 1:
-        links += 2 if span == size and size > 2 else 1
-    # Both devices of a TPU7x chip share its links.
-    return max(links, 1) * self._chip.link_bandwidth
+        links += 2 if span == size and self._topology.goes_round(dimension) else 1
+    # Both devices of a TPU7x chip share its links; what comes for a group of both is for both.
+    chips = len({tuple(device.coords) for device in devices})
+    share = len(devices) / chips / self._chip.devices_per_chip
+    return max(links, 1) * share * self._chip.link_bandwidth
+
+  def _users_of_a_link(self, axis: str) -> int:
+    """Messages over the busiest link, dimension after dimension, the shorter way round."""
+    devices, torus = self._mesh.devices, self._topology.torus
+    users = collections.Counter()
+    following = np.roll(devices, -1, self._mesh.axis_names.index(axis))
+    for device, target in zip(devices.flat, following.flat):
+      place = list(device.coords)
+      for dimension, size in enumerate(torus):
+        distance = target.coords[dimension] - place[dimension]
+        step = 1 if distance > 0 else -1
+        distance = abs(distance)
+        if self._topology.goes_round(dimension) and 2 * distance > size:
+          distance, step = size - distance, -step
+        for _ in range(distance):
+          users[*place, dimension, step] += 1
+          place[dimension] = (place[dimension] + step) % size
+    return max(users.values(), default=1)
 
   def _along(self, axes: tuple[str, ...]) -> list[jax.Device]:
     corner = tuple(slice(None) if axis in axes else 0 for axis in self._mesh.axis_names)

@@ -64,6 +64,27 @@ def test_what_is_wrong_is_one_sentence(flags, message):
   assert done.stderr.strip().splitlines()[-1].startswith(message), done.stderr
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        # 4096 rows of 2^40 tokens; nothing need be compiled.
+        (
+            ["--topology=v5e:2x2", "--config.stages[0].sequence_length=1099511627776",
+             "--config.stages[0].tokens_per_batch=4503599627370496"],
+            "error: long: nothing fits v5e:2x2; by counting, the leanest, ",
+        ),
+        (
+            ["--topology=h100:3x1"],
+            "error: long: no mesh of the 3 devices of h100:3x1 goes with this model",
+        ),
+    ],
+)
+def test_search_says_why_it_finds_nothing(flags, message):
+  done = plan("--search", *flags)
+  assert done.returncode == 1 and not done.stdout
+  assert done.stderr.strip().splitlines()[-1].startswith(message), done.stderr
+
+
 def test_search_prints_what_fits_and_tells_what_it_tries():
   done = plan("--topology=v5e:2x2", "--search", "--top=1", "--json")
   assert done.returncode == 0, done.stderr

@@ -8,9 +8,12 @@ import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
+from jaxlib import xla_client
 import pytest
 
+from lwm.chips import of_kind
 from lwm.parallel import xla_flags
+from lwm.plan import load
 from tests.kernels.compile_for_tpu import not_cached
 
 # What a program does, with the flags set after `import jax`, as in experiments/train.py.
@@ -55,6 +58,25 @@ def test_what_the_environment_says_stays(monkeypatch):
       f"--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true {given}"
   )
   assert os.environ["XLA_FLAGS"].split() == [f"--{k}={v}" for k, v in xla_flags.XLA.items()]
+
+
+FRACTIONS = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+
+
+@pytest.mark.parametrize("given", (None, *FRACTIONS))
+def test_gpus_give_jax_the_memory_that_the_planner_counts_on(monkeypatch, given):
+  monkeypatch.setenv("XLA_FLAGS", "")
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
+  for name in FRACTIONS:
+    # So that what is set below goes when the test ends.
+    monkeypatch.setenv(name, "0.5")
+    if name != given:
+      monkeypatch.delenv(name)
+  xla_flags.apply()
+  granted = xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"]
+  assert granted == (0.5 if given else xla_flags.GPU_MEMORY)
+  machine = load("a100:1x8")
+  assert machine.chip.memory == int(xla_flags.GPU_MEMORY * of_kind("NVIDIA A100").memory)
 
 
 EIGHT = "--xla_force_host_platform_device_count=8"

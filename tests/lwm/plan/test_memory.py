@@ -40,6 +40,25 @@ def test_both_memories_must_do(total, host, verdict):
   assert report.verdict(types.SimpleNamespace(memory=memory)) == verdict
 
 
+def test_the_closest_of_what_does_not_fit():
+  def tried(total, host, remat):
+    memory = Memory(
+        parameters=0, optimizer=0, batch=0, gradients=0, temporaries=total, rest=0, total=total,
+        host=host, capacity=2 * GIB, host_capacity=4 * GIB, buffers=(),
+    )
+    return types.SimpleNamespace(
+        memory=memory, mesh={"ring": 4, "tensor": 1}, remat=remat, head_groups=1, moments="float32"
+    )
+
+  plans = [tried(9 * GIB, 0, "none"), tried(GIB, 30 * GIB, "offload"), tried(3 * GIB, 0, "full")]
+  machine = types.SimpleNamespace(name="v5e:2x2", chip=None)
+  sentence = report.nothing_fits(machine, "1m", plans, ())
+  assert sentence.startswith(
+      "1m: nothing that was tried fits v5e:2x2; the closest is ring 4, remat full, heads all, "
+      "moments float32: 3.0 GiB of 2.0 GiB: OUT OF MEMORY by 1.0 GiB"
+  )
+
+
 @pytest.mark.parametrize("new_tokens", (1, 256), ids=("decode", "prefill"))
 def test_memory_of_sampling(new_tokens):
   machine = load("v5e:2x2")

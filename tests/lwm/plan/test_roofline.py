@@ -153,8 +153,70 @@ def test_contiguous_layouts_wait_for_the_last_shard(v5p):
   balanced = estimate(*planned(v5p, ring=4)).seconds["compute"]
   uneven = estimate(*planned(v5p, ring=4, layout="contiguous")).seconds["compute"]
   attention = (12 + 10) * 2 * 256 * PAIRS / (4 * 459e12 * 0.55)
-  # The last of four shards attends to all four, the mean to two and a half.
-  assert uneven - balanced == pytest.approx((4 / 2.5 - 1) * attention)
+  # The last of four shards attends to three whole and half of its own, the mean to half of four.
+  assert uneven - balanced == pytest.approx((3.5 / 2 - 1) * attention)
+
+
+def test_softmax_over_all_ids(v5p):
+  experiment, *machine = planned(v5p, fsdp=4)
+  text = estimate(experiment, *machine)
+  experiment.model.vision_vocab_size = 600
+  assert estimate(experiment, *machine).model_flops == text.model_flops
+  experiment.loss.softmax_range = "all"
+  every = estimate(experiment, *machine)
+  # Logits are made twice.
+  assert every.model_flops - text.model_flops == 6 * 256 * 600 * TOKENS
+  assert every.recompute_flops - text.recompute_flops == 2 * 256 * 600 * TOKENS
+
+
+def test_groups_of_heads_project_once_more_only_where_all_is_computed_again(v5p):
+  """As counted in compiled programs."""
+  for remat, more in (("none", 0), ("attention", 0), ("full", 2 * 2 * 3 * 256 * 256 * TOKENS)):
+    experiment, *machine = planned(v5p, remat=remat, fsdp=2, ulysses=2)
+    whole = estimate(experiment, *machine)
+    experiment.model.head_groups = 2
+    groups = estimate(experiment, *machine)
+    assert groups.recompute_flops - whole.recompute_flops == more
+    sent = [
+        sum(part.bytes for part in roofline.traffic if part.what == "heads")
+        for roofline in (whole, groups)
+    ]
+    # Query, key, value and result in each of three passes; the first three once more.
+    assert sent[1] / sent[0] == (15 / 12 if more else 1)
+
+
+def test_a_hop_carries_repeated_key_heads(v5p):
+  def transfer(num_kv_heads):
+    experiment, *machine = planned(v5p, ring=2, ulysses=2)
+    experiment.model.num_kv_heads = num_kv_heads
+    return estimate(experiment, *machine).hop.forward_transfer
+
+  # One head is repeated for two devices.
+  assert transfer(1) == transfer(2)
+
+
+def test_messages_of_a_ring_share_links():
+  """Where `tensor` has the neighbours, those of both rings pass over the same links."""
+  pod = topology.load("v5e:16x16")
+  keys = ("ring",), "keys and values"
+  assert traffic(pod, ring=256)[keys].bandwidth == 45e9
+  assert traffic(pod, ring=128, tensor=2)[keys].bandwidth == 45e9 / 2
+  # Both devices of a chip send at the same time.
+  ironwood = topology.load("tpu7x:2x2x1")
+  assert traffic(ironwood, ring=8)[keys].bandwidth == 90e9
+  assert traffic(ironwood, ring=4, tensor=2)[keys].bandwidth == 90e9 / 2
+
+
+def test_links_that_join_both_ends():
+  """On the side of a whole pod of v5e, and in cubes of v5p; both directions count."""
+  for name, sizes, links in (
+      ("v5e:16x16", dict(fsdp=256), 4), ("v5e:4x4", dict(fsdp=16), 2),
+      ("v5e:8x16", dict(fsdp=128), 3), ("v5p:4x4x4", dict(fsdp=64), 6),
+      ("v5p:2x2x4", dict(fsdp=16), 3),
+  ):
+    machine = topology.load(name)
+    weights = next(p for (_, what), p in traffic(machine, **sizes).items() if what == "weights")
+    assert weights.bandwidth == links * machine.chip.link_bandwidth
 
 
 def test_wires_of_a_gpu_cluster():

@@ -17,7 +17,8 @@ from lwm.plan.sequence import crossed_axes
 from lwm.plan.sequence import gathered_sequences
 from tests.lwm.plan import planned
 
-LAYERS, LENGTH, WIDTH = 3, 4096, 128
+# As many layers as make all of a weight's together larger than a head of the whole sequence.
+LAYERS, LENGTH, WIDTH = 32, 4096, 128
 PARAMETERS = [(LAYERS, WIDTH, 256)]
 
 

@@ -34,7 +34,13 @@ def test_cpu_devices():
         ("v5p:8x8", "no such machine"),
         ("v9:2x2x2", "no such machine"),
         ("v5e", "no such machine"),
-        ("v5e:3x3", "libtpu knows no such slice"),
+        ("v5e:1x1", "libtpu knows no such slice"),
+        ("v5e:3x3", "Google has no such slice"),
+        # libtpu would compile for these.
+        ("v5e:32x32", "Google has no such slice"),
+        ("v5p:6x6x6", "Google has no such slice"),
+        ("h100:0x8", "no such machine"),
+        ("cpu:0", "no such machine"),
         ("cpu:9", "xla_force_host_platform_device_count=9"),
     ],
 )
