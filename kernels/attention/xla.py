@@ -120,8 +120,10 @@ def backward(
   key_BxGxKxD = jnp.swapaxes(_pad(key_BxKxGxD, k), 1, 2)
   value_BxGxKxD = jnp.swapaxes(_pad(value_BxKxGxD, k), 1, 2)
   key_BxGxDxK = jnp.swapaxes(key_BxGxKxD, 2, 3)
-  # An empty row gets weights exp(score - inf) = 0.
-  log_sum_exp_BxQxH = jnp.where(log_sum_exp_BxQxH == -jnp.inf, jnp.inf, log_sum_exp_BxQxH)
+  # An empty row gets weights exp(score - inf) = 0, in full blocks too. In a hop of a ring, whose keys
+  # it does not see, its log_sum_exp is that of all hops, and finite.
+  is_empty_BxQx1 = (intervals.stop_BxQ <= intervals.start_BxQ)[..., None]
+  log_sum_exp_BxQxH = jnp.where(is_empty_BxQx1, jnp.inf, log_sum_exp_BxQxH)
   query_TxGxRqxD = _query_tiles(query_BxQxHxD, G, q)
   tiles = (
       _rows_of_tiles(query_TxGxRqxD, B),
