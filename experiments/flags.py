@@ -10,6 +10,7 @@ import runpy
 import sys
 import typing
 from typing import Any
+import warnings
 
 from absl import app
 from absl import flags
@@ -60,10 +61,12 @@ def run(main, takes_arguments: bool = False) -> None:
     takes_arguments: whether there may be any beside that; else they are an error.
   """
   # The library's own notes (Orbax: a line per save) are not for the person at the terminal; nor are
-  # the stack traces that come with errors that are also raised, nor what a run says itself.
+  # the stack traces that come with errors that are also raised, nor what a run says itself; nor the
+  # items of a checkpoint that Orbax leaves behind when the first has failed.
   logging.set_verbosity(logging.WARNING)
   logging.get_absl_handler().addFilter(_is_told_once)
   sys.unraisablehook = _unraisablehook
+  warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
   def checked_main(argv: list[str]) -> None:
     try:
