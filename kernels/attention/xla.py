@@ -2,9 +2,9 @@
 
 For every batch row and block of queries, one loop runs over the key blocks that lie inside all
 intervals of those queries, without a mask, and another over those that cross one: blocks outside
-are neither loaded nor computed. Forward is the
-online softmax (arXiv 1805.02867, 2205.14135); backward is one pass that recomputes the scores
-and accumulates the gradients of key and value in place.
+are neither loaded nor computed. Forward is the online softmax (arXiv 1805.02867, 2205.14135);
+backward is one pass that recomputes the scores and accumulates the gradients of key and value in
+place.
 
 B batch, Q/K query/key length, H query heads, G key/value heads, R = H / G, D head_dim,
 N query blocks, q/k queries/keys in a block, T = B * N tiles.
@@ -120,8 +120,8 @@ def backward(
   key_BxGxKxD = jnp.swapaxes(_pad(key_BxKxGxD, k), 1, 2)
   value_BxGxKxD = jnp.swapaxes(_pad(value_BxKxGxD, k), 1, 2)
   key_BxGxDxK = jnp.swapaxes(key_BxGxKxD, 2, 3)
-  # An empty row gets weights exp(score - inf) = 0, in full blocks too. In a hop of a ring, whose keys
-  # it does not see, its log_sum_exp is that of all hops, and finite.
+  # An empty row gets weights exp(score - inf) = 0, in full blocks too. In a hop of a ring whose
+  # keys it does not see, its log_sum_exp is that of all hops, and finite.
   is_empty_BxQx1 = (intervals.stop_BxQ <= intervals.start_BxQ)[..., None]
   log_sum_exp_BxQxH = jnp.where(is_empty_BxQx1, jnp.inf, log_sum_exp_BxQxH)
   query_TxGxRqxD = _query_tiles(query_BxQxHxD, G, q)

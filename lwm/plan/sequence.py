@@ -46,8 +46,12 @@ def gathered_sequences(
     parameters: shapes of the parameters, stacked ones as they are.
     sequence_axes: the mesh axes that divide a sequence in attention.
   """
-  # Of one layer: all layers together are so large that a head of the whole sequence may be a part.
-  sizes = {math.prod(shape[1:] if shape[0] == num_layers else shape) for shape in parameters}
+
+  def of_a_layer(shape):
+    return math.prod(shape[1:] if len(shape) > 1 and shape[0] == num_layers else shape)
+
+  # Not of all layers, which are so large that a head of the whole sequence may be a part.
+  sizes = {of_a_layer(shape) for shape in parameters}
   devices = math.prod(mesh.values())
   found = []
   for match in _INSTRUCTION.finditer(text):
@@ -57,18 +61,14 @@ def gathered_sequences(
         for kind, dims in _SHAPE.findall(result)
         if not kind.startswith(_INTEGERS)
     ]
-    # Of a layer.
-    elements = [
-        math.prod(shape[1:] if len(shape) > 1 and shape[0] == num_layers else shape)
-        for _, shape in arrays
-    ]
-    for (kind, shape), size in zip(arrays, elements):
-      if size >= sequence_length * width:
+    for kind, shape in arrays:
+      if of_a_layer(shape) >= sequence_length * width:
         found.append(f"{name}: {kind}{list(shape)} holds a whole sequence ({operation})")
     if operation.removesuffix("-start") in ("all-gather", "all-reduce"):
       line = text[match.start() : text.find("\n", match.end())]
       crossed = set(crossed_axes(line, mesh)) & set(sequence_axes)
-      for (kind, shape), size in zip(arrays, elements):
+      for kind, shape in arrays:
+        size = of_a_layer(shape)
         part = any(whole % size == 0 and devices % (whole // size) == 0 for whole in sizes)
         if crossed and not part and math.prod(shape) >= sequence_length:
           axes = " and ".join(sorted(crossed))
