@@ -7,13 +7,15 @@ Python's standard library, and three short clips as 256 codes a frame.
 """
 
 from configs import models
-from lwm.experiment import CheckpointConfig
-from lwm.experiment import DatasetConfig
-from lwm.experiment import EvaluationConfig
-from lwm.experiment import Experiment
-from lwm.experiment import MixtureEntry
-from lwm.experiment import OptimizerConfig
-from lwm.experiment import Stage
+from lwm.config.experiment import (
+  CheckpointConfig,
+  DatasetConfig,
+  EvaluationConfig,
+  Experiment,
+  MixtureEntry,
+  OptimizerConfig,
+  Stage,
+)
 
 
 def _text() -> list[MixtureEntry]:
@@ -26,26 +28,55 @@ def _text_and_video() -> list[MixtureEntry]:
 
 def get_config() -> Experiment:
   return Experiment(
-      name="laptop",
-      tokenizer="data/laptop/tokenizer.model",
-      model=models.laptop(text_vocab_size=2048),
-      optimizer=OptimizerConfig(
-          schedule="cosine", peak_learning_rate=4e-3, end_learning_rate=4e-4, weight_decay=0.1
+    name="laptop",
+    tokenizer="data/laptop/tokenizer.model",
+    model=models.laptop(text_vocab_size=2048),
+    optimizer=OptimizerConfig(
+      schedule="cosine", peak_learning_rate=4e-3, end_learning_rate=4e-4, weight_decay=0.1
+    ),
+    datasets=[
+      DatasetConfig(name="text", path="data/laptop/text"),
+      DatasetConfig(name="video", path="data/laptop/video"),
+    ],
+    stages=[
+      Stage(
+        name="text_512",
+        sequence_length=512,
+        rope_theta=1e4,
+        tokens_per_batch=4096,
+        steps=180,
+        warmup_steps=20,
+        mixture=_text(),
       ),
-      datasets=[
-          DatasetConfig(name="text", path="data/laptop/text"),
-          DatasetConfig(name="video", path="data/laptop/video"),
-      ],
-      stages=[
-          Stage(name="text_512", sequence_length=512, rope_theta=1e4, tokens_per_batch=4096,
-                steps=180, warmup_steps=20, mixture=_text()),
-          Stage(name="text_1k", sequence_length=1024, rope_theta=1e4, tokens_per_batch=4096,
-                steps=80, warmup_steps=10, mixture=_text()),
-          Stage(name="video_1k", sequence_length=1024, rope_theta=5e4, tokens_per_batch=4096,
-                steps=440, warmup_steps=20, mixture=_text_and_video()),
-          Stage(name="video_4k", sequence_length=4096, rope_theta=5e4, tokens_per_batch=8192,
-                steps=60, warmup_steps=10, peak_learning_rate=1e-3, mixture=_text_and_video()),
-      ],
-      checkpoint=CheckpointConfig(every_steps=100, keep=2),
-      evaluation=EvaluationConfig(every_steps=100, rows=8),
+      Stage(
+        name="text_1k",
+        sequence_length=1024,
+        rope_theta=1e4,
+        tokens_per_batch=4096,
+        steps=80,
+        warmup_steps=10,
+        mixture=_text(),
+      ),
+      Stage(
+        name="video_1k",
+        sequence_length=1024,
+        rope_theta=5e4,
+        tokens_per_batch=4096,
+        steps=440,
+        warmup_steps=20,
+        mixture=_text_and_video(),
+      ),
+      Stage(
+        name="video_4k",
+        sequence_length=4096,
+        rope_theta=5e4,
+        tokens_per_batch=8192,
+        steps=60,
+        warmup_steps=10,
+        peak_learning_rate=1e-3,
+        mixture=_text_and_video(),
+      ),
+    ],
+    checkpoint=CheckpointConfig(every_steps=100, keep=2),
+    evaluation=EvaluationConfig(every_steps=100, rows=8),
   )

@@ -14,21 +14,23 @@ is faster and fits too: the 1M stage with fsdp=4, ring=64, tensor=1 and
 """
 
 from configs import models
-from lwm.experiment import CheckpointConfig
-from lwm.experiment import DatasetConfig
-from lwm.experiment import Experiment
-from lwm.experiment import MeshConfig
-from lwm.experiment import MixtureEntry
-from lwm.experiment import OptimizerConfig
-from lwm.experiment import Stage
+from lwm.config.experiment import (
+  CheckpointConfig,
+  DatasetConfig,
+  Experiment,
+  MixtureEntry,
+  OptimizerConfig,
+  Stage,
+)
+from lwm.parallel.sharding import MeshConfig
 
 # name, sequence length, rope_theta, steps, warm-up steps, tensor, ring, lengths of the books
 _STAGES = (
-    ("32k", 2**15, 1e6, 1200, 100, 4, 1, "10k-100k"),
-    ("128k", 2**17, 1e7, 3000, 200, 8, 1, "100k-200k"),
-    ("256k", 2**18, 1e7, 3000, 200, 16, 1, "200k-500k"),
-    ("512k", 2**19, 2.5e7, 720, 50, 16, 2, "500k-1m"),
-    ("1m", 2**20, 5e7, 450, 25, 16, 4, "1m-up"),
+  ("32k", 2**15, 1e6, 1200, 100, 4, 1, "10k-100k"),
+  ("128k", 2**17, 1e7, 3000, 200, 8, 1, "100k-200k"),
+  ("256k", 2**18, 1e7, 3000, 200, 16, 1, "200k-500k"),
+  ("512k", 2**19, 2.5e7, 720, 50, 16, 2, "500k-1m"),
+  ("1m", 2**20, 5e7, 450, 25, 16, 4, "1m-up"),
 )
 
 
@@ -37,26 +39,26 @@ def get_config() -> Experiment:
   for name, length, theta, steps, warmup, tensor, ring, books in _STAGES:
     datasets.append(DatasetConfig(name=f"books_{books}", path=f"data/lwm/books_{books}"))
     stages.append(
-        Stage(
-            name=name,
-            sequence_length=length,
-            rope_theta=theta,
-            tokens_per_batch=2**22,
-            steps=steps,
-            warmup_steps=warmup,
-            mixture=[MixtureEntry(f"books_{books}")],
-            mesh=MeshConfig(fsdp=-1, ring=ring, tensor=tensor),
-        )
+      Stage(
+        name=name,
+        sequence_length=length,
+        rope_theta=theta,
+        tokens_per_batch=2**22,
+        steps=steps,
+        warmup_steps=warmup,
+        mixture=[MixtureEntry(f"books_{books}")],
+        mesh=MeshConfig(fsdp=-1, ring=ring, tensor=tensor),
+      )
     )
   return Experiment(
-      name="lwm_text_7b",
-      tokenizer="data/lwm/tokenizer.model",
-      model=models.lwm_7b(),
-      optimizer=OptimizerConfig(
-          schedule="constant", peak_learning_rate=4e-5, end_learning_rate=4e-5, weight_decay=0.1
-      ),
-      datasets=datasets,
-      stages=stages,
-      # Four minutes of the shortest rows, an hour of the longest.
-      checkpoint=CheckpointConfig(every_steps=20),
+    name="lwm_text_7b",
+    tokenizer="data/lwm/tokenizer.model",
+    model=models.lwm_7b(),
+    optimizer=OptimizerConfig(
+      schedule="constant", peak_learning_rate=4e-5, end_learning_rate=4e-5, weight_decay=0.1
+    ),
+    datasets=datasets,
+    stages=stages,
+    # Four minutes of the shortest rows, an hour of the longest.
+    checkpoint=CheckpointConfig(every_steps=20),
   )

@@ -7,33 +7,35 @@ configs/lwm_text_7b.py, which has a word on parameters and faster meshes too.
 """
 
 from configs import models
-from lwm.experiment import CheckpointConfig
-from lwm.experiment import DatasetConfig
-from lwm.experiment import Experiment
-from lwm.experiment import MeshConfig
-from lwm.experiment import MixtureEntry
-from lwm.experiment import OptimizerConfig
-from lwm.experiment import Stage
+from lwm.config.experiment import (
+  CheckpointConfig,
+  DatasetConfig,
+  Experiment,
+  MixtureEntry,
+  OptimizerConfig,
+  Stage,
+)
+from lwm.parallel.sharding import MeshConfig
 
 
 def _quarters(frames: int) -> dict[str, float]:
   """The chat stages' mixture: videos of `frames` frames."""
   return {
-      "text_to_image": 0.25,
-      "image_understanding": 0.25,
-      f"text_to_video_{frames}": 0.25,
-      f"video_understanding_{frames}": 0.25,
+    "text_to_image": 0.25,
+    "image_understanding": 0.25,
+    f"text_to_video_{frames}": 0.25,
+    f"video_understanding_{frames}": 0.25,
   }
 
 
 # name, sequence length, steps, warm-up steps, peak and end learning rate, tensor, ring, mixture.
 # The paper gives no meshes for these stages: these keep one row or more on each data shard.
 _STAGES = (
-    ("1k", 2**10, 45000, 1000, 6e-4, 6e-5, 1, 1, {"text_image": 0.84, "text": 0.16}),
-    ("8k", 2**13, 14000, 500, 6e-4, 6e-5, 1, 1, {"text_video_30": 0.84, "text": 0.16}),
-    ("32k", 2**15, 1200, 100, 8e-5, 8e-5, 4, 1, _quarters(100)),
-    ("128k", 2**17, 450, 50, 8e-5, 8e-5, 8, 1, _quarters(450)),
-    ("1m", 2**20, 50, 5, 8e-5, 8e-5, 16, 4, _quarters(4000)),
+  ("1k", 2**10, 45000, 1000, 6e-4, 6e-5, 1, 1, {"text_image": 0.84, "text": 0.16}),
+  ("8k", 2**13, 14000, 500, 6e-4, 6e-5, 1, 1, {"text_video_30": 0.84, "text": 0.16}),
+  ("32k", 2**15, 1200, 100, 8e-5, 8e-5, 4, 1, _quarters(100)),
+  ("128k", 2**17, 450, 50, 8e-5, 8e-5, 8, 1, _quarters(450)),
+  ("1m", 2**20, 50, 5, 8e-5, 8e-5, 16, 4, _quarters(4000)),
 )
 # Question answering: every answer counts alike, however long the film beside it.
 _BY_EXAMPLE = ("image_understanding", "video_understanding")
@@ -42,35 +44,35 @@ _BY_EXAMPLE = ("image_understanding", "video_understanding")
 def get_config() -> Experiment:
   names = list(dict.fromkeys(name for stage in _STAGES for name in stage[-1]))
   return Experiment(
-      name="lwm_vision_7b",
-      tokenizer="data/lwm/tokenizer.model",
-      model=models.lwm_7b(vision=True),
-      optimizer=OptimizerConfig(
-          schedule="cosine", peak_learning_rate=6e-4, end_learning_rate=6e-5, weight_decay=0.1
-      ),
-      datasets=[
-          DatasetConfig(
-              name=name,
-              path=f"data/lwm/{name}",
-              weighting="example" if name.startswith(_BY_EXAMPLE) else "token",
-          )
-          for name in names
-      ],
-      stages=[
-          Stage(
-              name=name,
-              sequence_length=length,
-              rope_theta=5e7,
-              tokens_per_batch=2**23,
-              steps=steps,
-              warmup_steps=warmup,
-              peak_learning_rate=peak,
-              end_learning_rate=end,
-              mixture=[MixtureEntry(dataset, weight) for dataset, weight in mixture.items()],
-              mesh=MeshConfig(fsdp=-1, ring=ring, tensor=tensor),
-          )
-          for name, length, steps, warmup, peak, end, tensor, ring, mixture in _STAGES
-      ],
-      # A minute and a half of the shortest rows, an hour of the longest.
-      checkpoint=CheckpointConfig(every_steps=20),
+    name="lwm_vision_7b",
+    tokenizer="data/lwm/tokenizer.model",
+    model=models.lwm_7b(vision=True),
+    optimizer=OptimizerConfig(
+      schedule="cosine", peak_learning_rate=6e-4, end_learning_rate=6e-5, weight_decay=0.1
+    ),
+    datasets=[
+      DatasetConfig(
+        name=name,
+        path=f"data/lwm/{name}",
+        weighting="example" if name.startswith(_BY_EXAMPLE) else "token",
+      )
+      for name in names
+    ],
+    stages=[
+      Stage(
+        name=name,
+        sequence_length=length,
+        rope_theta=5e7,
+        tokens_per_batch=2**23,
+        steps=steps,
+        warmup_steps=warmup,
+        peak_learning_rate=peak,
+        end_learning_rate=end,
+        mixture=[MixtureEntry(dataset, weight) for dataset, weight in mixture.items()],
+        mesh=MeshConfig(fsdp=-1, ring=ring, tensor=tensor),
+      )
+      for name, length, steps, warmup, peak, end, tensor, ring, mixture in _STAGES
+    ],
+    # A minute and a half of the shortest rows, an hour of the longest.
+    checkpoint=CheckpointConfig(every_steps=20),
   )

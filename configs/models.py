@@ -1,7 +1,7 @@
 """Model sizes. A config names one and changes what it must."""
 
-from lwm.model.config import ModelConfig
-from lwm.model.config import RopeScaling
+from lwm.config.model import ModelConfig, RopeScaling
+from lwm.config.vqgan import VQGANConfig
 
 # 8192 codes, <eof>, <eov> and room up to a multiple of 256, as LWM's release has it.
 VISION_VOCAB_SIZE = 8448
@@ -10,14 +10,14 @@ VISION_VOCAB_SIZE = 8448
 def lwm_7b(vision: bool = False) -> ModelConfig:
   """Llama-2 7B, the base of LWM (arXiv 2307.09288, 2402.08268)."""
   return ModelConfig(
-      num_layers=32,
-      width=4096,
-      num_heads=32,
-      num_kv_heads=32,
-      head_dim=128,
-      feed_forward_width=11008,
-      text_vocab_size=32000,
-      vision_vocab_size=VISION_VOCAB_SIZE if vision else 0,
+    num_layers=32,
+    width=4096,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    feed_forward_width=11008,
+    text_vocab_size=32000,
+    vision_vocab_size=VISION_VOCAB_SIZE if vision else 0,
   )
 
 
@@ -44,32 +44,46 @@ def llama3_8b(vision: bool = False, scaled_rope: bool = True) -> ModelConfig:
 def laptop(text_vocab_size: int) -> ModelConfig:
   """3.5 million parameters, for two CPU cores: float32, nothing recomputed."""
   return ModelConfig(
-      num_layers=4,
-      width=128,
-      num_heads=4,
-      num_kv_heads=2,
-      head_dim=32,
-      feed_forward_width=384,
-      text_vocab_size=text_vocab_size,
-      vision_vocab_size=VISION_VOCAB_SIZE,
-      # About 1 / sqrt(width): from 0.02 so narrow a model takes long to attend to anything.
-      initializer_std=0.08,
-      compute_dtype="float32",
-      remat="none",
+    num_layers=4,
+    width=128,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    feed_forward_width=384,
+    text_vocab_size=text_vocab_size,
+    vision_vocab_size=VISION_VOCAB_SIZE,
+    # About 1 / sqrt(width): from 0.02 so narrow a model takes long to attend to anything.
+    initializer_std=0.08,
+    compute_dtype="float32",
+    remat="none",
   )
 
 
 def debug(text_vocab_size: int = 256, vision_vocab_size: int = VISION_VOCAB_SIZE) -> ModelConfig:
   """As small as every code path allows: for tests."""
   return ModelConfig(
-      num_layers=2,
-      width=32,
-      num_heads=4,
-      num_kv_heads=2,
-      head_dim=8,
-      feed_forward_width=64,
-      text_vocab_size=text_vocab_size,
-      vision_vocab_size=vision_vocab_size,
-      compute_dtype="float32",
-      remat="none",
+    num_layers=2,
+    width=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    feed_forward_width=64,
+    text_vocab_size=text_vocab_size,
+    vision_vocab_size=vision_vocab_size,
+    compute_dtype="float32",
+    remat="none",
+  )
+
+
+def laptop_vqgan() -> VQGANConfig:
+  """Small enough to train in two minutes on two cores; 16x16 codes a frame, like LWM's."""
+  return VQGANConfig(
+    resolution=64,
+    hidden_channels=16,
+    channel_multipliers=(1, 2, 4),
+    num_res_blocks=1,
+    latent_channels=32,
+    codebook_size=512,
+    codebook_width=16,
+    norm_groups=8,
   )

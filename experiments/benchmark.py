@@ -14,7 +14,6 @@ others. `tune` times block sizes of each kernel that runs here: `row` of a recor
 written into kernels/attention/block_sizes_gpu.py or block_sizes_tpu.py beside its head_dim.
 """
 
-from collections.abc import Iterable
 import contextlib
 import dataclasses
 import itertools
@@ -24,21 +23,19 @@ import pathlib
 import platform
 import sys
 import tempfile
+from collections.abc import Iterable
 
-from absl import flags
 import jax
+from absl import flags
 
 from experiments import flags as experiment_flags
-from experiments.runtime import devices
-from experiments.runtime import use_compilation_cache
+from experiments.runtime import devices, use_compilation_cache
 from kernels import benchmarks
+from lwm.benchmark import measure_stage, this_machine
+from lwm.config.validate import check_devices, validate
+from lwm.cost.peak import peak_flops
 from lwm.errors import UserError
 from lwm.parallel import xla_flags
-from lwm.train.benchmark import measure_stage
-from lwm.train.benchmark import this_machine
-from lwm.train.peak import peak_flops
-from lwm.validate import check_devices
-from lwm.validate import validate
 
 _CONFIG = experiment_flags.define_config(required=False)
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
@@ -69,34 +66,50 @@ def train() -> None:
     stage.steps = max(stage.steps, (_ROUNDS.value + 1) * _STEPS.value)
     # The loop's own lines are part of what is measured, but not of the answer.
     with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(sys.stderr):
-      speeds.append(measure_stage(
-          experiment, index, pathlib.Path(workdir), topology,
-          rounds=_ROUNDS.value, steps=_STEPS.value,
-      ))
+      speeds.append(
+        measure_stage(
+          experiment,
+          index,
+          pathlib.Path(workdir),
+          topology,
+          rounds=_ROUNDS.value,
+          steps=_STEPS.value,
+        )
+      )
   peak = peak_flops(jax.devices()[0], experiment.model.compute_dtype)
   if _JSON.value:
-    print(json.dumps({
-        "machine": machine(),
-        "peak_flops_per_device": peak,
-        "stages": [dataclasses.asdict(speed) for speed in speeds],
-    }))
+    print(
+      json.dumps(
+        {
+          "machine": machine(),
+          "peak_flops_per_device": peak,
+          "stages": [dataclasses.asdict(speed) for speed in speeds],
+        }
+      )
+    )
     return
   print(f"{machine()}; peak {format(peak / 1e9, '.0f') if peak else 'unknown'} GFLOP/s a device")
-  print(f"{'stage':<12} {'length':>7} {'tokens/s':>9} {'MFU':>7} {'step':>8} {'compiled':>9} "
-        f"{'outside':>8} {'estimated':>10} {'ratio':>6}")
+  print(
+    f"{'stage':<12} {'length':>7} {'tokens/s':>9} {'MFU':>7} {'step':>8} {'compiled':>9} "
+    f"{'outside':>8} {'estimated':>10} {'ratio':>6}"
+  )
   for speed in speeds:
     mfu = f"{speed.mfu:.1%}" if speed.mfu else "-"
     estimated = ratio = "-"
     if speed.estimate_ratio:
       estimated = f"{speed.estimated_step_seconds:.3f} s"
       ratio = f"{speed.estimate_ratio:.2f}"
-    print(f"{speed.stage:<12} {speed.sequence_length:>7} {speed.tokens_per_second:>9.0f} {mfu:>7} "
-          f"{speed.step_seconds:>6.3f} s {speed.compiled_step_seconds:>7.3f} s "
-          f"{speed.outside:>8.1%} {estimated:>10} {ratio:>6}")
-  print("MFU: model FLOPs (lwm/train/flops.py) over the peak (lwm/train/peak.py).\n"
-        "Outside: share of the loop's time that the compiled step, run alone on the same batches, "
-        "does not take.\n"
-        "Estimated: the planner's roofline (lwm/plan/roofline.py); ratio: compiled over estimated.")
+    print(
+      f"{speed.stage:<12} {speed.sequence_length:>7} {speed.tokens_per_second:>9.0f} {mfu:>7} "
+      f"{speed.step_seconds:>6.3f} s {speed.compiled_step_seconds:>7.3f} s "
+      f"{speed.outside:>8.1%} {estimated:>10} {ratio:>6}"
+    )
+  print(
+    "MFU: model FLOPs (lwm/model/flops.py) over the peak (lwm/cost/peak.py).\n"
+    "Outside: share of the loop's time that the compiled step, run alone on the same batches, "
+    "does not take.\n"
+    "Estimated: the planner's roofline (lwm/plan/roofline.py); ratio: compiled over estimated."
+  )
 
 
 def machine() -> str:
@@ -114,14 +127,16 @@ def machine() -> str:
 def attention() -> None:
   """The subcommand `attention`."""
   platform = jax.devices()[0].platform
-  print_records({
+  print_records(
+    {
       "attention": itertools.chain.from_iterable(
-          map(benchmarks.measure_attention, benchmarks.shapes(platform))
+        map(benchmarks.measure_attention, benchmarks.shapes(platform))
       ),
       "decode": itertools.chain.from_iterable(
-          map(benchmarks.measure_decode, benchmarks.caches(platform))
+        map(benchmarks.measure_decode, benchmarks.caches(platform))
       ),
-  })
+    }
+  )
 
 
 def tune() -> None:
@@ -154,8 +169,9 @@ def print_records(tables: dict[str, Iterable[dict]]) -> None:
   for name, records in tables.items():
     for record in records:
       texts = (
-          f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-          for key, value in record.items() if value is not None
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in record.items()
+        if value is not None
       )
       print(f"{name}: {', '.join(texts)}", flush=True)
 

@@ -1,6 +1,5 @@
 """The --config flag of every program, with one sentence for whatever is wrong with it."""
 
-from collections.abc import Collection
 import dataclasses
 import difflib
 import inspect
@@ -9,18 +8,14 @@ import re
 import runpy
 import sys
 import typing
-from typing import Any
 import warnings
+from collections.abc import Collection
+from typing import Any
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lwm.errors import RESUME_EXIT_CODE
-from lwm.errors import ResumeError
-from lwm.errors import UserError
-from lwm.experiment import ConfigError
+from lwm.errors import RESUME_EXIT_CODE, ConfigError, ResumeError, UserError
 
 # Of `define_settings`, by the flag's name.
 _SETTINGS = {}
@@ -30,7 +25,7 @@ _IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", st
 def define_config(required: bool = True) -> flags.FlagHolder:
   """Defines --config=FILE[:ARGUMENT]; its settings are flags too: --config.seed=1."""
   holder = config_flags.DEFINE_config_file(
-      "config", None, "A Python file whose get_config() returns an Experiment.", lock_config=False
+    "config", None, "A Python file whose get_config() returns an Experiment.", lock_config=False
   )
   _list_in_help("config")
   if required:
@@ -132,7 +127,7 @@ def _override_types(argv: list[str]) -> dict[str, type]:
     if path is None and name != "config":
       raise ConfigError(f"{argument}: --{name} is a group of settings; override one of them.")
     if path is None:
-      file = value if value is not None else "".join(argv[index + 1:index + 2])
+      file = value if value is not None else "".join(argv[index + 1 : index + 2])
       settings = settings | {name: _load(file)}
     elif settings[name] is None:
       raise ConfigError(f"{argument}: --config=FILE must come before what overrides it.")
@@ -176,8 +171,11 @@ def _setting_type(node, flag: str, path: str, given: Collection[str]) -> type:
     else:
       if is_optional and node is None:
         raise ConfigError(f"--{flag}{path}: {where} is None; say --{where}=build before it.")
-      types = {field.name: field.type for field in dataclasses.fields(node)} if (
-          dataclasses.is_dataclass(node)) else {}
+      types = (
+        {field.name: field.type for field in dataclasses.fields(node)}
+        if (dataclasses.is_dataclass(node))
+        else {}
+      )
       if name not in types:
         close = difflib.get_close_matches(name, types, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"it has: {', '.join(types) or 'none'}."

@@ -9,25 +9,22 @@ VQGAN shows it), prediction below, frames that the model was given with a border
 
 import pathlib
 
-from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 from experiments import flags as experiment_flags
 from experiments.runtime import devices
 from lwm import infer
-from lwm.data import Dataset
-from lwm.data import load_tokenizer
-from lwm.data import Tokenizer
-from lwm.data import VALIDATION
+from lwm.config.experiment import Experiment
+from lwm.config.validate import validate
+from lwm.data import VALIDATION, Dataset, Tokenizer, load_tokenizer
 from lwm.data.dataset import Split
 from lwm.data.vision_tokens import TOKENS_PER_FRAME
 from lwm.errors import UserError
-from lwm.experiment import Experiment
-from lwm.experiment import MeshConfig
 from lwm.parallel.mesh import make_mesh
-from lwm.validate import validate
+from lwm.parallel.sharding import MeshConfig
 from lwm.vision.codec import Codec
 from lwm.vision.pictures import save_contact_sheet
 
@@ -36,25 +33,25 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "That of experiments.train.")
 _PROMPT = flags.DEFINE_string("prompt", "def main(", "Text to continue.")
 _NUM_TOKENS = flags.DEFINE_integer("num_tokens", 256, "Text tokens to write.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.8, "Of text; 0 takes the likeliest token.", lower_bound=0
+  "temperature", 0.8, "Of text; 0 takes the likeliest token.", lower_bound=0
 )
 _TOP_K = flags.DEFINE_integer(
-    "top_k", 50, "Draw a text token among that many of the likeliest.", lower_bound=1
+  "top_k", 50, "Draw a text token among that many of the likeliest.", lower_bound=1
 )
 _CLIP = flags.DEFINE_integer(
-    "clip", 0, "Which of the validation documents with clips to continue.", lower_bound=0
+  "clip", 0, "Which of the validation documents with clips to continue.", lower_bound=0
 )
 _GIVEN_FRAMES = flags.DEFINE_integer("given_frames", 4, "Frames to start from.", lower_bound=1)
 _FRAMES = flags.DEFINE_integer("frames", 4, "Frames to write.", lower_bound=1)
 _VISION_TEMPERATURE = flags.DEFINE_float(
-    "vision_temperature", 1.0, "Of codes; 0 takes the likeliest code.", lower_bound=0
+  "vision_temperature", 1.0, "Of codes; 0 takes the likeliest code.", lower_bound=0
 )
 # LWM's number for video.
 _VISION_TOP_K = flags.DEFINE_integer(
-    "vision_top_k", 1000, "Draw a code among that many of the likeliest.", lower_bound=1
+  "vision_top_k", 1000, "Draw a code among that many of the likeliest.", lower_bound=1
 )
 _VQGAN = flags.DEFINE_string(
-    "vqgan", None, "File of the VQGAN; vqgan.npz beside the config's tokenizer unless given."
+  "vqgan", None, "File of the VQGAN; vqgan.npz beside the config's tokenizer unless given."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Same seed, same samples.")
 flags.mark_flag_as_required("workdir")
@@ -65,13 +62,13 @@ _BORDER = np.array([40, 120, 255], np.uint8)
 def sample(trained: infer.TrainedModel, prompt, forced, choice: infer.Choice) -> np.ndarray:
   """The ids that follow one prompt."""
   tokens_BxT = infer.sample(
-      trained.model,
-      trained.params,
-      jnp.asarray(prompt, jnp.int32)[None],
-      jnp.asarray(forced, jnp.int32),
-      jax.random.key(_SEED.value),
-      choice=choice,
-      rope_theta=trained.rope_theta,
+    trained.model,
+    trained.params,
+    jnp.asarray(prompt, jnp.int32)[None],
+    jnp.asarray(forced, jnp.int32),
+    jax.random.key(_SEED.value),
+    choice=choice,
+    rope_theta=trained.rope_theta,
   )
   return np.asarray(tokens_BxT[0])
 
@@ -94,12 +91,12 @@ def write_text(trained: infer.TrainedModel, tokenizer: Tokenizer, path: pathlib.
 
 
 def write_video(
-    trained: infer.TrainedModel, clip: infer.Clip, codec: Codec, path: pathlib.Path
+  trained: infer.TrainedModel, clip: infer.Clip, codec: Codec, path: pathlib.Path
 ) -> None:
   """Continues the clip, and writes truth and prediction to `path`."""
   start = trained.model.config.text_vocab_size
   choice = infer.Choice(
-      start, start + codec.config.codebook_size, _VISION_TEMPERATURE.value, _VISION_TOP_K.value
+    start, start + codec.config.codebook_size, _VISION_TEMPERATURE.value, _VISION_TOP_K.value
   )
   tokens = sample(trained, clip.prompt, clip.forced, choice)
   truth = codec.decode(clip.codes_NxP)
@@ -119,8 +116,8 @@ def held_out_clip(dataset: Dataset) -> infer.Clip:
   documents = clips(split)
   if _CLIP.value >= len(documents):
     raise UserError(
-        f"--clip={_CLIP.value}: {dataset.path} has {len(documents)} validation documents with "
-        "clips, counted from 0."
+      f"--clip={_CLIP.value}: {dataset.path} has {len(documents)} validation documents with "
+      "clips, counted from 0."
     )
   document = int(documents[_CLIP.value])
   tokens, _ = split.read(document, 0, int(split.lengths[document]))
@@ -150,8 +147,8 @@ def load_codec(experiment: Experiment, dataset: Dataset) -> Codec:
   codec = Codec(_VQGAN.value or beside_tokenizer)
   if codec.sha256 != dataset.manifest["vqgan_sha256"]:
     raise UserError(
-        f"{dataset.path} was not made with the VQGAN {_VQGAN.value or beside_tokenizer}: name the "
-        "right one with --vqgan."
+      f"{dataset.path} was not made with the VQGAN {_VQGAN.value or beside_tokenizer}: name the "
+      "right one with --vqgan."
     )
   return codec
 

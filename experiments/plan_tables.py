@@ -1,32 +1,21 @@
 """The README's tables of plans: `python -m experiments.plan --table=...`."""
 
-from collections.abc import Callable
-from collections.abc import Iterator
 import dataclasses
 import json
+from collections.abc import Callable, Iterator
 
-from configs import lwm_text_7b
-from configs import lwm_vision_7b
-from configs import models
-from lwm.experiment import ConfigError
-from lwm.experiment import Experiment
-from lwm.experiment import Stage
-from lwm.model.config import ModelConfig
-from lwm.plan import StagePlan
-from lwm.plan import Topology
-from lwm.plan import load
-from lwm.plan import longest
-from lwm.plan import plan_stage
-from lwm.plan import report
-from lwm.plan import search
+from configs import lwm_text_7b, lwm_vision_7b, models
+from lwm.config.experiment import Experiment, Stage
+from lwm.config.model import ModelConfig
+from lwm.config.validate import check_devices, validate
+from lwm.errors import ConfigError
+from lwm.plan import StagePlan, Topology, load, longest, plan_stage, report, search
 from lwm.plan.candidates import length_text
-from lwm.validate import check_devices
-from lwm.validate import validate
 
 # LWM's chips and half of them.
 RECIPES = (
-    (lwm_text_7b.get_config, ("v4:8x8x4", "v4:8x4x4")),
-    (lwm_vision_7b.get_config, ("v4:8x8x8", "v4:8x8x4")),
+  (lwm_text_7b.get_config, ("v4:8x8x4", "v4:8x4x4")),
+  (lwm_vision_7b.get_config, ("v4:8x8x8", "v4:8x8x4")),
 )
 
 
@@ -41,11 +30,11 @@ class Contest:
 
 
 CONTESTS = (
-    Contest("7B", models.lwm_7b, "v4:8x8x8", 8 << 20),
-    Contest("13B", models.lwm_13b, "v4:8x8x8", 4 << 20),
-    Contest("7B", models.lwm_7b, "v5e:16x16", 2 << 20),
-    Contest("7B", models.lwm_7b, "a100:1x8", 256 << 10),
-    Contest("7B", models.lwm_7b, "a100:4x8", 4 << 20),
+  Contest("7B", models.lwm_7b, "v4:8x8x8", 8 << 20),
+  Contest("13B", models.lwm_13b, "v4:8x8x8", 4 << 20),
+  Contest("7B", models.lwm_7b, "v5e:16x16", 2 << 20),
+  Contest("7B", models.lwm_7b, "a100:1x8", 256 << 10),
+  Contest("7B", models.lwm_7b, "a100:4x8", 4 << 20),
 )
 
 
@@ -69,7 +58,7 @@ def recipes(report_try, tries: int, as_json: bool, cases=RECIPES) -> Iterator[st
 
 
 def _own_or_found(
-    experiment: Experiment, stage: Stage, topology: Topology, report_try, tries: int
+  experiment: Experiment, stage: Stage, topology: Topology, report_try, tries: int
 ) -> StagePlan | None:
   """The stage's own plan if it fits, else the fastest that was found to, None if none was."""
   alone = dataclasses.replace(experiment, stages=[stage])
@@ -99,6 +88,6 @@ def longest_contexts(report_try, tries: int, as_json: bool, cases=CONTESTS) -> I
     else:
       row = report.table_row(plan) if plan else f"nothing tried fits {case.machine}"
       yield (
-          f"{case.name:<6} {length_text(length):>8} {length_text(case.paper):>8} {ratio:>5.3g}x"
-          f"  {row}"
+        f"{case.name:<6} {length_text(length):>8} {length_text(case.paper):>8} {ratio:>5.3g}x"
+        f"  {row}"
       )

@@ -19,13 +19,9 @@ from collections.abc import Iterator
 from absl import flags
 
 from experiments import flags as experiment_flags
-from lwm.data import prepare
-from lwm.data import sources
-from lwm.data.dataset import Dataset
-from lwm.data.dataset import TRAIN
-from lwm.data.dataset import VALIDATION
-from lwm.data.tokenizer import load_tokenizer
-from lwm.data.tokenizer import train_sentencepiece
+from lwm.data import prepare, sources
+from lwm.data.dataset import TRAIN, VALIDATION, Dataset
+from lwm.data.tokenizer import load_tokenizer, train_sentencepiece
 from lwm.data.writer import DatasetWriter
 from lwm.errors import UserError
 
@@ -34,23 +30,23 @@ _INPUT = flags.DEFINE_string("input", None, "File, folder, or name of a TFDS dat
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to make.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "A *.model or tokenizer.json file.")
 _TRAIN_TOKENIZER_VOCAB = flags.DEFINE_integer(
-    "train_tokenizer_vocab", None, "Train a tokenizer of this size on the input, into --tokenizer."
+  "train_tokenizer_vocab", None, "Train a tokenizer of this size on the input, into --tokenizer."
 )
 _SUFFIX = flags.DEFINE_string("suffix", None, "Of the files to take from a folder [.txt, .jsonl].")
 _FIELDS = flags.DEFINE_multi_string(
-    "fields", [], "jsonl: LWM's fields specification; given several times, each record takes one."
+  "fields", [], "jsonl: LWM's fields specification; given several times, each record takes one."
 )
 _FIELDS_FROM = flags.DEFINE_string(
-    "fields_from", "fields", "jsonl, without --fields: the record's field that holds it."
+  "fields_from", "fields", "jsonl, without --fields: the record's field that holds it."
 )
 _TEXT_FEATURE = flags.DEFINE_string("text_feature", "text", "tfds: the feature to take.")
 _TFDS_SPLIT = flags.DEFINE_string("tfds_split", "train", "tfds: the split to take.")
 _TFDS_DATA_DIR = flags.DEFINE_string("tfds_data_dir", None, "tfds: where it keeps datasets.")
 _VALIDATION_INPUT = flags.DEFINE_string(
-    "validation_input", None, "File or folder of held-out documents (tfds: a split)."
+  "validation_input", None, "File or folder of held-out documents (tfds: a split)."
 )
 _VALIDATION_FRACTION = flags.DEFINE_float(
-    "validation_fraction", 0.0, "Share of --input's documents to hold out, chosen by hash."
+  "validation_fraction", 0.0, "Share of --input's documents to hold out, chosen by hash."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the choice among several --fields.")
 flags.mark_flags_as_required(["source", "input", "output", "tokenizer"])
@@ -80,8 +76,8 @@ def main(argv: list[str]) -> None:
   if _TRAIN_TOKENIZER_VOCAB.value:
     if os.path.exists(_TOKENIZER.value):
       raise UserError(
-          f"{_TOKENIZER.value} exists already: leave --train_tokenizer_vocab out to use it, or "
-          "name another --tokenizer."
+        f"{_TOKENIZER.value} exists already: leave --train_tokenizer_vocab out to use it, or "
+        "name another --tokenizer."
       )
     corpus = prepare.texts(_records(), _FIELDS_FROM.value)
     train_sentencepiece(corpus, _TOKENIZER.value, _TRAIN_TOKENIZER_VOCAB.value)
@@ -92,14 +88,14 @@ def main(argv: list[str]) -> None:
 
   with DatasetWriter(_OUTPUT.value, tokenizer) as writer:
     add = functools.partial(
-        prepare.add_documents, writer, tokenizer=tokenizer, to_document=to_document
+      prepare.add_documents, writer, tokenizer=tokenizer, to_document=to_document
     )
     add(_records(), split=prepare.by_fraction(_VALIDATION_FRACTION.value))
     if _VALIDATION_INPUT.value:
       add(_records(held_out=True), split=lambda record: VALIDATION)
     if TRAIN not in writer.splits:
       raise UserError(
-          f"--validation_fraction={_VALIDATION_FRACTION.value} holds out every document: lower it."
+        f"--validation_fraction={_VALIDATION_FRACTION.value} holds out every document: lower it."
       )
   _print_summary(Dataset(_OUTPUT.value))
 
@@ -108,8 +104,8 @@ def _print_summary(dataset: Dataset) -> None:
   for name, split in dataset.manifest["splits"].items():
     entropy = ", ".join(f"{m} {nats:.3f}" for m, nats in split["unigram_entropy"].items())
     print(
-        f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, "
-        f"unigram entropy {entropy} nats"
+      f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, "
+      f"unigram entropy {entropy} nats"
     )
   if not dataset.has_split(VALIDATION):
     print("validation: no documents, so no held-out loss")

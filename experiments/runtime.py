@@ -19,9 +19,9 @@ def devices() -> list[jax.Device]:
   except (AssertionError, RuntimeError) as error:
     reason = str(error).partition("\n")[0] or "no device of it"
     raise UserError(
-        f"JAX cannot start, JAX_PLATFORMS being {os.environ.get('JAX_PLATFORMS')} ({reason}): "
-        "pip install --constraint pins.txt '.[gpu]' or '.[tpu]' where such devices are, or take "
-        "cpu."
+      f"JAX cannot start, JAX_PLATFORMS being {os.environ.get('JAX_PLATFORMS')} ({reason}): "
+      "pip install --constraint pins.txt '.[gpu]' or '.[tpu]' where such devices are, or take "
+      "cpu."
     ) from error
 
 

@@ -15,14 +15,12 @@ import pathlib
 import re
 import tempfile
 
-from absl import app
-from absl import flags
 import jax
-from jax.experimental import topologies
 import jax.numpy as jnp
+from absl import app, flags
+from jax.experimental import topologies
 
-from kernels.attention import pallas_tpu_backward
-from kernels.attention import pallas_tpu_forward
+from kernels.attention import pallas_tpu_backward, pallas_tpu_forward
 from kernels.attention.block_sizes_tpu import vmem_bytes
 from kernels.attention.pallas_tpu_tiles import Tiling
 from kernels.decode import pallas_tpu as decode_tpu
@@ -31,11 +29,11 @@ from kernels.decode.pallas_tpu_layouts import Rows
 
 _KERNELS = ("forward", "query_grad", "key_grads", "decode")
 _TOPOLOGIES = {
-    "v4": "v4:2x2x1",
-    "v5e": "v5e:2x2",
-    "v5p": "v5p:2x2x1",
-    "v6e": "v6e:2x2",
-    "tpu7x": "tpu7x:2x2x1",
+  "v4": "v4:2x2x1",
+  "v5e": "v5e:2x2",
+  "v5p": "v5p:2x2x1",
+  "v6e": "v6e:2x2",
+  "tpu7x": "tpu7x:2x2x1",
 }
 
 _KERNEL = flags.DEFINE_enum("kernel", "forward", _KERNELS, "Which kernel.")
@@ -44,13 +42,13 @@ _ROWS = flags.DEFINE_integer("rows", 1024, "Queries x heads in a tile.", lower_b
 _KEYS = flags.DEFINE_integer("keys", 512, "Positions in a block.", lower_bound=128)
 _HEAD_DIM = flags.DEFINE_enum("head_dim", "128", ["64", "128", "256"], "Width of a head.")
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "bfloat16", ["bfloat16", "float32", "int8"], "Of the operands; int8 of decode's cache."
+  "dtype", "bfloat16", ["bfloat16", "float32", "int8"], "Of the operands; int8 of decode's cache."
 )
 # Key/value heads of decode's cache: a block is of keys x heads.
 _DECODE_HEADS = 8
 
 # The columns of the compiler's table, one row a bundle, and which of them to print.
-_UNITS = "matrix cross_lane vector pop exponential load refill store spill scalar".split()
+_UNITS = "matrix cross_lane vector pop exponential load refill store spill scalar".split()  # noqa: SIM905
 _PRINTED = ("matrix", "vector", "exponential", "load", "store")
 
 
@@ -113,7 +111,7 @@ def _loop_bodies(directory: pathlib.Path) -> list[tuple[int, dict[str, float]]]:
   """Bundles and the share of each unit's slots in use, of the two longest runs without a branch."""
   name = f"*attention_{_KERNEL.value}*"
   (bundles,) = (
-      path for path in directory.glob(f"{name}-final_bundles.txt") if "analysis" not in path.name
+    path for path in directory.glob(f"{name}-final_bundles.txt") if "analysis" not in path.name
   )
   (table,) = directory.glob(f"{name}-final_hlo-static-per-bundle-utilization.txt")
   capacity, use = table.read_text().split("== UTILIZATION:")

@@ -16,28 +16,25 @@ import pathlib
 from absl import flags
 
 from experiments import flags as experiment_flags
-from experiments.runtime import devices
-from experiments.runtime import use_compilation_cache
+from experiments.runtime import devices, use_compilation_cache
+from lwm.config.validate import check_devices, validate
 from lwm.errors import UserError
-from lwm.parallel import distributed
-from lwm.parallel import xla_flags
+from lwm.parallel import distributed, xla_flags
+from lwm.report.profiling import parse_steps
 from lwm.train import loop
-from lwm.train.profiling import parse_steps
-from lwm.validate import check_devices
-from lwm.validate import validate
 
 _CONFIG = experiment_flags.define_config()
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where checkpoints, metrics and curves go, and are taken up again."
+  "workdir", None, "Where checkpoints, metrics and curves go, and are taken up again."
 )
 _PROFILE_STEPS = flags.DEFINE_string(
-    "profile_steps", None, "Steps to trace for xprof, as in 10:13: total steps 10, 11 and 12."
+  "profile_steps", None, "Steps to trace for xprof, as in 10:13: total steps 10, 11 and 12."
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 _PEER_TIMEOUT = flags.DEFINE_integer(
-    "peer_timeout", 60, "Seconds without a sign of life after which a process is lost.", 10
+  "peer_timeout", 60, "Seconds without a sign of life after which a process is lost.", 10
 )
 flags.mark_flag_as_required("workdir")
 
@@ -48,8 +45,8 @@ def main(argv: list[str]) -> None:
   validate(experiment)
   if "://" in _WORKDIR.value:
     raise UserError(
-        f"--workdir={_WORKDIR.value} is no directory: name one on a disk that all hosts see, a "
-        "bucket where it is mounted."
+      f"--workdir={_WORKDIR.value} is no directory: name one on a disk that all hosts see, a "
+      "bucket where it is mounted."
     )
   profile_steps = parse_steps(_PROFILE_STEPS.value) if _PROFILE_STEPS.value else range(0)
   steps = sum(stage.steps for stage in experiment.stages)
@@ -57,7 +54,7 @@ def main(argv: list[str]) -> None:
     raise UserError(f"--profile_steps={_PROFILE_STEPS.value}: the run has {steps} steps.")
   xla_flags.apply(_NUM_PROCESSES.value)
   processes = distributed.joined(
-      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PEER_TIMEOUT.value
+    _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PEER_TIMEOUT.value
   )
   with processes:
     check_devices(experiment, len(devices()))

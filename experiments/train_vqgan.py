@@ -3,21 +3,20 @@
     python -m experiments.train_vqgan --video=a.mp4 --video=b.mp4 --output=data/vqgan.npz \\
         --vqgan.codebook_size=1024 --training.steps=2000
 
-Any setting of lwm/vision/config.py is a flag. Beside the weights stands a picture: held-out frames,
+Any setting of lwm/config/vqgan.py is a flag. Beside the weights stands a picture: held-out frames,
 and below each its reconstruction.
 """
 
 import pathlib
 
-from absl import flags
 import numpy as np
+from absl import flags
 
+from configs.models import laptop_vqgan
 from experiments import flags as experiment_flags
+from lwm.config.vqgan import VQGANTrainingConfig
 from lwm.errors import UserError
-from lwm.vision.config import laptop
-from lwm.vision.config import VQGANTrainingConfig
-from lwm.vision.fit import fit
-from lwm.vision.fit import split_by_time
+from lwm.vision.fit import fit, split_by_time
 from lwm.vision.video import read_clip
 
 _VIDEO = flags.DEFINE_multi_string("video", None, "A video file; give it several times for more.")
@@ -25,7 +24,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "The .npz file to write.")
 _FRAMES_PER_SECOND = flags.DEFINE_float("frames_per_second", None, "Of the frames taken [all].")
 _HELD_OUT = flags.DEFINE_float("held_out", 0.15, "Share of each clip's frames, at its end.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of everything drawn at random.")
-_VQGAN = experiment_flags.define_settings("vqgan", laptop())
+_VQGAN = experiment_flags.define_settings("vqgan", laptop_vqgan())
 _TRAINING = experiment_flags.define_settings("training", VQGANTrainingConfig())
 flags.mark_flags_as_required(["video", "output"])
 
@@ -52,14 +51,7 @@ def main(argv: list[str]) -> None:
       raise UserError(f"{path} has {len(frames)} frames: too few to hold some out.")
     train_frames.append(first)
     held_out[path] = last
-  fit(
-      output,
-      np.concatenate(train_frames),
-      held_out,
-      _VQGAN.value,
-      _TRAINING.value,
-      _SEED.value,
-  )
+  fit(output, np.concatenate(train_frames), held_out, _VQGAN.value, _TRAINING.value, _SEED.value)
   print(f"VQGAN: {output}, picture: {output.with_suffix('.png')}")
 
 

@@ -1,9 +1,7 @@
 """Picking one of several implementations of an operation: by name, or the best that runs here."""
 
-from collections.abc import Callable
-from collections.abc import Sequence
-from typing import Any
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import jax
 
@@ -20,7 +18,7 @@ class Backend(Protocol):
 
 
 def choose(
-    operation: str, backends: Sequence[Backend], name: str | None, query: jax.Array, key: Any
+  operation: str, backends: Sequence[Backend], name: str | None, query: jax.Array, key: Any
 ) -> Backend:
   """The backend of that name, or without a name the first that supports the arguments.
 

@@ -12,5 +12,5 @@ def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
   varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
   axes = frozenset().union(*varying)
   return tuple(
-      jax.lax.pcast(array, tuple(axes - own), to="varying") for array, own in zip(arrays, varying)
+    jax.lax.pcast(array, tuple(axes - own), to="varying") for array, own in zip(arrays, varying)
   )

@@ -12,6 +12,10 @@ class UserError(Exception):
   """
 
 
+class ConfigError(UserError):
+  """A setting, or two that do not go together. The message is for the person at the terminal."""
+
+
 class ResumeError(UserError):
   """A run that ended before its end, and that the same command takes up again.
 

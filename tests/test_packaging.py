@@ -8,15 +8,15 @@ import subprocess
 import sys
 import tomllib
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PINS = {
-    canonicalize_name(line.split("==")[0]): line.split("==")[1]
-    for line in (ROOT / "pins.txt").read_text().splitlines()
-    if line and not line.startswith("#")
+  canonicalize_name(line.split("==")[0]): line.split("==")[1]
+  for line in (ROOT / "pins.txt").read_text().splitlines()
+  if line and not line.startswith("#")
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -38,11 +38,14 @@ def test_every_dependency_is_pinned_within_its_range(requirement):
 
 def test_installed_versions_are_the_pinned_ones():
   installed = {
-      canonicalize_name(distribution.name): distribution.version
-      for distribution in importlib.metadata.distributions()
+    canonicalize_name(distribution.name): distribution.version
+    for distribution in importlib.metadata.distributions()
   }
-  wrong = {name: (installed[name], pin) for name, pin in PINS.items()
-           if name in installed and installed[name] != pin}
+  wrong = {
+    name: (installed[name], pin)
+    for name, pin in PINS.items()
+    if name in installed and installed[name] != pin
+  }
   assert not wrong, "installed, pinned"
 
 
@@ -53,8 +56,8 @@ def test_a_plain_install_needs_neither_tensorflow_nor_pytorch():
 def test_our_kernels_and_transformers_live_side_by_side():
   """A PyPI package of that name exists, and transformers looks for it."""
   program = (
-      "import kernels, transformers, pathlib; from transformers import LlamaConfig; LlamaConfig(); "
-      f"assert pathlib.Path(kernels.__file__).parent.parent == pathlib.Path({str(ROOT)!r})"
+    "import kernels, transformers, pathlib; from transformers import LlamaConfig; LlamaConfig(); "
+    f"assert pathlib.Path(kernels.__file__).parent.parent == pathlib.Path({str(ROOT)!r})"
   )
   # Not from the checkout: there an import of `kernels` could not fail.
   subprocess.run([sys.executable, "-c", program], cwd=ROOT.parent, check=True)
@@ -72,7 +75,7 @@ def test_imports_point_one_way():
           names = [node.module or ""]
         else:
           continue
-        wrong += [f"{path}: {name}" for name in names if name.split(".")[0] in layers[rank + 1:]]
+        wrong += [f"{path}: {name}" for name in names if name.split(".")[0] in layers[rank + 1 :]]
   assert not wrong
 
 
@@ -80,8 +83,15 @@ def test_kernels_need_only_arrays():
   banned = {"flax", "ml_collections", "orbax", "grain", "optax"}
   for path in (ROOT / "kernels").rglob("*.py"):
     tree = ast.parse(path.read_text())
-    names = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import)
-             for alias in node.names}
-    names |= {(node.module or "").split(".")[0] for node in ast.walk(tree)
-              if isinstance(node, ast.ImportFrom)}
+    names = {
+      alias.name.split(".")[0]
+      for node in ast.walk(tree)
+      if isinstance(node, ast.Import)
+      for alias in node.names
+    }
+    names |= {
+      (node.module or "").split(".")[0]
+      for node in ast.walk(tree)
+      if isinstance(node, ast.ImportFrom)
+    }
     assert not names & banned, path

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from kernels import backends
 from kernels.attention import reference
-from kernels.attention.backend import Backend
-from kernels.attention.backend import differentiable
+from kernels.attention.backend import Backend, differentiable
 from kernels.attention.intervals import KeyIntervals
 from kernels.attention.mosaic_gpu import MOSAIC_GPU
 from kernels.attention.pallas_tpu import PALLAS_TPU
@@ -24,14 +23,14 @@ DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def attention(
-    query_BxQxHxD: jax.Array,
-    key_BxKxGxD: jax.Array,
-    value_BxKxGxD: jax.Array,
-    intervals: KeyIntervals,
-    *,
-    scale: float | None = None,
-    soft_cap: float | None = None,
-    backend: str | Backend | None = None,
+  query_BxQxHxD: jax.Array,
+  key_BxKxGxD: jax.Array,
+  value_BxKxGxD: jax.Array,
+  intervals: KeyIntervals,
+  *,
+  scale: float | None = None,
+  soft_cap: float | None = None,
+  backend: str | Backend | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Softmax attention where each query row sees one interval of keys.
 
@@ -60,17 +59,15 @@ def attention(
   scale = query_BxQxHxD.shape[-1] ** -0.5 if scale is None else scale
   if backend == "reference":
     return reference.attention(
-        query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, intervals, scale=scale, soft_cap=soft_cap
+      query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, intervals, scale=scale, soft_cap=soft_cap
     )
   backend = choose(backend, query_BxQxHxD, key_BxKxGxD)
-  query, key, value, *intervals = vary_alike(
-      query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, *intervals
-  )
+  query, key, value, *intervals = vary_alike(query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, *intervals)
   return differentiable(backend, scale, soft_cap, query, key, value, KeyIntervals(*intervals))
 
 
 def choose(
-    backend: str | Backend | None, query_BxQxHxD: jax.Array, key_BxKxGxD: jax.Array
+  backend: str | Backend | None, query_BxQxHxD: jax.Array, key_BxKxGxD: jax.Array
 ) -> Backend:
   """The backend of that name, or the best for these shapes, dtypes and this platform.
 
@@ -87,16 +84,16 @@ def check(query, key, value, intervals) -> None:
   B, _, H, D = query.shape
   if key.shape != value.shape or key.shape[0] != B or key.shape[3] != D or H % key.shape[2]:
     raise ValueError(
-        "Attention takes query [B, Q, H, D] and key and value [B, K, G, D] where G divides H, "
-        f"not {query.shape}, {key.shape} and {value.shape}."
+      "Attention takes query [B, Q, H, D] and key and value [B, K, G, D] where G divides H, "
+      f"not {query.shape}, {key.shape} and {value.shape}."
     )
   if any(array.shape != query.shape[:2] for array in intervals):
     raise ValueError(
-        f"Attention takes interval starts and stops of shape {query.shape[:2]} (the query's "
-        f"[B, Q]), not {intervals[0].shape} and {intervals[1].shape}."
+      f"Attention takes interval starts and stops of shape {query.shape[:2]} (the query's "
+      f"[B, Q]), not {intervals[0].shape} and {intervals[1].shape}."
     )
   if query.dtype not in DTYPES or {key.dtype, value.dtype} != {query.dtype}:
     raise ValueError(
-        "Attention takes query, key and value of one dtype out of float32, bfloat16 and float16, "
-        f"not {query.dtype}, {key.dtype} and {value.dtype}: cast them first."
+      "Attention takes query, key and value of one dtype out of float32, bfloat16 and float16, "
+      f"not {query.dtype}, {key.dtype} and {value.dtype}: cast them first."
     )

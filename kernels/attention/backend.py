@@ -3,16 +3,13 @@
 B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim.
 """
 
-from collections.abc import Callable
-from collections.abc import Mapping
 import functools
-from typing import Any
-from typing import NamedTuple
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels.attention.intervals import KeyIntervals
 
@@ -25,15 +22,15 @@ class Forward(Protocol):
   """Attention forward; `out` comes in `out_dtype`, so that a ring can merge unrounded partials."""
 
   def __call__(
-      self,
-      query_BxQxHxD: jax.Array,
-      key_BxKxGxD: jax.Array,
-      value_BxKxGxD: jax.Array,
-      intervals: KeyIntervals,
-      *,
-      scale: float,
-      soft_cap: float | None,
-      out_dtype: jnp.dtype,
+    self,
+    query_BxQxHxD: jax.Array,
+    key_BxKxGxD: jax.Array,
+    value_BxKxGxD: jax.Array,
+    intervals: KeyIntervals,
+    *,
+    scale: float,
+    soft_cap: float | None,
+    out_dtype: jnp.dtype,
   ) -> tuple[jax.Array, jax.Array]:
     """Returns out [B, Q, H, D] and log_sum_exp [B, Q, H] float32 (-inf in empty rows)."""
 
@@ -45,17 +42,17 @@ class Backward(Protocol):
   """
 
   def __call__(
-      self,
-      query_BxQxHxD: jax.Array,
-      key_BxKxGxD: jax.Array,
-      value_BxKxGxD: jax.Array,
-      intervals: KeyIntervals,
-      log_sum_exp_BxQxH: jax.Array,
-      delta_BxQxH: jax.Array,
-      out_cotangent_BxQxHxD: jax.Array,
-      *,
-      scale: float,
-      soft_cap: float | None,
+    self,
+    query_BxQxHxD: jax.Array,
+    key_BxKxGxD: jax.Array,
+    value_BxKxGxD: jax.Array,
+    intervals: KeyIntervals,
+    log_sum_exp_BxQxH: jax.Array,
+    delta_BxQxH: jax.Array,
+    out_cotangent_BxQxHxD: jax.Array,
+    *,
+    scale: float,
+    soft_cap: float | None,
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the cotangents of query, key and value in float32."""
 
@@ -78,20 +75,20 @@ class Backend(NamedTuple):
     Forward and backward of a backend that has a choice take `sizes` as their last argument.
     """
     return self._replace(
-        forward=functools.partial(self.forward, sizes=sizes),
-        backward=functools.partial(self.backward, sizes=sizes),
+      forward=functools.partial(self.forward, sizes=sizes),
+      backward=functools.partial(self.backward, sizes=sizes),
     )
 
 
 def delta(
-    out_BxQxHxD: jax.Array,
-    log_sum_exp_BxQxH: jax.Array,
-    out_cotangent_BxQxHxD: jax.Array,
-    log_sum_exp_cotangent_BxQxH: jax.Array,
+  out_BxQxHxD: jax.Array,
+  log_sum_exp_BxQxH: jax.Array,
+  out_cotangent_BxQxHxD: jax.Array,
+  log_sum_exp_cotangent_BxQxH: jax.Array,
 ) -> jax.Array:
   """What `Backward` subtracts: sum(dout * out) - dlog_sum_exp [B, Q, H] float32, 0 if empty."""
   sum_BxQxH = jnp.sum(
-      out_BxQxHxD.astype(jnp.float32) * out_cotangent_BxQxHxD.astype(jnp.float32), axis=-1
+    out_BxQxHxD.astype(jnp.float32) * out_cotangent_BxQxHxD.astype(jnp.float32), axis=-1
   )
   is_empty_BxQxH = log_sum_exp_BxQxH == -jnp.inf
   return jnp.where(is_empty_BxQxH, 0.0, sum_BxQxH - log_sum_exp_cotangent_BxQxH)
@@ -101,7 +98,7 @@ def delta(
 def differentiable(backend: Backend, scale, soft_cap, query, key, value, intervals):
   """`backend.forward`, with `backend.backward` as its derivative."""
   return backend.forward(
-      query, key, value, intervals, scale=scale, soft_cap=soft_cap, out_dtype=query.dtype
+    query, key, value, intervals, scale=scale, soft_cap=soft_cap, out_dtype=query.dtype
   )
 
 
@@ -115,15 +112,15 @@ def _forward(backend, scale, soft_cap, query, key, value, intervals):
 def _backward(backend, scale, soft_cap, residuals, cotangents):
   query, key, value, intervals, out, log_sum_exp = residuals
   grads = backend.backward(
-      query,
-      key,
-      value,
-      intervals,
-      log_sum_exp,
-      delta(out, log_sum_exp, *cotangents),
-      cotangents[0],
-      scale=scale,
-      soft_cap=soft_cap,
+    query,
+    key,
+    value,
+    intervals,
+    log_sum_exp,
+    delta(out, log_sum_exp, *cotangents),
+    cotangents[0],
+    scale=scale,
+    soft_cap=soft_cap,
   )
   return *(grad.astype(query.dtype) for grad in grads), None
 

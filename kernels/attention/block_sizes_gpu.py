@@ -27,44 +27,44 @@ class Blocks(NamedTuple):
 # several programs on a multiprocessor, whose sum is some times what its share of the memory's
 # bandwidth takes in a memory access (4.8 TB/s x 0.7 us / 132 = 25 KiB).
 DECODE = {
-    "decode": (Blocks(64, 128, 4, 3), Blocks(64, 64, 4, 3), Blocks(32, 32, 4, 3)),
-    "decode_int8": (Blocks(64, 64, 4, 4), Blocks(64, 64, 4, 4), Blocks(32, 32, 4, 4)),
+  "decode": (Blocks(64, 128, 4, 3), Blocks(64, 64, 4, 3), Blocks(32, 32, 4, 3)),
+  "decode_int8": (Blocks(64, 64, 4, 4), Blocks(64, 64, 4, 4), Blocks(32, 32, 4, 4)),
 }
 # 8.6, 8.9 and 12.0 have 99 KiB of shared memory; 8.0 has 163 KiB, 9.0 and 10.0 have 227 KiB.
 SMALL_MEMORY = {
-    "forward": (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2)),
-    "query_grad": (Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 2), Blocks(32, 32, 4, 2)),
-    "key_value_grad": (Blocks(64, 64, 4, 2), Blocks(32, 64, 8, 2), Blocks(16, 32, 4, 2)),
-    **DECODE,
+  "forward": (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2)),
+  "query_grad": (Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 2), Blocks(32, 32, 4, 2)),
+  "key_value_grad": (Blocks(64, 64, 4, 2), Blocks(32, 64, 8, 2), Blocks(16, 32, 4, 2)),
+  **DECODE,
 }
 HALF_PRECISION = {
-    80: {
-        "forward": (Blocks(128, 64, 4, 2), Blocks(128, 64, 8, 3), Blocks(64, 32, 8, 2)),
-        "query_grad": (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2)),
-        "key_value_grad": (Blocks(64, 128, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2)),
-        **DECODE,
-    },
-    86: SMALL_MEMORY,
-    90: {
-        "forward": (Blocks(128, 128, 8, 3), Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2)),
-        "query_grad": (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2)),
-        "key_value_grad": (Blocks(64, 128, 8, 2), Blocks(64, 128, 8, 2), Blocks(32, 64, 8, 2)),
-        **DECODE,
-    },
-    100: {
-        "forward": (Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2)),
-        "query_grad": (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
-        "key_value_grad": (Blocks(64, 128, 8, 2), Blocks(64, 128, 8, 2), Blocks(32, 64, 8, 2)),
-        **DECODE,
-    },
-    120: SMALL_MEMORY,
+  80: {
+    "forward": (Blocks(128, 64, 4, 2), Blocks(128, 64, 8, 3), Blocks(64, 32, 8, 2)),
+    "query_grad": (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2)),
+    "key_value_grad": (Blocks(64, 128, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2)),
+    **DECODE,
+  },
+  86: SMALL_MEMORY,
+  90: {
+    "forward": (Blocks(128, 128, 8, 3), Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2)),
+    "query_grad": (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2)),
+    "key_value_grad": (Blocks(64, 128, 8, 2), Blocks(64, 128, 8, 2), Blocks(32, 64, 8, 2)),
+    **DECODE,
+  },
+  100: {
+    "forward": (Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2)),
+    "query_grad": (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
+    "key_value_grad": (Blocks(64, 128, 8, 2), Blocks(64, 128, 8, 2), Blocks(32, 64, 8, 2)),
+    **DECODE,
+  },
+  120: SMALL_MEMORY,
 }
 SINGLE_PRECISION = {
-    "forward": (Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1)),
-    "query_grad": (Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1)),
-    "key_value_grad": (Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1)),
-    "decode": (Blocks(16, 64, 4, 2), Blocks(16, 32, 4, 2), Blocks(16, 16, 8, 2)),
-    "decode_int8": (Blocks(16, 64, 4, 2), Blocks(16, 32, 4, 2), Blocks(16, 16, 8, 2)),
+  "forward": (Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1)),
+  "query_grad": (Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(16, 16, 4, 1)),
+  "key_value_grad": (Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1)),
+  "decode": (Blocks(16, 64, 4, 2), Blocks(16, 32, 4, 2), Blocks(16, 16, 8, 2)),
+  "decode_int8": (Blocks(16, 64, 4, 2), Blocks(16, 32, 4, 2), Blocks(16, 16, 8, 2)),
 }
 # Decode programs: eight for each multiprocessor of the largest GPU of a kind: the last ones,
 # which run beside idle multiprocessors, are a small part. Each writes a result to be merged.
@@ -78,9 +78,9 @@ MOSAIC_GPU_TILE = 128
 # Keys (forward, query_grad) or queries (key_value_grad) of a streamed block, and blocks in flight,
 # by head_dim.
 MOSAIC_GPU_BLOCKS = {
-    "forward": {64: (128, 4), 128: (128, 2), 256: (64, 2)},
-    "query_grad": {64: (128, 3), 128: (64, 3), 256: (32, 3)},
-    "key_value_grad": {64: (64, 4), 128: (64, 3), 256: (32, 2)},
+  "forward": {64: (128, 4), 128: (128, 2), 256: (64, 2)},
+  "query_grad": {64: (128, 3), 128: (64, 3), 256: (32, 3)},
+  "key_value_grad": {64: (64, 4), 128: (64, 3), 256: (32, 2)},
 }
 
 

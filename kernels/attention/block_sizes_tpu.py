@@ -36,11 +36,11 @@ class BlockSizes(NamedTuple):
 # Where a kernel is not listed, the default. Matrix units of v6e and later are so fast that the
 # forward kernel needs longer blocks to hide the start of each behind products.
 TABLE = {
-    "TPU v4": {},
-    "TPU v5 lite": {},  # v5e
-    "TPU v5": {},  # v5p
-    "TPU v6 lite": {"forward": BlockSizes(keys=1024)},  # v6e
-    "TPU7x": {"forward": BlockSizes(keys=1024)},
+  "TPU v4": {},
+  "TPU v5 lite": {},  # v5e
+  "TPU v5": {},  # v5p
+  "TPU v6 lite": {"forward": BlockSizes(keys=1024)},  # v6e
+  "TPU7x": {"forward": BlockSizes(keys=1024)},
 }
 # Of the memory next to a core: 16 MiB on v4, which has to suffice, and 64 to 128 MiB since.
 VMEM_BYTES = {"TPU v4": 16 * MIB}

@@ -38,16 +38,16 @@ def packed(segment_ids_BxS: jax.Array) -> KeyIntervals:
   first_BxS = jnp.where(segment_ids_BxS != before_BxS, index_1xS, 0)
   is_token_BxS = segment_ids_BxS > 0
   return KeyIntervals(
-      jnp.where(is_token_BxS, jax.lax.cummax(first_BxS, axis=1), 0),
-      jnp.where(is_token_BxS, index_1xS + 1, 0),
+    jnp.where(is_token_BxS, jax.lax.cummax(first_BxS, axis=1), 0),
+    jnp.where(is_token_BxS, index_1xS + 1, 0),
   )
 
 
 def within(intervals: KeyIntervals, offset: jax.Array | int, length: int) -> KeyIntervals:
   """The part of each interval inside keys [offset, offset + length), in indices of that chunk."""
   return KeyIntervals(
-      jnp.clip(intervals.start_BxQ - offset, 0, length),
-      jnp.clip(intervals.stop_BxQ - offset, 0, length),
+    jnp.clip(intervals.start_BxQ - offset, 0, length),
+    jnp.clip(intervals.stop_BxQ - offset, 0, length),
   )
 
 

@@ -26,8 +26,8 @@ def merge(partials: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, j
   log_sum_exp_PxBxQxH = jnp.stack([log_sum_exp for _, log_sum_exp in partials])
   weight_PxBxQxH, log_sum_exp_BxQxH = weights(log_sum_exp_PxBxQxH)
   out_BxQxHxD = sum(
-      weight_BxQxH[..., None] * out.astype(jnp.float32)
-      for weight_BxQxH, (out, _) in zip(weight_PxBxQxH, partials)
+    weight_BxQxH[..., None] * out.astype(jnp.float32)
+    for weight_BxQxH, (out, _) in zip(weight_PxBxQxH, partials)
   )
   return out_BxQxHxD, log_sum_exp_BxQxH
 

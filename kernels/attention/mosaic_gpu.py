@@ -7,17 +7,16 @@ B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim, N/M
 queries/keys.
 """
 
-from collections.abc import Mapping
 import math
+from collections.abc import Mapping
 
 import jax
-from jax.experimental.pallas import triton as pallas_triton
 import jax.numpy as jnp
+from jax.experimental.pallas import triton as pallas_triton
 
 from kernels.attention import block_tables
 from kernels.attention.backend import Backend
-from kernels.attention.block_sizes_gpu import MOSAIC_GPU_BLOCKS as BLOCKS
-from kernels.attention.block_sizes_gpu import MOSAIC_GPU_TILE as TILE
+from kernels.attention.block_sizes_gpu import MOSAIC_GPU_BLOCKS as BLOCKS, MOSAIC_GPU_TILE as TILE
 from kernels.attention.intervals import KeyIntervals
 from kernels.attention.triton import compute_capability
 from kernels.varying import vary_alike
@@ -28,15 +27,15 @@ SEPARATE_GRADS = 256
 
 
 def forward(
-    query_BxQxHxD,
-    key_BxKxGxD,
-    value_BxKxGxD,
-    intervals: KeyIntervals,
-    *,
-    scale: float,
-    soft_cap: float | None,
-    out_dtype: jnp.dtype,
-    sizes: Mapping[str, tuple[int, int]] = {},
+  query_BxQxHxD,
+  key_BxKxGxD,
+  value_BxKxGxD,
+  intervals: KeyIntervals,
+  *,
+  scale: float,
+  soft_cap: float | None,
+  out_dtype: jnp.dtype,
+  sizes: Mapping[str, tuple[int, int]] = {},
 ):
   """See `kernels.attention.backend.Forward`."""
   from kernels.attention import mosaic_gpu_forward  # Loading Mosaic GPU takes a while.
@@ -44,56 +43,56 @@ def forward(
   Q = query_BxQxHxD.shape[1]
   k, slots = sizes.get("forward") or BLOCKS["forward"][query_BxQxHxD.shape[3]]
   query, key, value, start, stop = map(
-      _whole_tiles, (query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, *intervals)
+    _whole_tiles, (query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, *intervals)
   )
   tables_Bx4xN = block_tables.of_queries(KeyIntervals(start, stop), key.shape[1], TILE, k)
   out_BxQxHxD, log_sum_exp_BxHxQ = mosaic_gpu_forward.forward(
-      query,
-      key,
-      value,
-      start,
-      stop,
-      tables_Bx4xN,
-      k=k,
-      slots=slots,
-      scale=scale,
-      soft_cap=soft_cap,
-      out_dtype=out_dtype,
+    query,
+    key,
+    value,
+    start,
+    stop,
+    tables_Bx4xN,
+    k=k,
+    slots=slots,
+    scale=scale,
+    soft_cap=soft_cap,
+    out_dtype=out_dtype,
   )
   return _varying(
-      (query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, *intervals),
-      (out_BxQxHxD[:, :Q], jnp.swapaxes(log_sum_exp_BxHxQ, 1, 2)[:, :Q]),
+    (query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, *intervals),
+    (out_BxQxHxD[:, :Q], jnp.swapaxes(log_sum_exp_BxHxQ, 1, 2)[:, :Q]),
   )
 
 
 def backward(
-    query_BxQxHxD,
-    key_BxKxGxD,
-    value_BxKxGxD,
-    intervals: KeyIntervals,
-    log_sum_exp_BxQxH,
-    delta_BxQxH,
-    out_cotangent_BxQxHxD,
-    *,
-    scale: float,
-    soft_cap: float | None,
-    sizes: Mapping[str, tuple[int, int]] = {},
+  query_BxQxHxD,
+  key_BxKxGxD,
+  value_BxKxGxD,
+  intervals: KeyIntervals,
+  log_sum_exp_BxQxH,
+  delta_BxQxH,
+  out_cotangent_BxQxHxD,
+  *,
+  scale: float,
+  soft_cap: float | None,
+  sizes: Mapping[str, tuple[int, int]] = {},
 ):
   """See `kernels.attention.backend.Backward`; dQ is one kernel, dK and dV one or two more."""
   from kernels.attention import mosaic_gpu_backward  # Loading Mosaic GPU takes a while.
 
   Q, K, D = query_BxQxHxD.shape[1], *key_BxKxGxD.shape[1::2]
   query, key, value, start, stop, out_cotangent, log_sum_exp, delta = map(
-      _whole_tiles,
-      (
-          query_BxQxHxD,
-          key_BxKxGxD,
-          value_BxKxGxD,
-          *intervals,
-          out_cotangent_BxQxHxD.astype(query_BxQxHxD.dtype),
-          log_sum_exp_BxQxH * math.log2(math.e),
-          delta_BxQxH,
-      ),
+    _whole_tiles,
+    (
+      query_BxQxHxD,
+      key_BxKxGxD,
+      value_BxKxGxD,
+      *intervals,
+      out_cotangent_BxQxHxD.astype(query_BxQxHxD.dtype),
+      log_sum_exp_BxQxH * math.log2(math.e),
+      delta_BxQxH,
+    ),
   )
   log_sum_exp = jnp.where((stop <= start)[..., None], jnp.inf, log_sum_exp)
   statistics = (jnp.swapaxes(array, 1, 2) for array in (log_sum_exp, delta))
@@ -102,22 +101,20 @@ def backward(
 
   k, slots = sizes.get("query_grad") or BLOCKS["query_grad"][D]
   tables = block_tables.of_queries(KeyIntervals(start, stop), key.shape[1], TILE, k)
-  query_grad_BxQxHxD = mosaic_gpu_backward.query_grad(
-      *arrays, tables, k=k, slots=slots, **options
-  )
+  query_grad_BxQxHxD = mosaic_gpu_backward.query_grad(*arrays, tables, k=k, slots=slots, **options)
   q, slots = sizes.get("key_value_grad") or BLOCKS["key_value_grad"][D]
   tables = block_tables.of_queries(KeyIntervals(start, stop), key.shape[1], q, TILE)
   tables = block_tables.of_keys(tables, key.shape[1] // TILE)
   passes = (("key",), ("value",)) if D >= SEPARATE_GRADS else (("key", "value"),)
   key_grad_BxKxGxD, value_grad_BxKxGxD = (
-      grad
-      for wanted in passes
-      for grad in mosaic_gpu_backward.key_value_grads(
-          *arrays, tables, wanted=wanted, q=q, slots=slots, **options
-      )
+    grad
+    for wanted in passes
+    for grad in mosaic_gpu_backward.key_value_grads(
+      *arrays, tables, wanted=wanted, q=q, slots=slots, **options
+    )
   )
   return _varying(
-      arrays, (query_grad_BxQxHxD[:, :Q], key_grad_BxKxGxD[:, :K], value_grad_BxKxGxD[:, :K])
+    arrays, (query_grad_BxQxHxD[:, :Q], key_grad_BxKxGxD[:, :K], value_grad_BxKxGxD[:, :K])
   )
 
 

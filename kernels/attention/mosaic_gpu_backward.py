@@ -14,45 +14,47 @@ log_sum_exp comes in units of log2, and as +inf for queries with an empty interv
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-import jax.numpy as jnp
 
-from kernels.attention.mosaic_gpu_parts import COLUMNS
-from kernels.attention.mosaic_gpu_parts import COMPUTE_REGISTERS
-from kernels.attention.mosaic_gpu_parts import COMPUTE_WARPGROUPS
-from kernels.attention.mosaic_gpu_parts import MATRIX
-from kernels.attention.mosaic_gpu_parts import ROWS
-from kernels.attention.mosaic_gpu_parts import STREAM_REGISTERS
-from kernels.attention.mosaic_gpu_parts import Steps
-from kernels.attention.mosaic_gpu_parts import TILE
-from kernels.attention.mosaic_gpu_parts import WARPGROUP_ROWS
-from kernels.attention.mosaic_gpu_parts import accumulate
-from kernels.attention.mosaic_gpu_parts import along_columns
-from kernels.attention.mosaic_gpu_parts import along_rows
-from kernels.attention.mosaic_gpu_parts import base_2_scores
-from kernels.attention.mosaic_gpu_parts import launch
-from kernels.attention.mosaic_gpu_parts import products
-from kernels.attention.mosaic_gpu_parts import seen
-from kernels.attention.mosaic_gpu_parts import tiled_memory
+from kernels.attention.mosaic_gpu_parts import (
+  COLUMNS,
+  COMPUTE_REGISTERS,
+  COMPUTE_WARPGROUPS,
+  MATRIX,
+  ROWS,
+  STREAM_REGISTERS,
+  TILE,
+  WARPGROUP_ROWS,
+  Steps,
+  accumulate,
+  along_columns,
+  along_rows,
+  base_2_scores,
+  launch,
+  products,
+  seen,
+  tiled_memory,
+)
 
 
 def query_grad(
-    query_BxQxHxD,
-    key_BxKxGxD,
-    value_BxKxGxD,
-    start_BxQ,
-    stop_BxQ,
-    out_cotangent_BxQxHxD,
-    log_sum_exp_BxHxQ,
-    delta_BxHxQ,
-    tables_Bx4xN,
-    *,
-    k: int,
-    slots: int,
-    scale: float,
-    soft_cap: float | None,
+  query_BxQxHxD,
+  key_BxKxGxD,
+  value_BxKxGxD,
+  start_BxQ,
+  stop_BxQ,
+  out_cotangent_BxQxHxD,
+  log_sum_exp_BxHxQ,
+  delta_BxHxQ,
+  tables_Bx4xN,
+  *,
+  k: int,
+  slots: int,
+  scale: float,
+  soft_cap: float | None,
 ):
   """Returns the cotangent of the query [B, Q, H, D] in float32; key blocks have `k` keys."""
   B, Q, H, D = query_BxQxHxD.shape
@@ -61,7 +63,7 @@ def query_grad(
   q = WARPGROUP_ROWS
 
   def kernel(
-      query, key, value, start, stop, out_cotangent, log_sum_exp, delta, tables, grad, *scratch
+    query, key, value, start, stop, out_cotangent, log_sum_exp, delta, tables, grad, *scratch
   ):
     own_query, own_cotangent, keys, values, ready, filled, consumed = scratch
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
@@ -78,11 +80,11 @@ def query_grad(
       plgpu.copy_gmem_to_smem(query.at[batch, rows, head], query_qxD, is_ready)
       plgpu.copy_gmem_to_smem(out_cotangent.at[batch, rows, head], cotangent_qxD, is_ready)
       start_q, stop_q = (
-          plgpu.load(array.at[batch, rows], layout=ROWS, optimized=False) for array in (start, stop)
+        plgpu.load(array.at[batch, rows], layout=ROWS, optimized=False) for array in (start, stop)
       )
       log_sum_exp_q, delta_q = (
-          plgpu.load(array.at[batch, head, rows], layout=ROWS, optimized=False)
-          for array in (log_sum_exp, delta)
+        plgpu.load(array.at[batch, head, rows], layout=ROWS, optimized=False)
+        for array in (log_sum_exp, delta)
       )
       plgpu.barrier_wait(is_ready)
 
@@ -91,7 +93,7 @@ def query_grad(
         key_kxD, value_kxD = keys.at[slot], values.at[slot]
         plgpu.barrier_wait(filled.at[slot])
         products_qxk, weights_grad_qxk = products(
-            (query_qxD, key_kxD.transpose((1, 0))), (cotangent_qxD, value_kxD.transpose((1, 0)))
+          (query_qxD, key_kxD.transpose((1, 0))), (cotangent_qxD, value_kxD.transpose((1, 0)))
         )
         scores_qxk, slope_qxk = base_2_scores(products_qxk, scale, soft_cap)
         weights_qxk = jnp.exp2(scores_qxk - along_rows(log_sum_exp_q, (q, k)))
@@ -126,32 +128,19 @@ def query_grad(
           plgpu.copy_gmem_to_smem(value.at[block], values.at[slot], filled.at[slot])
 
   return launch(
-      kernel,
-      jax.ShapeDtypeStruct(query_BxQxHxD.shape, jnp.float32),
-      (
-          tiled_memory((COMPUTE_WARPGROUPS, q, D), dtype, k),
-          tiled_memory((COMPUTE_WARPGROUPS, q, D), dtype, k),
-          tiled_memory((slots, k, D), dtype, k),
-          tiled_memory((slots, k, D), dtype, k),
-          plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
-          plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-          plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=slots),
-      ),
-      (H, Q // TILE, B),
+    kernel,
+    jax.ShapeDtypeStruct(query_BxQxHxD.shape, jnp.float32),
+    (
+      tiled_memory((COMPUTE_WARPGROUPS, q, D), dtype, k),
+      tiled_memory((COMPUTE_WARPGROUPS, q, D), dtype, k),
+      tiled_memory((slots, k, D), dtype, k),
+      tiled_memory((slots, k, D), dtype, k),
+      plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
+      plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+      plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=slots),
+    ),
+    (H, Q // TILE, B),
   )(
-      query_BxQxHxD,
-      key_BxKxGxD,
-      value_BxKxGxD,
-      start_BxQ,
-      stop_BxQ,
-      out_cotangent_BxQxHxD,
-      log_sum_exp_BxHxQ,
-      delta_BxHxQ,
-      tables_Bx4xN,
-  )
-
-
-def key_value_grads(
     query_BxQxHxD,
     key_BxKxGxD,
     value_BxKxGxD,
@@ -160,13 +149,26 @@ def key_value_grads(
     out_cotangent_BxQxHxD,
     log_sum_exp_BxHxQ,
     delta_BxHxQ,
-    tables_Bx4xM,
-    *,
-    wanted: tuple[str, ...],
-    q: int,
-    slots: int,
-    scale: float,
-    soft_cap: float | None,
+    tables_Bx4xN,
+  )
+
+
+def key_value_grads(
+  query_BxQxHxD,
+  key_BxKxGxD,
+  value_BxKxGxD,
+  start_BxQ,
+  stop_BxQ,
+  out_cotangent_BxQxHxD,
+  log_sum_exp_BxHxQ,
+  delta_BxHxQ,
+  tables_Bx4xM,
+  *,
+  wanted: tuple[str, ...],
+  q: int,
+  slots: int,
+  scale: float,
+  soft_cap: float | None,
 ):
   """Returns the cotangents of those `wanted` of "key" and "value", float32.
 
@@ -178,16 +180,7 @@ def key_value_grads(
   k = WARPGROUP_ROWS
 
   def kernel(
-      query,
-      key,
-      value,
-      start,
-      stop,
-      out_cotangent,
-      log_sum_exp,
-      delta,
-      tables,
-      *outputs_and_scratch,
+    query, key, value, start, stop, out_cotangent, log_sum_exp, delta, tables, *outputs_and_scratch
   ):
     outputs = dict(zip(wanted, outputs_and_scratch))
     scratch = outputs_and_scratch[len(wanted) :]
@@ -218,7 +211,7 @@ def key_value_grads(
           pairs.append((value_kxD, cotangent_qxD.transpose((1, 0))))
         products_kxq, *weights_grad_kxq = products(*pairs)
         start_q, stop_q, log_sum_exp_q, delta_q = (
-            plgpu.load(vector.at[slot], layout=COLUMNS) for vector in vectors
+          plgpu.load(vector.at[slot], layout=COLUMNS) for vector in vectors
         )
         scores_kxq, slope_kxq = base_2_scores(products_kxq, scale, soft_cap)
         weights_kxq = jnp.exp2(scores_kxq - along_columns(log_sum_exp_q, (k, q)))
@@ -258,42 +251,42 @@ def key_value_grads(
           head = kv_head * R + lax.rem(index, R)
           rows = pl.ds(steps.block(index) * q, q)
           sources = (
-              query.at[batch, rows, head],
-              out_cotangent.at[batch, rows, head],
-              start.at[batch, rows],
-              stop.at[batch, rows],
-              log_sum_exp.at[batch, head, rows],
-              delta.at[batch, head, rows],
+            query.at[batch, rows, head],
+            out_cotangent.at[batch, rows, head],
+            start.at[batch, rows],
+            stop.at[batch, rows],
+            log_sum_exp.at[batch, head, rows],
+            delta.at[batch, head, rows],
           )
           for source, target in zip(sources, (queries, cotangents, *vectors)):
             plgpu.copy_gmem_to_smem(source, target.at[slot], filled.at[slot])
 
   grad_type = jax.ShapeDtypeStruct(key_BxKxGxD.shape, jnp.float32)
   return launch(
-      kernel,
-      (grad_type,) * len(wanted),
-      (
-          tiled_memory((COMPUTE_WARPGROUPS, k, D), dtype, q),
-          tiled_memory((COMPUTE_WARPGROUPS, k, D), dtype, q),
-          tiled_memory((slots, q, D), dtype, q),
-          tiled_memory((slots, q, D), dtype, q),
-          plgpu.SMEM((slots, q), jnp.int32),
-          plgpu.SMEM((slots, q), jnp.int32),
-          plgpu.SMEM((slots, q), jnp.float32),
-          plgpu.SMEM((slots, q), jnp.float32),
-          plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
-          plgpu.Barrier(num_arrivals=6, num_barriers=slots),
-          plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=slots),
-      ),
-      (G, K // TILE, B),
+    kernel,
+    (grad_type,) * len(wanted),
+    (
+      tiled_memory((COMPUTE_WARPGROUPS, k, D), dtype, q),
+      tiled_memory((COMPUTE_WARPGROUPS, k, D), dtype, q),
+      tiled_memory((slots, q, D), dtype, q),
+      tiled_memory((slots, q, D), dtype, q),
+      plgpu.SMEM((slots, q), jnp.int32),
+      plgpu.SMEM((slots, q), jnp.int32),
+      plgpu.SMEM((slots, q), jnp.float32),
+      plgpu.SMEM((slots, q), jnp.float32),
+      plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
+      plgpu.Barrier(num_arrivals=6, num_barriers=slots),
+      plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=slots),
+    ),
+    (G, K // TILE, B),
   )(
-      query_BxQxHxD,
-      key_BxKxGxD,
-      value_BxKxGxD,
-      start_BxQ,
-      stop_BxQ,
-      out_cotangent_BxQxHxD,
-      log_sum_exp_BxHxQ,
-      delta_BxHxQ,
-      tables_Bx4xM,
+    query_BxQxHxD,
+    key_BxKxGxD,
+    value_BxKxGxD,
+    start_BxQ,
+    stop_BxQ,
+    out_cotangent_BxQxHxD,
+    log_sum_exp_BxHxQ,
+    delta_BxHxQ,
+    tables_Bx4xM,
   )

@@ -14,42 +14,44 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-import jax.numpy as jnp
 
-from kernels.attention.mosaic_gpu_parts import COMPUTE_REGISTERS
-from kernels.attention.mosaic_gpu_parts import COMPUTE_WARPGROUPS
-from kernels.attention.mosaic_gpu_parts import LOWEST
-from kernels.attention.mosaic_gpu_parts import MATRIX
-from kernels.attention.mosaic_gpu_parts import ROWS
-from kernels.attention.mosaic_gpu_parts import STREAM_REGISTERS
-from kernels.attention.mosaic_gpu_parts import Steps
-from kernels.attention.mosaic_gpu_parts import TILE
-from kernels.attention.mosaic_gpu_parts import WARPGROUP_ROWS
-from kernels.attention.mosaic_gpu_parts import accumulate
-from kernels.attention.mosaic_gpu_parts import along_rows
-from kernels.attention.mosaic_gpu_parts import base_2_scores
-from kernels.attention.mosaic_gpu_parts import launch
-from kernels.attention.mosaic_gpu_parts import products
-from kernels.attention.mosaic_gpu_parts import seen
-from kernels.attention.mosaic_gpu_parts import tiled_memory
+from kernels.attention.mosaic_gpu_parts import (
+  COMPUTE_REGISTERS,
+  COMPUTE_WARPGROUPS,
+  LOWEST,
+  MATRIX,
+  ROWS,
+  STREAM_REGISTERS,
+  TILE,
+  WARPGROUP_ROWS,
+  Steps,
+  accumulate,
+  along_rows,
+  base_2_scores,
+  launch,
+  products,
+  seen,
+  tiled_memory,
+)
 
 
 def forward(
-    query_BxQxHxD,
-    key_BxKxGxD,
-    value_BxKxGxD,
-    start_BxQ,
-    stop_BxQ,
-    tables_Bx4xN,
-    *,
-    k: int,
-    slots: int,
-    scale: float,
-    soft_cap: float | None,
-    out_dtype: jnp.dtype,
+  query_BxQxHxD,
+  key_BxKxGxD,
+  value_BxKxGxD,
+  start_BxQ,
+  stop_BxQ,
+  tables_Bx4xN,
+  *,
+  k: int,
+  slots: int,
+  scale: float,
+  soft_cap: float | None,
+  out_dtype: jnp.dtype,
 ):
   """Returns out [B, Q, H, D] and log-sum-exp [B, H, Q] float32."""
   B, Q, H, D = query_BxQxHxD.shape
@@ -104,14 +106,14 @@ def forward(
         return out_qxD, new_maximum_q, sum_q
 
       carry = (
-          plgpu.layout_cast(jnp.zeros((q, D), jnp.float32), MATRIX),
-          plgpu.layout_cast(jnp.full((q,), LOWEST, jnp.float32), ROWS),
-          plgpu.layout_cast(jnp.zeros((q,), jnp.float32), ROWS),
+        plgpu.layout_cast(jnp.zeros((q, D), jnp.float32), MATRIX),
+        plgpu.layout_cast(jnp.full((q,), LOWEST, jnp.float32), ROWS),
+        plgpu.layout_cast(jnp.zeros((q,), jnp.float32), ROWS),
       )
       pl.when(warpgroup == 1)(take_turn)
       carry = lax.fori_loop(0, steps.num_crossed, functools.partial(step, is_full=False), carry)
       carry = lax.fori_loop(
-          steps.num_crossed, steps.num, functools.partial(step, is_full=True), carry
+        steps.num_crossed, steps.num, functools.partial(step, is_full=True), carry
       )
       pl.when(warpgroup == 0)(take_turn)
 
@@ -140,19 +142,19 @@ def forward(
             plgpu.copy_gmem_to_smem(source.at[block], target.at[slot], filled[i].at[slot])
 
   return launch(
-      kernel,
-      (
-          jax.ShapeDtypeStruct(query_BxQxHxD.shape, out_dtype),
-          jax.ShapeDtypeStruct((B, H, Q), jnp.float32),
-      ),
-      (
-          tiled_memory((COMPUTE_WARPGROUPS, q, D), dtype, k),
-          tiled_memory((slots, k, D), dtype, k),
-          tiled_memory((slots, k, D), dtype, k),
-          plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
-          2 * (plgpu.Barrier(num_barriers=slots),),
-          2 * (plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=slots),),
-          plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
-      ),
-      (H, Q // TILE, B),
+    kernel,
+    (
+      jax.ShapeDtypeStruct(query_BxQxHxD.shape, out_dtype),
+      jax.ShapeDtypeStruct((B, H, Q), jnp.float32),
+    ),
+    (
+      tiled_memory((COMPUTE_WARPGROUPS, q, D), dtype, k),
+      tiled_memory((slots, k, D), dtype, k),
+      tiled_memory((slots, k, D), dtype, k),
+      plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
+      2 * (plgpu.Barrier(num_barriers=slots),),
+      2 * (plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=slots),),
+      plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+    ),
+    (H, Q // TILE, B),
   )(query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, start_BxQ, stop_BxQ, tables_Bx4xN)

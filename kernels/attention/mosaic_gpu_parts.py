@@ -5,10 +5,10 @@ D head_dim; q/k queries/keys of one block.
 
 import math
 
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-import jax.numpy as jnp
 
 from kernels.attention.block_sizes_gpu import MOSAIC_GPU_TILE as TILE
 
@@ -32,7 +32,7 @@ class Steps:
 
   def __init__(self, tables_Bx4xN, batch, tile, repeats=1):
     self.first, last, self.full_first, self.full_last = (
-        tables_Bx4xN[batch, i, tile] for i in range(4)
+      tables_Bx4xN[batch, i, tile] for i in range(4)
     )
     self.repeats = repeats
     self.num = (last - self.first) * repeats
@@ -49,14 +49,14 @@ class Steps:
 def launch(kernel, out_type, scratch, grid):
   """A grid of (heads, tiles, batch rows), each with the warpgroups that compute and one more."""
   return plgpu.kernel(
-      kernel,
-      out_type=out_type,
-      scratch_types=scratch,
-      grid=grid,
-      grid_names=("head", "tile", "batch"),
-      num_threads=COMPUTE_WARPGROUPS + 1,
-      thread_name="warpgroup",
-      compiler_params=plgpu.CompilerParams(approx_math=True),
+    kernel,
+    out_type=out_type,
+    scratch_types=scratch,
+    grid=grid,
+    grid_names=("head", "tile", "batch"),
+    num_threads=COMPUTE_WARPGROUPS + 1,
+    thread_name="warpgroup",
+    compiler_params=plgpu.CompilerParams(approx_math=True),
   )
 
 

@@ -9,71 +9,65 @@ B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim.
 from collections.abc import Mapping
 
 import jax
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
-from kernels.attention import pallas_tpu_backward
-from kernels.attention import pallas_tpu_forward
-from kernels.attention import pallas_tpu_tiles as tiles
+from kernels.attention import pallas_tpu_backward, pallas_tpu_forward, pallas_tpu_tiles as tiles
 from kernels.attention.backend import Backend
-from kernels.attention.block_sizes_tpu import BlockSizes
-from kernels.attention.block_sizes_tpu import block_sizes
-from kernels.attention.block_sizes_tpu import vmem_bytes
+from kernels.attention.block_sizes_tpu import BlockSizes, block_sizes, vmem_bytes
 from kernels.attention.intervals import KeyIntervals
-from kernels.attention.pallas_tpu_tiles import LANES
-from kernels.attention.pallas_tpu_tiles import round_up
-from kernels.attention.pallas_tpu_tiles import Tiling
+from kernels.attention.pallas_tpu_tiles import LANES, Tiling, round_up
 from kernels.varying import vary_alike
 
 HEAD_DIMS = (64, 128, 256)
 
 
 def forward(
-    query_BxQxHxD,
-    key_BxKxGxD,
-    value_BxKxGxD,
-    intervals: KeyIntervals,
-    *,
-    scale: float,
-    soft_cap: float | None,
-    out_dtype: jnp.dtype,
-    sizes: Mapping[str, BlockSizes] = {},
+  query_BxQxHxD,
+  key_BxKxGxD,
+  value_BxKxGxD,
+  intervals: KeyIntervals,
+  *,
+  scale: float,
+  soft_cap: float | None,
+  out_dtype: jnp.dtype,
+  sizes: Mapping[str, BlockSizes] = {},
 ):
   """See `kernels.attention.backend.Forward`."""
   tiling = choose_tiling("forward", query_BxQxHxD, key_BxKxGxD, sizes)
   intervals_BxNx2xR = tiles.interval_tiles(intervals, tiling)
   out_TxNxDxR, log_sum_exp_TxNx1xR = pallas_tpu_forward.forward(
-      *vary_alike(
-          tiles.query_tiles(query_BxQxHxD, tiling),
-          tiles.key_blocks(key_BxKxGxD, tiling),
-          tiles.key_blocks(value_BxKxGxD, tiling),
-          intervals_BxNx2xR,
-          tiles.key_spans(intervals_BxNx2xR, tiling),
-      ),
-      tiling,
-      scale=scale,
-      soft_cap=soft_cap,
-      out_dtype=out_dtype,
-      vmem_limit=vmem_bytes(device().device_kind),
+    *vary_alike(
+      tiles.query_tiles(query_BxQxHxD, tiling),
+      tiles.key_blocks(key_BxKxGxD, tiling),
+      tiles.key_blocks(value_BxKxGxD, tiling),
+      intervals_BxNx2xR,
+      tiles.key_spans(intervals_BxNx2xR, tiling),
+    ),
+    tiling,
+    scale=scale,
+    soft_cap=soft_cap,
+    out_dtype=out_dtype,
+    vmem_limit=vmem_bytes(device().device_kind),
   )
   return (
-      tiles.from_query_tiles(out_TxNxDxR, tiling),
-      tiles.from_query_tiles(log_sum_exp_TxNx1xR, tiling)[..., 0],
+    tiles.from_query_tiles(out_TxNxDxR, tiling),
+    tiles.from_query_tiles(log_sum_exp_TxNx1xR, tiling)[..., 0],
   )
 
 
 def backward(
-    query_BxQxHxD,
-    key_BxKxGxD,
-    value_BxKxGxD,
-    intervals: KeyIntervals,
-    log_sum_exp_BxQxH,
-    delta_BxQxH,
-    out_cotangent_BxQxHxD,
-    *,
-    scale: float,
-    soft_cap: float | None,
-    sizes: Mapping[str, BlockSizes] = {},
+  query_BxQxHxD,
+  key_BxKxGxD,
+  value_BxKxGxD,
+  intervals: KeyIntervals,
+  log_sum_exp_BxQxH,
+  delta_BxQxH,
+  out_cotangent_BxQxHxD,
+  *,
+  scale: float,
+  soft_cap: float | None,
+  sizes: Mapping[str, BlockSizes] = {},
 ):
   """See `kernels.attention.backend.Backward`; dQ is one kernel, dK and dV are another."""
   is_empty_BxQxH = log_sum_exp_BxQxH == -jnp.inf
@@ -84,13 +78,13 @@ def backward(
     tiling = choose_tiling(name, query_BxQxHxD, key_BxKxGxD, sizes)
     intervals_BxNx2xR = tiles.interval_tiles(intervals, tiling)
     arrays = vary_alike(
-        tiles.query_tiles(query_BxQxHxD, tiling),
-        tiles.key_blocks(key_BxKxGxD, tiling),
-        tiles.key_blocks(value_BxKxGxD, tiling),
-        tiles.query_tiles(out_cotangent_BxQxHxD, tiling),
-        tiles.row_statistics((base_2_BxQxH, delta_BxQxH), tiling),
-        intervals_BxNx2xR,
-        tiles.key_spans(intervals_BxNx2xR, tiling),
+      tiles.query_tiles(query_BxQxHxD, tiling),
+      tiles.key_blocks(key_BxKxGxD, tiling),
+      tiles.key_blocks(value_BxKxGxD, tiling),
+      tiles.query_tiles(out_cotangent_BxQxHxD, tiling),
+      tiles.row_statistics((base_2_BxQxH, delta_BxQxH), tiling),
+      intervals_BxNx2xR,
+      tiles.key_spans(intervals_BxNx2xR, tiling),
     )
     vmem_limit = vmem_bytes(device().device_kind)
     grads = kernel(*arrays, tiling, scale=scale, soft_cap=soft_cap, vmem_limit=vmem_limit)
@@ -103,10 +97,10 @@ def backward(
 
 
 def choose_tiling(
-    kernel: str,
-    query_BxQxHxD: jax.Array,
-    key_BxKxGxD: jax.Array,
-    sizes: Mapping[str, BlockSizes] = {},
+  kernel: str,
+  query_BxQxHxD: jax.Array,
+  key_BxKxGxD: jax.Array,
+  sizes: Mapping[str, BlockSizes] = {},
 ) -> Tiling:
   """Equal tiles of at most those sizes, or the table's; as many heads to a tile as fit its rows."""
   B, Q, H, D = query_BxQxHxD.shape

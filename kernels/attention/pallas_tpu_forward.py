@@ -10,9 +10,9 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-import jax.numpy as jnp
 
 from kernels.attention import pallas_tpu_tiles as tiles
 from kernels.attention.pallas_tpu_stream import stream
@@ -47,77 +47,77 @@ class KeyWalk:
 
   def is_full(self, step, index):
     return (self.field(step, tiles.FULL_FIRST) <= index) & (
-        index < self.field(step, tiles.FULL_STOP)
+      index < self.field(step, tiles.FULL_STOP)
     )
 
 
 def forward(
-    query_TxNxRxD: jax.Array,
-    key_UxMxkxD: jax.Array,
-    value_UxMxkxD: jax.Array,
-    intervals_BxNx2xR: jax.Array,
-    spans_Bx1xN4: jax.Array,
-    tiling: Tiling,
-    *,
-    scale: float,
-    soft_cap: float | None,
-    out_dtype: jnp.dtype,
-    vmem_limit: int,
+  query_TxNxRxD: jax.Array,
+  key_UxMxkxD: jax.Array,
+  value_UxMxkxD: jax.Array,
+  intervals_BxNx2xR: jax.Array,
+  spans_Bx1xN4: jax.Array,
+  tiling: Tiling,
+  *,
+  scale: float,
+  soft_cap: float | None,
+  out_dtype: jnp.dtype,
+  vmem_limit: int,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns out [T, N, D, R] in `out_dtype` and log_sum_exp float32 [T, N, 1, R]."""
   T, N, R, D = query_TxNxRxD.shape
   k, dtype = tiling.keys, query_TxNxRxD.dtype
   specs = TileSpecs(tiling, T // spans_Bx1xN4.shape[0])
   return pl.pallas_call(
-      functools.partial(_kernel, tiling=tiling, scale=scale, soft_cap=soft_cap),
-      grid=(T * tiling.cores, N // tiling.cores),
-      in_specs=[
-          specs.table(spans_Bx1xN4),
-          specs.intervals(),
-          specs.query(R, D),
-          pl.BlockSpec(memory_space=pl.ANY),
-          pl.BlockSpec(memory_space=pl.ANY),
-      ],
-      out_specs=[specs.query(D, R), specs.query(1, R)],
-      out_shape=[
-          varying((T, N, D, R), out_dtype, query_TxNxRxD),
-          varying((T, N, 1, R), jnp.float32, query_TxNxRxD),
-      ],
-      scratch_shapes=[
-          pltpu.VMEM((2, k, D), dtype),
-          pltpu.VMEM((2, k, D), dtype),
-          pltpu.VMEM((D, R), jnp.float32),
-          pltpu.VMEM((1, R), jnp.float32),
-          pltpu.VMEM((1, R), jnp.float32),
-          pltpu.SemaphoreType.DMA((2, 2)),
-          pltpu.SMEM((1,), jnp.int32),
-      ],
-      compiler_params=pltpu.CompilerParams(
-          dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit
-      ),
-      name="attention_forward",
+    functools.partial(_kernel, tiling=tiling, scale=scale, soft_cap=soft_cap),
+    grid=(T * tiling.cores, N // tiling.cores),
+    in_specs=[
+      specs.table(spans_Bx1xN4),
+      specs.intervals(),
+      specs.query(R, D),
+      pl.BlockSpec(memory_space=pl.ANY),
+      pl.BlockSpec(memory_space=pl.ANY),
+    ],
+    out_specs=[specs.query(D, R), specs.query(1, R)],
+    out_shape=[
+      varying((T, N, D, R), out_dtype, query_TxNxRxD),
+      varying((T, N, 1, R), jnp.float32, query_TxNxRxD),
+    ],
+    scratch_shapes=[
+      pltpu.VMEM((2, k, D), dtype),
+      pltpu.VMEM((2, k, D), dtype),
+      pltpu.VMEM((D, R), jnp.float32),
+      pltpu.VMEM((1, R), jnp.float32),
+      pltpu.VMEM((1, R), jnp.float32),
+      pltpu.SemaphoreType.DMA((2, 2)),
+      pltpu.SMEM((1,), jnp.int32),
+    ],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit
+    ),
+    name="attention_forward",
   )(spans_Bx1xN4, intervals_BxNx2xR, query_TxNxRxD, key_UxMxkxD, value_UxMxkxD)
 
 
 def _kernel(
-    spans_ref,
-    intervals_ref,
-    query_ref,
-    key_hbm_ref,
-    value_hbm_ref,
-    out_ref,
-    log_sum_exp_ref,
-    key_ref,
-    value_ref,
-    sum_out_ref,
-    maximum_ref,
-    sum_ref,
-    semaphores,
-    count_ref,
-    *,
-    tiling: Tiling,
-    scale: float,
-    soft_cap: float | None,
+  spans_ref,
+  intervals_ref,
+  query_ref,
+  key_hbm_ref,
+  value_hbm_ref,
+  out_ref,
+  log_sum_exp_ref,
+  key_ref,
+  value_ref,
+  sum_out_ref,
+  maximum_ref,
+  sum_ref,
+  semaphores,
+  count_ref,
+  *,
+  tiling: Tiling,
+  scale: float,
+  soft_cap: float | None,
 ):
   row, step = pl.program_id(0), pl.program_id(1)
   key_row = row // (tiling.cores * tiling.key_sharing)
@@ -154,13 +154,13 @@ def _kernel(
       sum_out_ref[:, part] = decay_1xR * sum_out_ref[:, part] + out_DxR
 
   stream(
-      walk,
-      lambda index, slot: key_copies(
-          (key_hbm_ref, value_hbm_ref), (key_ref, value_ref), semaphores, key_row, index, slot
-      ),
-      lambda index, slot: by_mask(walk.is_full(step, index), index, slot, add),
-      count_ref,
-      axis=1,
+    walk,
+    lambda index, slot: key_copies(
+      (key_hbm_ref, value_hbm_ref), (key_ref, value_ref), semaphores, key_row, index, slot
+    ),
+    lambda index, slot: by_mask(walk.is_full(step, index), index, slot, add),
+    count_ref,
+    axis=1,
   )
   out_DxR, log_sum_exp_ref[0, 0] = normalised(sum_out_ref[...], maximum_ref[...], sum_ref[...])
   out_ref[0, 0] = out_DxR.astype(out_ref.dtype)
@@ -175,19 +175,19 @@ class TileSpecs:
 
   def table(self, table_Bx1xL: jax.Array) -> pl.BlockSpec:
     return pl.BlockSpec(
-        (1, 1, table_Bx1xL.shape[2]),
-        lambda row, step: (self._batch(row), 0, 0),
-        memory_space=pltpu.SMEM,
+      (1, 1, table_Bx1xL.shape[2]),
+      lambda row, step: (self._batch(row), 0, 0),
+      memory_space=pltpu.SMEM,
     )
 
   def intervals(self) -> pl.BlockSpec:
     return pl.BlockSpec(
-        (1, 1, 2, self.rows), lambda row, step: (self._batch(row), self.tile(row, step), 0, 0)
+      (1, 1, 2, self.rows), lambda row, step: (self._batch(row), self.tile(row, step), 0, 0)
     )
 
   def query(self, *shape: int) -> pl.BlockSpec:
     return pl.BlockSpec(
-        (1, 1, *shape), lambda row, step: (row // self.cores, self.tile(row, step), 0, 0)
+      (1, 1, *shape), lambda row, step: (row // self.cores, self.tile(row, step), 0, 0)
     )
 
   def tile(self, row, step):
@@ -200,8 +200,8 @@ class TileSpecs:
 def key_copies(sources, buffers, semaphores, row, index, slot) -> list:
   """Copies of block `index` of a row of each source into buffer `slot`."""
   return [
-      pltpu.make_async_copy(source.at[row, index], buffer.at[slot], semaphores.at[number, slot])
-      for number, (source, buffer) in enumerate(zip(sources, buffers))
+    pltpu.make_async_copy(source.at[row, index], buffer.at[slot], semaphores.at[number, slot])
+    for number, (source, buffer) in enumerate(zip(sources, buffers))
   ]
 
 
@@ -251,7 +251,7 @@ def dot(left, right, contract: tuple[int, int]):
   precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
   dimensions = (((contract[0],), (contract[1],)), ((), ()))
   return jax.lax.dot_general(
-      left, right, dimensions, precision=precision, preferred_element_type=jnp.float32
+    left, right, dimensions, precision=precision, preferred_element_type=jnp.float32
   )
 
 

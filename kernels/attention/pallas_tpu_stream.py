@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 import jax
-from jax.experimental import pallas as pl
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 
 class Walk(Protocol):
@@ -27,12 +27,12 @@ class Walk(Protocol):
 
 
 def stream(
-    walk: Walk,
-    copies: Callable,
-    compute: Callable[[jax.Array, jax.Array], None],
-    count_ref,
-    *,
-    axis: int,
+  walk: Walk,
+  copies: Callable,
+  compute: Callable[[jax.Array, jax.Array], None],
+  count_ref,
+  *,
+  axis: int,
 ) -> None:
   """Runs `compute(index, slot)` for each block of this grid step, its copies having arrived.
 

@@ -144,7 +144,7 @@ def query_spans(key_spans_Bx1xN4: jax.Array, tiling: Tiling) -> jax.Array:
   block_M = jnp.arange(tiling.num_key_blocks, dtype=jnp.int32)
   # XLA fuses the comparison into the reductions: no N x M array exists.
   reads_BxMxN = (spans_BxNx4[:, None, :, FIRST] <= block_M[:, None]) & (
-      block_M[:, None] < spans_BxNx4[:, None, :, STOP]
+    block_M[:, None] < spans_BxNx4[:, None, :, STOP]
   )
   stop_BxM = jnp.max(jnp.where(reads_BxMxN, tile_N + 1, 0), axis=-1)
   first_BxM = jnp.min(jnp.where(reads_BxMxN, tile_N, tile_N.size), axis=-1)

@@ -13,33 +13,30 @@ as +inf for queries with an empty interval, which makes their weights 0.
 import triton
 import triton.language as tl
 
-from kernels.attention.triton_parts import base_2_scores
-from kernels.attention.triton_parts import block_at
-from kernels.attention.triton_parts import load_rows
-from kernels.attention.triton_parts import meeting_blocks
+from kernels.attention.triton_parts import base_2_scores, block_at, load_rows, meeting_blocks
 
 
 @triton.jit
 def query_grad(
-    query_BxQxHxD,
-    key_BxKxGxD,
-    value_BxKxGxD,
-    start_BxQ,
-    stop_BxQ,
-    out_cotangent_BxQxHxD,
-    log_sum_exp_BxHxQ,
-    delta_BxHxQ,
-    num_queries,
-    num_keys,
-    num_heads,
-    grad_BxQxHxD,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+  query_BxQxHxD,
+  key_BxKxGxD,
+  value_BxKxGxD,
+  start_BxQ,
+  stop_BxQ,
+  out_cotangent_BxQxHxD,
+  log_sum_exp_BxHxQ,
+  delta_BxHxQ,
+  num_queries,
+  num_keys,
+  num_heads,
+  grad_BxQxHxD,
+  GROUP: tl.constexpr,
+  HEAD_DIM: tl.constexpr,
+  QUERY_BLOCK: tl.constexpr,
+  KEY_BLOCK: tl.constexpr,
+  SCALE: tl.constexpr,
+  SOFT_CAP: tl.constexpr,
+  PRECISION: tl.constexpr,
 ):
   """Grid (query blocks, H, B); the last blocks, the longest under a causal mask, start first."""
   block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -61,7 +58,7 @@ def query_grad(
   offsets_qxD = row_q[:, None] * (num_heads * HEAD_DIM) + index_D[None, :]
   query_qxD = load_rows(query_BxQxHxD + query_offset + offsets_qxD, is_query_q, False)
   out_cotangent_qxD = load_rows(
-      out_cotangent_BxQxHxD + query_offset + offsets_qxD, is_query_q, False
+    out_cotangent_BxQxHxD + query_offset + offsets_qxD, is_query_q, False
   )
   head_offset = batch * num_keys * key_stride + head // GROUP * HEAD_DIM
   offsets_kxD = row_k[:, None] * key_stride + index_D[None, :]
@@ -70,7 +67,7 @@ def query_grad(
   first, last, full_first, full_last = meeting_blocks(start_q, stop_q, num_keys, KEY_BLOCK)
   num_full = full_last - full_first
   for IS_FULL in tl.static_range(2):
-    for step in range(0, num_full if IS_FULL else last - first - num_full):
+    for step in range(num_full if IS_FULL else last - first - num_full):
       key_block = block_at(step, first, last, full_first, full_last, IS_FULL)
       index_k = key_block * KEY_BLOCK + row_k
       block_offset = head_offset + key_block.to(tl.int64) * KEY_BLOCK * key_stride
@@ -85,34 +82,34 @@ def query_grad(
       weights_grad_qxk = tl.dot(out_cotangent_qxD, tl.trans(value_kxD), input_precision=PRECISION)
       scores_grad_qxk = weights_qxk * (weights_grad_qxk - delta_q[:, None]) * slope_qxk
       grad_qxD = tl.dot(
-          scores_grad_qxk.to(index_kxD.dtype), index_kxD, grad_qxD, input_precision=PRECISION
+        scores_grad_qxk.to(index_kxD.dtype), index_kxD, grad_qxD, input_precision=PRECISION
       )
   tl.store(grad_BxQxHxD + query_offset + offsets_qxD, grad_qxD * SCALE, mask=is_query_q[:, None])
 
 
 @triton.jit
 def key_value_grad(
-    query_BxQxHxD,
-    key_BxKxGxD,
-    value_BxKxGxD,
-    start_BxQ,
-    stop_BxQ,
-    out_cotangent_BxQxHxD,
-    log_sum_exp_BxHxQ,
-    delta_BxHxQ,
-    tables_Bx4xM,
-    num_queries,
-    num_keys,
-    num_heads,
-    key_grad_BxKxGxD,
-    value_grad_BxKxGxD,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+  query_BxQxHxD,
+  key_BxKxGxD,
+  value_BxKxGxD,
+  start_BxQ,
+  stop_BxQ,
+  out_cotangent_BxQxHxD,
+  log_sum_exp_BxHxQ,
+  delta_BxHxQ,
+  tables_Bx4xM,
+  num_queries,
+  num_keys,
+  num_heads,
+  key_grad_BxKxGxD,
+  value_grad_BxKxGxD,
+  GROUP: tl.constexpr,
+  HEAD_DIM: tl.constexpr,
+  QUERY_BLOCK: tl.constexpr,
+  KEY_BLOCK: tl.constexpr,
+  SCALE: tl.constexpr,
+  SOFT_CAP: tl.constexpr,
+  PRECISION: tl.constexpr,
 ):
   """Grid (key blocks, G, B); one program sums over the query heads of its group.
 
@@ -144,7 +141,7 @@ def key_value_grad(
   num_full = full_last - full_first
   for IS_FULL in tl.static_range(2):
     # The heads of a group in turn for each query block: one flat loop, which can be pipelined.
-    for step in range(0, GROUP * (num_full if IS_FULL else last - first - num_full)):
+    for step in range(GROUP * (num_full if IS_FULL else last - first - num_full)):
       query_block = block_at(step // GROUP, first, last, full_first, full_last, IS_FULL)
       head = kv_head * GROUP + step % GROUP
       index_q = query_block * QUERY_BLOCK + row_q
@@ -153,7 +150,7 @@ def key_value_grad(
       block_offset = first_row * query_stride + head * HEAD_DIM
       query_qxD = load_rows(query_BxQxHxD + block_offset + offsets_qxD, is_query_q, IS_FULL)
       out_cotangent_qxD = load_rows(
-          out_cotangent_BxQxHxD + block_offset + offsets_qxD, is_query_q, IS_FULL
+        out_cotangent_BxQxHxD + block_offset + offsets_qxD, is_query_q, IS_FULL
       )
       offset_q = (batch * num_heads + head) * num_queries + index_q
       log_sum_exp_q = tl.load(log_sum_exp_BxHxQ + offset_q, mask=is_query_q, other=float("inf"))
@@ -168,15 +165,15 @@ def key_value_grad(
         is_seen_kxq = (index_k[:, None] >= start_q[None, :]) & (index_k[:, None] < stop_q[None, :])
         weights_kxq = tl.where(is_seen_kxq, weights_kxq, 0.0)
       value_grad_kxD = tl.dot(
-          weights_kxq.to(value_kxD.dtype),
-          out_cotangent_qxD,
-          value_grad_kxD,
-          input_precision=PRECISION,
+        weights_kxq.to(value_kxD.dtype),
+        out_cotangent_qxD,
+        value_grad_kxD,
+        input_precision=PRECISION,
       )
       weights_grad_kxq = tl.dot(value_kxD, tl.trans(out_cotangent_qxD), input_precision=PRECISION)
       scores_grad_kxq = weights_kxq * (weights_grad_kxq - delta_q[None, :]) * slope_kxq
       key_grad_kxD = tl.dot(
-          scores_grad_kxq.to(key_kxD.dtype), query_qxD, key_grad_kxD, input_precision=PRECISION
+        scores_grad_kxq.to(key_kxD.dtype), query_qxD, key_grad_kxD, input_precision=PRECISION
       )
   is_key_kx1 = is_key_k[:, None]
   tl.store(key_grad_BxKxGxD + key_offset + offsets_kxD, key_grad_kxD * SCALE, mask=is_key_kx1)

@@ -13,34 +13,36 @@ D head_dim; q/k queries/keys of one block. Offsets of blocks are int64, inside a
 import triton
 import triton.language as tl
 
-from kernels.attention.triton_parts import LN_2
-from kernels.attention.triton_parts import LOWEST
-from kernels.attention.triton_parts import base_2_scores
-from kernels.attention.triton_parts import block_at
-from kernels.attention.triton_parts import load_rows
-from kernels.attention.triton_parts import meeting_blocks
-from kernels.attention.triton_parts import online_softmax
+from kernels.attention.triton_parts import (
+  LN_2,
+  LOWEST,
+  base_2_scores,
+  block_at,
+  load_rows,
+  meeting_blocks,
+  online_softmax,
+)
 
 
 @triton.jit
 def forward(
-    query_BxQxHxD,
-    key_BxKxGxD,
-    value_BxKxGxD,
-    start_BxQ,
-    stop_BxQ,
-    num_queries,
-    num_keys,
-    num_heads,
-    out_BxQxHxD,
-    log_sum_exp_BxHxQ,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+  query_BxQxHxD,
+  key_BxKxGxD,
+  value_BxKxGxD,
+  start_BxQ,
+  stop_BxQ,
+  num_queries,
+  num_keys,
+  num_heads,
+  out_BxQxHxD,
+  log_sum_exp_BxHxQ,
+  GROUP: tl.constexpr,
+  HEAD_DIM: tl.constexpr,
+  QUERY_BLOCK: tl.constexpr,
+  KEY_BLOCK: tl.constexpr,
+  SCALE: tl.constexpr,
+  SOFT_CAP: tl.constexpr,
+  PRECISION: tl.constexpr,
 ):
   """Grid (query blocks, H, B); the last blocks, the longest under a causal mask, start first."""
   block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -67,7 +69,7 @@ def forward(
   first, last, full_first, full_last = meeting_blocks(start_q, stop_q, num_keys, KEY_BLOCK)
   num_full = full_last - full_first
   for IS_FULL in tl.static_range(2):
-    for step in range(0, num_full if IS_FULL else last - first - num_full):
+    for step in range(num_full if IS_FULL else last - first - num_full):
       key_block = block_at(step, first, last, full_first, full_last, IS_FULL)
       index_k = key_block * KEY_BLOCK + row_k
       block_offset = head_offset + key_block.to(tl.int64) * KEY_BLOCK * key_stride
@@ -80,10 +82,10 @@ def forward(
       weights_qxk, decay_q, maximum_q, sum_q = online_softmax(scores_qxk, maximum_q, sum_q)
       value_kxD = load_rows(value_BxKxGxD + block_offset + offsets_kxD, index_k < num_keys, IS_FULL)
       out_qxD = tl.dot(
-          weights_qxk.to(value_kxD.dtype),
-          value_kxD,
-          out_qxD * decay_q[:, None],
-          input_precision=PRECISION,
+        weights_qxk.to(value_kxD.dtype),
+        value_kxD,
+        out_qxD * decay_q[:, None],
+        input_precision=PRECISION,
       )
 
   # A row with an empty interval has gone through the full blocks of its neighbours.

@@ -10,8 +10,7 @@ B batch, Q/K query/key length, H query heads, G key/value heads, R = H / G, D he
 N query blocks, q/k queries/keys in a block, T = B * N tiles.
 """
 
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +24,15 @@ KEY_BLOCK = 256
 
 
 def forward(
-    query_BxQxHxD,
-    key_BxKxGxD,
-    value_BxKxGxD,
-    intervals: KeyIntervals,
-    *,
-    scale: float,
-    soft_cap: float | None,
-    out_dtype: jnp.dtype,
-    sizes: Mapping[str, tuple[int, int]] = {},
+  query_BxQxHxD,
+  key_BxKxGxD,
+  value_BxKxGxD,
+  intervals: KeyIntervals,
+  *,
+  scale: float,
+  soft_cap: float | None,
+  out_dtype: jnp.dtype,
+  sizes: Mapping[str, tuple[int, int]] = {},
 ):
   """See `kernels.attention.backend.Forward`."""
   B, Q, H, D = query_BxQxHxD.shape
@@ -44,7 +43,7 @@ def forward(
   # Many query blocks read a key block, so that it is transposed once. One block, as in decoding,
   # reads what it needs once: a transpose of the whole cache would cost more than the attention.
   key_rows, value_rows, load = (_pad(key_BxKxGxD, k), _pad(value_BxKxGxD, k), _load_transposed)
-  if Q > q:
+  if q < Q:
     key_rows, value_rows, load = jnp.swapaxes(key_rows, 1, 2), jnp.swapaxes(value_rows, 1, 2), _load
   query_TxGxRqxD = _query_tiles(query_BxQxHxD, G, q)
   intervals_TxRq = _interval_tiles(intervals, q, H // G)
@@ -68,7 +67,7 @@ def forward(
       decay_GxRq = jnp.exp(maximum_GxRq - new_maximum_GxRq)
       value_GxkxD = load(value_rows, row, index, k)
       out_GxRqxD = decay_GxRq[..., None] * out_GxRqxD + _dot(
-          "GQK,GKD->GQD", weights_GxRqxk.astype(dtype), value_GxkxD
+        "GQK,GKD->GQD", weights_GxRqxk.astype(dtype), value_GxkxD
       )
       sum_GxRq = decay_GxRq * sum_GxRq + jnp.sum(weights_GxRqxk, axis=-1)
       return out_GxRqxD, new_maximum_GxRq, sum_GxRq
@@ -77,7 +76,7 @@ def forward(
     # A finite start, since -inf - -inf is no number.
     lowest_GxRq = jnp.full_like(zero_GxRq, jnp.finfo(jnp.float32).min)
     out_GxRqxD, maximum_GxRq, sum_GxRq = _over_key_blocks(
-        table_4, key_block, (jnp.zeros_like(query_GxRqxD, jnp.float32), lowest_GxRq, zero_GxRq)
+      table_4, key_block, (jnp.zeros_like(query_GxRqxD, jnp.float32), lowest_GxRq, zero_GxRq)
     )
     # Full blocks have counted keys for empty rows too.
     start_Rq, stop_Rq = intervals_Rq
@@ -88,24 +87,24 @@ def forward(
     return None, ((out_GxRqxD / sum_GxRq[..., None]).astype(out_dtype), log_sum_exp_GxRq)
 
   _, (out_TxGxRqxD, log_sum_exp_TxGxRq) = jax.lax.scan(
-      tile, None, (rows_T, query_TxGxRqxD, intervals_TxRq, tables_Tx4)
+    tile, None, (rows_T, query_TxGxRqxD, intervals_TxRq, tables_Tx4)
   )
   out_BxQxHxD = _from_tiles(out_TxGxRqxD, B, Q, H)
   return out_BxQxHxD, _from_tiles(log_sum_exp_TxGxRq[..., None], B, Q, H)[..., 0]
 
 
 def backward(
-    query_BxQxHxD,
-    key_BxKxGxD,
-    value_BxKxGxD,
-    intervals: KeyIntervals,
-    log_sum_exp_BxQxH,
-    delta_BxQxH,
-    out_cotangent_BxQxHxD,
-    *,
-    scale: float,
-    soft_cap: float | None,
-    sizes: Mapping[str, tuple[int, int]] = {},
+  query_BxQxHxD,
+  key_BxKxGxD,
+  value_BxKxGxD,
+  intervals: KeyIntervals,
+  log_sum_exp_BxQxH,
+  delta_BxQxH,
+  out_cotangent_BxQxHxD,
+  *,
+  scale: float,
+  soft_cap: float | None,
+  sizes: Mapping[str, tuple[int, int]] = {},
 ):
   """See `kernels.attention.backend.Backward`.
 
@@ -126,13 +125,13 @@ def backward(
   log_sum_exp_BxQxH = jnp.where(is_empty_BxQx1, jnp.inf, log_sum_exp_BxQxH)
   query_TxGxRqxD = _query_tiles(query_BxQxHxD, G, q)
   tiles = (
-      _rows_of_tiles(query_TxGxRqxD, B),
-      query_TxGxRqxD,
-      _query_tiles(out_cotangent_BxQxHxD.astype(dtype), G, q),
-      _query_tiles(log_sum_exp_BxQxH[..., None], G, q)[..., 0],
-      _query_tiles(delta_BxQxH[..., None], G, q)[..., 0],
-      _interval_tiles(intervals, q, H // G),
-      _tables_of_tiles(intervals, K, q, k),
+    _rows_of_tiles(query_TxGxRqxD, B),
+    query_TxGxRqxD,
+    _query_tiles(out_cotangent_BxQxHxD.astype(dtype), G, q),
+    _query_tiles(log_sum_exp_BxQxH[..., None], G, q)[..., 0],
+    _query_tiles(delta_BxQxH[..., None], G, q)[..., 0],
+    _interval_tiles(intervals, q, H // G),
+    _tables_of_tiles(intervals, K, q, k),
   )
 
   def tile(grads, inputs):
@@ -159,15 +158,15 @@ def backward(
       scores_grad_GxkxRq = (scale * scores_grad_GxkxRq).astype(dtype)
 
       key_GxDxk = jax.lax.dynamic_slice(
-          key_BxGxDxK, (row, 0, 0, index * k), (1, *key_BxGxDxK.shape[1:3], k)
+        key_BxGxDxK, (row, 0, 0, index * k), (1, *key_BxGxDxK.shape[1:3], k)
       )[0]
       query_grad_GxDxRq += _dot("GDK,GKQ->GDQ", key_GxDxk, scores_grad_GxkxRq)
       key_grad_GxkxD = _dot("GKQ,GQD->GKD", scores_grad_GxkxRq, query_GxRqxD)
       value_grad_GxkxD = _dot("GKQ,GQD->GKD", weights_GxkxRq.astype(dtype), out_cotangent_GxRqxD)
       return (
-          query_grad_GxDxRq,
-          _add(key_grad_BxGxKxD, row, index, key_grad_GxkxD),
-          _add(value_grad_BxGxKxD, row, index, value_grad_GxkxD),
+        query_grad_GxDxRq,
+        _add(key_grad_BxGxKxD, row, index, key_grad_GxkxD),
+        _add(value_grad_BxGxKxD, row, index, value_grad_GxkxD),
       )
 
     query_grad_GxDxRq = jnp.swapaxes(jnp.zeros_like(query_GxRqxD, jnp.float32), 1, 2)
@@ -176,12 +175,12 @@ def backward(
 
   zero_BxGxKxD = jnp.zeros_like(key_BxGxKxD, jnp.float32)
   (key_grad_BxGxKxD, value_grad_BxGxKxD), query_grad_TxGxRqxD = jax.lax.scan(
-      tile, (zero_BxGxKxD, zero_BxGxKxD), tiles
+    tile, (zero_BxGxKxD, zero_BxGxKxD), tiles
   )
   return (
-      _from_tiles(query_grad_TxGxRqxD, B, Q, H),
-      jnp.swapaxes(key_grad_BxGxKxD, 1, 2)[:, :K],
-      jnp.swapaxes(value_grad_BxGxKxD, 1, 2)[:, :K],
+    _from_tiles(query_grad_TxGxRqxD, B, Q, H),
+    jnp.swapaxes(key_grad_BxGxKxD, 1, 2)[:, :K],
+    jnp.swapaxes(value_grad_BxGxKxD, 1, 2)[:, :K],
   )
 
 

@@ -3,22 +3,18 @@
 B batch, S sequence, H query heads, G key/value heads, D head_dim.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterator
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 
 import jax
-from jax.experimental.pallas.ops.tpu import splash_attention
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas.ops.tpu import splash_attention
 
-from kernels.attention import KeyIntervals
-from kernels.attention import attention
-from kernels.attention import packed
+from kernels.attention import KeyIntervals, attention, packed
 from kernels.attention.api import BACKENDS
-from kernels.benchmarks.timing import failure
-from kernels.benchmarks.timing import seconds
+from kernels.benchmarks.timing import failure, seconds
 
 # (query, key, value [B, S, H or G, D]) -> out.
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -50,8 +46,8 @@ class Shape:
     random = np.random.default_rng(0)
     heads = self.num_heads, self.num_kv_heads, self.num_kv_heads, self.num_heads
     return [
-        jnp.asarray(random.standard_normal((1, self.length, h, self.head_dim)), self.dtype)
-        for h in heads
+      jnp.asarray(random.standard_normal((1, self.length, h, self.head_dim)), self.dtype)
+      for h in heads
     ]
 
 
@@ -103,18 +99,23 @@ def peers(shape: Shape, intervals: KeyIntervals) -> Iterator[tuple[str, Attentio
   is_packed = shape.document_length is not None
   # jax.nn takes documents only as a mask of S x S.
   if not is_packed:
-    yield "jax.nn xla", functools.partial(
-        jax.nn.dot_product_attention, is_causal=True, implementation="xla"
+    yield (
+      "jax.nn xla",
+      functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla"),
     )
     if device.platform == "gpu":
-      yield "jax.nn cudnn", functools.partial(
-          jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
+      yield (
+        "jax.nn cudnn",
+        functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"),
       )
   elif shape.length <= 8192:
     ids_S = jnp.asarray(shape.segment_ids())
     mask_SxS = (ids_S[:, None] == ids_S[None]) & jnp.tri(shape.length, dtype=bool)
-    yield "jax.nn xla", functools.partial(
+    yield (
+      "jax.nn xla",
+      functools.partial(
         jax.nn.dot_product_attention, mask=mask_SxS[None, None], implementation="xla"
+      ),
     )
   if device.platform == "tpu":
     yield "jax splash", splash(shape)
@@ -125,13 +126,24 @@ def peers(shape: Shape, intervals: KeyIntervals) -> Iterator[tuple[str, Attentio
 def splash(shape: Shape) -> Attention:
   """jax's kernel for TPUs, in larger blocks than its own default."""
   sizes = dict.fromkeys(
-      ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
-       "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"), min(1024, shape.length),
+    (
+      "block_q",
+      "block_kv",
+      "block_kv_compute",
+      "block_q_dkv",
+      "block_kv_dkv",
+      "block_kv_dkv_compute",
+      "block_q_dq",
+      "block_kv_dq",
+    ),
+    min(1024, shape.length),
   )
   mask = splash_attention.CausalMask((shape.length, shape.length))
   kernel = splash_attention.make_splash_mha(
-      splash_attention.MultiHeadMask([mask] * shape.num_heads),
-      block_sizes=splash_attention.BlockSizes(**sizes), head_shards=1, q_seq_shards=1,
+    splash_attention.MultiHeadMask([mask] * shape.num_heads),
+    block_sizes=splash_attention.BlockSizes(**sizes),
+    head_shards=1,
+    q_seq_shards=1,
   )
   ids_S = jnp.asarray(shape.segment_ids())
   segments = splash_attention.SegmentIds(ids_S, ids_S)
@@ -151,10 +163,10 @@ def mgpu(shape: Shape) -> Attention:
   from jax.experimental.pallas.ops.gpu import attention_mgpu  # pylint: disable=g-import-not-at-top
 
   config = attention_mgpu.TuningConfig(
-      block_q=64, block_kv=128, max_concurrent_steps=2, causal=True
+    block_q=64, block_kv=128, max_concurrent_steps=2, causal=True
   )
   return lambda query, *key_value: attention_mgpu.attention(
-      query * shape.head_dim**-0.5, *key_value, config
+    query * shape.head_dim**-0.5, *key_value, config
   )
 
 

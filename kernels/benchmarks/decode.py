@@ -9,10 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels.attention import KeyIntervals
-from kernels.benchmarks.timing import failure
-from kernels.benchmarks.timing import seconds
-from kernels.decode import api
-from kernels.decode import quantize
+from kernels.benchmarks.timing import failure, seconds
+from kernels.decode import api, quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +60,18 @@ def measure_decode(cache: Cache) -> list[dict]:
     records.append(record)
     try:
       taken = seconds(
-          lambda *args, b=backend: api.decode_attention(*args, backend=b)[0],
-          query, key, value, intervals,
+        lambda *args, b=backend: api.decode_attention(*args, backend=b)[0],
+        query,
+        key,
+        value,
+        intervals,
       )
     except Exception as error:  # pylint: disable=broad-exception-caught
       record["error"] = failure(error)
       continue
     record |= {
-        "ms": taken * 1e3, "gigabytes_per_second": num_bytes / taken / 1e9,
-        "share_of_copy": num_bytes / taken / copy_rate,
+      "ms": taken * 1e3,
+      "gigabytes_per_second": num_bytes / taken / 1e9,
+      "share_of_copy": num_bytes / taken / copy_rate,
     }
   return records

@@ -5,17 +5,12 @@ B batch, S sequence, H heads, D head_dim.
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec
 import numpy as np
+from jax.sharding import AxisType, PartitionSpec
 
-from kernels.attention import KeyIntervals
-from kernels.attention import causal
-from kernels.attention import packed
+from kernels.attention import KeyIntervals, causal, packed
 from kernels.benchmarks.timing import seconds
-from kernels.ring import Layout
-from kernels.ring import blocks_per_device
-from kernels.ring import ring_attention
+from kernels.ring import Layout, blocks_per_device, ring_attention
 
 BLOCK = 256
 
@@ -33,19 +28,23 @@ def measure_ring(length: int = 32768, num_heads: int = 1, head_dim: int = 64) ->
   every = KeyIntervals(jnp.zeros_like(one.start_BxQ), jnp.full_like(one.stop_BxQ, length))
   documents = packed(jnp.arange(length, dtype=jnp.int32)[None] // 2048 + 1)
   cases = (
-      ("every block, zigzag", "zigzag", every, None),
-      ("causal, contiguous", "contiguous", one, "every block, zigzag"),
-      ("causal, zigzag", "zigzag", one, "every block, zigzag"),
-      ("documents of 2K, zigzag", "zigzag", documents, "causal, zigzag"),
+    ("every block, zigzag", "zigzag", every, None),
+    ("causal, contiguous", "contiguous", one, "every block, zigzag"),
+    ("causal, zigzag", "zigzag", one, "every block, zigzag"),
+    ("documents of 2K, zigzag", "zigzag", documents, "causal, zigzag"),
   )
   records = {}
   for name, kind, intervals, of in cases:
     layout = Layout(kind, n)
     taken = _seconds(mesh, layout, intervals, num_heads, head_dim)
     records[name] = {
-        "case": name, "length": length, "ring": n, "seconds": taken,
-        "busiest_blocks": int(blocks_per_device(intervals, layout, BLOCK).max()),
-        "of": of, "ratio": taken / records[of]["seconds"] if of else None,
+      "case": name,
+      "length": length,
+      "ring": n,
+      "seconds": taken,
+      "busiest_blocks": int(blocks_per_device(intervals, layout, BLOCK).max()),
+      "of": of,
+      "ratio": taken / records[of]["seconds"] if of else None,
     }
   return list(records.values())
 
@@ -58,15 +57,17 @@ def _seconds(mesh, layout: Layout, intervals: KeyIntervals, num_heads: int, head
   order = layout.permutation(length)
   random = np.random.default_rng(0)
   arrays = [
-      jax.device_put(random.standard_normal((1, length, num_heads, head_dim)), sharding).astype(
-          jnp.bfloat16
-      )
-      for _ in range(4)
+    jax.device_put(random.standard_normal((1, length, num_heads, head_dim)), sharding).astype(
+      jnp.bfloat16
+    )
+    for _ in range(4)
   ]
   intervals = jax.tree.map(lambda array: jax.device_put(array[:, order], sharding), intervals)
   attend = jax.shard_map(
-      lambda *args: ring_attention(*args, layout=layout, axis_name="ring")[0],
-      mesh=mesh, in_specs=(spec, spec, spec, KeyIntervals(spec, spec)), out_specs=spec,
+    lambda *args: ring_attention(*args, layout=layout, axis_name="ring")[0],
+    mesh=mesh,
+    in_specs=(spec, spec, spec, KeyIntervals(spec, spec)),
+    out_specs=spec,
   )
 
   def forward_and_backward(query, key, value, cotangent, intervals):

@@ -3,69 +3,62 @@
 Sizes of one kernel at a time; those of the others are the table's.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kernels.attention import api as attention_api
-from kernels.attention import packed
+from kernels.attention import api as attention_api, packed
 from kernels.attention.block_sizes_gpu import Blocks
 from kernels.attention.block_sizes_tpu import BlockSizes
 from kernels.benchmarks.attention import Shape
 from kernels.benchmarks.decode import Cache
-from kernels.benchmarks.timing import failure
-from kernels.benchmarks.timing import seconds
+from kernels.benchmarks.timing import failure, seconds
 from kernels.decode import api as decode_api
 
 # For each operation and backend: kernels and the sizes to try.
 Candidates = Mapping[tuple[str, str], Mapping[str, Sequence[Any]]]
 
 _TRITON = [
-    Blocks(*sizes)
-    for sizes in itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3))
-    if sizes[0] * sizes[1] >= 2048
+  Blocks(*sizes)
+  for sizes in itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3))
+  if sizes[0] * sizes[1] >= 2048
 ]
 _TRITON_DECODE = [
-    Blocks(64, *sizes) for sizes in itertools.product((32, 64, 128), (2, 4, 8), (2, 3, 4))
+  Blocks(64, *sizes) for sizes in itertools.product((32, 64, 128), (2, 4, 8), (2, 3, 4))
 ]
 _MOSAIC_GPU = list(itertools.product((32, 64, 128), (2, 3, 4)))
 _PALLAS_TPU = [
-    BlockSizes(*sizes)
-    for sizes in itertools.product((512, 1024, 2048), (512, 1024), (512, 1024, 2048))
-    if sizes[1] <= sizes[0]
+  BlockSizes(*sizes)
+  for sizes in itertools.product((512, 1024, 2048), (512, 1024), (512, 1024, 2048))
+  if sizes[1] <= sizes[0]
 ]
 _XLA = list(itertools.product((128, 256, 512), (128, 256, 512)))
 CANDIDATES: Candidates = {
-    ("attention", "triton"): dict.fromkeys(("forward", "query_grad", "key_value_grad"), _TRITON),
-    ("attention", "mosaic_gpu"): dict.fromkeys(
-        ("forward", "query_grad", "key_value_grad"), _MOSAIC_GPU
-    ),
-    ("attention", "pallas_tpu"): dict.fromkeys(
-        ("forward", "query_grad", "key_grads"), _PALLAS_TPU
-    ),
-    ("attention", "xla"): dict.fromkeys(("forward", "backward"), _XLA),
-    ("decode", "triton"): {
-        "decode": _TRITON_DECODE,
-        "decode_int8": _TRITON_DECODE,
-        "decode_programs": [count * 128 for count in (2, 4, 8, 16, 32)],
-    },
+  ("attention", "triton"): dict.fromkeys(("forward", "query_grad", "key_value_grad"), _TRITON),
+  ("attention", "mosaic_gpu"): dict.fromkeys(
+    ("forward", "query_grad", "key_value_grad"), _MOSAIC_GPU
+  ),
+  ("attention", "pallas_tpu"): dict.fromkeys(("forward", "query_grad", "key_grads"), _PALLAS_TPU),
+  ("attention", "xla"): dict.fromkeys(("forward", "backward"), _XLA),
+  ("decode", "triton"): {
+    "decode": _TRITON_DECODE,
+    "decode_int8": _TRITON_DECODE,
+    "decode_programs": [count * 128 for count in (2, 4, 8, 16, 32)],
+  },
 }
 KERNELS = tuple(dict.fromkeys(itertools.chain.from_iterable(CANDIDATES.values())))
 
 
 def measure_sizes(
-    shapes: Sequence[Shape],
-    caches: Sequence[Cache],
-    kernels: Sequence[str] = KERNELS,
-    candidates: Candidates = CANDIDATES,
+  shapes: Sequence[Shape],
+  caches: Sequence[Cache],
+  kernels: Sequence[str] = KERNELS,
+  candidates: Candidates = CANDIDATES,
 ) -> Iterator[dict]:
   """A record a kernel and shape: milliseconds of every candidate, the best first.
 
@@ -100,11 +93,11 @@ def _chosen(candidates: Candidates, operation: str, backend, kernels: Sequence[s
 
 
 def _measured(
-    backend: str,
-    kernel: str,
-    shape: Shape | Cache,
-    choices: Sequence[Any],
-    run: Callable[[Any], float],
+  backend: str,
+  kernel: str,
+  shape: Shape | Cache,
+  choices: Sequence[Any],
+  run: Callable[[Any], float],
 ) -> dict:
   taken, failed = [], {}
   for sizes in choices:
@@ -114,10 +107,12 @@ def _measured(
       failed[str(sizes)] = failure(error)  # Too large for a chip in one of its many ways.
   taken.sort(key=lambda pair: pair[0])
   return {
-      "backend": backend, "kernel": kernel, **dataclasses.asdict(shape),
-      "row": f'"{kernel}": {taken[0][1]}' if taken else None,
-      "ms": {str(sizes): round(ms, 4) for ms, sizes in taken},
-      "failed": failed,
+    "backend": backend,
+    "kernel": kernel,
+    **dataclasses.asdict(shape),
+    "row": f'"{kernel}": {taken[0][1]}' if taken else None,
+    "ms": {str(sizes): round(ms, 4) for ms, sizes in taken},
+    "failed": failed,
   }
 
 

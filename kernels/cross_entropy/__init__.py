@@ -1,4 +1,3 @@
 """Linear projection and softmax cross-entropy in one, without the logits of a whole sequence."""
 
-from kernels.cross_entropy.api import linear_cross_entropy
-from kernels.cross_entropy.api import TokenLosses
+from kernels.cross_entropy.api import TokenLosses, linear_cross_entropy

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels.cross_entropy import reference
-from kernels.cross_entropy import xla
+from kernels.cross_entropy import reference, xla
 from kernels.cross_entropy.reference import Ranges
 from kernels.varying import vary_alike
 
@@ -29,17 +28,17 @@ class TokenLosses(NamedTuple):
 
 
 def linear_cross_entropy(
-    hidden_NxM: jax.Array,
-    head_MxV: jax.Array,
-    targets_N: jax.Array,
-    *,
-    ranges: Ranges,
-    chunk: int = 1024,
-    vocab_block: int = 4096,
-    z_loss: float = 0.0,
-    soft_cap: float | None = None,
-    axis_name: str | None = None,
-    backend: str = "xla",
+  hidden_NxM: jax.Array,
+  head_MxV: jax.Array,
+  targets_N: jax.Array,
+  *,
+  ranges: Ranges,
+  chunk: int = 1024,
+  vocab_block: int = 4096,
+  z_loss: float = 0.0,
+  soft_cap: float | None = None,
+  axis_name: str | None = None,
+  backend: str = "xla",
 ) -> TokenLosses:
   """Softmax cross-entropy of `hidden @ head`, each target among the ids of the range that holds it.
 
@@ -71,26 +70,24 @@ def linear_cross_entropy(
   """
   if backend == "reference" and axis_name is None:
     log_sum_exp_N, target_logit_N = reference.statistics(
-        hidden_NxM, head_MxV, targets_N, ranges, soft_cap
+      hidden_NxM, head_MxV, targets_N, ranges, soft_cap
     )
   elif backend == "xla":
     first_column = jnp.int32(0)
     if axis_name is not None:
       first_column = head_MxV.shape[1] * jax.lax.axis_index(axis_name)
     arrays = vary_alike(hidden_NxM, head_MxV, targets_N, first_column)
-    log_sum_exp_N, target_logit_N = xla.statistics(
-        *arrays, ranges, chunk, vocab_block, soft_cap
-    )
+    log_sum_exp_N, target_logit_N = xla.statistics(*arrays, ranges, chunk, vocab_block, soft_cap)
     if axis_name is not None:
       # Of a target in no range every shard says 0, and these are no parts of one sum.
       log_sum_exp_N = jnp.where(
-          _lies_in(targets_N, ranges), _log_sum_exp_over(log_sum_exp_N, axis_name), 0.0
+        _lies_in(targets_N, ranges), _log_sum_exp_over(log_sum_exp_N, axis_name), 0.0
       )
       target_logit_N = jax.lax.psum(target_logit_N, axis_name)
   else:
     raise ValueError(
-        f"linear_cross_entropy: backend {backend!r} with axis_name={axis_name!r} does not exist; "
-        "use 'xla', or 'reference' without an axis_name."
+      f"linear_cross_entropy: backend {backend!r} with axis_name={axis_name!r} does not exist; "
+      "use 'xla', or 'reference' without an axis_name."
     )
   log_probability_N = target_logit_N - log_sum_exp_N
   loss_N = z_loss * jnp.square(log_sum_exp_N) - log_probability_N

@@ -11,18 +11,18 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 def statistics(
-    hidden_NxM: jax.Array,
-    head_MxV: jax.Array,
-    targets_N: jax.Array,
-    ranges: Ranges,
-    soft_cap: float | None,
+  hidden_NxM: jax.Array,
+  head_MxV: jax.Array,
+  targets_N: jax.Array,
+  ranges: Ranges,
+  soft_cap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Log-sum-exp of the logits of each target's range, and the target's logit: float32 [N] each.
 
   Both are 0 for a target that lies in no range.
   """
   logits_NxV = jnp.dot(
-      hidden_NxM, head_MxV.astype(hidden_NxM.dtype), preferred_element_type=jnp.float32
+    hidden_NxM, head_MxV.astype(hidden_NxM.dtype), preferred_element_type=jnp.float32
   )
   if soft_cap is not None:
     logits_NxV = soft_cap * jnp.tanh(logits_NxV / soft_cap)

@@ -23,14 +23,14 @@ _LANES = 128
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def statistics(
-    hidden_NxM: jax.Array,
-    head_MxV: jax.Array,
-    targets_N: jax.Array,
-    first_column: jax.Array,
-    ranges: Ranges,
-    chunk: int,
-    vocab_block: int,
-    soft_cap: float | None,
+  hidden_NxM: jax.Array,
+  head_MxV: jax.Array,
+  targets_N: jax.Array,
+  first_column: jax.Array,
+  ranges: Ranges,
+  chunk: int,
+  vocab_block: int,
+  soft_cap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Log-sum-exp over the local columns of each target's range, and the target's logit.
 
@@ -53,7 +53,7 @@ def statistics(
     range.
   """
   return _forward(
-      hidden_NxM, head_MxV, targets_N, first_column, ranges, chunk, vocab_block, soft_cap
+    hidden_NxM, head_MxV, targets_N, first_column, ranges, chunk, vocab_block, soft_cap
   )[0]
 
 
@@ -81,18 +81,18 @@ def _forward(hidden_NxM, head_MxV, targets_N, first_column, ranges, chunk, vocab
     # Finite, since -inf less -inf is NaN.
     lowest_C = jnp.full(chunk, jnp.finfo(jnp.float32).min)
     maximum_C, total_C, target_logit_C = jax.lax.fori_loop(
-        0, blocks.count, add_block, vary((lowest_C, zero_C, zero_C))
+      0, blocks.count, add_block, vary((lowest_C, zero_C, zero_C))
     )
     log_sum_exp_P, target_logit_P = carry
     return (
-        tokens.put(log_sum_exp_P, maximum_C + jnp.log(total_C)),
-        tokens.put(target_logit_P, target_logit_C),
+      tokens.put(log_sum_exp_P, maximum_C + jnp.log(total_C)),
+      tokens.put(target_logit_P, target_logit_C),
     )
 
   order = _Order(targets_N, ranges, chunk)
   zero_P = jnp.zeros(order.padded_size, jnp.float32)
   log_sum_exp_P, target_logit_P = _visit_chunks(
-      visit, vary((zero_P, zero_P)), order, head_MxV.shape[1], first_column, vocab_block
+    visit, vary((zero_P, zero_P)), order, head_MxV.shape[1], first_column, vocab_block
   )
   log_sum_exp_N = order.restore(log_sum_exp_P)
   residuals = hidden_NxM, head_MxV, targets_N, first_column, log_sum_exp_N
@@ -132,17 +132,17 @@ def _backward(ranges, chunk, vocab_block, soft_cap, residuals, cotangents):
           preferred_element_type=jnp.float32,
       )  # fmt: skip
       head_gradient_MxW = jnp.einsum(
-          "cm,cw->mw", hidden_CxM, gradient_CxW, preferred_element_type=jnp.float32
+        "cm,cw->mw", hidden_CxM, gradient_CxW, preferred_element_type=jnp.float32
       )
       head_gradient_MxV = jax.lax.dynamic_update_slice_in_dim(
-          head_gradient_MxV, block.slice(head_gradient_MxV) + head_gradient_MxW, block.begin, axis=1
+        head_gradient_MxV, block.slice(head_gradient_MxV) + head_gradient_MxW, block.begin, axis=1
       )
       return hidden_gradient_CxM, head_gradient_MxV
 
     hidden_gradient_PxM, head_gradient_MxV = carry
     zero_CxM = vary(jnp.zeros(hidden_CxM.shape, jnp.float32))
     hidden_gradient_CxM, head_gradient_MxV = jax.lax.fori_loop(
-        0, blocks.count, add_block, (zero_CxM, head_gradient_MxV)
+      0, blocks.count, add_block, (zero_CxM, head_gradient_MxV)
     )
     return tokens.put(hidden_gradient_PxM, hidden_gradient_CxM), head_gradient_MxV
 
@@ -152,7 +152,7 @@ def _backward(ranges, chunk, vocab_block, soft_cap, residuals, cotangents):
   zero_PxM = jnp.zeros((order.padded_size, hidden_NxM.shape[1]), hidden_NxM.dtype)
   zero_MxV = jnp.zeros(head_MxV.shape, jnp.float32)
   hidden_gradient_PxM, head_gradient_MxV = _visit_chunks(
-      visit, vary((zero_PxM, zero_MxV)), order, head_MxV.shape[1], first_column, vocab_block
+    visit, vary((zero_PxM, zero_MxV)), order, head_MxV.shape[1], first_column, vocab_block
   )
   return order.restore(hidden_gradient_PxM), head_gradient_MxV.astype(head_MxV.dtype), None, None
 
@@ -213,9 +213,7 @@ class _Block(NamedTuple):
   def slice(self, head_MxV: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(head_MxV, self.begin, self.width, axis=1)
 
-  def logits(
-      self, hidden_CxM: jax.Array, head_MxV: jax.Array, soft_cap: float | None
-  ) -> jax.Array:
+  def logits(self, hidden_CxM: jax.Array, head_MxV: jax.Array, soft_cap: float | None) -> jax.Array:
     """Float32 logits, capped if so wanted, -inf outside the block."""
     logits_CxW = jnp.dot(hidden_CxM, self.slice(head_MxV), preferred_element_type=jnp.float32)
     if soft_cap is not None:
@@ -249,10 +247,10 @@ def _visit_chunks(visit, carry, order: _Order, num_columns, first_column, vocab_
     blocks = _Blocks(start, stop, num_columns, first_column, vocab_block)
     num_tokens = order.starts[number + 1] - order.starts[number]
     carry = jax.lax.fori_loop(
-        0,
-        -(-num_tokens // order.chunk),
-        lambda i, carry: visit(order.tokens(number, i), blocks, carry),
-        carry,
+      0,
+      -(-num_tokens // order.chunk),
+      lambda i, carry: visit(order.tokens(number, i), blocks, carry),
+      carry,
     )
   return carry
 

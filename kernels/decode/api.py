@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from kernels import backends
 from kernels.attention import attention
-from kernels.attention.intervals import KeyIntervals
-from kernels.attention.intervals import within
+from kernels.attention.intervals import KeyIntervals, within
 from kernels.decode import cache as cache_lib
 from kernels.decode.backend import Backend
 from kernels.decode.cache import Cached
@@ -28,16 +27,16 @@ BACKENDS = (PALLAS_TPU, TRITON, XLA)
 
 
 def decode_attention(
-    query_BxQxHxD: jax.Array,
-    key_LxBxKxGxD: Cached,
-    value_LxBxKxGxD: Cached,
-    intervals: KeyIntervals,
-    *,
-    layer: jax.Array | int = 0,
-    axis_names: tuple[str, ...] = (),
-    scale: float | None = None,
-    soft_cap: float | None = None,
-    backend: str | Backend | None = None,
+  query_BxQxHxD: jax.Array,
+  key_LxBxKxGxD: Cached,
+  value_LxBxKxGxD: Cached,
+  intervals: KeyIntervals,
+  *,
+  layer: jax.Array | int = 0,
+  axis_names: tuple[str, ...] = (),
+  scale: float | None = None,
+  soft_cap: float | None = None,
+  backend: str | Backend | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """`kernels.attention.attention` to one layer of a cache, without a copy of that layer.
 
@@ -79,12 +78,12 @@ def decode_attention(
   intervals = within(intervals, offset, K)
   if query.shape[1] <= FEW:
     out, log_sum_exp = backend.partial(
-        query, key, value, layer, intervals, scale=scale, soft_cap=soft_cap
+      query, key, value, layer, intervals, scale=scale, soft_cap=soft_cap
     )
   else:
     key, value = (
-        cache_lib.dequantize(cache_lib.layer_of(cached, layer), query.dtype)
-        for cached in (key, value)
+      cache_lib.dequantize(cache_lib.layer_of(cached, layer), query.dtype)
+      for cached in (key, value)
     )
     out, log_sum_exp = attention(query, key, value, intervals, scale=scale, soft_cap=soft_cap)
   if axis_names:

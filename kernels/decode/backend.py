@@ -4,12 +4,9 @@ L layers, B batch, Q query length, K cached positions on this device, H query he
 heads, D head_dim.
 """
 
-from collections.abc import Callable
-from collections.abc import Mapping
 import functools
-from typing import Any
-from typing import NamedTuple
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -21,15 +18,15 @@ class Partial(Protocol):
   """Attention to the cached positions of one device."""
 
   def __call__(
-      self,
-      query_BxQxHxD: jax.Array,
-      key_LxBxKxGxD: Cached,
-      value_LxBxKxGxD: Cached,
-      layer: jax.Array,
-      intervals: KeyIntervals,
-      *,
-      scale: float,
-      soft_cap: float | None,
+    self,
+    query_BxQxHxD: jax.Array,
+    key_LxBxKxGxD: Cached,
+    value_LxBxKxGxD: Cached,
+    layer: jax.Array,
+    intervals: KeyIntervals,
+    *,
+    scale: float,
+    soft_cap: float | None,
   ) -> tuple[jax.Array, jax.Array]:
     """Returns out [B, Q, H, D] and log_sum_exp [B, Q, H] (-inf in empty rows), both float32."""
 

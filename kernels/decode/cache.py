@@ -50,11 +50,11 @@ def dequantize(cached: Cached, dtype: jnp.dtype) -> jax.Array:
 
 
 def write(
-    cache_LxBxKxGxD: Cached,
-    new_BxQxGxD: Cached,
-    layer: jax.Array | int,
-    position: jax.Array | int,
-    axis_names: tuple[str, ...] = (),
+  cache_LxBxKxGxD: Cached,
+  new_BxQxGxD: Cached,
+  layer: jax.Array | int,
+  position: jax.Array | int,
+  axis_names: tuple[str, ...] = (),
 ) -> Cached:
   """The cache with new tokens from a position on, in place where XLA may.
 
@@ -68,9 +68,9 @@ def write(
   """
   offset = first_position(_length(cache_LxBxKxGxD), axis_names)
   return jax.tree.map(
-      lambda old, new: _write(old, new, layer, position - offset, bool(axis_names)),
-      cache_LxBxKxGxD,
-      new_BxQxGxD,
+    lambda old, new: _write(old, new, layer, position - offset, bool(axis_names)),
+    cache_LxBxKxGxD,
+    new_BxQxGxD,
   )
 
 
@@ -82,7 +82,7 @@ def first_position(length: int, axis_names: tuple[str, ...]) -> jax.Array | int:
 def layer_of(cache_LxBxKxGxD: Cached, layer: jax.Array | int) -> Cached:
   """[B, K, G, D]; XLA copies it unless what follows fuses with it."""
   return jax.tree.map(
-      lambda array: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False), cache_LxBxKxGxD
+    lambda array: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False), cache_LxBxKxGxD
   )
 
 

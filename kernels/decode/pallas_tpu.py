@@ -11,30 +11,19 @@ R rows of queries (Q * H and padding), k positions in a block, c columns of scor
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-import jax.numpy as jnp
 
 from kernels.attention import pallas_tpu
-from kernels.attention.block_sizes_tpu import DECODE_BLOCK_BYTES
-from kernels.attention.block_sizes_tpu import vmem_bytes
+from kernels.attention.block_sizes_tpu import DECODE_BLOCK_BYTES, vmem_bytes
 from kernels.attention.intervals import KeyIntervals
 from kernels.attention.merge import merge
-from kernels.attention.pallas_tpu_forward import LOWEST
-from kernels.attention.pallas_tpu_forward import base_2
-from kernels.attention.pallas_tpu_forward import by_mask
-from kernels.attention.pallas_tpu_forward import dot
-from kernels.attention.pallas_tpu_forward import normalised
-from kernels.attention.pallas_tpu_forward import varying
+from kernels.attention.pallas_tpu_forward import LOWEST, base_2, by_mask, dot, normalised, varying
 from kernels.attention.pallas_tpu_stream import stream
 from kernels.decode.backend import Backend
-from kernels.decode.cache import STRETCH
-from kernels.decode.cache import Cached
-from kernels.decode.cache import Quantized
-from kernels.decode.pallas_tpu_layouts import Heads
-from kernels.decode.pallas_tpu_layouts import Rows
-from kernels.decode.pallas_tpu_layouts import layout_of
-from kernels.decode.pallas_tpu_layouts import view
+from kernels.decode.cache import STRETCH, Cached, Quantized
+from kernels.decode.pallas_tpu_layouts import Heads, Rows, layout_of, view
 
 # Scores of a block: what they take to compute is unrolled, and compiling takes its time. Rather
 # than more than the most, XLA.
@@ -45,14 +34,14 @@ FIRST, STOP, FULL_FIRST, FULL_STOP = range(4)
 
 
 def partial(
-    query_BxQxHxD,
-    key_LxBxKxGxD: Cached,
-    value_LxBxKxGxD: Cached,
-    layer,
-    intervals: KeyIntervals,
-    *,
-    scale: float,
-    soft_cap: float | None,
+  query_BxQxHxD,
+  key_LxBxKxGxD: Cached,
+  value_LxBxKxGxD: Cached,
+  layer,
+  intervals: KeyIntervals,
+  *,
+  scale: float,
+  soft_cap: float | None,
 ):
   """See `kernels.decode.backend.Partial`."""
   B, Q, H, _ = query_BxQxHxD.shape
@@ -61,23 +50,23 @@ def partial(
   facts = (*(bound_BxQ[..., None] for bound_BxQ in intervals), group_H[None, None])
   facts_BxQxHx3 = jnp.stack([jnp.broadcast_to(fact, (B, Q, H)) for fact in facts], axis=3)
   out_CxBxRxD, log_sum_exp_CxBxRx1 = call(
-      layout.query_rows(query_BxQxHxD),
-      view(key_LxBxKxGxD, layout),
-      view(value_LxBxKxGxD, layout),
-      layout.query_rows(facts_BxQxHx3),
-      jnp.concatenate([_table(intervals, k), layer[None]]),
-      layout,
-      positions=k,
-      length=jax.tree.leaves(key_LxBxKxGxD)[0].shape[2],
-      scale=scale,
-      soft_cap=soft_cap,
+    layout.query_rows(query_BxQxHxD),
+    view(key_LxBxKxGxD, layout),
+    view(value_LxBxKxGxD, layout),
+    layout.query_rows(facts_BxQxHx3),
+    jnp.concatenate([_table(intervals, k), layer[None]]),
+    layout,
+    positions=k,
+    length=jax.tree.leaves(key_LxBxKxGxD)[0].shape[2],
+    scale=scale,
+    soft_cap=soft_cap,
   )
   per_core = [
-      (
-          layout.from_query_rows(out_BxRxD, Q, H),
-          layout.from_query_rows(log_sum_exp_BxRx1, Q, H)[..., 0],
-      )
-      for out_BxRxD, log_sum_exp_BxRx1 in zip(out_CxBxRxD, log_sum_exp_CxBxRx1)
+    (
+      layout.from_query_rows(out_BxRxD, Q, H),
+      layout.from_query_rows(log_sum_exp_BxRx1, Q, H)[..., 0],
+    )
+    for out_BxRxD, log_sum_exp_BxRx1 in zip(out_CxBxRxD, log_sum_exp_CxBxRx1)
   ]
   return per_core[0] if len(per_core) == 1 else merge(per_core)
 
@@ -112,8 +101,8 @@ def _of_a_stretch(key_LxBxKxGxD: Cached, Q: int, H: int) -> tuple[int, int]:
   numbers, layout = jax.tree.leaves(key_LxBxKxGxD)[0], layout_of(key_LxBxKxGxD)
   G, D = numbers.shape[3:]
   scores = sum(
-      (piece.rows.stop - piece.rows.start) * (piece.columns.stop - piece.columns.start)
-      for piece in layout.pieces(layout.num_rows(Q, H), STRETCH)
+    (piece.rows.stop - piece.rows.start) * (piece.columns.stop - piece.columns.start)
+    for piece in layout.pieces(layout.num_rows(Q, H), STRETCH)
   )
   return STRETCH * G * D * numbers.dtype.itemsize, scores
 
@@ -138,17 +127,17 @@ def _table(intervals: KeyIntervals, k: int) -> jax.Array:
 
 
 def call(
-    query_BxRxD,
-    keys: Cached,
-    values: Cached,
-    facts_BxRx3,
-    table,
-    layout: Rows | Heads,
-    *,
-    positions: int,
-    length: int,
-    scale: float,
-    soft_cap: float | None,
+  query_BxRxD,
+  keys: Cached,
+  values: Cached,
+  facts_BxRx3,
+  table,
+  layout: Rows | Heads,
+  *,
+  positions: int,
+  length: int,
+  scale: float,
+  soft_cap: float | None,
 ):
   """The kernel.
 
@@ -186,41 +175,36 @@ def call(
     return pltpu.VMEM((2, *layout.block_shape(k)), cached.dtype)
 
   return pl.pallas_call(
-      functools.partial(
-          _kernel,
-          layout=layout,
-          positions=k,
-          length=length,
-          scale=scale,
-          soft_cap=soft_cap,
-      ),
-      grid=(cores, B),
-      in_specs=[
-          pl.BlockSpec(memory_space=pltpu.SMEM),
-          rows(D),
-          rows(3),
-          in_place(keys),
-          in_place(values),
-      ],
-      out_specs=[result(D), result(1)],
-      out_shape=[
-          varying((cores, B, R, D), jnp.float32, query_BxRxD),
-          varying((cores, B, R, 1), jnp.float32, query_BxRxD),
-      ],
-      scratch_shapes=[
-          buffers(keys),
-          buffers(values),
-          pltpu.VMEM((R, D), jnp.float32),
-          pltpu.VMEM((R, 1), jnp.float32),
-          pltpu.VMEM((R, 1), jnp.float32),
-          pltpu.SemaphoreType.DMA((4, 2)),
-          pltpu.SMEM((1,), jnp.int32),
-      ],
-      compiler_params=pltpu.CompilerParams(
-          dimension_semantics=("parallel", "arbitrary"),
-          vmem_limit_bytes=vmem_bytes(pallas_tpu.device().device_kind),
-      ),
-      name="attention_decode",
+    functools.partial(
+      _kernel, layout=layout, positions=k, length=length, scale=scale, soft_cap=soft_cap
+    ),
+    grid=(cores, B),
+    in_specs=[
+      pl.BlockSpec(memory_space=pltpu.SMEM),
+      rows(D),
+      rows(3),
+      in_place(keys),
+      in_place(values),
+    ],
+    out_specs=[result(D), result(1)],
+    out_shape=[
+      varying((cores, B, R, D), jnp.float32, query_BxRxD),
+      varying((cores, B, R, 1), jnp.float32, query_BxRxD),
+    ],
+    scratch_shapes=[
+      buffers(keys),
+      buffers(values),
+      pltpu.VMEM((R, D), jnp.float32),
+      pltpu.VMEM((R, 1), jnp.float32),
+      pltpu.VMEM((R, 1), jnp.float32),
+      pltpu.SemaphoreType.DMA((4, 2)),
+      pltpu.SMEM((1,), jnp.int32),
+    ],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "arbitrary"),
+      vmem_limit_bytes=vmem_bytes(pallas_tpu.device().device_kind),
+    ),
+    name="attention_decode",
   )(table, query_BxRxD, facts_BxRx3, keys, values)
 
 
@@ -247,26 +231,26 @@ class BlockWalk:
 
 
 def _kernel(
-    table_ref,
-    query_ref,
-    facts_ref,
-    keys_hbm_ref,
-    values_hbm_ref,
-    out_ref,
-    log_sum_exp_ref,
-    keys_ref,
-    values_ref,
-    sum_out_ref,
-    maximum_ref,
-    sum_ref,
-    semaphores,
-    count_ref,
-    *,
-    layout: Rows | Heads,
-    positions: int,
-    length: int,
-    scale: float,
-    soft_cap: float | None,
+  table_ref,
+  query_ref,
+  facts_ref,
+  keys_hbm_ref,
+  values_hbm_ref,
+  out_ref,
+  log_sum_exp_ref,
+  keys_ref,
+  values_ref,
+  sum_out_ref,
+  maximum_ref,
+  sum_ref,
+  semaphores,
+  count_ref,
+  *,
+  layout: Rows | Heads,
+  positions: int,
+  length: int,
+  scale: float,
+  soft_cap: float | None,
 ):
   k, K, num_blocks = positions, length, pl.cdiv(length, positions)
   layer, batch_row = table_ref[table_ref.shape[0] - 1], pl.program_id(1)
@@ -289,8 +273,8 @@ def _kernel(
         source, buffer = source.value, buffer.value
       pairs.append((source.at[(layer, row, *layout.block_index(begin, k))], buffer))
     return [
-        pltpu.make_async_copy(source, buffer.at[slot], semaphores.at[number, slot])
-        for number, (source, buffer) in enumerate(pairs)
+      pltpu.make_async_copy(source, buffer.at[slot], semaphores.at[number, slot])
+      for number, (source, buffer) in enumerate(pairs)
     ]
 
   def load(ref, slot, piece):
@@ -304,9 +288,7 @@ def _kernel(
     key, key_scale_1xc = load(keys_ref, slot, piece)
     products_Rxc = dot(query_ref[0, piece.rows], key, layout.key_axes)
     scores_Rxc, _ = base_2(products_Rxc, scale * key_scale_1xc, soft_cap)
-    start_Rx1, stop_Rx1, head_Rx1 = (
-        facts_ref[0, piece.rows, fact : fact + 1] for fact in range(3)
-    )
+    start_Rx1, stop_Rx1, head_Rx1 = (facts_ref[0, piece.rows, fact : fact + 1] for fact in range(3))
     column_Rxc = jax.lax.broadcasted_iota(jnp.int32, scores_Rxc.shape, 1) + piece.columns.start
     is_own_Rxc = layout.is_own(column_Rxc, head_Rx1)
     if is_own_Rxc is not None:
@@ -337,12 +319,12 @@ def _kernel(
       sum_out_ref[rows] = decay_Rx1 * sum_out_ref[rows] + out_RxD
 
   stream(
-      walk,
-      copies,
-      lambda index, slot: by_mask(walk.is_full(batch_row, index), index, slot, add),
-      count_ref,
-      axis=1,
+    walk,
+    copies,
+    lambda index, slot: by_mask(walk.is_full(batch_row, index), index, slot, add),
+    count_ref,
+    axis=1,
   )
   out_ref[0, 0], log_sum_exp_ref[0, 0] = normalised(
-      sum_out_ref[...], maximum_ref[...], sum_ref[...]
+    sum_out_ref[...], maximum_ref[...], sum_ref[...]
   )

@@ -18,14 +18,12 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
-from jax.experimental import pallas as pl
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from kernels.attention.block_sizes_tpu import DECODE_COLUMNS
-from kernels.attention.pallas_tpu_tiles import LANES
-from kernels.attention.pallas_tpu_tiles import round_up
-from kernels.decode.cache import Cached
-from kernels.decode.cache import Quantized
+from kernels.attention.pallas_tpu_tiles import LANES, round_up
+from kernels.decode.cache import Cached, Quantized
 
 # Query rows come in packed registers of bfloat16.
 SUBLANES = 16
@@ -94,9 +92,7 @@ class Rows:
       first = tile // G * LANES
       source_GxT = ref[slot, :, first : first + LANES]
       position_GxT = tile % G * (LANES // G) + self.position(lane_GxT)
-      spread_GxT = jnp.take_along_axis(
-          source_GxT, position_GxT, axis=1, mode="promise_in_bounds"
-      )
+      spread_GxT = jnp.take_along_axis(source_GxT, position_GxT, axis=1, mode="promise_in_bounds")
       own_GxT = jnp.where(self.is_own(lane_GxT, head_GxT), spread_GxT, 0.0)
       tiles.append(jnp.sum(own_GxT, axis=0, keepdims=True))
     return jnp.concatenate(tiles, axis=1)
@@ -159,9 +155,9 @@ class Heads:
   def pieces(self, R: int, k: int) -> list[Piece]:
     rows = R // self.num_key_heads
     return [
-        Piece(slice(head * rows, (head + 1) * rows), head, part)
-        for head in range(self.num_key_heads)
-        for part in _parts(k, rows)
+      Piece(slice(head * rows, (head + 1) * rows), head, part)
+      for head in range(self.num_key_heads)
+      for part in _parts(k, rows)
     ]
 
   def numbers(self, ref, slot, piece: Piece) -> jax.Array:

@@ -10,19 +10,15 @@ D head_dim.
 from collections.abc import Mapping
 
 import jax
-from jax.experimental.pallas import triton as pallas_triton
 import jax.numpy as jnp
+from jax.experimental.pallas import triton as pallas_triton
 
 from kernels.attention import triton as attention_triton
-from kernels.attention.block_sizes_gpu import Blocks
-from kernels.attention.block_sizes_gpu import decode_programs
-from kernels.attention.block_sizes_gpu import decode_splits
-from kernels.attention.block_sizes_gpu import triton_blocks
+from kernels.attention.block_sizes_gpu import Blocks, decode_programs, decode_splits, triton_blocks
 from kernels.attention.intervals import KeyIntervals
 from kernels.attention.merge import weights
 from kernels.decode.backend import Backend
-from kernels.decode.cache import Cached
-from kernels.decode.cache import Quantized
+from kernels.decode.cache import Cached, Quantized
 from kernels.varying import vary_alike
 
 # A matrix instruction takes that many rows at least.
@@ -30,18 +26,19 @@ LEAST_ROWS = 16
 
 
 def partial(
-    query_BxQxHxD,
-    key_LxBxKxGxD: Cached,
-    value_LxBxKxGxD: Cached,
-    layer,
-    intervals: KeyIntervals,
-    *,
-    scale: float,
-    soft_cap: float | None,
-    sizes: Mapping[str, Blocks | int] = {},
+  query_BxQxHxD,
+  key_LxBxKxGxD: Cached,
+  value_LxBxKxGxD: Cached,
+  layer,
+  intervals: KeyIntervals,
+  *,
+  scale: float,
+  soft_cap: float | None,
+  sizes: Mapping[str, Blocks | int] = {},
 ):
   """See `kernels.decode.backend.Partial`."""
   import jax_triton  # Triton is there on GPU installs only.
+
   from kernels.decode import triton_partial
 
   B, Q, H, D = query_BxQxHxD.shape
@@ -56,27 +53,27 @@ def partial(
   rows = min(blocks.query, max(LEAST_ROWS, 1 << (Q * H // G - 1).bit_length()))
   arrays = query_BxQxHxD, *caches, layer.astype(jnp.int32).reshape(1), *intervals
   results = jax_triton.triton_call(
-      *arrays,
-      Q,
-      K,
-      G,
-      kernel=triton_partial.partial,
-      out_type=(
-          jax.ShapeDtypeStruct((P, B, Q, H, D), jnp.float32),
-          jax.ShapeDtypeStruct((P, B, Q, H), jnp.float32),
-      ),
-      grid=(G * -(-Q * H // G // rows), P, B),
-      num_warps=blocks.num_warps,
-      num_stages=blocks.num_stages,
-      backend_options=dict(enable_fp_fusion=True),
-      GROUP=H // G,
-      HEAD_DIM=D,
-      ROW_BLOCK=rows,
-      KEY_BLOCK=blocks.key,
-      IS_QUANTIZED=is_quantized,
-      SCALE=float(scale),
-      SOFT_CAP=None if soft_cap is None else float(soft_cap),
-      PRECISION="tf32x3" if query_BxQxHxD.dtype == jnp.float32 else None,
+    *arrays,
+    Q,
+    K,
+    G,
+    kernel=triton_partial.partial,
+    out_type=(
+      jax.ShapeDtypeStruct((P, B, Q, H, D), jnp.float32),
+      jax.ShapeDtypeStruct((P, B, Q, H), jnp.float32),
+    ),
+    grid=(G * -(-Q * H // G // rows), P, B),
+    num_warps=blocks.num_warps,
+    num_stages=blocks.num_stages,
+    backend_options=dict(enable_fp_fusion=True),
+    GROUP=H // G,
+    HEAD_DIM=D,
+    ROW_BLOCK=rows,
+    KEY_BLOCK=blocks.key,
+    IS_QUANTIZED=is_quantized,
+    SCALE=float(scale),
+    SOFT_CAP=None if soft_cap is None else float(soft_cap),
+    PRECISION="tf32x3" if query_BxQxHxD.dtype == jnp.float32 else None,
   )
   # jax-triton says nothing of axes of a surrounding shard_map.
   out_PxBxQxHxD, log_sum_exp_PxBxQxH = vary_alike(*arrays, *results)[len(arrays) :]

@@ -19,38 +19,40 @@ Offsets of blocks are int64, inside a block int32.
 import triton
 import triton.language as tl
 
-from kernels.attention.triton_parts import LN_2
-from kernels.attention.triton_parts import LOWEST
-from kernels.attention.triton_parts import base_2_scores
-from kernels.attention.triton_parts import block_at
-from kernels.attention.triton_parts import load_rows
-from kernels.attention.triton_parts import meeting_blocks
-from kernels.attention.triton_parts import online_softmax
+from kernels.attention.triton_parts import (
+  LN_2,
+  LOWEST,
+  base_2_scores,
+  block_at,
+  load_rows,
+  meeting_blocks,
+  online_softmax,
+)
 
 
 @triton.jit
 def partial(
-    query_BxQxHxD,
-    key_LxBxKxGxD,
-    value_LxBxKxGxD,
-    key_scale_LxBxKxG,
-    value_scale_LxBxKxG,
-    layer_1,
-    start_BxQ,
-    stop_BxQ,
-    num_queries,
-    num_keys,
-    num_kv_heads,
-    out_PxBxQxHxD,
-    log_sum_exp_PxBxQxH,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
-    IS_QUANTIZED: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+  query_BxQxHxD,
+  key_LxBxKxGxD,
+  value_LxBxKxGxD,
+  key_scale_LxBxKxG,
+  value_scale_LxBxKxG,
+  layer_1,
+  start_BxQ,
+  stop_BxQ,
+  num_queries,
+  num_keys,
+  num_kv_heads,
+  out_PxBxQxHxD,
+  log_sum_exp_PxBxQxH,
+  GROUP: tl.constexpr,
+  HEAD_DIM: tl.constexpr,
+  ROW_BLOCK: tl.constexpr,
+  KEY_BLOCK: tl.constexpr,
+  IS_QUANTIZED: tl.constexpr,
+  SCALE: tl.constexpr,
+  SOFT_CAP: tl.constexpr,
+  PRECISION: tl.constexpr,
 ):
   """Grid (G * row blocks, P, B): programs that start together read neighbours in memory.
 
@@ -76,7 +78,7 @@ def partial(
   offsets_rxD = offset_r[:, None] * HEAD_DIM + index_D[None, :]
   first_query = batch * num_queries * num_heads
   query_rxD = tl.load(
-      query_BxQxHxD + first_query * HEAD_DIM + offsets_rxD, mask=is_row_r[:, None], other=0.0
+    query_BxQxHxD + first_query * HEAD_DIM + offsets_rxD, mask=is_row_r[:, None], other=0.0
   )
 
   first, last, full_first, full_last = meeting_blocks(start_r, stop_r, num_keys, KEY_BLOCK)
@@ -97,13 +99,13 @@ def partial(
   sum_r = tl.full((ROW_BLOCK,), 0.0, tl.float32)
   num_full = full_last - full_first
   for IS_FULL in tl.static_range(2):
-    for step in range(0, num_full if IS_FULL else last - first - num_full):
+    for step in range(num_full if IS_FULL else last - first - num_full):
       block = block_at(step, first, last, full_first, full_last, IS_FULL)
       index_k = block * KEY_BLOCK + row_k
       is_key_k = (index_k >= first_key) & (index_k < stop_key)
       block_row = first_row + block * KEY_BLOCK
       key_kxD = load_rows(
-          key_LxBxKxGxD + block_row * key_stride + offsets_kxD, is_key_k, IS_FULL
+        key_LxBxKxGxD + block_row * key_stride + offsets_kxD, is_key_k, IS_FULL
       ).to(query_rxD.dtype)
       products_rxk = tl.dot(query_rxD, tl.trans(key_kxD), input_precision=PRECISION)
       if IS_QUANTIZED:
@@ -116,16 +118,16 @@ def partial(
         scores_rxk = tl.where(is_seen_rxk, scores_rxk, float("-inf"))
       weights_rxk, decay_r, maximum_r, sum_r = online_softmax(scores_rxk, maximum_r, sum_r)
       value_kxD = load_rows(
-          value_LxBxKxGxD + block_row * key_stride + offsets_kxD, is_key_k, IS_FULL
+        value_LxBxKxGxD + block_row * key_stride + offsets_kxD, is_key_k, IS_FULL
       ).to(query_rxD.dtype)
       if IS_QUANTIZED:
         value_scale_k = tl.load(value_scale_LxBxKxG + scales, mask=is_key_k, other=0.0)
         weights_rxk *= value_scale_k[None, :]
       out_rxD = tl.dot(
-          weights_rxk.to(query_rxD.dtype),
-          value_kxD,
-          out_rxD * decay_r[:, None],
-          input_precision=PRECISION,
+        weights_rxk.to(query_rxD.dtype),
+        value_kxD,
+        out_rxD * decay_r[:, None],
+        input_precision=PRECISION,
       )
 
   # A row that has seen no key of this split; or, with an empty interval, gone through full blocks.
@@ -133,8 +135,6 @@ def partial(
   sum_r = tl.where(is_empty_r, 1.0, sum_r)
   partial_query = (split * batch_size + batch) * num_queries * num_heads
   out_rxD = tl.where(is_empty_r[:, None], 0.0, out_rxD / sum_r[:, None])
-  tl.store(
-      out_PxBxQxHxD + partial_query * HEAD_DIM + offsets_rxD, out_rxD, mask=is_row_r[:, None]
-  )
+  tl.store(out_PxBxQxHxD + partial_query * HEAD_DIM + offsets_rxD, out_rxD, mask=is_row_r[:, None])
   log_sum_exp_r = tl.where(is_empty_r, float("-inf"), (maximum_r + tl.log2(sum_r)) * LN_2)
   tl.store(log_sum_exp_PxBxQxH + partial_query + offset_r, log_sum_exp_r, mask=is_row_r)

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 
 from kernels.attention.intervals import KeyIntervals
 from kernels.decode.backend import Backend
-from kernels.decode.cache import Cached
-from kernels.decode.cache import Quantized
+from kernels.decode.cache import Cached, Quantized
 
 # Keys in a split, by platform: on CPUs a split stays in the cache of a core.
 SPLIT = {"cpu": 512}
@@ -23,14 +22,14 @@ SPLIT_ELSEWHERE = 32 * 1024
 
 
 def partial(
-    query_BxQxHxD,
-    key_LxBxKxGxD: Cached,
-    value_LxBxKxGxD: Cached,
-    layer,
-    intervals: KeyIntervals,
-    *,
-    scale: float,
-    soft_cap: float | None,
+  query_BxQxHxD,
+  key_LxBxKxGxD: Cached,
+  value_LxBxKxGxD: Cached,
+  layer,
+  intervals: KeyIntervals,
+  *,
+  scale: float,
+  soft_cap: float | None,
 ):
   """See `kernels.decode.backend.Partial`."""
   B, Q, H, D = query_BxQxHxD.shape
@@ -48,10 +47,10 @@ def partial(
     def load(cached, begin):
       """A split as numbers [k, G, D] of the query's dtype; their scales float32 [G, 1, 1, k]."""
       split = jax.tree.map(
-          lambda array: jax.lax.dynamic_slice(
-              array, (layer, row_index, begin, *(0,) * (array.ndim - 3)), (1, 1, k, *array.shape[3:])
-          )[0, 0],
-          cached,
+        lambda array: jax.lax.dynamic_slice(
+          array, (layer, row_index, begin, *(0,) * (array.ndim - 3)), (1, 1, k, *array.shape[3:])
+        )[0, 0],
+        cached,
       )
       if isinstance(split, Quantized):
         return split.value.astype(dtype), split.scale.T[:, None, None]
@@ -76,7 +75,7 @@ def partial(
       value_kxGxD, value_scale = load(value_LxBxKxGxD, begin)
       weights_GxRxQxk = (weights_GxRxQxk * value_scale).astype(dtype)
       out_GxRxQxD = decay_GxRxQ[..., None] * out_GxRxQxD + _dot(
-          "GRQK,KGD->GRQD", weights_GxRxQxk, value_kxGxD
+        "GRQK,KGD->GRQD", weights_GxRxQxk, value_kxGxD
       )
       return out_GxRxQxD, new_maximum_GxRxQ, sum_GxRxQ
 
@@ -84,10 +83,10 @@ def partial(
     # A finite start, since -inf - -inf is no number: rows without a key keep a sum of 0.
     lowest_GxRxQ = jnp.full_like(zero_GxRxQ, jnp.finfo(jnp.float32).min)
     out_GxRxQxD, maximum_GxRxQ, sum_GxRxQ = jax.lax.fori_loop(
-        first,
-        (stop + k - 1) // k,
-        add_split,
-        (jnp.zeros_like(query_GxRxQxD, jnp.float32), lowest_GxRxQ, zero_GxRxQ),
+      first,
+      (stop + k - 1) // k,
+      add_split,
+      (jnp.zeros_like(query_GxRxQxD, jnp.float32), lowest_GxRxQ, zero_GxRxQ),
     )
     is_empty_GxRxQ = sum_GxRxQ == 0
     sum_GxRxQ = jnp.where(is_empty_GxRxQ, 1.0, sum_GxRxQ)
@@ -96,7 +95,7 @@ def partial(
 
   rows_B = jnp.zeros_like(intervals.start_BxQ[:, 0]) + jnp.arange(B, dtype=jnp.int32)
   _, (out_BxGxRxQxD, log_sum_exp_BxGxRxQ) = jax.lax.scan(
-      row, None, (rows_B, query_BxGxRxQxD, intervals)
+    row, None, (rows_B, query_BxGxRxQxD, intervals)
   )
   out_BxQxHxD = jnp.moveaxis(out_BxGxRxQxD, 3, 1).reshape(B, Q, H, D)
   return out_BxQxHxD, jnp.moveaxis(log_sum_exp_BxGxRxQ, 3, 1).reshape(B, Q, H)

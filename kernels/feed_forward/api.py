@@ -10,20 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from kernels.feed_forward import reference
-from kernels.neighbours import gather_tokens
-from kernels.neighbours import scatter_tokens
+from kernels.neighbours import gather_tokens, scatter_tokens
 from kernels.varying import vary_alike
 
 
 def feed_forward(
-    x_BxSxM: jax.Array,
-    gate_MxF: jax.Array,
-    up_MxF: jax.Array,
-    down_FxM: jax.Array,
-    *,
-    chunk: int,
-    axis_name: str | None = None,
-    has_part_of_tokens: bool = False,
+  x_BxSxM: jax.Array,
+  gate_MxF: jax.Array,
+  up_MxF: jax.Array,
+  down_FxM: jax.Array,
+  *,
+  chunk: int,
+  axis_name: str | None = None,
+  has_part_of_tokens: bool = False,
 ) -> jax.Array:
   """silu(x gate) * (x up), projected down, at most `chunk` tokens of each row at a time.
 
@@ -74,7 +73,7 @@ def _whole(token_axis: str | None, x_BxSxM, *weights):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _by_chunks(num_chunks: int, token_axis: str | None, x_BxSxM, *weights):
   out_NxBxCxM = jax.lax.map(
-      lambda x_BxCxM: _whole(token_axis, x_BxCxM, *weights), _split(x_BxSxM, num_chunks)
+    lambda x_BxCxM: _whole(token_axis, x_BxCxM, *weights), _split(x_BxSxM, num_chunks)
   )
   return _join(out_NxBxCxM, x_BxSxM.shape[1])
 

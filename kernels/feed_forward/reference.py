@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def feed_forward(
-    x_BxSxM: jax.Array, gate_MxF: jax.Array, up_MxF: jax.Array, down_FxM: jax.Array
+  x_BxSxM: jax.Array, gate_MxF: jax.Array, up_MxF: jax.Array, down_FxM: jax.Array
 ) -> jax.Array:
   """silu(x gate) * (x up), projected down: [B, S, M] in x's dtype, which products run in."""
   dtype = x_BxSxM.dtype

@@ -14,13 +14,11 @@ import functools
 from typing import NamedTuple
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from kernels.attention import api
-from kernels.attention import backend as backend_lib
-from kernels.attention.intervals import KeyIntervals
-from kernels.attention.intervals import within
+from kernels.attention import api, backend as backend_lib
+from kernels.attention.intervals import KeyIntervals, within
 from kernels.attention.merge import merge
 from kernels.ring.layout import Layout
 from kernels.varying import vary_alike
@@ -46,22 +44,21 @@ class _Ring(NamedTuple):
     owner = (jax.lax.axis_index(self.axis_name) - hop) % n
     offsets_C = self.layout.chunk_offsets(owner, n * arrays[0].shape[1])
     return offsets_C, *(
-        jnp.moveaxis(array.reshape(array.shape[0], C, -1, *array.shape[2:]), 1, 0)
-        for array in arrays
+      jnp.moveaxis(array.reshape(array.shape[0], C, -1, *array.shape[2:]), 1, 0) for array in arrays
     )
 
 
 def ring_attention(
-    query_BxQxHxD: jax.Array,
-    key_BxQxGxD: jax.Array,
-    value_BxQxGxD: jax.Array,
-    intervals: KeyIntervals,
-    *,
-    layout: Layout,
-    axis_name: str,
-    scale: float | None = None,
-    soft_cap: float | None = None,
-    backend: str | backend_lib.Backend | None = None,
+  query_BxQxHxD: jax.Array,
+  key_BxQxGxD: jax.Array,
+  value_BxQxGxD: jax.Array,
+  intervals: KeyIntervals,
+  *,
+  layout: Layout,
+  axis_name: str,
+  scale: float | None = None,
+  soft_cap: float | None = None,
+  backend: str | backend_lib.Backend | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """`kernels.attention.attention` over a sequence sharded over a mesh axis.
 
@@ -87,26 +84,24 @@ def ring_attention(
   axis_size = jax.lax.axis_size(axis_name)
   if layout.ring_size != axis_size:
     raise ValueError(
-        f"The layout is for a ring of {layout.ring_size} but mesh axis {axis_name!r} has "
-        f"{axis_size} devices: make them equal."
+      f"The layout is for a ring of {layout.ring_size} but mesh axis {axis_name!r} has "
+      f"{axis_size} devices: make them equal."
     )
   if layout.ring_size == 1:
     return api.attention(
-        query_BxQxHxD,
-        key_BxQxGxD,
-        value_BxQxGxD,
-        intervals,
-        scale=scale,
-        soft_cap=soft_cap,
-        backend=backend,
+      query_BxQxHxD,
+      key_BxQxGxD,
+      value_BxQxGxD,
+      intervals,
+      scale=scale,
+      soft_cap=soft_cap,
+      backend=backend,
     )
   api.check(query_BxQxHxD, key_BxQxGxD, value_BxQxGxD, intervals)
   backend = api.choose(backend, query_BxQxHxD, key_BxQxGxD)
   scale = query_BxQxHxD.shape[-1] ** -0.5 if scale is None else scale
   ring = _Ring(backend, layout, axis_name, scale, soft_cap)
-  query, key, value, *intervals = vary_alike(
-      query_BxQxHxD, key_BxQxGxD, value_BxQxGxD, *intervals
-  )
+  query, key, value, *intervals = vary_alike(query_BxQxHxD, key_BxQxGxD, value_BxQxGxD, *intervals)
   # Without it JAX moves all that depends on intervals alone out of a scan over layers, one copy for
   # each hop: at 32M tokens over 512 devices that is 24 GiB.
   query, *intervals = jax.lax.optimization_barrier((query, *intervals))
@@ -127,7 +122,7 @@ def _attention(ring: _Ring, query, key, value, intervals):
 
       def compute(partial):
         new = ring.backend.forward(
-            query, key_BxLxGxD, value_BxLxGxD, local, out_dtype=jnp.float32, **options
+          query, key_BxLxGxD, value_BxLxGxD, local, out_dtype=jnp.float32, **options
         )
         return merge([partial, new])
 
@@ -173,15 +168,15 @@ def _backward(ring, residuals, cotangents):
 
     def compute(query_grad):
       new_query_grad, key_grad, value_grad = ring.backend.backward(
-          query,
-          key_BxLxGxD,
-          value_BxLxGxD,
-          local,
-          log_sum_exp,
-          delta,
-          cotangents[0],
-          scale=ring.scale,
-          soft_cap=ring.soft_cap,
+        query,
+        key_BxLxGxD,
+        value_BxLxGxD,
+        local,
+        log_sum_exp,
+        delta,
+        cotangents[0],
+        scale=ring.scale,
+        soft_cap=ring.soft_cap,
       )
       return query_grad + new_query_grad, (key_grad, value_grad)
 
@@ -192,9 +187,7 @@ def _backward(ring, residuals, cotangents):
     return jax.lax.cond(_any_work(local), compute, skip, query_grad)
 
   def grads_of_hop(hop, key, value, query_grad):
-    query_grad, chunk_grads = jax.lax.scan(
-        grads_of_chunk, query_grad, ring.chunks(hop, key, value)
-    )
+    query_grad, chunk_grads = jax.lax.scan(grads_of_chunk, query_grad, ring.chunks(hop, key, value))
     return query_grad, [jnp.moveaxis(grad, 0, 1).reshape(key.shape) for grad in chunk_grads]
 
   def grads_of_own(first, last, query_grad):
@@ -217,7 +210,7 @@ def _backward(ring, residuals, cotangents):
   grads = [jnp.pad(grad, ((0, 0), (half, 0), (0, 0), (0, 0))) for grad in late_grads]
   # The last hop has no key to send: it stands outside the loop.
   (key_there, value_there, *grads, query_grad), _ = jax.lax.scan(
-      step, (next_key, next_value, *grads, query_grad), jnp.arange(1, n - 1)
+    step, (next_key, next_value, *grads, query_grad), jnp.arange(1, n - 1)
   )
   grads = ring.rotate(*grads)
   query_grad, new_grads = grads_of_hop(n - 1, key_there, value_there, query_grad)

@@ -43,8 +43,8 @@ class Layout:
     num_chunks = self.ring_size * self.chunks_per_shard
     if sequence_length % num_chunks:
       raise ValueError(
-          f"A sequence of {sequence_length} tokens does not divide into the {num_chunks} chunks of "
-          f"a {self.kind} layout over a ring of {self.ring_size}: use a multiple of {num_chunks}."
+        f"A sequence of {sequence_length} tokens does not divide into the {num_chunks} chunks of "
+        f"a {self.kind} layout over a ring of {self.ring_size}: use a multiple of {num_chunks}."
       )
     return sequence_length // num_chunks
 

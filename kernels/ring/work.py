@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.attention import block_tables
-from kernels.attention.intervals import KeyIntervals
-from kernels.attention.intervals import within
+from kernels.attention.intervals import KeyIntervals, within
 from kernels.ring.layout import Layout
 
 

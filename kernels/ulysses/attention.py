@@ -26,17 +26,17 @@ from kernels.ring.layout import Layout
 
 
 def ulysses_attention(
-    query_BxQxHxD: jax.Array,
-    key_BxQxGxD: jax.Array,
-    value_BxQxGxD: jax.Array,
-    intervals: KeyIntervals,
-    *,
-    layout: Layout,
-    ring_axis: str,
-    ulysses_axis: str,
-    scale: float | None = None,
-    soft_cap: float | None = None,
-    backend: str | Backend | None = None,
+  query_BxQxHxD: jax.Array,
+  key_BxQxGxD: jax.Array,
+  value_BxQxGxD: jax.Array,
+  intervals: KeyIntervals,
+  *,
+  layout: Layout,
+  ring_axis: str,
+  ulysses_axis: str,
+  scale: float | None = None,
+  soft_cap: float | None = None,
+  backend: str | Backend | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """`kernels.attention.attention` over a sequence sharded over two mesh axes, either of any size.
 
@@ -64,12 +64,12 @@ def ulysses_attention(
     ValueError: H does not divide over the ulysses axis, or `ring_attention` would refuse.
   """
   ring = functools.partial(
-      ring_attention,
-      layout=layout,
-      axis_name=ring_axis,
-      scale=scale,
-      soft_cap=soft_cap,
-      backend=backend,
+    ring_attention,
+    layout=layout,
+    axis_name=ring_axis,
+    scale=scale,
+    soft_cap=soft_cap,
+    backend=backend,
   )
   u = jax.lax.axis_size(ulysses_axis)
   if u == 1:
@@ -78,22 +78,22 @@ def ulysses_attention(
   H = query_BxQxHxD.shape[2]
   if H % u:
     raise ValueError(
-        f"{H} query heads a device do not divide over the {u} devices of mesh axis "
-        f"{ulysses_axis!r}: make that axis smaller, or the ring larger."
+      f"{H} query heads a device do not divide over the {u} devices of mesh axis "
+      f"{ulysses_axis!r}: make that axis smaller, or the ring larger."
     )
   heads_to_tokens = functools.partial(
-      jax.lax.all_to_all, axis_name=ulysses_axis, split_axis=2, concat_axis=1, tiled=True
+    jax.lax.all_to_all, axis_name=ulysses_axis, split_axis=2, concat_axis=1, tiled=True
   )
   tokens_to_heads = functools.partial(
-      jax.lax.all_to_all, axis_name=ulysses_axis, split_axis=1, concat_axis=2, tiled=True
+    jax.lax.all_to_all, axis_name=ulysses_axis, split_axis=1, concat_axis=2, tiled=True
   )
   out_BxSxHxD, log_sum_exp_BxSxH = ring(
-      heads_to_tokens(query_BxQxHxD),
-      heads_to_tokens(_repeat_heads(key_BxQxGxD, u)),
-      heads_to_tokens(_repeat_heads(value_BxQxGxD, u)),
-      KeyIntervals(
-          *(jax.lax.all_gather(array, ulysses_axis, axis=1, tiled=True) for array in intervals)
-      ),
+    heads_to_tokens(query_BxQxHxD),
+    heads_to_tokens(_repeat_heads(key_BxQxGxD, u)),
+    heads_to_tokens(_repeat_heads(value_BxQxGxD, u)),
+    KeyIntervals(
+      *(jax.lax.all_gather(array, ulysses_axis, axis=1, tiled=True) for array in intervals)
+    ),
   )
   return tokens_to_heads(out_BxSxHxD), tokens_to_heads(log_sum_exp_BxSxH)
 

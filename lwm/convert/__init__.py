@@ -1,5 +1,3 @@
 """Weights from and to other codebases."""
 
-from lwm.convert.llama import config_from_hugging_face
-from lwm.convert.llama import from_hugging_face
-from lwm.convert.llama import to_hugging_face
+from lwm.convert.llama import config_from_hugging_face, from_hugging_face, to_hugging_face

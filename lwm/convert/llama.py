@@ -9,9 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from lwm.config.model import ModelConfig, RopeScaling
 from lwm.errors import UserError
-from lwm.model.config import ModelConfig
-from lwm.model.config import RopeScaling
 from lwm.model.model import Params
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -19,15 +18,15 @@ _NORM = "model.norm.weight"
 _HEAD = "lm_head.weight"
 # Of a block: (our module, our name, theirs).
 _BLOCK = (
-    ("attention_norm", "scale", "input_layernorm"),
-    ("attention", "query", "self_attn.q_proj"),
-    ("attention", "key", "self_attn.k_proj"),
-    ("attention", "value", "self_attn.v_proj"),
-    ("attention", "out", "self_attn.o_proj"),
-    ("feed_forward_norm", "scale", "post_attention_layernorm"),
-    ("feed_forward", "gate", "mlp.gate_proj"),
-    ("feed_forward", "up", "mlp.up_proj"),
-    ("feed_forward", "down", "mlp.down_proj"),
+  ("attention_norm", "scale", "input_layernorm"),
+  ("attention", "query", "self_attn.q_proj"),
+  ("attention", "key", "self_attn.k_proj"),
+  ("attention", "value", "self_attn.v_proj"),
+  ("attention", "out", "self_attn.o_proj"),
+  ("feed_forward_norm", "scale", "post_attention_layernorm"),
+  ("feed_forward", "gate", "mlp.gate_proj"),
+  ("feed_forward", "up", "mlp.up_proj"),
+  ("feed_forward", "down", "mlp.down_proj"),
 )
 
 
@@ -39,13 +38,13 @@ def config_from_hugging_face(config: Mapping) -> tuple[ModelConfig, float]:
   """
   if config.get("model_type") != "llama" or config.get("hidden_act", "silu") != "silu":
     raise UserError(
-        f"config.json: model_type {config.get('model_type')!r} with hidden_act "
-        f"{config.get('hidden_act')!r} is no Llama with SwiGLU; convert such a model only."
+      f"config.json: model_type {config.get('model_type')!r} with hidden_act "
+      f"{config.get('hidden_act')!r} is no Llama with SwiGLU; convert such a model only."
     )
   biases = [name for name in ("attention_bias", "mlp_bias") if config.get(name)]
   if biases:
     raise UserError(
-        f"config.json: a Llama with {' and '.join(biases)} is not supported; convert one without."
+      f"config.json: a Llama with {' and '.join(biases)} is not supported; convert one without."
     )
   # transformers 5 has rope_parameters; before, rope_theta stood beside rope_scaling, whose
   # rope_type was type at first.
@@ -54,28 +53,28 @@ def config_from_hugging_face(config: Mapping) -> tuple[ModelConfig, float]:
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind not in ("default", "llama3"):
     raise UserError(
-        f"config.json: rope_type {kind!r} is not supported; convert a model with default or llama3."
+      f"config.json: rope_type {kind!r} is not supported; convert a model with default or llama3."
     )
   scaling = None
   if kind == "llama3":
     scaling = RopeScaling(
-        factor=rope["factor"],
-        low_frequency_factor=rope["low_freq_factor"],
-        high_frequency_factor=rope["high_freq_factor"],
-        original_context=rope["original_max_position_embeddings"],
+      factor=rope["factor"],
+      low_frequency_factor=rope["low_freq_factor"],
+      high_frequency_factor=rope["high_freq_factor"],
+      original_context=rope["original_max_position_embeddings"],
     )
   heads = config["num_attention_heads"]
   model = ModelConfig(
-      num_layers=config["num_hidden_layers"],
-      width=config["hidden_size"],
-      num_heads=heads,
-      num_kv_heads=config.get("num_key_value_heads") or heads,
-      head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-      feed_forward_width=config["intermediate_size"],
-      text_vocab_size=config["vocab_size"],
-      norm_epsilon=config["rms_norm_eps"],
-      tied_head=config.get("tie_word_embeddings", False),
-      rope_scaling=scaling,
+    num_layers=config["num_hidden_layers"],
+    width=config["hidden_size"],
+    num_heads=heads,
+    num_kv_heads=config.get("num_key_value_heads") or heads,
+    head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+    feed_forward_width=config["intermediate_size"],
+    text_vocab_size=config["vocab_size"],
+    norm_epsilon=config["rms_norm_eps"],
+    tied_head=config.get("tie_word_embeddings", False),
+    rope_scaling=scaling,
   )
   return model, theta
 
@@ -96,22 +95,22 @@ def from_hugging_face(weights: Mapping[str, np.ndarray], config: ModelConfig) ->
     expected = transposed[::-1]
     if weight.shape != expected:
       raise UserError(
-          f"{name!r} has shape {weight.shape} but the model's settings make it {expected}: "
-          "use the settings of the weights' own config.json."
+        f"{name!r} has shape {weight.shape} but the model's settings make it {expected}: "
+        "use the settings of the weights' own config.json."
       )
     return weight.T.reshape(shape)
 
   blocks = {}
   for module, ours, theirs in _BLOCK:
     layers = [
-        take(f"model.layers.{i}.{theirs}.weight", f"{module}.{ours}")
-        for i in range(config.num_layers)
+      take(f"model.layers.{i}.{theirs}.weight", f"{module}.{ours}")
+      for i in range(config.num_layers)
     ]
     blocks.setdefault(module, {})[ours] = np.stack(layers)
   params = {
-      "embedding": np.ascontiguousarray(take(_EMBEDDING, "output").T),
-      "blocks": blocks,
-      "norm": {"scale": take(_NORM, "norm.scale")},
+    "embedding": np.ascontiguousarray(take(_EMBEDDING, "output").T),
+    "blocks": blocks,
+    "norm": {"scale": take(_NORM, "norm.scale")},
   }
   if not config.tied_head:
     params["output"] = take(_HEAD, "output")
@@ -126,7 +125,8 @@ def to_hugging_face(params: Params, config: ModelConfig) -> dict[str, np.ndarray
     return np.ascontiguousarray(np.asarray(value).reshape(shapes[ours][1]).T)
 
   weights = {
-      _EMBEDDING: np.asarray(params["embedding"]), _NORM: np.asarray(params["norm"]["scale"])
+    _EMBEDDING: np.asarray(params["embedding"]),
+    _NORM: np.asarray(params["norm"]["scale"]),
   }
   for module, ours, theirs in _BLOCK:
     stacked = params["blocks"][module][ours]
@@ -142,17 +142,17 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, 
   M, F, D = config.width, config.feed_forward_width, config.head_dim
   H, G, V = config.num_heads, config.num_kv_heads, config.vocab_size
   plain = {
-      "attention_norm.scale": (M,),
-      "feed_forward_norm.scale": (M,),
-      "norm.scale": (M,),
-      "feed_forward.gate": (M, F),
-      "feed_forward.up": (M, F),
-      "feed_forward.down": (F, M),
-      "output": (M, V),
+    "attention_norm.scale": (M,),
+    "feed_forward_norm.scale": (M,),
+    "norm.scale": (M,),
+    "feed_forward.gate": (M, F),
+    "feed_forward.up": (M, F),
+    "feed_forward.down": (F, M),
+    "output": (M, V),
   }
   return {name: (shape, shape) for name, shape in plain.items()} | {
-      "attention.query": ((M, H, D), (M, H * D)),
-      "attention.key": ((M, G, D), (M, G * D)),
-      "attention.value": ((M, G, D), (M, G * D)),
-      "attention.out": ((H, D, M), (H * D, M)),
+    "attention.query": ((M, H, D), (M, H * D)),
+    "attention.key": ((M, G, D), (M, G * D)),
+    "attention.value": ((M, G, D), (M, G * D)),
+    "attention.out": ((H, D, M), (H * D, M)),
   }

@@ -28,7 +28,6 @@ from lwm.errors import UserError
 FORMAT_VERSION = 1
 TRAIN = "train"
 VALIDATION = "validation"
-MODALITIES = ("text", "vision")
 
 _MEND = "put the file back from a copy, or prepare the dataset again"
 
@@ -37,12 +36,12 @@ class Split:
   """The documents of one split. Reading is safe from any number of threads."""
 
   def __init__(
-      self,
-      path: pathlib.Path,
-      name: str,
-      chunk_tokens: int,
-      source: Sequence[dict],
-      files: Sequence[tuple[str, int]],
+    self,
+    path: pathlib.Path,
+    name: str,
+    chunk_tokens: int,
+    source: Sequence[dict],
+    files: Sequence[tuple[str, int]],
   ):
     """
     Args:
@@ -102,8 +101,8 @@ class Split:
         break
       index -= records
     return UserError(
-        f"Record {index} of {file} cannot be read ({reason}): {_MEND}; the same command then goes "
-        "on from the last checkpoint."
+      f"Record {index} of {file} cannot be read ({reason}): {_MEND}; the same command then goes "
+      "on from the last checkpoint."
     )
 
 
@@ -125,15 +124,15 @@ class Dataset:
       self.manifest = json.loads((self.path / "manifest.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
       raise UserError(
-          f"There is no prepared dataset at {path} (no manifest.json): make it with "
-          "`python -m experiments.prepare_data`."
+        f"There is no prepared dataset at {path} (no manifest.json): make it with "
+        "`python -m experiments.prepare_data`."
       ) from None
     except json.JSONDecodeError as error:
       raise UserError(f"{path}/manifest.json is damaged ({error}): prepare it again.") from None
     if self.manifest.get("format_version") != FORMAT_VERSION:
       raise UserError(
-          f"Dataset {path} has format {self.manifest.get('format_version')}, this program reads "
-          f"{FORMAT_VERSION}: prepare it again."
+        f"Dataset {path} has format {self.manifest.get('format_version')}, this program reads "
+        f"{FORMAT_VERSION}: prepare it again."
       )
 
   @property
@@ -154,8 +153,8 @@ class Dataset:
       return tfds.builder_from_directory(str(self.path))
     except Exception as error:  # As above.
       raise UserError(
-          f"{self.path}/dataset_info.json or features.json cannot be read "
-          f"({str(error).partition('\n')[0]}): {_MEND}."
+        f"{self.path}/dataset_info.json or features.json cannot be read "
+        f"({str(error).partition('\n')[0]}): {_MEND}."
       ) from error
 
   def has_split(self, name: str) -> bool:
@@ -165,16 +164,16 @@ class Dataset:
     """Raises UserError if the dataset has no such split, or is damaged."""
     if not self.has_split(name):
       raise UserError(
-          f"Dataset {self.path} has no {name} documents, only "
-          f"{', '.join(self.manifest['splits'])}: prepare it with some."
+        f"Dataset {self.path} has no {name} documents, only "
+        f"{', '.join(self.manifest['splits'])}: prepare it with some."
       )
     info = self._builder.info.splits[name]
     return Split(
-        self.path,
-        name,
-        self.manifest["chunk_tokens"],
-        self._builder.as_data_source(name),
-        list(zip(map(str, info.filepaths), info.shard_lengths)),
+      self.path,
+      name,
+      self.manifest["chunk_tokens"],
+      self._builder.as_data_source(name),
+      list(zip(map(str, info.filepaths), info.shard_lengths)),
     )
 
   def unigram_entropy(self, split: str) -> dict[str, float]:
@@ -186,7 +185,7 @@ class Dataset:
     made_with = self.manifest["tokenizer"]
     if made_with["sha256"] != tokenizer.sha256:
       raise UserError(
-          f"Dataset {self.path} was prepared with tokenizer {made_with['path']} (sha256 "
-          f"{made_with['sha256'][:12]}), not with {tokenizer.path} (sha256 "
-          f"{tokenizer.sha256[:12]}): prepare it again, or use its tokenizer."
+        f"Dataset {self.path} was prepared with tokenizer {made_with['path']} (sha256 "
+        f"{made_with['sha256'][:12]}), not with {tokenizer.path} (sha256 "
+        f"{tokenizer.sha256[:12]}): prepare it again, or use its tokenizer."
       )

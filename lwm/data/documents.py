@@ -6,16 +6,12 @@ L tokens of a document, N frames of P = 256 codes.
 import hashlib
 import os
 from collections.abc import Sequence
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lwm.data.tokenizer import Tokenizer
-from lwm.data.vision_tokens import CODES_PER_FRAME
-from lwm.data.vision_tokens import frame_tokens
-from lwm.data.vision_tokens import VISION_END
-from lwm.data.vision_tokens import VISION_START
+from lwm.data.vision_tokens import CODES_PER_FRAME, VISION_END, VISION_START, frame_tokens
 
 
 class BadDocument(ValueError):
@@ -60,7 +56,7 @@ class DocumentBuilder:
     return self._append(self._tokenizer.encode(text), loss)
 
   def vision(
-      self, codes_NxP: np.ndarray, loss: bool = True, marks_loss: bool | None = None
+    self, codes_NxP: np.ndarray, loss: bool = True, marks_loss: bool | None = None
   ) -> "DocumentBuilder":
     """<vision>, the frames (see `frame_tokens`), </vision>; `marks_loss` is `loss` unless given.
 
@@ -86,9 +82,7 @@ def text_document(tokenizer: Tokenizer, text: str) -> Document:
   return DocumentBuilder(tokenizer).bos().text(text).eos().build()
 
 
-def video_document(
-    tokenizer: Tokenizer, codes_NxP: np.ndarray, caption: str = ""
-) -> Document:
+def video_document(tokenizer: Tokenizer, codes_NxP: np.ndarray, caption: str = "") -> Document:
   """<bos> caption <vision> frames </vision> <eos>; only the frames count in the loss.
 
   Where a clip begins and ends is for the sampler to say; and the few marks of a batch of films
@@ -100,9 +94,7 @@ def video_document(
   return builder.vision(codes_NxP, marks_loss=False).eos(loss=False).build()
 
 
-def record_document(
-    tokenizer: Tokenizer, record: dict[str, Any], fields: str
-) -> Document:
+def record_document(tokenizer: Tokenizer, record: dict[str, Any], fields: str) -> Document:
   """A JSON record as a document, by LWM's fields specification (LWM, `lwm/data.py`).
 
   `fields` is a comma-separated list, put between a <bos> without loss and an <eos> with:

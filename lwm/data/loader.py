@@ -4,8 +4,7 @@ B rows of a batch, S sequence_length.
 """
 
 import collections
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import grain
 import jax
@@ -13,17 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kernels.ring.layout import Layout
-from lwm.data.dataset import Dataset
-from lwm.data.dataset import TRAIN
-from lwm.data.dataset import VALIDATION
+from lwm.config.experiment import Experiment
+from lwm.config.model import ModelConfig
+from lwm.data.dataset import TRAIN, VALIDATION, Dataset
 from lwm.data.packing import derived_seed
-from lwm.data.placement import Placement
-from lwm.data.placement import Shards
+from lwm.data.placement import Placement, Shards
 from lwm.data.rows import Rows
 from lwm.data.tokenizer import load_tokenizer
 from lwm.errors import UserError
-from lwm.experiment import Experiment
-from lwm.model.config import ModelConfig
 
 # Held-out rows are the same ones in every experiment.
 _EVALUATION_SEED = 0
@@ -58,7 +54,7 @@ class Loader:
     rows, length = self._stage.rows_per_batch, self._stage.sequence_length
     self._placement = Placement(mesh, layout, rows, length)
     self._evaluation_placement = Placement(
-        mesh, layout, rows // self._stage.accumulation_steps, length
+      mesh, layout, rows // self._stage.accumulation_steps, length
     )
     weights = collections.Counter()
     for entry in self._stage.mixture:
@@ -77,15 +73,15 @@ class Loader:
     for index, (name, dataset) in enumerate(self.datasets.items()):
       seed = derived_seed(experiment.seed, stage, name)
       source = Rows(
-          dataset.split(TRAIN), dataset.text_vocab_size, length, configs[name].weighting, seed
+        dataset.split(TRAIN), dataset.text_vocab_size, length, configs[name].weighting, seed
       )
       self._rows.append(source)
       # Not endless: grain could not count the rows of a mixture of such.
       streams.append(
-          grain.MapDataset.range(len(source))
-          .shuffle(seed=seed)
-          .repeat(-(-_ROWS_OF_STREAM // len(source)))
-          .map(lambda row, index=index: (index, row))
+        grain.MapDataset.range(len(source))
+        .shuffle(seed=seed)
+        .repeat(-(-_ROWS_OF_STREAM // len(source)))
+        .map(lambda row, index=index: (index, row))
       )
     mixed = grain.MapDataset.mix(streams, list(weights.values()))
     self._batches = mixed.batch(rows, batch_fn=list).map(self._read)
@@ -104,8 +100,8 @@ class Loader:
   def iterate(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, jax.Array]]:
     """The batches [start, stop), read ahead by threads; `stop` is the stage's steps if None."""
     options = grain.ReadOptions(
-        num_threads=self._experiment.data.threads,
-        prefetch_buffer_size=self._experiment.data.prefetch_batches,
+      num_threads=self._experiment.data.threads,
+      prefetch_buffer_size=self._experiment.data.prefetch_batches,
     )
     stop = self._stage.steps if stop is None else stop
     for shards in self._batches.slice(slice(start, stop)).to_iter_dataset(options):
@@ -128,11 +124,11 @@ class Loader:
     """
     opened = self.datasets[dataset]
     rows = Rows(
-        opened.split(VALIDATION),
-        opened.text_vocab_size,
-        self._stage.sequence_length,
-        "token",
-        _EVALUATION_SEED,
+      opened.split(VALIDATION),
+      opened.text_vocab_size,
+      self._stage.sequence_length,
+      "token",
+      _EVALUATION_SEED,
     )
     order = np.random.default_rng(_EVALUATION_SEED).permutation(len(rows))
     order = order[: self._experiment.evaluation.rows].tolist()
@@ -150,11 +146,11 @@ class Loader:
 def _check_model(dataset: Dataset, model: ModelConfig) -> None:
   if dataset.text_vocab_size != model.text_vocab_size:
     raise UserError(
-        f"Dataset {dataset.path} has {dataset.text_vocab_size} text ids, but "
-        f"config.model.text_vocab_size is {model.text_vocab_size}: set it to the tokenizer's size."
+      f"Dataset {dataset.path} has {dataset.text_vocab_size} text ids, but "
+      f"config.model.text_vocab_size is {model.text_vocab_size}: set it to the tokenizer's size."
     )
   if dataset.has_vision and dataset.vision_vocab_size != model.vision_vocab_size:
     raise UserError(
-        f"Dataset {dataset.path} has vision tokens of {dataset.vision_vocab_size} ids, but "
-        f"config.model.vision_vocab_size is {model.vision_vocab_size}: make them the same."
+      f"Dataset {dataset.path} has vision tokens of {dataset.vision_vocab_size} ids, but "
+      f"config.model.vision_vocab_size is {model.vision_vocab_size}: make them the same."
     )

@@ -55,7 +55,7 @@ def pack(lengths_D: np.ndarray, sequence_length: int, seed: int) -> PackingPlan:
   full_document = np.repeat(long, full_rows[long])
   first_of_document = np.cumsum(full_rows[long]) - full_rows[long]
   full_offset = (
-      np.arange(len(full_document)) - np.repeat(first_of_document, full_rows[long])
+    np.arange(len(full_document)) - np.repeat(first_of_document, full_rows[long])
   ) * sequence_length
 
   pieces = order[rest[order] > 0]
@@ -65,13 +65,11 @@ def pack(lengths_D: np.ndarray, sequence_length: int, seed: int) -> PackingPlan:
   by_row = np.argsort(row, kind="stable")
   num_rows = int(row.max()) + 1
   return PackingPlan(
-      sequence_length=sequence_length,
-      row_start=np.searchsorted(row[by_row], np.arange(num_rows + 1)),
-      document=np.concatenate([full_document, pieces])[by_row],
-      offset=np.concatenate([full_offset, full_rows[pieces] * sequence_length])[by_row],
-      length=np.concatenate(
-          [np.full(len(full_document), sequence_length), rest[pieces]]
-      )[by_row],
+    sequence_length=sequence_length,
+    row_start=np.searchsorted(row[by_row], np.arange(num_rows + 1)),
+    document=np.concatenate([full_document, pieces])[by_row],
+    offset=np.concatenate([full_offset, full_rows[pieces] * sequence_length])[by_row],
+    length=np.concatenate([np.full(len(full_document), sequence_length), rest[pieces]])[by_row],
   )
 
 

@@ -4,17 +4,14 @@ B rows of a batch, S sequence_length, C columns of a row that this process holds
 """
 
 import dataclasses
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels.ring.layout import Layout
-from lwm.data.rows import FIELDS
+from lwm.config.batch import FIELDS
 
 # Fills the columns in some runs of global columns of a row; see Rows.read.
 ReadRow = Callable[[int, Sequence[tuple[int, int]], dict[str, np.ndarray]], None]
@@ -52,18 +49,18 @@ class Placement:
       breaks = np.flatnonzero(np.diff(held_C) != 1)
       starts = held_C[np.concatenate([[0], breaks + 1])]
       stops = held_C[np.concatenate([breaks, [-1]])] + 1
-      self._groups.append(_RowGroup(
+      self._groups.append(
+        _RowGroup(
           rows=rows,
           runs=list(zip(starts.tolist(), stops.tolist())),
           gathers={
-              range_: np.searchsorted(held_C, permutation_S[slice(*range_)]) for range_ in columns
+            range_: np.searchsorted(held_C, permutation_S[slice(*range_)]) for range_ in columns
           },
-      ))
+        )
+      )
 
   def _key(self, index: tuple[slice, slice]) -> tuple[int, int, int, int]:
-    return tuple(
-        bound for part, size in zip(index, self.shape) for bound in part.indices(size)[:2]
-    )
+    return tuple(bound for part, size in zip(index, self.shape) for bound in part.indices(size)[:2])
 
   def read(self, read_row: ReadRow) -> Shards:
     """The shards of this process's devices; `read_row` is asked for no other row or column."""
@@ -82,8 +79,8 @@ class Placement:
   def to_arrays(self, shards: Shards) -> dict[str, jax.Array]:
     """The global arrays of a batch, [B, S] each."""
     return {
-        name: jax.make_array_from_callback(
-            self.shape, self.sharding, lambda index, name=name: shards[self._key(index)][name]
-        )
-        for name in FIELDS
+      name: jax.make_array_from_callback(
+        self.shape, self.sharding, lambda index, name=name: shards[self._key(index)][name]
+      )
+      for name in FIELDS
     }

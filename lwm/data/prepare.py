@@ -2,19 +2,11 @@
 
 import hashlib
 import os
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from lwm.data.dataset import TRAIN
-from lwm.data.dataset import VALIDATION
-from lwm.data.documents import BadDocument
-from lwm.data.documents import choose
-from lwm.data.documents import Document
-from lwm.data.documents import record_document
-from lwm.data.documents import text_document
+from lwm.data.dataset import TRAIN, VALIDATION
+from lwm.data.documents import BadDocument, Document, choose, record_document, text_document
 from lwm.data.sources import Record
 from lwm.data.tokenizer import Tokenizer
 from lwm.data.writer import DatasetWriter
@@ -60,11 +52,11 @@ def by_fraction(validation_fraction: float) -> Callable[[Record], str]:
 
 
 def add_documents(
-    writer: DatasetWriter,
-    records: Iterable[Record],
-    tokenizer: Tokenizer,
-    to_document: ToDocument,
-    split: Callable[[Record], str],
+  writer: DatasetWriter,
+  records: Iterable[Record],
+  tokenizer: Tokenizer,
+  to_document: ToDocument,
+  split: Callable[[Record], str],
 ) -> None:
   """Writes every good record into the split that `split` names, and reports the others.
 

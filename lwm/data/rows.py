@@ -10,23 +10,6 @@ import numpy as np
 from lwm.data.dataset import Split
 from lwm.data.packing import pack
 
-# The fields of a batch, each [B, S]. All are 0 where a row is padding.
-FIELDS = {
-    "tokens": np.int32,
-    # The next token of the same document; 0 (and weight 0) where there is none.
-    "targets": np.int32,
-    "loss_weights": np.float32,
-    # 1, 2, ... over the document slices of a row; 0 for padding.
-    "segment_ids": np.int32,
-    # From 0 in every document slice.
-    "positions": np.int32,
-    # Of the target: 0 text, 1 vision.
-    "modality": np.int32,
-    # The keys that the token attends to, [key_start, key_stop), as global columns of the row.
-    "key_start": np.int32,
-    "key_stop": np.int32,
-}
-
 
 class Rows:
   """One epoch of a split as rows of `sequence_length` tokens.
@@ -38,7 +21,7 @@ class Rows:
   """
 
   def __init__(
-      self, split: Split, text_vocab_size: int, sequence_length: int, weighting: str, seed: int
+    self, split: Split, text_vocab_size: int, sequence_length: int, weighting: str, seed: int
   ):
     self._split = split
     self._text_vocab_size = text_vocab_size

@@ -8,8 +8,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
@@ -69,7 +68,7 @@ def jsonl_files(path: str | os.PathLike, suffix: str = ".jsonl") -> Iterator[Rec
 
 
 def tfds_records(
-    name: str, split: str = "train", feature: str = "text", data_dir: str | None = None
+  name: str, split: str = "train", feature: str = "text", data_dir: str | None = None
 ) -> Iterator[Record]:
   """A TensorFlow Datasets dataset, by name (prepared if need be) or by the directory that it is in.
 
@@ -87,10 +86,7 @@ def tfds_records(
       examples = tfds.builder_from_directory(name).as_data_source(split)
     else:
       examples = tfds.data_source(
-          name,
-          split=split,
-          data_dir=data_dir,
-          builder_kwargs={"file_format": "array_record"},
+        name, split=split, data_dir=data_dir, builder_kwargs={"file_format": "array_record"}
       )
   except Exception as error:  # TFDS raises all kinds, from a missing name to a failed download.
     reason = str(error).strip().partition("\n")[0]
@@ -114,9 +110,9 @@ def tfds_records(
 def _files(root: pathlib.Path, suffix: str) -> list[pathlib.Path]:
   if root.is_dir():
     files = sorted(
-        file
-        for file in root.rglob(f"*{suffix}")
-        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(root).parts)
+      file
+      for file in root.rglob(f"*{suffix}")
+      if file.is_file() and not any(p.startswith(".") for p in file.relative_to(root).parts)
     )
     if not files:
       raise UserError(f"There is no file that ends in {suffix} in {root}: take another suffix.")

@@ -5,23 +5,21 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Iterable
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import sentencepiece
 import tokenizers
 
-from lwm.data.vision_tokens import VISION_END
-from lwm.data.vision_tokens import VISION_START
+from lwm.data.vision_tokens import VISION_END, VISION_START
 from lwm.errors import UserError
 
 # Pairs (first, last) by which the families of models mark a document, tried in this order.
 _MARKS = (
-    ("<bos>", "<eos>"),
-    ("<s>", "</s>"),
-    ("<|begin_of_text|>", "<|end_of_text|>"),
-    ("<|endoftext|>", "<|endoftext|>"),
+  ("<bos>", "<eos>"),
+  ("<s>", "</s>"),
+  ("<|begin_of_text|>", "<|end_of_text|>"),
+  ("<|endoftext|>", "<|endoftext|>"),
 )
 
 
@@ -86,8 +84,8 @@ class HuggingFaceTokenizer:
       if len(ids) == 2 and None not in ids:
         return ids
     raise UserError(
-        f"Tokenizer {self.path} has none of the known begin and end marks; put a "
-        "tokenizer_config.json that names bos_token and eos_token beside it."
+      f"Tokenizer {self.path} has none of the known begin and end marks; put a "
+      "tokenizer_config.json that names bos_token and eos_token beside it."
     )
 
   def encode(self, text: str) -> list[int]:
@@ -130,28 +128,28 @@ def train_sentencepiece(texts: Iterable[str], path: str | os.PathLike, vocab_siz
   lines = (line for text in texts for line in text.splitlines() if line)
   try:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines,
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        character_coverage=0.9999,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        max_sentence_length=1 << 20,
-        user_defined_symbols=[VISION_START, VISION_END],
-        bos_piece="<bos>",
-        eos_piece="<eos>",
-        num_threads=1,
-        minloglevel=2,
+      sentence_iterator=lines,
+      model_writer=model,
+      model_type="bpe",
+      vocab_size=vocab_size,
+      byte_fallback=True,
+      character_coverage=0.9999,
+      normalization_rule_name="identity",
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      allow_whitespace_only_pieces=True,
+      split_digits=True,
+      max_sentence_length=1 << 20,
+      user_defined_symbols=[VISION_START, VISION_END],
+      bos_piece="<bos>",
+      eos_piece="<eos>",
+      num_threads=1,
+      minloglevel=2,
     )
   except (RuntimeError, OSError) as error:
     raise UserError(
-        f"Could not train a tokenizer of {vocab_size} pieces on this text: {error}. "
-        "Use another size, or more text."
+      f"Could not train a tokenizer of {vocab_size} pieces on this text: {error}. "
+      "Use another size, or more text."
     ) from error
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def frame_tokens(codes_NxP: np.ndarray) -> np.ndarray:
   codes_NxP = np.asarray(codes_NxP)
   if codes_NxP.ndim != 2 or codes_NxP.shape[1] != CODES_PER_FRAME or not len(codes_NxP):
     raise ValueError(
-        f"vision codes of shape {codes_NxP.shape} are not one or more frames of {CODES_PER_FRAME}"
+      f"vision codes of shape {codes_NxP.shape} are not one or more frames of {CODES_PER_FRAME}"
     )
   if codes_NxP.dtype.kind not in "iu":
     raise ValueError(f"vision codes are {codes_NxP.dtype}, not integers")

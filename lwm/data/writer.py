@@ -13,10 +13,9 @@ import shutil
 import numpy as np
 import tensorflow_datasets as tfds
 
+from lwm.config.batch import MODALITIES
 from lwm.data.dataset import FORMAT_VERSION
-from lwm.data.dataset import MODALITIES
-from lwm.data.documents import BadDocument
-from lwm.data.documents import Document
+from lwm.data.documents import BadDocument, Document
 from lwm.data.tokenizer import Tokenizer
 from lwm.data.vision_tokens import VISION_VOCAB_SIZE
 from lwm.errors import UserError
@@ -47,12 +46,12 @@ class DatasetWriter:
   """
 
   def __init__(
-      self,
-      path: str | os.PathLike,
-      tokenizer: Tokenizer,
-      *,
-      vqgan_sha256: str | None = None,
-      chunk_tokens: int = CHUNK_TOKENS,
+    self,
+    path: str | os.PathLike,
+    tokenizer: Tokenizer,
+    *,
+    vqgan_sha256: str | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
   ):
     """
     Args:
@@ -83,24 +82,24 @@ class DatasetWriter:
     self._unfinished.mkdir()
     self._bad_file = open(self._unfinished / "bad_records.jsonl", "w")
     tensor = tfds.features.Tensor
-    features = tfds.features.FeaturesDict({
+    features = tfds.features.FeaturesDict(
+      {
         "document": np.int64,
         "offset": np.int64,
         "tokens": tensor(shape=(None,), dtype=np.int32, encoding="bytes"),
         "loss_mask": tensor(shape=(None,), dtype=np.uint8, encoding="bytes"),
-    })
+      }
+    )
     identity = tfds.core.DatasetIdentity(
-        name="tokens",
-        version=tfds.core.Version("1.0.0"),
-        data_dir=str(self._unfinished),
-        module_name="lwm.data",
+      name="tokens",
+      version=tfds.core.Version("1.0.0"),
+      data_dir=str(self._unfinished),
+      module_name="lwm.data",
     )
     info = tfds.core.DatasetInfo(
-        builder=identity, description="Token documents (lwm/data/dataset.py).", features=features
+      builder=identity, description="Token documents (lwm/data/dataset.py).", features=features
     )
-    self._records = tfds.core.SequentialWriter(
-        info, _RECORDS_PER_FILE, file_format="array_record"
-    )
+    self._records = tfds.core.SequentialWriter(info, _RECORDS_PER_FILE, file_format="array_record")
     return self
 
   def __exit__(self, error_type, error, traceback) -> None:
@@ -133,12 +132,14 @@ class DatasetWriter:
       self._records.initialize_splits([split])
     counts, pending = self._counts[split], self._pending[split]
     for offset in range(0, len(tokens), self._chunk_tokens):
-      pending.append({
+      pending.append(
+        {
           "document": len(counts.lengths),
           "offset": offset,
           "tokens": tokens[offset : offset + self._chunk_tokens],
           "loss_mask": loss_mask[offset : offset + self._chunk_tokens],
-      })
+        }
+      )
     if len(pending) >= _RECORDS_PER_WRITE:
       self._flush(split)
 
@@ -179,27 +180,27 @@ class DatasetWriter:
       np.save(self._unfinished / f"{name}_targets.npy", targets)
       histograms = np.split(counts.histogram_V, [self._tokenizer.vocab_size])
       splits[name] = {
-          "documents": len(lengths),
-          "tokens": int(lengths.sum()),
-          "longest_document": int(lengths.max()),
-          "vision_tokens": counts.vision_tokens,
-          "targets": dict(zip(MODALITIES, targets.sum(0).tolist())),
-          "unigram_entropy": {
-              modality: entropy(histogram)
-              for modality, histogram in zip(MODALITIES, histograms)
-              if histogram.any()
-          },
+        "documents": len(lengths),
+        "tokens": int(lengths.sum()),
+        "longest_document": int(lengths.max()),
+        "vision_tokens": counts.vision_tokens,
+        "targets": dict(zip(MODALITIES, targets.sum(0).tolist())),
+        "unigram_entropy": {
+          modality: entropy(histogram)
+          for modality, histogram in zip(MODALITIES, histograms)
+          if histogram.any()
+        },
       }
     manifest = {
-        "format_version": FORMAT_VERSION,
-        "tokenizer": {"path": str(self._tokenizer.path), "sha256": self._tokenizer.sha256},
-        "vqgan_sha256": self._vqgan_sha256,
-        "text_vocab_size": self._tokenizer.vocab_size,
-        "vision_vocab_size": VISION_VOCAB_SIZE,
-        "chunk_tokens": self._chunk_tokens,
-        "bad_records": self.bad_records,
-        "documents_by_source": self._sources,
-        "splits": splits,
+      "format_version": FORMAT_VERSION,
+      "tokenizer": {"path": str(self._tokenizer.path), "sha256": self._tokenizer.sha256},
+      "vqgan_sha256": self._vqgan_sha256,
+      "text_vocab_size": self._tokenizer.vocab_size,
+      "vision_vocab_size": VISION_VOCAB_SIZE,
+      "chunk_tokens": self._chunk_tokens,
+      "bad_records": self.bad_records,
+      "documents_by_source": self._sources,
+      "splits": splits,
     }
     (self._unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 

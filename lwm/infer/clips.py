@@ -7,9 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lwm.data.vision_tokens import CODES_PER_FRAME
-from lwm.data.vision_tokens import END_OF_FRAME
-from lwm.data.vision_tokens import TOKENS_PER_FRAME
+from lwm.data.vision_tokens import CODES_PER_FRAME, END_OF_FRAME, TOKENS_PER_FRAME
 from lwm.errors import UserError
 from lwm.infer.sampling import FREE
 
@@ -45,8 +43,8 @@ def cut_clip(tokens: np.ndarray, text_vocab_size: int, given: int, predicted: in
   frames = (end - first) // TOKENS_PER_FRAME
   if frames < given + predicted:
     raise UserError(
-        f"The clip has {frames} frames, fewer than {given} given + {predicted} predicted: set "
-        "--given_frames and --frames so that they fit, or take another --clip."
+      f"The clip has {frames} frames, fewer than {given} given + {predicted} predicted: set "
+      "--given_frames and --frames so that they fit, or take another --clip."
     )
   stop = first + given * TOKENS_PER_FRAME
   ids = tokens[first : first + (given + predicted) * TOKENS_PER_FRAME] - text_vocab_size

@@ -11,13 +11,12 @@ import jax
 import orbax.checkpoint as ocp
 
 from lwm import model as model_lib
+from lwm.checkpoint import digests
+from lwm.checkpoint.checkpoints import FileRestore
+from lwm.checkpoint.identity import first_difference, with_defaults
+from lwm.config.experiment import Experiment
 from lwm.errors import UserError
-from lwm.experiment import Experiment
 from lwm.parallel.sharding import ShardingRules
-from lwm.train import digests
-from lwm.train.checkpoint import FileRestore
-from lwm.train.identity import first_difference
-from lwm.train.identity import with_defaults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,22 +57,22 @@ def load_trained(experiment: Experiment, workdir: pathlib.Path) -> TrainedModel:
     manager = ocp.CheckpointManager(directory.absolute(), options=options)
   if manager is None or manager.latest_step() is None:
     raise UserError(
-        f"There is no checkpoint in {workdir}: train first, with `python -m experiments.train "
-        f"--config=FILE --workdir={workdir}`."
+      f"There is no checkpoint in {workdir}: train first, with `python -m experiments.train "
+      f"--config=FILE --workdir={workdir}`."
     )
   total_steps = manager.latest_step()
   checkpoint = directory / str(total_steps)
   # Older checkpoints have no digests.
   if (checkpoint / digests.FILE_NAME).exists() and (file := digests.damaged_file(checkpoint)):
     raise UserError(
-        f"{checkpoint} is damaged ({file}): `python -m experiments.train` with this --workdir sets "
-        "it aside, and goes on from the one before."
+      f"{checkpoint} is damaged ({file}): `python -m experiments.train` with this --workdir sets "
+      "it aside, and goes on from the one before."
     )
   stored = manager.restore(
-      total_steps,
-      args=ocp.args.Composite(
-          progress=ocp.args.JsonRestore(), config=ocp.args.JsonRestore(), tokenizer=FileRestore()
-      ),
+    total_steps,
+    args=ocp.args.Composite(
+      progress=ocp.args.JsonRestore(), config=ocp.args.JsonRestore(), tokenizer=FileRestore()
+    ),
   )
   config = with_defaults(stored.config, Experiment)
   difference = first_difference(config["model"], dataclasses.asdict(experiment.model), "model")
@@ -81,7 +80,7 @@ def load_trained(experiment: Experiment, workdir: pathlib.Path) -> TrainedModel:
     difference = f"another tokenizer than {experiment.tokenizer}"
   if difference:
     raise UserError(
-        f"{workdir} holds a model with {difference}: give the --config that it was trained by."
+      f"{workdir} holds a model with {difference}: give the --config that it was trained by."
     )
 
   # One token does not divide over a ring.
@@ -89,20 +88,20 @@ def load_trained(experiment: Experiment, workdir: pathlib.Path) -> TrainedModel:
   model = model_lib.build(experiment.model, rules)
   shardings = rules.tree_shardings(model.logical_axes, jax.sharding.get_mesh())
   abstract = jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-      model.abstract(),
-      shardings,
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    model.abstract(),
+    shardings,
   )
   params = manager.restore(
-      total_steps, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+    total_steps, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
   ).params
   manager.close()
   stage = config["stages"][stored.progress["stage"]]
   return TrainedModel(
-      model=model,
-      params=params,
-      rope_theta=stage["rope_theta"],
-      stage=stage["name"],
-      step=stored.progress["step"],
-      total_steps=total_steps,
+    model=model,
+    params=params,
+    rope_theta=stage["rope_theta"],
+    stage=stage["name"],
+    step=stored.progress["step"],
+    total_steps=total_steps,
   )

@@ -49,14 +49,14 @@ def draw(logits_BxV: jax.Array, key: jax.Array, choice: Choice) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("model", "choice", "rope_theta"))
 def sample(
-    model: Model,
-    params: Any,
-    prompt_BxP: jax.Array,
-    forced_T: jax.Array,
-    key: jax.Array,
-    *,
-    choice: Choice,
-    rope_theta: float,
+  model: Model,
+  params: Any,
+  prompt_BxP: jax.Array,
+  forced_T: jax.Array,
+  key: jax.Array,
+  *,
+  choice: Choice,
+  rope_theta: float,
 ) -> jax.Array:
   """Continues prompts by T tokens. Call it under `jax.set_mesh`.
 
@@ -76,7 +76,7 @@ def sample(
   batch_size, prompt_length = prompt_BxP.shape
   devices = jax.sharding.get_abstract_mesh().shape
   length = whole_length(
-      prompt_length + len(forced_T), math.prod(devices[axis] for axis in model.rules.cache)
+    prompt_length + len(forced_T), math.prod(devices[axis] for axis in model.rules.cache)
   )
   cache = model.init_cache(batch_size, length)
   logits_BxV, cache = model.decode(params, prompt_BxP, cache, rope_theta=rope_theta)

@@ -6,25 +6,22 @@ G key/value heads, D head_dim, V vocabulary.
 
 import functools
 
-from flax import nnx
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels import decode
-from kernels.attention import KeyIntervals
-from kernels.attention import SAVED_NAMES
+from kernels.attention import SAVED_NAMES, KeyIntervals
 from kernels.ring import Layout
 from kernels.ulysses import ulysses_attention
 from kernels.varying import vary_alike
+from lwm.config.model import ModelConfig
 from lwm.model import rope
+from lwm.model.attention import SAVE_ATTENTION, Attend
+from lwm.model.block import Block
 from lwm.model.cache import Cache
-from lwm.model.config import ModelConfig
-from lwm.model.layers import Attend
-from lwm.model.layers import Block
-from lwm.model.layers import RMSNorm
-from lwm.model.layers import SAVE_ATTENTION
-from lwm.model.layers import matrix
+from lwm.model.parameters import RMSNorm, matrix
 from lwm.parallel.sharding import ShardingRules
 
 _BLOCK_INPUT = "block_input"
@@ -32,23 +29,23 @@ _BLOCK_INPUT = "block_input"
 
 def _offload(*names: str):
   return jax.checkpoint_policies.save_and_offload_only_these_names(
-      names_which_can_be_saved=[],
-      names_which_can_be_offloaded=names,
-      offload_src="device",
-      offload_dst="pinned_host",
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=names,
+    offload_src="device",
+    offload_dst="pinned_host",
   )
 
 
 # What the backward pass finds again of a block; the rest is computed a second time.
 _SAVED = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, SAVE_ATTENTION
-    ),
-    "attention": SAVE_ATTENTION,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "offload": _offload(_BLOCK_INPUT),
-    "offload_attention": _offload(_BLOCK_INPUT, *SAVED_NAMES),
+  "none": jax.checkpoint_policies.everything_saveable,
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, SAVE_ATTENTION
+  ),
+  "attention": SAVE_ATTENTION,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "offload": _offload(_BLOCK_INPUT),
+  "offload_attention": _offload(_BLOCK_INPUT, *SAVED_NAMES),
 }
 
 
@@ -77,7 +74,7 @@ class Decoder(nnx.Module):
       return nnx.merge(graph, layer)(x_BxSxM, cosine, sine, attend, self.config.head_groups)
 
     x_BxSxM, _ = jax.lax.scan(
-        block, self._embed(tokens_BxS), stacked_layers, unroll=_meets_over_gloo()
+      block, self._embed(tokens_BxS), stacked_layers, unroll=_meets_over_gloo()
     )
     return self.norm(x_BxSxM)
 
@@ -119,16 +116,14 @@ class Decoder(nnx.Module):
       table_VxM, tokens_BxS = vary_alike(table_VxM, tokens_BxS)
       if whole:
         return table_VxM[tokens_BxS]
-      row_BxS = tokens_BxS - table_VxM.shape[0] * jax.lax.axis_index(rules.vocab)
+      row_BxS = tokens_BxS - table_VxM.shape[0] * jax.lax.axis_index(rules.tensor)
       x_BxSxM = table_VxM.at[row_BxS].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-      return jax.lax.psum(x_BxSxM, rules.vocab)
+      return jax.lax.psum(x_BxSxM, rules.tensor)
 
     x_BxSxM = jax.shard_map(
-        local,
-        in_specs=(
-            rules.gathered("vocab", "model", whole=whole), rules.spec("batch", "residual")
-        ),
-        out_specs=rules.spec("batch", "residual", None),
+      local,
+      in_specs=(rules.gathered("vocab", "model", whole=whole), rules.spec("batch", "residual")),
+      out_specs=rules.spec("batch", "residual", None),
     )(self._embedding(whole), jax.reshard(tokens_BxS, rules.spec("batch", "residual")))
     return x_BxSxM.astype(self.config.compute_dtype)
 
@@ -153,11 +148,11 @@ def _attend_over_mesh(rules: ShardingRules, intervals: KeyIntervals, layout: Lay
   key_spec = rules.spec("batch", "sequence", "kv_heads", "head_dim")
   ring_axis, ulysses_axis = rules.sequence
   attend = jax.shard_map(
-      lambda *arguments: ulysses_attention(
-          *arguments, layout=layout, ring_axis=ring_axis, ulysses_axis=ulysses_axis
-      )[0],
-      in_specs=(query_spec, key_spec, key_spec, KeyIntervals(rows, rows)),
-      out_specs=query_spec,
+    lambda *arguments: ulysses_attention(
+      *arguments, layout=layout, ring_axis=ring_axis, ulysses_axis=ulysses_axis
+    )[0],
+    in_specs=(query_spec, key_spec, key_spec, KeyIntervals(rows, rows)),
+    out_specs=query_spec,
   )
   return lambda query, key, value: (attend(query, key, value, intervals), None)
 
@@ -173,19 +168,31 @@ def _attend_to_cache(rules: ShardingRules, cache: Cache, layer: jax.Array, query
     keys = decode.write(keys, key, layer, length, rules.cache)
     values = decode.write(values, value, layer, length, rules.cache)
     out, _ = decode.decode_attention(
-        query, keys, values, intervals, layer=layer, axis_names=rules.cache
+      query, keys, values, intervals, layer=layer, axis_names=rules.cache
     )
     return out, keys, values
 
   out, keys, values = jax.shard_map(
-      local,
-      in_specs=(
-          query_spec, key_spec, key_spec, cache_spec, cache_spec, KeyIntervals(rows, rows),
-          rules.spec(), rules.spec(),
-      ),
-      out_specs=(query_spec, cache_spec, cache_spec),
+    local,
+    in_specs=(
+      query_spec,
+      key_spec,
+      key_spec,
+      cache_spec,
+      cache_spec,
+      KeyIntervals(rows, rows),
+      rules.spec(),
+      rules.spec(),
+    ),
+    out_specs=(query_spec, cache_spec, cache_spec),
   )(
-      query, key, value, cache.key_LxBxKxGxD, cache.value_LxBxKxGxD,
-      cache.intervals(query.shape[1]), layer, cache.length,
+    query,
+    key,
+    value,
+    cache.key_LxBxKxGxD,
+    cache.value_LxBxKxGxD,
+    cache.intervals(query.shape[1]),
+    layer,
+    cache.length,
   )
   return out, cache._replace(key_LxBxKxGxD=keys, value_LxBxKxGxD=values)

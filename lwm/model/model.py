@@ -5,23 +5,19 @@ Shapes: B batch, S sequence, Q new tokens, M model width, V vocabulary.
 
 import functools
 from typing import NamedTuple
-from typing import TYPE_CHECKING
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from kernels.attention import KeyIntervals
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.ring import Layout
+from lwm.config.experiment import LossConfig
+from lwm.config.model import ModelConfig
 from lwm.model.cache import Cache
-from lwm.model.config import ModelConfig
 from lwm.model.decoder import Decoder
-from lwm.parallel.sharding import ShardingRules
-from lwm.parallel.sharding import require_explicit_mesh
-
-if TYPE_CHECKING:  # lwm.experiment imports lwm.model.
-  from lwm.experiment import LossConfig
+from lwm.parallel.sharding import ShardingRules, require_explicit_mesh
 
 Params = dict[str, "Params | jax.Array"]
 
@@ -55,11 +51,11 @@ class Model:
     self._graph, state = nnx.split(module)
     # A tree like the parameters' whose leaves are tuples of logical axis names.
     self.logical_axes = nnx.to_pure_dict(
-        jax.tree.map(
-            lambda variable: variable.get_metadata("logical_axes"),
-            state,
-            is_leaf=lambda node: isinstance(node, nnx.Variable),
-        )
+      jax.tree.map(
+        lambda variable: variable.get_metadata("logical_axes"),
+        state,
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
+      )
     )
 
   def init(self, key: jax.Array) -> Params:
@@ -72,14 +68,14 @@ class Model:
     return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
   def hidden(
-      self,
-      params: Params,
-      tokens_BxS: jax.Array,
-      positions_BxS: jax.Array,
-      intervals: KeyIntervals,
-      *,
-      rope_theta: float | jax.Array,
-      layout: Layout,
+    self,
+    params: Params,
+    tokens_BxS: jax.Array,
+    positions_BxS: jax.Array,
+    intervals: KeyIntervals,
+    *,
+    rope_theta: float | jax.Array,
+    layout: Layout,
   ) -> jax.Array:
     """Hidden states after the final norm, [B, S, M] in the compute dtype.
 
@@ -96,13 +92,13 @@ class Model:
     return decoder.hidden(*rows, rope_theta, layout)
 
   def losses(
-      self,
-      params: Params,
-      batch: dict[str, jax.Array],
-      *,
-      rope_theta: float | jax.Array,
-      layout: Layout,
-      loss: "LossConfig",
+    self,
+    params: Params,
+    batch: dict[str, jax.Array],
+    *,
+    rope_theta: float | jax.Array,
+    layout: Layout,
+    loss: LossConfig,
   ) -> LossSums:
     """Sums over a batch by modality; dividing by the weights of the whole batch is the caller's.
 
@@ -121,43 +117,39 @@ class Model:
     batch = self._place(batch)
     intervals = KeyIntervals(batch["key_start"], batch["key_stop"])
     hidden_BxSxM = decoder.hidden(
-        batch["tokens"], batch["positions"], intervals, rope_theta, layout
+      batch["tokens"], batch["positions"], intervals, rope_theta, layout
     )
     weight_BxS, targets_BxS, modality_BxS = (
-        jax.reshard(batch[name], self.rules.spec("batch", "residual"))
-        for name in ("loss_weights", "targets", "modality")
+      jax.reshard(batch[name], self.rules.spec("batch", "residual"))
+      for name in ("loss_weights", "targets", "modality")
     )
     # Targets without weight cost nothing as -1.
     targets_BxS = jnp.where(weight_BxS > 0, targets_BxS, -1)
     cross_entropy = functools.partial(
-        linear_cross_entropy,
-        ranges=self._softmax_ranges(loss.softmax_range),
-        chunk=self.config.loss_chunk,
-        z_loss=loss.z_loss,
+      linear_cross_entropy,
+      ranges=self._softmax_ranges(loss.softmax_range),
+      chunk=self.config.loss_chunk,
+      z_loss=loss.z_loss,
     )
     loss_BxS, nll_BxS = self._per_token(
-        cross_entropy, hidden_BxSxM, decoder.head(whole=True), targets_BxS
+      cross_entropy, hidden_BxSxM, decoder.head(whole=True), targets_BxS
     )
 
     def by_modality(value_BxS):
       weighted_BxS = weight_BxS * value_BxS
-      return jnp.stack(
-          [jnp.sum(jnp.where(modality_BxS == m, weighted_BxS, 0.0)) for m in (0, 1)]
-      )
+      return jnp.stack([jnp.sum(jnp.where(modality_BxS == m, weighted_BxS, 0.0)) for m in (0, 1)])
 
     return LossSums(
-        by_modality(loss_BxS),
-        by_modality(jax.lax.stop_gradient(nll_BxS)),
-        by_modality(jnp.ones_like(weight_BxS)),
+      by_modality(loss_BxS),
+      by_modality(jax.lax.stop_gradient(nll_BxS)),
+      by_modality(jnp.ones_like(weight_BxS)),
     )
 
   def logits(self, params: Params, hidden_BxSxM: jax.Array) -> jax.Array:
     """Float32 logits over all ids, [B, S, V], sharded over `tensor`: for few tokens only."""
     return self._logits(self._decoder(params), hidden_BxSxM)
 
-  def init_cache(
-      self, batch_size: int, max_length: int, start_B: jax.Array | None = None
-  ) -> Cache:
+  def init_cache(self, batch_size: int, max_length: int, start_B: jax.Array | None = None) -> Cache:
     """An empty cache.
 
     Args:
@@ -169,15 +161,13 @@ class Model:
     config = self.config
     shape = config.num_layers, batch_size, max_length, config.num_kv_heads, config.head_dim
     spec = self.rules.spec("layers", "batch", "cache", "kv_heads", "head_dim")
-    empty = functools.partial(
-        jnp.zeros, shape, jnp.dtype(config.compute_dtype), out_sharding=spec
-    )
+    empty = functools.partial(jnp.zeros, shape, jnp.dtype(config.compute_dtype), out_sharding=spec)
     start_B = jnp.zeros(batch_size, jnp.int32) if start_B is None else start_B
     start_B = jax.reshard(start_B, self.rules.spec("batch"))
     return Cache(empty(), empty(), start_B, jnp.int32(0))
 
   def decode(
-      self, params: Params, tokens_BxQ: jax.Array, cache: Cache, *, rope_theta: float | jax.Array
+    self, params: Params, tokens_BxQ: jax.Array, cache: Cache, *, rope_theta: float | jax.Array
   ) -> tuple[jax.Array, Cache]:
     """Logits after the last of some tokens that follow the cache's, float32 [B, V], and the cache.
 
@@ -201,11 +191,11 @@ class Model:
 
   def _logits(self, decoder: Decoder, hidden_BxSxM: jax.Array) -> jax.Array:
     return jnp.einsum(
-        "bsm,mv->bsv",
-        jax.reshard(hidden_BxSxM, self.rules.spec("batch", "sequence", None)),
-        decoder.head().astype(hidden_BxSxM.dtype),
-        preferred_element_type=jnp.float32,
-        out_sharding=self.rules.spec("batch", "sequence", "vocab"),
+      "bsm,mv->bsv",
+      jax.reshard(hidden_BxSxM, self.rules.spec("batch", "sequence", None)),
+      decoder.head().astype(hidden_BxSxM.dtype),
+      preferred_element_type=jnp.float32,
+      out_sharding=self.rules.spec("batch", "sequence", "vocab"),
     )
 
   def _softmax_ranges(self, softmax_range: str) -> tuple[tuple[int, int], ...]:
@@ -220,19 +210,19 @@ class Model:
 
     def local(hidden_BxSxM, head_MxV, targets_BxS):
       losses = cross_entropy(
-          hidden_BxSxM.reshape(-1, hidden_BxSxM.shape[-1]), head_MxV, targets_BxS.reshape(-1)
+        hidden_BxSxM.reshape(-1, hidden_BxSxM.shape[-1]), head_MxV, targets_BxS.reshape(-1)
       )
       shape = targets_BxS.shape
       return losses.loss_N.reshape(shape), -losses.log_probability_N.reshape(shape)
 
     return jax.shard_map(
-        local,
-        in_specs=(
-            self.rules.spec("batch", "residual", None),
-            self.rules.gathered("model", "vocab", whole=True),
-            rows,
-        ),
-        out_specs=(rows, rows),
+      local,
+      in_specs=(
+        self.rules.spec("batch", "residual", None),
+        self.rules.gathered("model", "vocab", whole=True),
+        rows,
+      ),
+      out_specs=(rows, rows),
     )(hidden_BxSxM, head_MxV, targets_BxS)
 
 

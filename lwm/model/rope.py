@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lwm.model.config import RopeScaling
+from lwm.config.model import RopeScaling
 
 
 def frequencies(head_dim: int, theta: float | jax.Array, scaling: RopeScaling | None = None):
@@ -32,7 +32,7 @@ def frequencies(head_dim: int, theta: float | jax.Array, scaling: RopeScaling | 
     return frequency_P
   turns_P = scaling.original_context * frequency_P / (2 * math.pi)
   kept_P = (turns_P - scaling.low_frequency_factor) / (
-      scaling.high_frequency_factor - scaling.low_frequency_factor
+    scaling.high_frequency_factor - scaling.low_frequency_factor
   )
   kept_P = xp.clip(kept_P, 0, 1)
   return frequency_P * (kept_P + (1 - kept_P) / scaling.factor)
@@ -62,6 +62,6 @@ def rotate(x_BxSxHxD: jax.Array, cosine_BxSxP: jax.Array, sine_BxSxP: jax.Array)
   first, second = jnp.split(x_BxSxHxD.astype(jnp.float32), 2, axis=-1)
   cosine, sine = cosine_BxSxP[:, :, None], sine_BxSxP[:, :, None]
   turned = jnp.concatenate(
-      [first * cosine - second * sine, second * cosine + first * sine], axis=-1
+    [first * cosine - second * sine, second * cosine + first * sine], axis=-1
   )
   return turned.astype(x_BxSxHxD.dtype)

@@ -7,7 +7,6 @@ service's table of keys, process 0 reads them all, and the others watch process 
 peer says which, and ends with RESUME_EXIT_CODE: start all processes again, and they resume.
 """
 
-from collections.abc import Iterator
 import contextlib
 import ctypes
 import json
@@ -19,21 +18,19 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any
-from typing import NoReturn
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed
 
-from lwm.errors import RESUME_EXIT_CODE
-from lwm.errors import ResumeError
-from lwm.errors import UserError
+from lwm.errors import RESUME_EXIT_CODE, ResumeError, UserError
 
 # Flags of experiments/, and the variables that stand in for them.
 _EXPLICIT = {
-    "coordinator": "JAX_COORDINATOR_ADDRESS",
-    "num_processes": "JAX_NUM_PROCESSES",
-    "process_id": "JAX_PROCESS_ID",
+  "coordinator": "JAX_COORDINATOR_ADDRESS",
+  "num_processes": "JAX_NUM_PROCESSES",
+  "process_id": "JAX_PROCESS_ID",
 }
 
 # A peer is lost after this many beats of one's own without a new one of its; the time-out has room
@@ -52,11 +49,11 @@ _LINGER = 3
 
 @contextlib.contextmanager
 def joined(
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    peer_timeout: float = 60,
-    start_timeout: int = 600,
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  peer_timeout: float = 60,
+  start_timeout: int = 600,
 ) -> Iterator[None]:
   """Joins the other processes of the run, if there are any, for what runs inside.
 
@@ -95,7 +92,7 @@ def joined(
 
 
 def explicit_settings(
-    coordinator: str | None, num_processes: int | None, process_id: int | None
+  coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> dict[str, Any]:
   """Arguments of jax.distributed.initialize, empty if neither arguments nor environment say any.
 
@@ -113,8 +110,8 @@ def explicit_settings(
     there = " and ".join(f"--{name}={value}" for name, value in given.items() if value is not None)
     absent = " and ".join(f"--{name} ({_EXPLICIT[name]})" for name in missing)
     raise UserError(
-        f"{there} without {absent}: give all three, or none where SLURM, a TPU pod or an indexed "
-        "Kubernetes job tells them."
+      f"{there} without {absent}: give all three, or none where SLURM, a TPU pod or an indexed "
+      "Kubernetes job tells them."
     )
   host, _, port = given["coordinator"].rpartition(":")
   if not host or not port.isdigit():
@@ -125,8 +122,8 @@ def explicit_settings(
     count, index = 0, 0
   if not 0 <= index < count:
     raise UserError(
-        f"--process_id={given['process_id']} and --num_processes={given['num_processes']}: "
-        "processes are numbered from 0 to num_processes - 1."
+      f"--process_id={given['process_id']} and --num_processes={given['num_processes']}: "
+      "processes are numbered from 0 to num_processes - 1."
     )
   return dict(coordinator_address=given["coordinator"], num_processes=count, process_id=index)
 
@@ -143,9 +140,9 @@ def _initialize(settings: dict[str, Any], peer_timeout: float, start_timeout: in
     who = f"process {state.process_id} of {state.num_processes}"
     where = state.coordinator_address or "the coordinator"
     _exit(
-        f"{who} has waited {start_timeout} s for the others at {where}: see that all of them run "
-        "and reach it, and start the same command again.",
-        RESUME_EXIT_CODE,
+      f"{who} has waited {start_timeout} s for the others at {where}: see that all of them run "
+      "and reach it, and start the same command again.",
+      RESUME_EXIT_CODE,
     )
 
   timer = threading.Timer(start_timeout, give_up)
@@ -153,21 +150,21 @@ def _initialize(settings: dict[str, Any], peer_timeout: float, start_timeout: in
   timer.start()
   try:
     jax.distributed.initialize(
-        **settings,
-        # JAX ends a process whose time-outs have passed with abort(): ours come first.
-        initialization_timeout=2 * start_timeout,
-        heartbeat_timeout_seconds=int(4 * peer_timeout),
-        # None: what JAX detects. Empty: all devices of the host.
-        local_device_ids=[] if settings or _one_task_a_node() else None,
-        cluster_detection_method="deactivate" if settings else None,
+      **settings,
+      # JAX ends a process whose time-outs have passed with abort(): ours come first.
+      initialization_timeout=2 * start_timeout,
+      heartbeat_timeout_seconds=int(4 * peer_timeout),
+      # None: what JAX detects. Empty: all devices of the host.
+      local_device_ids=[] if settings or _one_task_a_node() else None,
+      cluster_detection_method="deactivate" if settings else None,
     )
   except ValueError as error:
     if "coordinator_address should be defined" not in str(error):
       raise
     if "JOB_COMPLETION_INDEX" in os.environ:
       raise UserError(
-          f"this is pod {os.environ['JOB_COMPLETION_INDEX']} of an indexed job, and JAX cannot "
-          f"find the others: set {', '.join(_EXPLICIT.values())}, or pip install 'jax[k8s]'."
+        f"this is pod {os.environ['JOB_COMPLETION_INDEX']} of an indexed job, and JAX cannot "
+        f"find the others: set {', '.join(_EXPLICIT.values())}, or pip install 'jax[k8s]'."
       ) from error
   except jax.errors.JaxRuntimeError as error:
     # The only one that JAX raises here; a client that does not get through aborts.
@@ -189,8 +186,8 @@ def _see_that_port_is_free(address: str) -> None:
 
 def _port_is_taken(address: str) -> UserError:
   return UserError(
-      f"process 0 cannot listen on the port of {address}: another program, or an earlier start, "
-      "has it; end that, or take another port."
+    f"process 0 cannot listen on the port of {address}: another program, or an earlier start, "
+    "has it; end that, or take another port."
   )
 
 
@@ -354,8 +351,8 @@ class Watch:
 
   def _lost(self, process: int) -> dict[str, Any]:
     message = (
-        f"{self._name(process)} has been lost; start the same command again: it resumes from the "
-        "last checkpoint."
+      f"{self._name(process)} has been lost; start the same command again: it resumes from the "
+      "last checkpoint."
     )
     return dict(message=message, status=RESUME_EXIT_CODE)
 

@@ -1,29 +1,13 @@
-"""The device mesh of a stage, and whether a model fits it."""
+"""The device mesh of a stage."""
 
-from collections.abc import Mapping
-from collections.abc import Sequence
-import math
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
-from lwm.experiment import ConfigError
-from lwm.experiment import MeshConfig
-from lwm.model.config import ModelConfig
-from lwm.parallel.sharding import ShardingRules
-
-AXES = ("data", "fsdp", "ring", "ulysses", "tensor")
-
-# Of the model's settings, the dimension that each one is.
-_DIMENSIONS = {
-    "width": "model",
-    "num_heads": "heads",
-    "num_kv_heads": "kv_heads",
-    "feed_forward_width": "feed_forward",
-    "vocab_size": "vocab",
-}
+from lwm.errors import ConfigError
+from lwm.parallel.sharding import AXES, MeshConfig, ShardingRules
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -49,10 +33,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   slices = len({getattr(device, "slice_index", 0) for device in tpus})
   if slices > 1:
     _check_slices(sizes, slices)
-    across = [slices, 1, 1, 1, 1]
+    across = [slices if axis == ShardingRules.slices else 1 for axis in AXES]
     within = [size // count for size, count in zip(shape, across)]
     grid = mesh_utils.create_hybrid_device_mesh(
-        within, across, devices, allow_split_physical_axes=True
+      within, across, devices, allow_split_physical_axes=True
     )
   else:
     # `jax.make_mesh` has no place for tensor=16 on a torus of 8 x 8 x 4: it splits no axis of it.
@@ -61,54 +45,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def _check_slices(sizes: Mapping[str, int], slices: int) -> None:
-  if sizes["data"] % slices == 0:
+  across = ShardingRules.slices
+  if sizes[across] % slices == 0:
     return
-  others = [f"mesh.{axis}={sizes[axis]}" for axis in AXES if axis != "data" and sizes[axis] > 1]
+  others = [f"mesh.{axis}={sizes[axis]}" for axis in AXES if axis != across and sizes[axis] > 1]
   raise ConfigError(
-      f"mesh.data={sizes['data']} is no multiple of the {slices} slices, so {' x '.join(others)} "
-      f"would cross from one to the next: only data may. Set mesh.data to a multiple of {slices}."
+    f"mesh.{across}={sizes[across]} is no multiple of the {slices} slices, so "
+    f"{' x '.join(others)} would cross from one to the next: only {across} may. Set "
+    f"mesh.{across} to a multiple of {slices}."
   )
-
-
-def check_model_fits_mesh(
-    model: ModelConfig, sizes: Mapping[str, int], rules: ShardingRules = ShardingRules()
-) -> None:
-  """Raises ConfigError, naming setting and axis, if a dimension does not divide its mesh axis.
-
-  Args:
-    model: the decoder.
-    sizes: devices along each mesh axis (`MeshConfig.resolve` or `Mesh.shape`).
-    rules: which axis carries which dimension.
-  """
-  for setting, logical_axis in _DIMENSIONS.items():
-    axes = getattr(rules, logical_axis) or ()
-    axes = (axes,) if isinstance(axes, str) else axes
-    size = getattr(model, setting)
-    if size % math.prod(sizes[axis] for axis in axes) == 0:
-      continue
-    name = f"config.model.{setting}"
-    if setting == "vocab_size":
-      name = "config.model.text_vocab_size + vision_vocab_size"
-    raise ConfigError(
-        f"{name} = {size} does not divide over mesh.{' x '.join(axes)} = "
-        f"{' x '.join(str(sizes[axis]) for axis in axes)}: change one of them."
-    )
-  if rules.sequence is None:
-    return
-  # Key/value heads are repeated where there are too few of them.
-  ulysses, groups = rules.sequence[1], model.head_groups
-  if model.num_heads // groups % (sizes[rules.heads] * sizes[ulysses]):
-    raise ConfigError(
-        f"config.model.num_heads = {model.num_heads}{_groups(model)} does not divide over "
-        f"mesh.{rules.heads} x {ulysses} = {sizes[rules.heads]} x {sizes[ulysses]}: change one of "
-        f"them, or use a larger mesh.{rules.sequence[0]} instead."
-    )
-  if model.num_kv_heads // groups % sizes[rules.heads]:
-    raise ConfigError(
-        f"config.model.num_kv_heads = {model.num_kv_heads}{_groups(model)} does not divide over "
-        f"mesh.{rules.heads} = {sizes[rules.heads]}: change one of them."
-    )
-
-
-def _groups(model: ModelConfig) -> str:
-  return f" / head_groups = {model.head_groups}" if model.head_groups > 1 else ""

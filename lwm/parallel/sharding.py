@@ -1,4 +1,4 @@
-"""Which mesh axis carries which dimension. The only place that knows.
+"""The mesh axes, and which of them carries which dimension. Nothing else names an axis.
 
 Parameters and activations name their dimensions by logical axes ("model", "heads", "sequence");
 `ShardingRules` maps those to mesh axes. All mesh axes are explicit: JAX keeps the sharding in the
@@ -7,37 +7,107 @@ type of every array and refuses to guess.
 
 import dataclasses
 import functools
+import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
-from jax.sharding import Mesh
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lwm.errors import ConfigError
 
 LogicalAxes = tuple[str | None, ...]
 
 
+@dataclasses.dataclass
+class MeshConfig:
+  """Devices along each mesh axis; one axis may be -1: all that remain."""
+
+  data: int = 1
+  fsdp: int = -1
+  ring: int = 1
+  # Inside a ring: neighbours that exchange heads for tokens; sequences divide over ring x ulysses.
+  ulysses: int = 1
+  tensor: int = 1
+
+  def axis_sizes(self) -> dict[str, int]:
+    return dataclasses.asdict(self)
+
+  def resolve(self, num_devices: int) -> dict[str, int]:
+    """Axis sizes with -1 filled in. Raises ConfigError if they do not use `num_devices` exactly."""
+    sizes = self.axis_sizes()
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    text = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+      raise ConfigError(f"mesh ({text}): sizes must be at least 1, and one axis at most may be -1.")
+    if num_devices % fixed or (not free and fixed != num_devices):
+      raise ConfigError(
+        f"mesh ({text}) does not divide the {num_devices} devices here: its fixed axes multiply "
+        f"to {fixed}. Change config.stages[i].mesh or the number of devices."
+      )
+    if free:
+      sizes[free[0]] = num_devices // fixed
+    return sizes
+
+
+# The mesh axes, in the order of the mesh: devices that differ in the last one only are neighbours.
+AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
+
+
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-  """Mesh axes of each logical axis; None is replicated.
+  """The mesh axes of each logical axis; None means replicated.
 
-  `model` is the width of the model in a parameter, stored in shards and gathered for use; the width
-  of an activation has no name: it is never sharded. `sequence` is a ring of groups of neighbours
-  that exchange heads for tokens (kernels/ulysses).
+  `model` is the width of the model in a parameter, which is stored in shards and gathered for use.
+  The width of an activation has no logical axis: it is never sharded.
+
+  Attributes:
+    model: axes over which parameters are stored in shards.
+    batch: axes over which the rows of a batch are divided.
+    sequence: the ring and, inside it, the group of neighbours that exchange heads for tokens
+      (kernels/ulysses). None keeps sequences whole.
+    tensor: the axis over which heads, feed-forward widths and vocabularies are divided.
+    cache: axes over which the positions of a sampler's key/value cache are divided.
   """
 
-  layers: None = None
   model: tuple[str, ...] = ("fsdp", "ring", "ulysses")
-  heads: str | None = "tensor"
-  kv_heads: str | None = "tensor"
-  head_dim: None = None
-  feed_forward: str | None = "tensor"
-  vocab: str | None = "tensor"
   batch: tuple[str, ...] = ("data", "fsdp")
   sequence: tuple[str, str] | None = ("ring", "ulysses")
-  # Positions of the key/value cache of a sampler.
+  tensor: str = "tensor"
   cache: tuple[str, ...] = ()
+  # Crosses from one TPU slice to the next: what it sums once a step goes over the slower network.
+  slices: str = "data"
+
+  # Logical axes that are never sharded.
+  layers: ClassVar[None] = None
+  head_dim: ClassVar[None] = None
+
+  @property
+  def ring(self) -> str:
+    assert self.sequence is not None
+    return self.sequence[0]
+
+  @property
+  def ulysses(self) -> str:
+    assert self.sequence is not None
+    return self.sequence[1]
+
+  @property
+  def heads(self) -> str:
+    return self.tensor
+
+  @property
+  def kv_heads(self) -> str:
+    return self.tensor
+
+  @property
+  def feed_forward(self) -> str:
+    return self.tensor
+
+  @property
+  def vocab(self) -> str:
+    return self.tensor
 
   @property
   def residual(self) -> tuple[str, ...] | None:
@@ -46,7 +116,7 @@ class ShardingRules:
     Divided over `tensor` too (Megatron's sequence parallelism, arXiv 2205.05198), where attention
     and feed-forward divide their heads and widths. None where the sequence is whole.
     """
-    return self.sequence and (*self.sequence, self.feed_forward)
+    return self.sequence and (*self.sequence, self.tensor)
 
   @property
   def token_axes(self) -> tuple[str, ...]:
@@ -68,13 +138,13 @@ class ShardingRules:
       whole: not sharded over `tensor` either, and used by tokens that are.
     """
     axes = (None if whole or axis == "model" else axis for axis in logical_axes)
-    shared = {*self.token_axes, *((self.vocab,) if whole else ())}
+    shared = {*self.token_axes, *((self.tensor,) if whole else ())}
     # jax 0.11.2 fails to lower a shard_map with untaken sums on a mesh of one device.
     alone = jax.sharding.get_abstract_mesh().size == 1
     return PartitionSpec(*self.spec(*axes), reduced=set() if alone else shared)
 
   def gather(
-      self, weight: jax.Array, dtype: str, *logical_axes: str | None, whole: bool = False
+    self, weight: jax.Array, dtype: str, *logical_axes: str | None, whole: bool = False
   ) -> jax.Array:
     """A float32 parameter made ready for use: cast, and then gathered, see `gathered`.
 
@@ -87,9 +157,9 @@ class ShardingRules:
   def tree_shardings(self, logical_axes, mesh: Mesh):
     """NamedShardings of a tree whose leaves are tuples of logical axes."""
     return jax.tree.map(
-        lambda axes: NamedSharding(mesh, self.spec(*axes)),
-        logical_axes,
-        is_leaf=lambda node: isinstance(node, tuple),
+      lambda axes: NamedSharding(mesh, self.spec(*axes)),
+      logical_axes,
+      is_leaf=lambda node: isinstance(node, tuple),
     )
 
 
@@ -115,7 +185,7 @@ def _gather_backward(dtype, rules, logical_axes, whole, _, gradient):
     gradient = gradient.astype(jnp.float32)
     for name, axes in scattered.items():
       gradient = jax.lax.psum_scatter(
-          gradient, axes, scatter_dimension=logical_axes.index(name), tiled=True
+        gradient, axes, scatter_dimension=logical_axes.index(name), tiled=True
       )
     return jax.lax.psum(gradient, summed)
 
@@ -131,6 +201,6 @@ def require_explicit_mesh() -> None:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or any(kind != AxisType.Explicit for kind in mesh.axis_types):
     raise ValueError(
-        "The model runs on a mesh, even of one device: call it under "
-        "jax.set_mesh(lwm.parallel.mesh.make_mesh(...))."
+      "The model runs on a mesh, even of one device: call it under "
+      "jax.set_mesh(lwm.parallel.mesh.make_mesh(...))."
     )

@@ -12,18 +12,18 @@ import os
 
 # XLA_FLAGS: of the compilers in jaxlib and its GPU plugins.
 XLA = {
-    # GPU. A default, stated because without it no hop of the ring hides behind a computation.
-    "xla_gpu_enable_latency_hiding_scheduler": "true",
-    # CPU. A program in which one device waits 40 s for another is killed. On a busy machine that is
-    # no error; and whether a process is lost is for lwm/parallel/distributed.py to say.
-    "xla_cpu_collective_call_terminate_timeout_seconds": "1200",
+  # GPU. A default, stated because without it no hop of the ring hides behind a computation.
+  "xla_gpu_enable_latency_hiding_scheduler": "true",
+  # CPU. A program in which one device waits 40 s for another is killed. On a busy machine that is
+  # no error; and whether a process is lost is for lwm/parallel/distributed.py to say.
+  "xla_cpu_collective_call_terminate_timeout_seconds": "1200",
 }
 
 # LIBTPU_INIT_ARGS. Defaults, stated because without either the gathers of weights along `fsdp` are
 # scheduled in another way: a version that changes them is to be noticed.
 TPU = {
-    "xla_tpu_enable_latency_hiding_scheduler": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+  "xla_tpu_enable_latency_hiding_scheduler": "true",
+  "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
 }
 
 # PJRT_NPROC: threads of the client for CPUs. A device that waits in a collective holds one, and the

@@ -1,11 +1,8 @@
 """What a stage takes and how fast it will be, on machines that need not be there."""
 
+from lwm.plan import report
 from lwm.plan.compilation import compile_ahead
 from lwm.plan.memory import compile_program
-from lwm.plan import report
-from lwm.plan.plan import StagePlan
-from lwm.plan.plan import plan_stage
-from lwm.plan.search import longest
-from lwm.plan.search import search
-from lwm.plan.topology import Topology
-from lwm.plan.topology import load
+from lwm.plan.plan import StagePlan, plan_stage
+from lwm.plan.search import longest, search
+from lwm.plan.topology import Topology, load

@@ -6,26 +6,23 @@ much. Letters, of one device: T tokens of attention and feed-forward, R tokens o
 stream (T / tensor), M width, L layers.
 """
 
-from collections.abc import Mapping
 import math
+from collections.abc import Mapping
 
-from lwm.experiment import Experiment
-from lwm.experiment import Stage
-from lwm.model.config import ModelConfig
+from lwm.config.experiment import Experiment, Stage
+from lwm.config.model import ModelConfig
+from lwm.model.flops import layer_parameters
 from lwm.parallel.sharding import ShardingRules
-from lwm.plan.traffic import OFFLOADED
-from lwm.plan.traffic import feed_forward_in_chunks
-from lwm.plan.traffic import moment_bytes
-from lwm.train.flops import layer_parameters
+from lwm.plan.traffic import OFFLOADED, feed_forward_in_chunks, moment_bytes
 
 _FLOAT32 = 4
 
 
 def least_memory(
-    experiment: Experiment,
-    stage: Stage,
-    sizes: Mapping[str, int],
-    rules: ShardingRules = ShardingRules(),
+  experiment: Experiment,
+  stage: Stage,
+  sizes: Mapping[str, int],
+  rules: ShardingRules = ShardingRules(),
 ) -> float:
   """Bytes of one device that a step of `stage` takes at least.
 

@@ -1,24 +1,18 @@
 """The meshes and policies that a stage could run with on a machine."""
 
-from collections.abc import Iterator
 import copy
 import dataclasses
 import itertools
-import math
+from collections.abc import Iterator
 
-from lwm.chips import Chip
-from lwm.experiment import ConfigError
-from lwm.experiment import Experiment
-from lwm.experiment import MeshConfig
-from lwm.experiment import Stage
-from lwm.model.config import REMAT_POLICIES
-from lwm.parallel.mesh import AXES
-from lwm.parallel.mesh import check_model_fits_mesh
+from lwm.config.experiment import Experiment, Stage
+from lwm.config.model import REMAT_POLICIES
+from lwm.config.validate import check_devices, check_model_fits_mesh, validate
+from lwm.cost.chips import Chip
+from lwm.errors import ConfigError
+from lwm.parallel.sharding import AXES, MeshConfig
 from lwm.plan.bound import least_memory
 from lwm.plan.traffic import host_memory
-from lwm.validate import check_devices
-from lwm.validate import validate
-
 
 # Of heads, one after the other. Not over `tensor`: each group would gather the tokens anew.
 _HEAD_GROUPS = (1, 4)
@@ -52,7 +46,7 @@ class Candidate:
 
 
 def candidates(
-    experiment: Experiment, stage: Stage, num_devices: int, axes: tuple[str, ...] = AXES
+  experiment: Experiment, stage: Stage, num_devices: int, axes: tuple[str, ...] = AXES
 ) -> Iterator[Candidate]:
   """All meshes that the stage and the model allow, with each remat and offload policy.
 
@@ -71,9 +65,9 @@ def candidates(
     if head_groups > 1 and mesh.tensor > 1:
       continue
     trial = dataclasses.replace(
-        experiment,
-        model=dataclasses.replace(experiment.model, head_groups=head_groups),
-        stages=[dataclasses.replace(stage, mesh=mesh)],
+      experiment,
+      model=dataclasses.replace(experiment.model, head_groups=head_groups),
+      stages=[dataclasses.replace(stage, mesh=mesh)],
     )
     try:
       validate(trial)
@@ -84,9 +78,9 @@ def candidates(
     for remat in REMAT_POLICIES:
       for offload in (False, True):
         choice = dataclasses.replace(
-            trial,
-            model=dataclasses.replace(trial.model, remat=remat),
-            optimizer=dataclasses.replace(trial.optimizer, offload=offload),
+          trial,
+          model=dataclasses.replace(trial.model, remat=remat),
+          optimizer=dataclasses.replace(trial.optimizer, offload=offload),
         )
         arguments = choice, choice.stages[0], mesh.axis_sizes()
         yield Candidate(choice, least_memory(*arguments), sum(host_memory(*arguments)))
@@ -95,11 +89,11 @@ def candidates(
 def single_row(experiment: Experiment, length: int) -> Stage:
   """The first stage with one row of `length` tokens a batch."""
   return dataclasses.replace(
-      copy.deepcopy(experiment.stages[0]),
-      name=length_text(length),
-      sequence_length=length,
-      tokens_per_batch=length,
-      accumulation_steps=1,
+    copy.deepcopy(experiment.stages[0]),
+    name=length_text(length),
+    sequence_length=length,
+    tokens_per_batch=length,
+    accumulation_steps=1,
   )
 
 

@@ -22,14 +22,14 @@ _DEVICE_SPACES = {"tpu": {0}, "gpu": {0, 1}, "cuda": {0, 1}, "cpu": {0}}
 _HOST_SPACE = 5
 _ALLOCATION = re.compile(r"allocation \d+: size (\d+)(?:, color (\d+))?(?:, page \d+)?(.*)")
 _VALUE = re.compile(
-    r" value: <\d+ (\S+?)(?:\{[^ ]*)?( \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)"
+  r" value: <\d+ (\S+?)(?:\{[^ ]*)?( \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)"
 )
 _OPERATION = re.compile(r'^\s*(?:ROOT )?%?(\S+) = .*op_name="([^"]*)"', re.MULTILINE)
 # What comes after buffers are assigned, and leaves the answer as it is: the device's memory (not a
 # kernel's vector memory, which no other mesh would mend), and an assembler on this machine that is
 # too old for the devices.
 _SETTLED = re.compile(
-    r"RESOURCE_EXHAUSTED.*\bhbm\b|ptxas exited with non-zero", re.IGNORECASE | re.DOTALL
+  r"RESOURCE_EXHAUSTED.*\bhbm\b|ptxas exited with non-zero", re.IGNORECASE | re.DOTALL
 )
 
 
@@ -104,11 +104,9 @@ def compile_ahead(lowered: jax.stages.Lowered, platform: str) -> Compilation:
       raise UserError(f"XLA cannot compile this for {platform}: {failure}")
     assignment = dumps[-1]
     text = assignment.with_name(
-        assignment.name.replace("-buffer-assignment.txt", ".txt")
+      assignment.name.replace("-buffer-assignment.txt", ".txt")
     ).read_text()
-    return read_assignment(
-        assignment.read_text(), text, platform, time.perf_counter() - started
-    )
+    return read_assignment(assignment.read_text(), text, platform, time.perf_counter() - started)
 
 
 def read_assignment(assignment: str, text: str, platform: str, seconds: float) -> Compilation:
@@ -137,9 +135,7 @@ def read_assignment(assignment: str, text: str, platform: str, seconds: float) -
         slots.append((int(size), allocation, int(offset), shape.split("{")[0], operation))
   # Linux counts in KiB; ahead of time is on Linux alone.
   peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-  return Compilation(
-      text, arguments, temporaries, total, host, _largest(slots), seconds, peak_rss
-  )
+  return Compilation(text, arguments, temporaries, total, host, _largest(slots), seconds, peak_rss)
 
 
 def _largest(slots, count: int = 12) -> tuple[Buffer, ...]:
@@ -147,8 +143,7 @@ def _largest(slots, count: int = 12) -> tuple[Buffer, ...]:
   slots.sort(key=lambda slot: (-slot[0], slot[4] == ""))
   taken, buffers = [], []
   for size, allocation, offset, shape, operation in slots:
-    if any(a == allocation and offset < stop and start < offset + size
-           for a, start, stop in taken):
+    if any(a == allocation and offset < stop and start < offset + size for a, start, stop in taken):
       continue
     taken.append((allocation, offset, offset + size))
     buffers.append(Buffer(size, shape, operation))

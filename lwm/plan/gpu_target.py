@@ -5,7 +5,7 @@ Figures as in openxla/xla, xla/backends/gpu/target_config/specs.
 
 import dataclasses
 
-from lwm.chips import of_kind
+from lwm.cost.chips import of_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +20,10 @@ class _Gpu:
 
 
 GPUS = {
-    "a100": _Gpu("NVIDIA A100-SXM4-80GB", 8, 108, 167936, 41943040, 1.41, 64),
-    "h100": _Gpu("NVIDIA H100 80GB HBM3", 9, 132, 233472, 52428800, 1.98),
-    "h200": _Gpu("NVIDIA H200", 9, 132, 233472, 52428800, 1.98),
-    "b200": _Gpu("NVIDIA B200", 10, 148, 233472, 132644864, 1.965),
+  "a100": _Gpu("NVIDIA A100-SXM4-80GB", 8, 108, 167936, 41943040, 1.41, 64),
+  "h100": _Gpu("NVIDIA H100 80GB HBM3", 9, 132, 233472, 52428800, 1.98),
+  "h200": _Gpu("NVIDIA H200", 9, 132, 233472, 52428800, 1.98),
+  "b200": _Gpu("NVIDIA B200", 10, 148, 233472, 132644864, 1.965),
 }
 
 

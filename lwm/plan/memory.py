@@ -6,12 +6,10 @@ from typing import Any
 
 import jax
 
-from lwm.experiment import Stage
-from lwm.plan.compilation import Buffer
-from lwm.plan.compilation import Compilation
-from lwm.plan.compilation import compile_ahead
+from lwm.config.experiment import Stage
+from lwm.plan.compilation import Buffer, Compilation, compile_ahead
 from lwm.plan.topology import Topology
-from lwm.train.program import StageProgram
+from lwm.program.stage import StageProgram
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Memory:
 
 
 def compile_train_step(
-    program: StageProgram, stage: Stage, topology: Topology, offload: bool
+  program: StageProgram, stage: Stage, topology: Topology, offload: bool
 ) -> tuple[Memory, Compilation]:
   """Compiles the step that training would run, for devices that need not be there.
 
@@ -79,14 +77,13 @@ def compile_train_step(
     lowered = program.train_step.lower(program.state, batch)
   # Shardings for GPUs that are not there do not say which memory they mean.
   on_device = [
-      leaf for leaf in jax.tree.leaves(program.state.optimizer_state)
-      if not (offload and leaf.ndim)
+    leaf for leaf in jax.tree.leaves(program.state.optimizer_state) if not (offload and leaf.ndim)
   ]
   return compile_program(lowered, topology, program.state.params, on_device)
 
 
 def compile_program(
-    lowered: jax.stages.Lowered, topology: Topology, parameters: Any, optimizer_state: Any = ()
+  lowered: jax.stages.Lowered, topology: Topology, parameters: Any, optimizer_state: Any = ()
 ) -> tuple[Memory, Compilation]:
   """Compiles any program, say prefill or decode, for devices that need not be there.
 
@@ -102,17 +99,17 @@ def compile_program(
   compilation = compile_ahead(lowered, topology.devices[0].platform)
   state, optimizer = shard_bytes(parameters), shard_bytes(optimizer_state)
   memory = Memory(
-      parameters=state,
-      optimizer=optimizer,
-      batch=compilation.arguments - state - optimizer,
-      gradients=state if jax.tree.leaves(optimizer_state) else 0,
-      temporaries=compilation.temporaries,
-      rest=compilation.total - compilation.arguments - compilation.temporaries,
-      total=compilation.total,
-      host=compilation.host,
-      capacity=topology.chip.memory,
-      host_capacity=topology.chip.host_memory,
-      buffers=compilation.buffers,
+    parameters=state,
+    optimizer=optimizer,
+    batch=compilation.arguments - state - optimizer,
+    gradients=state if jax.tree.leaves(optimizer_state) else 0,
+    temporaries=compilation.temporaries,
+    rest=compilation.total - compilation.arguments - compilation.temporaries,
+    total=compilation.total,
+    host=compilation.host,
+    capacity=topology.chip.memory,
+    host_capacity=topology.chip.host_memory,
+    buffers=compilation.buffers,
   )
   return memory, compilation
 
@@ -120,6 +117,6 @@ def compile_program(
 def shard_bytes(tree: Any) -> int:
   """Bytes of one device's shards of all arrays (ShapeDtypeStructs with shardings) of a tree."""
   return sum(
-      math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-      for leaf in jax.tree.leaves(tree)
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
   )

@@ -3,17 +3,12 @@
 import dataclasses
 from typing import Any
 
-from lwm.experiment import Experiment
-from lwm.experiment import OptimizerConfig
-from lwm.experiment import Stage
+from lwm.config.experiment import Experiment, OptimizerConfig, Stage
 from lwm.plan.compilation import Compilation
-from lwm.plan.memory import Memory
-from lwm.plan.memory import compile_train_step
-from lwm.plan.roofline import Roofline
-from lwm.plan.roofline import estimate
+from lwm.plan.memory import Memory, compile_train_step
+from lwm.plan.roofline import Roofline, estimate
 from lwm.plan.topology import Topology
-from lwm.train.program import StageProgram
-from lwm.train.program import build_program
+from lwm.program.stage import StageProgram, build_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,27 +29,27 @@ class StagePlan:
   def as_json(self) -> dict[str, Any]:
     """Numbers, strings, lists and dicts; bytes, seconds and FLOPs throughout."""
     return {
-        "stage": self.stage.name,
-        "sequence_length": self.stage.sequence_length,
-        "tokens_per_batch": self.stage.tokens_per_batch,
-        "topology": self.topology.name,
-        "devices": len(self.topology.devices),
-        "mesh": self.mesh,
-        "remat": self.remat,
-        "head_groups": self.head_groups,
-        "moments": self.moments,
-        "fits": self.memory.fits,
-        "excess": self.memory.excess,
-        "memory": dataclasses.asdict(self.memory),
-        "roofline": dataclasses.asdict(self.roofline)
-        | {"hop_hides": self.roofline.hop and self.roofline.hop.hides},
-        "compile_seconds": self.compile_seconds,
-        "peak_rss": self.peak_rss,
+      "stage": self.stage.name,
+      "sequence_length": self.stage.sequence_length,
+      "tokens_per_batch": self.stage.tokens_per_batch,
+      "topology": self.topology.name,
+      "devices": len(self.topology.devices),
+      "mesh": self.mesh,
+      "remat": self.remat,
+      "head_groups": self.head_groups,
+      "moments": self.moments,
+      "fits": self.memory.fits,
+      "excess": self.memory.excess,
+      "memory": dataclasses.asdict(self.memory),
+      "roofline": dataclasses.asdict(self.roofline)
+      | {"hop_hides": self.roofline.hop and self.roofline.hop.hides},
+      "compile_seconds": self.compile_seconds,
+      "peak_rss": self.peak_rss,
     }
 
 
 def plan_stage(
-    experiment: Experiment, stage: Stage, topology: Topology
+  experiment: Experiment, stage: Stage, topology: Topology
 ) -> tuple[StagePlan, StageProgram, Compilation]:
   """Compiles and estimates a stage.
 
@@ -67,20 +62,18 @@ def plan_stage(
     UserError: the mesh, the model and the devices do not go together, or XLA refuses the program.
   """
   program = build_program(experiment, stage, topology.devices)
-  memory, compilation = compile_train_step(
-      program, stage, topology, experiment.optimizer.offload
-  )
+  memory, compilation = compile_train_step(program, stage, topology, experiment.optimizer.offload)
   plan = StagePlan(
-      stage=stage,
-      topology=topology,
-      mesh=dict(program.mesh.shape),
-      remat=experiment.model.remat,
-      head_groups=experiment.model.head_groups,
-      moments=moments_text(experiment.optimizer),
-      memory=memory,
-      roofline=estimate(experiment, stage, program.mesh, topology),
-      compile_seconds=compilation.seconds,
-      peak_rss=compilation.peak_rss,
+    stage=stage,
+    topology=topology,
+    mesh=dict(program.mesh.shape),
+    remat=experiment.model.remat,
+    head_groups=experiment.model.head_groups,
+    moments=moments_text(experiment.optimizer),
+    memory=memory,
+    roofline=estimate(experiment, stage, program.mesh, topology),
+    compile_seconds=compilation.seconds,
+    peak_rss=compilation.peak_rss,
   )
   return plan, program, compilation
 

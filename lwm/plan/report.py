@@ -1,12 +1,11 @@
 """Plans as text for the person at the terminal."""
 
-from collections.abc import Iterable
 import re
+from collections.abc import Iterable
 
-from lwm.chips import GIB
+from lwm.cost.chips import GIB
 from lwm.plan.candidates import Candidate
-from lwm.plan.plan import StagePlan
-from lwm.plan.plan import moments_text
+from lwm.plan.plan import StagePlan, moments_text
 from lwm.plan.topology import Topology
 
 
@@ -16,11 +15,11 @@ def stage_report(plan: StagePlan) -> str:
   lines = [heading(plan), ""]
   lines += [f"memory of a device: {verdict(plan)}"]
   rows = [
-      ("parameters", memory.parameters),
-      ("optimizer state", memory.optimizer),
-      ("batch and scalars", memory.batch),
-      ("temporaries", memory.temporaries),
-      ("results, constants", memory.rest),
+    ("parameters", memory.parameters),
+    ("optimizer state", memory.optimizer),
+    ("batch and scalars", memory.batch),
+    ("temporaries", memory.temporaries),
+    ("results, constants", memory.rest),
   ]
   for name, size in rows:
     lines.append(f"  {name:<22}{gib(size):>12}")
@@ -34,28 +33,28 @@ def stage_report(plan: StagePlan) -> str:
   lines += ["", "a step"]
   lines.append(f"  {'model FLOPs':<22}{roofline.model_flops:>12.3g}")
   lines.append(
-      f"  {'recompute FLOPs':<22}{roofline.recompute_flops:>12.3g}   "
-      f"{roofline.recompute_flops / roofline.model_flops:.0%} of the model's"
+    f"  {'recompute FLOPs':<22}{roofline.recompute_flops:>12.3g}   "
+    f"{roofline.recompute_flops / roofline.model_flops:.0%} of the model's"
   )
   for part in roofline.traffic:
     axes = " x ".join(part.axes)
     lines.append(
-        f"  over {axes:<17}{gib(part.bytes):>12}   {part.what}, {milliseconds(part.seconds)} at "
-        f"{part.bandwidth / 1e9:.0f} GB/s"
+      f"  over {axes:<17}{gib(part.bytes):>12}   {part.what}, {milliseconds(part.seconds)} at "
+      f"{part.bandwidth / 1e9:.0f} GB/s"
     )
   for name, seconds in roofline.seconds.items():
     if seconds:
       lines.append(f"  {milliseconds(seconds):>34}   {name}")
   lines.append(
-      f"  {'estimated step':<22}{milliseconds(roofline.step_seconds):>12}   "
-      f"{roofline.tokens_per_second_per_chip:,.0f} tokens/s a chip, MFU {roofline.mfu:.1%}"
+    f"  {'estimated step':<22}{milliseconds(roofline.step_seconds):>12}   "
+    f"{roofline.tokens_per_second_per_chip:,.0f} tokens/s a chip, MFU {roofline.mfu:.1%}"
   )
   if roofline.hop:
     hop = roofline.hop
     lines.append(
-        f"  a ring hop {'hides' if hop.hides else 'does NOT hide'} behind attention: forward "
-        f"{milliseconds(hop.forward_transfer)} of transfer in {milliseconds(hop.forward_compute)}, "
-        f"backward {milliseconds(hop.backward_transfer)} in {milliseconds(hop.backward_compute)}"
+      f"  a ring hop {'hides' if hop.hides else 'does NOT hide'} behind attention: forward "
+      f"{milliseconds(hop.forward_transfer)} of transfer in {milliseconds(hop.forward_compute)}, "
+      f"backward {milliseconds(hop.backward_transfer)} in {milliseconds(hop.backward_compute)}"
     )
   lines += ["", "assumptions"] + [f"  {sentence}" for sentence in roofline.assumptions]
   return "\n".join(lines)
@@ -68,20 +67,20 @@ def table(plans: list[StagePlan]) -> str:
 
 def table_head() -> str:
   return (
-      f"{'stage':<8} {'length':>9} {'machine':<9} {'mesh':<34} {'remat':<17} {'heads':<5} "
-      f"{'moments':<13} {'memory':>10} {'of':>10}  {'fits':<5} {'step':>11} {'tokens/s/chip':>13} "
-      f"{'MFU':>6}"
+    f"{'stage':<8} {'length':>9} {'machine':<9} {'mesh':<34} {'remat':<17} {'heads':<5} "
+    f"{'moments':<13} {'memory':>10} {'of':>10}  {'fits':<5} {'step':>11} {'tokens/s/chip':>13} "
+    f"{'MFU':>6}"
   )
 
 
 def table_row(plan: StagePlan) -> str:
   stage, roofline = plan.stage, plan.roofline
   return (
-      f"{stage.name:<8} {stage.sequence_length:>9} {plan.topology.name:<9} "
-      f"{mesh_text(plan.mesh):<34} {plan.remat:<17} {heads_text(plan.head_groups):<5} "
-      f"{plan.moments:<13} {gib(plan.memory.total):>10} {gib(plan.memory.capacity):>10}  "
-      f"{'yes' if plan.memory.fits else 'NO':<5} {milliseconds(roofline.step_seconds):>11} "
-      f"{roofline.tokens_per_second_per_chip:>13,.0f} {roofline.mfu:>6.1%}"
+    f"{stage.name:<8} {stage.sequence_length:>9} {plan.topology.name:<9} "
+    f"{mesh_text(plan.mesh):<34} {plan.remat:<17} {heads_text(plan.head_groups):<5} "
+    f"{plan.moments:<13} {gib(plan.memory.total):>10} {gib(plan.memory.capacity):>10}  "
+    f"{'yes' if plan.memory.fits else 'NO':<5} {milliseconds(roofline.step_seconds):>11} "
+    f"{roofline.tokens_per_second_per_chip:>13,.0f} {roofline.mfu:>6.1%}"
   )
 
 
@@ -96,13 +95,13 @@ def try_line(candidate: Candidate, plan: StagePlan | None, reason: str) -> str:
   if plan is None:
     return f"{what}: {reason}"
   return (
-      f"{what}: {verdict(plan)}, by counting at least {gib(candidate.least_memory)} "
-      f"({plan.compile_seconds:.0f} s)"
+    f"{what}: {verdict(plan)}, by counting at least {gib(candidate.least_memory)} "
+    f"({plan.compile_seconds:.0f} s)"
   )
 
 
 def nothing_fits(
-    topology: Topology, what: str, tried: Iterable[StagePlan], candidates: Iterable[Candidate]
+  topology: Topology, what: str, tried: Iterable[StagePlan], candidates: Iterable[Candidate]
 ) -> str:
   """A sentence: the closest of what was compiled, or of what by counting need not be.
 
@@ -117,29 +116,31 @@ def nothing_fits(
   if closest is not None:
     policy = _policy_text(closest.mesh, closest.remat, closest.head_groups, closest.moments)
     return (
-        f"{what}: nothing that was tried fits {topology.name}; the closest is {policy}: "
-        f"{verdict(closest)}; try more with --tries, or a larger machine."
+      f"{what}: nothing that was tried fits {topology.name}; the closest is {policy}: "
+      f"{verdict(closest)}; try more with --tries, or a larger machine."
     )
   leanest = min(candidates, key=lambda candidate: candidate.shortage(chip), default=None)
   if leanest is None:
     return (
-        f"{what}: no mesh of the {len(topology.devices)} devices of {topology.name} goes with this "
-        "model and its batch: take another number of devices, or of rows or tokens."
+      f"{what}: no mesh of the {len(topology.devices)} devices of {topology.name} goes with this "
+      "model and its batch: take another number of devices, or of rows or tokens."
     )
   needs = f"{gib(leanest.least_memory)} of {gib(chip.memory)}"
   if leanest.least_memory <= chip.memory:
     needs = f"{gib(leanest.host_memory)} of {gib(chip.host_memory)} of the host's memory"
   return (
-      f"{what}: nothing fits {topology.name}; by counting, the leanest, "
-      f"{_candidate_text(leanest)}, takes at least {needs} a device: take a larger machine."
+    f"{what}: nothing fits {topology.name}; by counting, the leanest, "
+    f"{_candidate_text(leanest)}, takes at least {needs} a device: take a larger machine."
   )
 
 
 def _candidate_text(candidate: Candidate) -> str:
   experiment = candidate.experiment
   return _policy_text(
-      candidate.stage.mesh.axis_sizes(), experiment.model.remat, experiment.model.head_groups,
-      moments_text(experiment.optimizer),
+    candidate.stage.mesh.axis_sizes(),
+    experiment.model.remat,
+    experiment.model.head_groups,
+    moments_text(experiment.optimizer),
   )
 
 
@@ -150,10 +151,10 @@ def _policy_text(mesh: dict[str, int], remat: str, head_groups: int, moments: st
 def heading(plan: StagePlan) -> str:
   stage = plan.stage
   return (
-      f"{stage.name}: {stage.rows_per_batch} rows of {stage.sequence_length} tokens on "
-      f"{plan.topology.name} ({len(plan.topology.devices)} devices), mesh {mesh_text(plan.mesh)}, "
-      f"remat {plan.remat}, heads {heads_text(plan.head_groups)}, moments {plan.moments}; compiled "
-      f"in {plan.compile_seconds:.0f} s, this process has taken {gib(plan.peak_rss)} at most"
+    f"{stage.name}: {stage.rows_per_batch} rows of {stage.sequence_length} tokens on "
+    f"{plan.topology.name} ({len(plan.topology.devices)} devices), mesh {mesh_text(plan.mesh)}, "
+    f"remat {plan.remat}, heads {heads_text(plan.head_groups)}, moments {plan.moments}; compiled "
+    f"in {plan.compile_seconds:.0f} s, this process has taken {gib(plan.peak_rss)} at most"
   )
 
 

@@ -4,26 +4,26 @@ XLA's cost analysis counts the body of a loop once, so everything here is counte
 configuration. The assumptions are part of the answer: `Roofline.assumptions`.
 """
 
-from collections.abc import Mapping
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 
-from lwm.chips import Chip
-from lwm.experiment import Experiment
-from lwm.experiment import Stage
-from lwm.model.config import ModelConfig
+from lwm.config.experiment import Experiment, Stage
+from lwm.config.model import ModelConfig
+from lwm.cost.chips import Chip
+from lwm.model.flops import layer_parameters, train_flops
 from lwm.parallel.sharding import ShardingRules
 from lwm.plan.topology import Topology
-from lwm.plan.traffic import RECOMPUTED
-from lwm.plan.traffic import Traffic
-from lwm.plan.traffic import exchanged_kv_heads
-from lwm.plan.traffic import feed_forward_in_chunks
-from lwm.plan.traffic import moment_bytes
-from lwm.plan.traffic import step_traffic
-from lwm.train.flops import layer_parameters
-from lwm.train.flops import train_flops
+from lwm.plan.traffic import (
+  RECOMPUTED,
+  Traffic,
+  exchanged_kv_heads,
+  feed_forward_in_chunks,
+  moment_bytes,
+  step_traffic,
+)
 
 # Share of the peak that large matrix products, and attention kernels, reach.
 MATMUL_EFFICIENCY = 0.75
@@ -47,8 +47,8 @@ class Hop:
   @property
   def hides(self) -> bool:
     return (
-        self.forward_transfer <= self.forward_compute
-        and self.backward_transfer <= self.backward_compute
+      self.forward_transfer <= self.forward_compute
+      and self.backward_transfer <= self.backward_compute
     )
 
 
@@ -57,7 +57,7 @@ class Roofline:
   """An estimate of one step.
 
   Attributes:
-    model_flops: of the whole step, as MFU counts them (lwm/train/flops.py).
+    model_flops: of the whole step, as MFU counts them (lwm/model/flops.py).
     recompute_flops: what is computed beside: remat, and scores and logits in backward passes.
     traffic: bytes over each mesh axis.
     seconds: parts of the step by name; those called hidden are not in the sum.
@@ -80,11 +80,11 @@ class Roofline:
 
 
 def estimate(
-    experiment: Experiment,
-    stage: Stage,
-    mesh: jax.sharding.Mesh,
-    topology: Topology,
-    rules: ShardingRules = ShardingRules(),
+  experiment: Experiment,
+  stage: Stage,
+  mesh: jax.sharding.Mesh,
+  topology: Topology,
+  rules: ShardingRules = ShardingRules(),
 ) -> Roofline:
   """Estimates a step of `stage` on `mesh`, made of the topology's devices."""
   model, chip, sizes = experiment.model, topology.chip, mesh.shape
@@ -94,8 +94,11 @@ def estimate(
   targets = {"text_targets": tokens, "vision_targets": 0}
   attention = _attention_flops(model, pairs)
   flops = train_flops(
-      model, tokens=tokens, attended_pairs=pairs, **targets,
-      softmax_range=experiment.loss.softmax_range,
+    model,
+    tokens=tokens,
+    attended_pairs=pairs,
+    **targets,
+    softmax_range=experiment.loss.softmax_range,
   )
   local_tokens = tokens / math.prod(sizes[axis] for axis in rules.token_axes)
   recompute, attention_again = recompute_flops(experiment, stage, pairs, sizes)
@@ -106,7 +109,7 @@ def estimate(
     # Of n shards the last has n - 1/2 blocks of work, the mean n/2.
     imbalance = 2 - 1 / sizes["ring"]
   attention_seconds = (
-      imbalance * (attention + attention_again) / (per_second * ATTENTION_EFFICIENCY)
+    imbalance * (attention + attention_again) / (per_second * ATTENTION_EFFICIENCY)
   )
   products = flops - attention + recompute - attention_again
   compute = products / (per_second * MATMUL_EFFICIENCY) + attention_seconds
@@ -120,43 +123,43 @@ def estimate(
   ring = wires("keys and values")
   busy = max(compute, memory)
   seconds = {
-      "compute": compute,
-      "memory beyond compute": max(0.0, memory - compute),
-      "activations over tensor": wires("activations"),
-      "heads over ulysses": wires("heads"),
-      "weights and gradients, what compute does not hide": max(0.0, weights - busy),
-      "keys and values, what attention does not hide": max(0.0, ring - attention_seconds),
-      "activations to the host and back, what compute does not hide": max(
-          0.0, wires("activations kept") - busy
-      ),
-      "moments from the host and back": wires("moments"),
+    "compute": compute,
+    "memory beyond compute": max(0.0, memory - compute),
+    "activations over tensor": wires("activations"),
+    "heads over ulysses": wires("heads"),
+    "weights and gradients, what compute does not hide": max(0.0, weights - busy),
+    "keys and values, what attention does not hide": max(0.0, ring - attention_seconds),
+    "activations to the host and back, what compute does not hide": max(
+      0.0, wires("activations kept") - busy
+    ),
+    "moments from the host and back": wires("moments"),
   }
   step = sum(seconds.values())
   chips = mesh.size / chip.devices_per_chip
   return Roofline(
-      model_flops=flops,
-      recompute_flops=recompute,
-      traffic=tuple(traffic),
-      seconds=seconds,
-      step_seconds=step,
-      tokens_per_second_per_chip=tokens / step / chips,
-      mfu=flops / step / per_second,
-      hop=_hop(stage, model, traffic, pairs / mesh.size, sizes, chip.flops),
-      assumptions=_assumptions(chip),
+    model_flops=flops,
+    recompute_flops=recompute,
+    traffic=tuple(traffic),
+    seconds=seconds,
+    step_seconds=step,
+    tokens_per_second_per_chip=tokens / step / chips,
+    mfu=flops / step / per_second,
+    hop=_hop(stage, model, traffic, pairs / mesh.size, sizes, chip.flops),
+    assumptions=_assumptions(chip),
   )
 
 
 def _assumptions(chip: Chip) -> tuple[str, ...]:
   network = "" if chip.is_tpu else f", network {chip.network_bandwidth / 1e9:g} GB/s a device"
   return (
-      f"{chip.name}: {chip.flops / 1e12:.3g} TFLOP/s, memory {chip.memory_bandwidth / 1e9:g} GB/s, "
-      f"links {chip.link_bandwidth / 1e9:g} GB/s one way{network}, "
-      f"to the host {chip.host_bandwidth / 1e9:g} GB/s.",
-      f"Matrix products reach {MATMUL_EFFICIENCY:.0%} of the peak, attention "
-      f"{ATTENTION_EFFICIENCY:.0%} (its backward pass: seven products, four of them the model's).",
-      "Every row is one document, all of it targets over the text ids: the most work there is.",
-      "Weights, gradients and offloaded activations travel while anything is computed, keys and "
-      "values while attention is, activations over tensor and offloaded moments while nothing is.",
+    f"{chip.name}: {chip.flops / 1e12:.3g} TFLOP/s, memory {chip.memory_bandwidth / 1e9:g} GB/s, "
+    f"links {chip.link_bandwidth / 1e9:g} GB/s one way{network}, "
+    f"to the host {chip.host_bandwidth / 1e9:g} GB/s.",
+    f"Matrix products reach {MATMUL_EFFICIENCY:.0%} of the peak, attention "
+    f"{ATTENTION_EFFICIENCY:.0%} (its backward pass: seven products, four of them the model's).",
+    "Every row is one document, all of it targets over the text ids: the most work there is.",
+    "Weights, gradients and offloaded activations travel while anything is computed, keys and "
+    "values while attention is, activations over tensor and offloaded moments while nothing is.",
   )
 
 
@@ -165,7 +168,7 @@ def _attention_flops(model: ModelConfig, pairs: float) -> float:
 
 
 def recompute_flops(
-    experiment: Experiment, stage: Stage, pairs: float, sizes: Mapping[str, int]
+  experiment: Experiment, stage: Stage, pairs: float, sizes: Mapping[str, int]
 ) -> tuple[float, float]:
   """FLOPs beyond the model's: (all, those of attention among them).
 
@@ -195,9 +198,7 @@ def _memory_bytes(experiment, local_tokens, sizes, rules, stage) -> float:
   """What a device reads and writes in a step, roughly."""
   model = experiment.model
   number = 4 if model.compute_dtype == "float32" else 2
-  parameters = (
-      model.num_layers * layer_parameters(model) + 2 * model.vocab_size * model.width
-  )
+  parameters = model.num_layers * layer_parameters(model) + 2 * model.vocab_size * model.width
   shard = parameters / sizes["tensor"] / math.prod(sizes[axis] for axis in rules.model)
   update = UPDATE_BYTES + 2 * moment_bytes(experiment.optimizer)
   # Gathered (written), and read, in three passes.
@@ -219,8 +220,8 @@ def _hop(stage, model, traffic, pairs, sizes, flops) -> Hop | None:
   heads = exchanged_kv_heads(model, sizes)
   amount = 2 * stage.tokens_per_batch / shards * heads * model.head_dim
   return Hop(
-      forward_compute=forward,
-      forward_transfer=amount * number / keys.bandwidth,
-      backward_compute=forward * 14 / 4,
-      backward_transfer=amount * (number + 4) / keys.bandwidth,
+    forward_compute=forward,
+    forward_transfer=amount * number / keys.bandwidth,
+    backward_compute=forward * 14 / 4,
+    backward_transfer=amount * (number + 4) / keys.bandwidth,
   )

@@ -5,19 +5,14 @@ put in order by the roofline, and compiled one after the other; what those took 
 then expected of the others with their remat policy, groups of heads, and a ring or none.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from lwm.config.experiment import Experiment, Stage
 from lwm.errors import UserError
-from lwm.experiment import Experiment
-from lwm.experiment import Stage
-from lwm.parallel.mesh import AXES
 from lwm.parallel.mesh import make_mesh
-from lwm.plan.candidates import Candidate
-from lwm.plan.candidates import candidates
-from lwm.plan.candidates import single_row
-from lwm.plan.plan import StagePlan
-from lwm.plan.plan import plan_stage
+from lwm.parallel.sharding import AXES
+from lwm.plan.candidates import Candidate, candidates, single_row
+from lwm.plan.plan import StagePlan, plan_stage
 from lwm.plan.roofline import estimate
 from lwm.plan.topology import Topology
 
@@ -28,12 +23,12 @@ Report = Callable[[Candidate, StagePlan | None, str], None]
 
 
 def search(
-    experiment: Experiment,
-    stage: Stage,
-    topology: Topology,
-    report: Report,
-    tries: int,
-    axes: tuple[str, ...] = AXES,
+  experiment: Experiment,
+  stage: Stage,
+  topology: Topology,
+  report: Report,
+  tries: int,
+  axes: tuple[str, ...] = AXES,
 ) -> Iterator[StagePlan]:
   """The plans that fit, fastest first by the roofline; ends after `tries` compilations.
 
@@ -46,9 +41,9 @@ def search(
     axes: of the mesh to try.
   """
   fitting = [
-      candidate
-      for candidate in candidates(experiment, stage, len(topology.devices), axes)
-      if candidate.may_fit(topology.chip)
+    candidate
+    for candidate in candidates(experiment, stage, len(topology.devices), axes)
+    if candidate.may_fit(topology.chip)
   ]
   # Where the roofline sees no difference, the leanest.
   fitting.sort(key=lambda c: (_step_seconds(c, topology), c.least_memory))
@@ -73,7 +68,7 @@ def search(
 
 
 def longest(
-    experiment: Experiment, topology: Topology, report: Report, tries: int
+  experiment: Experiment, topology: Topology, report: Report, tries: int
 ) -> StagePlan | None:
   """The longest row, a power of two of tokens, that all devices together can train on.
 

@@ -11,13 +11,11 @@ import re
 import jax
 from jax.experimental import topologies
 
-from lwm.chips import Chip
-from lwm.chips import of_kind
+from lwm.cost.chips import Chip, of_kind
+from lwm.cost.peak import measured_flops
 from lwm.errors import UserError
 from lwm.parallel.xla_flags import GPU_MEMORY
-from lwm.plan.gpu_target import GPUS
-from lwm.plan.gpu_target import gpu_target
-from lwm.train.peak import measured_flops
+from lwm.plan.gpu_target import GPUS, gpu_target
 
 # Dimensions of a slice, and what libtpu must be told beside its shape. Without it, v4 shows each of
 # a chip's two cores as a device.
@@ -81,26 +79,24 @@ def _tpu(name: str, kind: str, sizes: tuple[int, ...]) -> Topology:
   fours = all(n in (1, 2) or n % 4 == 0 for n in sizes)
   if not fours or (len(sizes) == 2 and max(sizes) > _POD_SIDE):
     raise UserError(
-        f"--topology={name}: Google has no such slice: sides are 1, 2 or multiples of 4, and of "
-        f"v5e and v6e at most {_POD_SIDE}."
+      f"--topology={name}: Google has no such slice: sides are 1, 2 or multiples of 4, and of "
+      f"v5e and v6e at most {_POD_SIDE}."
     )
   # The compiler alone: no lock on a TPU, no questions to a cloud's metadata server.
   for variable, value in {
-      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-      "TPU_SKIP_MDS_QUERY": "1",
-      "TPU_ACCELERATOR_TYPE": "v4-8",
-      "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v4-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
   }.items():
     os.environ.setdefault(variable, value)
   options = _MEGACORE if kind == "v4" else {}
   try:
-    devices = topologies.get_topology_desc(
-        platform="tpu", topology_name=name, **options
-    ).devices
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
   except Exception as error:
     if importlib.util.find_spec("libtpu") is None:
       raise UserError(
-          f"--topology={name}: libtpu compiles for TPUs and is not installed: pip install libtpu."
+        f"--topology={name}: libtpu compiles for TPUs and is not installed: pip install libtpu."
       ) from error
     reason = str(error).splitlines()[0].rstrip(".")
     raise UserError(f"--topology={name}: libtpu knows no such slice: {reason}.") from error
@@ -116,12 +112,12 @@ def _gpu(name: str, kind: str, hosts: int, gpus: int) -> Topology:
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       importlib.import_module("jax_plugins.xla_cuda13").initialize()
     devices = topologies.get_topology_desc(
-        platform="cuda", topology=f"1x{hosts}x{gpus}", target_config=gpu_target(kind)
+      platform="cuda", topology=f"1x{hosts}x{gpus}", target_config=gpu_target(kind)
     ).devices
   except ImportError as error:
     raise UserError(
-        f"--topology={name}: JAX's CUDA plugin compiles for GPUs and is not installed: "
-        "pip install jax-cuda13-plugin jax-cuda13-pjrt."
+      f"--topology={name}: JAX's CUDA plugin compiles for GPUs and is not installed: "
+      "pip install jax-cuda13-plugin jax-cuda13-pjrt."
     ) from error
   finally:
     logger.setLevel(level)
@@ -133,20 +129,20 @@ def _gpu(name: str, kind: str, hosts: int, gpus: int) -> Topology:
 def _cpu(name: str, count: int) -> Topology:
   if len(jax.devices("cpu")) < count:
     raise UserError(
-        f"--topology={name}: JAX shows {len(jax.devices('cpu'))} CPU devices; set "
-        f"XLA_FLAGS=--xla_force_host_platform_device_count={count}."
+      f"--topology={name}: JAX shows {len(jax.devices('cpu'))} CPU devices; set "
+      f"XLA_FLAGS=--xla_force_host_platform_device_count={count}."
     )
   devices = tuple(jax.devices("cpu")[:count])
   memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   chip = Chip(
-      name="cpu",
-      kinds=(),
-      flops=measured_flops(devices[0], "float32") / count,
-      memory=memory // count,
-      memory_bandwidth=_CPU_BYTES_PER_SECOND / count,
-      link_bandwidth=_CPU_BYTES_PER_SECOND / count,
-      network_bandwidth=_CPU_BYTES_PER_SECOND / count,
-      host_bandwidth=_CPU_BYTES_PER_SECOND / count,
-      host_memory=memory // count,
+    name="cpu",
+    kinds=(),
+    flops=measured_flops(devices[0], "float32") / count,
+    memory=memory // count,
+    memory_bandwidth=_CPU_BYTES_PER_SECOND / count,
+    link_bandwidth=_CPU_BYTES_PER_SECOND / count,
+    network_bandwidth=_CPU_BYTES_PER_SECOND / count,
+    host_bandwidth=_CPU_BYTES_PER_SECOND / count,
+    host_memory=memory // count,
   )
   return Topology(name, chip, devices)

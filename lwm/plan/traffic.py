@@ -4,20 +4,18 @@ Letters: T a device's tokens (of one tensor shard), n devices along an axis, M w
 """
 
 import collections
-from collections.abc import Mapping
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 
-from lwm.experiment import Experiment
-from lwm.experiment import OptimizerConfig
-from lwm.experiment import Stage
-from lwm.model.config import ModelConfig
+from lwm.config.experiment import Experiment, OptimizerConfig, Stage
+from lwm.config.model import ModelConfig
+from lwm.model.flops import layer_parameters
 from lwm.parallel.sharding import ShardingRules
 from lwm.plan.topology import Topology
-from lwm.train.flops import layer_parameters
 
 # Remat policies that compute attention a second time, and those that keep in the host's memory.
 RECOMPUTED = ("full", "offload")
@@ -47,11 +45,11 @@ class Traffic:
 
 
 def step_traffic(
-    experiment: Experiment,
-    stage: Stage,
-    mesh: jax.sharding.Mesh,
-    topology: Topology,
-    rules: ShardingRules = ShardingRules(),
+  experiment: Experiment,
+  stage: Stage,
+  mesh: jax.sharding.Mesh,
+  topology: Topology,
+  rules: ShardingRules = ShardingRules(),
 ) -> list[Traffic]:
   """All that a step of `stage` sends, axes of one device left out.
 
@@ -78,10 +76,11 @@ def step_traffic(
   stored = rules.model
   group = math.prod(sizes[axis] for axis in stored)
   share = stage.accumulation_steps * (group - 1) / group
-  add(stored, "weights", share * body * number * (1 if model.remat == "none" else 2),
-      wires.collective)
+  add(
+    stored, "weights", share * body * number * (1 if model.remat == "none" else 2), wires.collective
+  )
   add(stored, "gradients", share * body * _FLOAT32, wires.collective)
-  whole = (*stored, rules.vocab)
+  whole = (*stored, rules.tensor)
   share = stage.accumulation_steps * (group * tensor - 1) / (group * tensor)
   add(whole, "tables", share * tables * _FLOAT32, wires.collective)
   add(whole, "gradients of tables", share * tables * _FLOAT32, wires.collective)
@@ -127,10 +126,10 @@ def step_traffic(
 
 
 def host_memory(
-    experiment: Experiment,
-    stage: Stage,
-    sizes: Mapping[str, int],
-    rules: ShardingRules = ShardingRules(),
+  experiment: Experiment,
+  stage: Stage,
+  sizes: Mapping[str, int],
+  rules: ShardingRules = ShardingRules(),
 ) -> tuple[float, float]:
   """Bytes of one device that are kept in its host's memory: (activations, moments)."""
   model, tensor = experiment.model, sizes["tensor"]
@@ -156,9 +155,7 @@ def exchanged_kv_heads(model: ModelConfig, sizes: Mapping[str, int]) -> int:
   return math.lcm(model.num_kv_heads // sizes["tensor"], sizes["ulysses"])
 
 
-def feed_forward_in_chunks(
-    model: ModelConfig, stage: Stage, sizes: Mapping[str, int]
-) -> bool:
+def feed_forward_in_chunks(model: ModelConfig, stage: Stage, sizes: Mapping[str, int]) -> bool:
   """Whether the feed-forward of a device goes by chunks, which its backward pass makes again."""
   return stage.sequence_length // (sizes["ring"] * sizes["ulysses"]) > model.feed_forward_chunk
 

@@ -1,30 +1,21 @@
 """Bad steps and bad disks: which they are, and what is said of them. See FaultConfig."""
 
-from collections.abc import Iterator
-from collections.abc import Sequence
-import contextlib
-import errno
 import math
 import pathlib
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from lwm.errors import ResumeError
+from lwm.config.experiment import FaultConfig
 from lwm.errors import UserError
-from lwm.experiment import FaultConfig
-
-# No space, or a disk that fails, is gone or has become read-only, as a shared one may at any time.
-_DISK_ERRORS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EROFS, errno.ENOTCONN
-)
 
 # Batches of a stage and their losses.
-Losses = Sequence[tuple[int, float]]
+LossHistory = Sequence[tuple[int, float]]
 
 
-def loss_limit(faults: FaultConfig, losses: Losses, batch: int) -> np.float32:
+def loss_limit(faults: FaultConfig, losses: LossHistory, batch: int) -> np.float32:
   """The loss above which `batch` is a spike; infinite until there is a whole window of losses.
 
   It never counts the batch just before, which is mostly still in flight: so it is a function of
@@ -37,7 +28,7 @@ def loss_limit(faults: FaultConfig, losses: Losses, batch: int) -> np.float32:
 
 
 def with_loss(
-    faults: FaultConfig, losses: Losses, batch: int, loss: float
+  faults: FaultConfig, losses: LossHistory, batch: int, loss: float
 ) -> tuple[tuple[int, float], ...]:
   """`losses` and that of a good batch; as many as `loss_limit` will ask for."""
   if not faults.spike_factor:
@@ -53,13 +44,13 @@ def problem(faults: FaultConfig, metrics: dict[str, Any], limit: float) -> str:
   if not math.isfinite(norm):
     return f"its gradient norm is {norm}"
   return (
-      f"its loss of {loss:.3f} is above {limit:.3f}, {faults.spike_factor:g} times the median of "
-      f"the last {faults.spike_window}"
+    f"its loss of {loss:.3f} is above {limit:.3f}, {faults.spike_factor:g} times the median of "
+    f"the last {faults.spike_window}"
   )
 
 
 def check_tolerated(
-    faults: FaultConfig, in_a_row: int, what: str, last: pathlib.Path | None
+  faults: FaultConfig, in_a_row: int, what: str, last: pathlib.Path | None
 ) -> None:
   """Raises a UserError if the policy is to raise, or this bad step is one too many.
 
@@ -71,25 +62,11 @@ def check_tolerated(
   """
   if faults.bad_step == "raise":
     raise UserError(
-        f"{what}; the same command goes on from {last or 'the start'}, with "
-        "--config.faults.bad_step=skip or rollback past this batch."
+      f"{what}; the same command goes on from {last or 'the start'}, with "
+      "--config.faults.bad_step=skip or rollback past this batch."
     )
   if in_a_row > faults.max_in_a_row:
     raise UserError(
-        f"{what}, after {faults.max_in_a_row} such in a row (config.faults.max_in_a_row): look at "
-        f"the data and the learning rate; the last checkpoint is {last or 'the start'}."
+      f"{what}, after {faults.max_in_a_row} such in a row (config.faults.max_in_a_row): look at "
+      f"the data and the learning rate; the last checkpoint is {last or 'the start'}."
     )
-
-
-@contextlib.contextmanager
-def bad_disk_explained(workdir: pathlib.Path) -> Iterator[None]:
-  """Turns what the system says of a full disk or quota, or a failing disk, into a ResumeError."""
-  try:
-    yield
-  except OSError as error:
-    if error.errno not in _DISK_ERRORS:
-      raise
-    raise ResumeError(
-        f"Writing to {workdir} failed ({error.strerror}): see to the disk, and start the same "
-        "command again; it goes on from the last checkpoint."
-    ) from error

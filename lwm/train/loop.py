@@ -5,53 +5,44 @@ n + 1 and dispatches it. The device waits only where it must: for an evaluation'
 copy that a checkpoint takes.
 """
 
-from collections.abc import Iterator
-from collections.abc import Sequence
 import hashlib
 import json
 import pathlib
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lwm.data import Dataset
-from lwm.data import load_tokenizer
-from lwm.data import Loader
+from lwm.checkpoint.checkpoints import Checkpoints
+from lwm.checkpoint.identity import Identity
+from lwm.checkpoint.position import Position
+from lwm.config.experiment import Experiment, FaultConfig, Stage
+from lwm.data import Dataset, Loader, load_tokenizer
 from lwm.data.dataset import VALIDATION
 from lwm.errors import ResumeError
-from lwm.experiment import Experiment
-from lwm.experiment import FaultConfig
-from lwm.experiment import Stage
-from lwm.train import evaluate
-from lwm.train.checkpoint import Checkpoints
-from lwm.train.checkpoint import Progress
-from lwm.train.faults import bad_disk_explained
-from lwm.train.faults import check_tolerated
-from lwm.train.faults import loss_limit
-from lwm.train.faults import problem
-from lwm.train.faults import with_loss
-from lwm.train.goodput import wall_clock
-from lwm.train.identity import Identity
-from lwm.train.input_wait import InputWait
+from lwm.program.stage import StageProgram, build_program
+from lwm.program.state import TrainState
+from lwm.report import held_out as held_out_lib
+from lwm.report.goodput import wall_clock
+from lwm.report.input_wait import InputWait
+from lwm.report.reporter import Reporter
+from lwm.report.terminal import duration
+from lwm.train.disk import bad_disk_explained
+from lwm.train.faults import check_tolerated, loss_limit, problem, with_loss
 from lwm.train.out_of_memory import explain_out_of_memory
-from lwm.train.program import StageProgram
-from lwm.train.program import build_program
-from lwm.train.progress import duration
-from lwm.train.report import Reporter
-from lwm.train.state import TrainState
 from lwm.train.stop import StopNotice
 from lwm.train.workdir import held
 
-NOTHING_DONE = Progress(stage=0, step=0, total_steps=0)
+NOTHING_DONE = Position(stage=0, step=0, total_steps=0)
 
 
 def train(
-    experiment: Experiment,
-    workdir: pathlib.Path,
-    devices: Sequence[jax.Device] | None = None,
-    profile_steps: range = range(0),
+  experiment: Experiment,
+  workdir: pathlib.Path,
+  devices: Sequence[jax.Device] | None = None,
+  profile_steps: range = range(0),
 ) -> None:
   """Trains all stages that are not done yet, leaving checkpoints, metrics and curves in `workdir`.
 
@@ -70,10 +61,10 @@ def train(
   """
   identity = run_identity(experiment)
   with (
-      StopNotice() as notice,
-      bad_disk_explained(workdir),
-      held(workdir),
-      Checkpoints(workdir / "checkpoints", experiment.checkpoint.keep) as checkpoints,
+    StopNotice() as notice,
+    bad_disk_explained(workdir),
+    held(workdir),
+    Checkpoints(workdir / "checkpoints", experiment.checkpoint.keep) as checkpoints,
   ):
     checkpoint, notes = checkpoints.latest(identity)
     done = checkpoint or NOTHING_DONE
@@ -98,8 +89,15 @@ def train(
             state = program.fresh_state(params)
             done = done.at_stage(index)
           state, done = train_stage(
-              experiment, program, Loader(experiment, index, program.mesh), state, done, reporter,
-              checkpoints, identity, notice,
+            experiment,
+            program,
+            Loader(experiment, index, program.mesh),
+            state,
+            done,
+            reporter,
+            checkpoints,
+            identity,
+            notice,
           )
       reporter.plot(stage)
     with reporter.account.spend("checkpoint"):
@@ -108,12 +106,12 @@ def train(
 
 
 def take_up(
-    program: StageProgram,
-    experiment: Experiment,
-    index: int,
-    checkpoint: Progress | None,
-    checkpoints: Checkpoints,
-) -> tuple[TrainState, Progress]:
+  program: StageProgram,
+  experiment: Experiment,
+  index: int,
+  checkpoint: Position | None,
+  checkpoints: Checkpoints,
+) -> tuple[TrainState, Position]:
   """The state that stage `index` goes on from, or starts with, and where that is."""
   if checkpoint is None:
     return program.fresh_state(program.initial_params(experiment.seed)), NOTHING_DONE
@@ -124,16 +122,16 @@ def take_up(
 
 
 def train_stage(
-    experiment: Experiment,
-    program: StageProgram,
-    loader: Loader,
-    state: TrainState,
-    done: Progress,
-    reporter: Reporter,
-    checkpoints: Checkpoints,
-    identity: Identity,
-    notice: StopNotice,
-) -> tuple[TrainState, Progress]:
+  experiment: Experiment,
+  program: StageProgram,
+  loader: Loader,
+  state: TrainState,
+  done: Position,
+  reporter: Reporter,
+  checkpoints: Checkpoints,
+  identity: Identity,
+  notice: StopNotice,
+) -> tuple[TrainState, Position]:
   """The rest of a stage, with an evaluation and a checkpoint at its end, whatever their periods."""
   stage = experiment.stages[done.stage]
   with reporter.account.spend("compile"):
@@ -141,16 +139,24 @@ def train_stage(
   batches, rollbacks = None, 0
   while done.step < stage.steps:
     stop = min(
-        stage.steps,
-        next_multiple(done.step, experiment.checkpoint.every_steps),
-        next_multiple(done.step, experiment.evaluation.every_steps),
+      stage.steps,
+      next_multiple(done.step, experiment.checkpoint.every_steps),
+      next_multiple(done.step, experiment.evaluation.every_steps),
     )
     if batches is None:
       batches = loader.iterate(done.next_batch, done.next_batch + stage.steps - done.step)
     before = done
     state, done, bad = run_steps(
-        experiment.faults, train_step, batches, state, stage, done, stop, reporter, checkpoints,
-        notice,
+      experiment.faults,
+      train_step,
+      batches,
+      state,
+      stage,
+      done,
+      stop,
+      reporter,
+      checkpoints,
+      notice,
     )
     if bad or done.passed_over != before.passed_over:
       batches = None
@@ -178,24 +184,24 @@ def train_stage(
         checkpoints.wait()
       reporter.close()
       raise ResumeError(
-          f"{notice.reason}: stopped after step {done.total_steps} of {reporter.total_steps}; the "
-          f"same command goes on from {checkpoints.newest or 'the start'}."
+        f"{notice.reason}: stopped after step {done.total_steps} of {reporter.total_steps}; the "
+        f"same command goes on from {checkpoints.newest or 'the start'}."
       )
   return state, done
 
 
 def run_steps(
-    faults: FaultConfig,
-    train_step: Any,
-    batches: Iterator[dict[str, jax.Array]],
-    state: TrainState,
-    stage: Stage,
-    done: Progress,
-    stop: int,
-    reporter: Reporter,
-    checkpoints: Checkpoints,
-    notice: StopNotice,
-) -> tuple[TrainState, Progress, str | None]:
+  faults: FaultConfig,
+  train_step: Any,
+  batches: Iterator[dict[str, jax.Array]],
+  state: TrainState,
+  stage: Stage,
+  done: Position,
+  stop: int,
+  reporter: Reporter,
+  checkpoints: Checkpoints,
+  notice: StopNotice,
+) -> tuple[TrainState, Position, str | None]:
   """Runs as many batches as there are steps to `stop`, unless told to stop, and reports each.
 
   The device is idle only at the end.
@@ -229,15 +235,15 @@ def run_steps(
 
 
 def settle(
-    faults: FaultConfig,
-    stage: Stage,
-    done: Progress,
-    limit: float,
-    metrics: dict[str, jax.Array],
-    wait: InputWait,
-    reporter: Reporter,
-    checkpoints: Checkpoints,
-) -> tuple[Progress, str | None]:
+  faults: FaultConfig,
+  stage: Stage,
+  done: Position,
+  limit: float,
+  metrics: dict[str, jax.Array],
+  wait: InputWait,
+  reporter: Reporter,
+  checkpoints: Checkpoints,
+) -> tuple[Position, str | None]:
   """Waits for the step of batch `done.next_batch`.
 
   Returns:
@@ -259,22 +265,22 @@ def settle(
 
 
 def roll_back(
-    experiment: Experiment,
-    program: StageProgram,
-    done: Progress,
-    bad: str,
-    reporter: Reporter,
-    checkpoints: Checkpoints,
-    identity: Identity,
-) -> tuple[TrainState, Progress]:
+  experiment: Experiment,
+  program: StageProgram,
+  done: Position,
+  bad: str,
+  reporter: Reporter,
+  checkpoints: Checkpoints,
+  identity: Identity,
+) -> tuple[TrainState, Position]:
   """The state of the last checkpoint, from where the batches up to the bad one are passed over."""
   stage = experiment.stages[done.stage]
   checkpoint, notes = checkpoints.latest(identity)
   start_of_stage = done.total_steps - done.step
   if checkpoint and checkpoint.total_steps < start_of_stage:
     raise ResumeError(
-        f"{stage.name}, {bad}, and {' and '.join(notes)}, in an earlier stage: start the same "
-        "command again."
+      f"{stage.name}, {bad}, and {' and '.join(notes)}, in an earlier stage: start the same "
+      "command again."
     )
   state, back = take_up(program, experiment, done.stage, checkpoint, checkpoints)
   first, stop = back.next_batch, done.next_batch + 1
@@ -283,8 +289,10 @@ def roll_back(
   for note in notes:
     reporter.fault(stage, back, "checkpoint", note)
   reporter.fault(
-      stage, back, "rollback",
-      f"{bad}; back to step {back.step}, passing over batches {first} to {stop - 1}",
+    stage,
+    back,
+    "rollback",
+    f"{bad}; back to step {back.step}, passing over batches {first} to {stop - 1}",
   )
   return state, back
 
@@ -297,24 +305,24 @@ def compile_train_step(program: StageProgram, stage: Stage, reporter: Reporter) 
   compiled = program.train_step.lower(program.state, batch, limit).compile()
   axes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1)
   reporter.say(
-      f"{stage.name}: {stage.sequence_length} tokens x {stage.rows_per_batch} rows, mesh "
-      f"{axes or 'of one device'}, compiled in {duration(time.perf_counter() - started)}"
+    f"{stage.name}: {stage.sequence_length} tokens x {stage.rows_per_batch} rows, mesh "
+    f"{axes or 'of one device'}, compiled in {duration(time.perf_counter() - started)}"
   )
   return compiled
 
 
 def held_out(program: StageProgram, loader: Loader, state: TrainState) -> list[dict[str, Any]]:
-  """Held-out losses of the stage's datasets: see evaluate.py."""
+  """Held-out losses of the stage's datasets: see held_out_lib.py."""
   return [
-      row
-      for name in loader.evaluation_datasets
-      for row in evaluate.held_out_losses(
-          state.params,
-          program.evaluation_step,
-          loader.evaluation_batches(name),
-          name,
-          loader.datasets[name].unigram_entropy(VALIDATION),
-      )
+    row
+    for name in loader.evaluation_datasets
+    for row in held_out_lib.held_out_losses(
+      state.params,
+      program.evaluation_step,
+      loader.evaluation_batches(name),
+      name,
+      loader.datasets[name].unigram_entropy(VALIDATION),
+    )
   ]
 
 

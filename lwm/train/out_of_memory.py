@@ -1,13 +1,13 @@
 """Out of device memory as one sentence, with a profile of what filled it."""
 
-from collections.abc import Iterator
 import contextlib
 import pathlib
+from collections.abc import Iterator
 
 import jax
 
+from lwm.config.experiment import Stage
 from lwm.errors import UserError
-from lwm.experiment import Stage
 
 
 @contextlib.contextmanager
@@ -30,9 +30,9 @@ def explain_out_of_memory(workdir: pathlib.Path, stage: Stage) -> Iterator[None]
     path = workdir / f"memory_{stage.name}{process}.prof"
     jax.profiler.save_device_memory_profile(path)
     raise UserError(
-        f"stage {stage.name} takes more memory than its devices have "
-        f"({reason.splitlines()[0].rstrip('.')}): try --config.model.remat=full, or more devices "
-        "along fsdp or ring of the stage's mesh; python -m experiments.plan --config=... "
-        f"--topology=... --stage={stage.name} --search finds what fits, and pprof -top {path} says "
-        "what was there."
+      f"stage {stage.name} takes more memory than its devices have "
+      f"({reason.splitlines()[0].rstrip('.')}): try --config.model.remat=full, or more devices "
+      "along fsdp or ring of the stage's mesh; python -m experiments.plan --config=... "
+      f"--topology=... --stage={stage.name} --search finds what fits, and pprof -top {path} says "
+      "what was there."
     ) from error

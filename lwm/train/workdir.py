@@ -1,19 +1,18 @@
 """The working directory of a run: writable, the same to all processes, and one run's at a time."""
 
-from collections.abc import Iterator
 import contextlib
 import fcntl
 import os
 import pathlib
 import secrets
 import socket
+from collections.abc import Iterator
 
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
+from jax.experimental import multihost_utils
 
-from lwm.errors import ResumeError
-from lwm.errors import UserError
+from lwm.errors import ResumeError, UserError
 
 # Held by process 0 as long as it lives, however it ends; the file itself stays.
 LOCK_NAME = "lock"
@@ -43,8 +42,7 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
     file = path.open("a+")
   except OSError as error:
     raise UserError(
-        f"--workdir={workdir} cannot be written to ({error.strerror}): see to that, or take "
-        "another."
+      f"--workdir={workdir} cannot be written to ({error.strerror}): see to that, or take another."
     ) from error
   with file:
     try:
@@ -52,8 +50,8 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
     except BlockingIOError:
       file.seek(0)
       raise ResumeError(
-          f"{workdir} is in use by another run ({file.read().strip()}): wait for its end, or take "
-          f"another --workdir; if it is gone for good, remove {path}."
+        f"{workdir} is in use by another run ({file.read().strip()}): wait for its end, or take "
+        f"another --workdir; if it is gone for good, remove {path}."
       ) from None
     except OSError:
       pass
@@ -78,6 +76,6 @@ def _see_that_all_share(workdir: pathlib.Path) -> None:
     (workdir / name).unlink()
   if blind.size:
     raise UserError(
-        f"--workdir={workdir}: process {blind[0]} does not see there what process 0 writes; it "
-        "must be on a disk that all hosts share."
+      f"--workdir={workdir}: process {blind[0]} does not see there what process 0 writes; it "
+      "must be on a disk that all hosts share."
     )

@@ -10,13 +10,13 @@ import os
 import pathlib
 import zipfile
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from lwm.config.vqgan import VQGANConfig
 from lwm.errors import UserError
-from lwm.vision.config import VQGANConfig
 from lwm.vision.vqgan import VQGAN
 
 _CONFIG = "config"
@@ -41,8 +41,8 @@ def save_vqgan(path: str | os.PathLike, config: VQGANConfig, state: nnx.State) -
     state: all of the model's variables, as `nnx.state(model)` gives them.
   """
   arrays = {
-      ".".join(str(key) for key in keys): np.asarray(value[...])
-      for keys, value in nnx.to_flat_state(state)
+    ".".join(str(key) for key in keys): np.asarray(value[...])
+    for keys, value in nnx.to_flat_state(state)
   }
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,9 +97,7 @@ class Codec:
       self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     self.state = nnx.from_flat_state(flat)
     self._batch_size = batch_size
-    self._encode = jax.jit(
-        lambda state, frames: nnx.merge(graph, state).encode(to_pixels(frames))
-    )
+    self._encode = jax.jit(lambda state, frames: nnx.merge(graph, state).encode(to_pixels(frames)))
     self._decode = jax.jit(lambda state, codes: to_frames(nnx.merge(graph, state).decode(codes)))
 
   def encode(self, frames_NxHxWx3: np.ndarray) -> np.ndarray:
@@ -112,8 +110,8 @@ class Codec:
     side = self.config.resolution
     if frames_NxHxWx3.shape[1:] != (side, side, 3) or frames_NxHxWx3.dtype != np.uint8:
       raise ValueError(
-          f"frames {frames_NxHxWx3.dtype}{list(frames_NxHxWx3.shape)} are not uint8 [N, {side}, "
-          f"{side}, 3]"
+        f"frames {frames_NxHxWx3.dtype}{list(frames_NxHxWx3.shape)} are not uint8 [N, {side}, "
+        f"{side}, 3]"
       )
     return self._in_batches(self._encode, frames_NxHxWx3)
 

@@ -5,19 +5,14 @@ Legend: N frames, H height, W width in pixels.
 
 import os
 import pathlib
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from lwm.vision.codec import Codec
-from lwm.vision.codec import save_vqgan
-from lwm.vision.config import VQGANConfig
-from lwm.vision.config import VQGANTrainingConfig
-from lwm.vision.pictures import peak_signal_to_noise
-from lwm.vision.pictures import save_contact_sheet
-from lwm.vision.train import Metrics
-from lwm.vision.train import train
+from lwm.config.vqgan import VQGANConfig, VQGANTrainingConfig
+from lwm.vision.codec import Codec, save_vqgan
+from lwm.vision.pictures import peak_signal_to_noise, save_contact_sheet
+from lwm.vision.train import Metrics, train
 
 _REPORTS = 8
 _FRAMES_IN_PICTURE = 6
@@ -30,13 +25,13 @@ def split_by_time(frames_NxHxWx3: np.ndarray, held_out: float) -> tuple[np.ndarr
 
 
 def fit(
-    path: str | os.PathLike,
-    train_frames_NxHxWx3: np.ndarray,
-    held_out: Mapping[str, np.ndarray],
-    config: VQGANConfig,
-    training: VQGANTrainingConfig,
-    seed: int,
-    log: Callable[[str], None] = print,
+  path: str | os.PathLike,
+  train_frames_NxHxWx3: np.ndarray,
+  held_out: Mapping[str, np.ndarray],
+  config: VQGANConfig,
+  training: VQGANTrainingConfig,
+  seed: int,
+  log: Callable[[str], None] = print,
 ) -> Codec:
   """Trains, writes `path` and beside it a .png of held-out frames, truth above reconstruction.
 
@@ -58,8 +53,8 @@ def fit(
     if step % every == 0 or step == training.steps:
       used = int((metrics.wins_V > 0).sum())
       log(
-          f"VQGAN step {step}/{training.steps}: reconstruction {metrics.reconstruction:.4f}, "
-          f"commitment {metrics.commitment:.4f}, codes in the batch {used}/{config.codebook_size}"
+        f"VQGAN step {step}/{training.steps}: reconstruction {metrics.reconstruction:.4f}, "
+        f"commitment {metrics.commitment:.4f}, codes in the batch {used}/{config.codebook_size}"
       )
 
   path = pathlib.Path(path)

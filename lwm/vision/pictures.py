@@ -14,7 +14,7 @@ _GAP = 4
 
 
 def save_contact_sheet(
-    path: str | os.PathLike, rows: list[list[np.ndarray]] | list[np.ndarray], scale: int = 2
+  path: str | os.PathLike, rows: list[list[np.ndarray]] | list[np.ndarray], scale: int = 2
 ) -> None:
   """Writes frames as one PNG: one row for each entry, frames of a row from left to right.
 
@@ -26,9 +26,9 @@ def save_contact_sheet(
   height, width = rows[0][0].shape[:2]
   columns = max(len(row) for row in rows)
   sheet = np.full(
-      (len(rows) * (height * scale + _GAP) - _GAP, columns * (width * scale + _GAP) - _GAP, 3),
-      255,
-      np.uint8,
+    (len(rows) * (height * scale + _GAP) - _GAP, columns * (width * scale + _GAP) - _GAP, 3),
+    255,
+    np.uint8,
   )
   for i, row in enumerate(rows):
     for j, frame in enumerate(row):

@@ -13,19 +13,15 @@ Legend: N frames, B frames in a batch, H, W pixels; h, w grid; L latents; V code
 from collections.abc import Callable
 from typing import NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
+from lwm.config.vqgan import VQGANConfig, VQGANTrainingConfig
 from lwm.vision.codec import to_pixels
-from lwm.vision.config import VQGANConfig
-from lwm.vision.config import VQGANTrainingConfig
-from lwm.vision.vqgan import Codebook
-from lwm.vision.vqgan import nearest_codes
-from lwm.vision.vqgan import straight_through
-from lwm.vision.vqgan import VQGAN
+from lwm.vision.vqgan import VQGAN, Codebook, nearest_codes, straight_through
 
 # Latents that the codebook's first clusters are made of, and rounds of k-means over them.
 _CLUSTER_LATENTS_PER_CODE = 64
@@ -49,7 +45,7 @@ class Metrics(NamedTuple):
 
 
 def losses(
-    model: VQGAN, pixels_BxHxWx3: jax.Array, quantize: jax.Array
+  model: VQGAN, pixels_BxHxWx3: jax.Array, quantize: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Reconstruction and commitment losses (scalars), codes [B, h, w], latents [B, h, w, E].
 
@@ -62,7 +58,7 @@ def losses(
   codebook_VxE = model.codebook[...]
   codes_Bxhxw = nearest_codes(latents_BxhxwxE, codebook_VxE)
   quantized_BxhxwxE = jax.lax.stop_gradient(
-      jnp.where(quantize, codebook_VxE[codes_Bxhxw], latents_BxhxwxE)
+    jnp.where(quantize, codebook_VxE[codes_Bxhxw], latents_BxhxwxE)
   )
   output_BxHxWx3 = model.reconstruct(straight_through(latents_BxhxwxE, quantized_BxhxwxE))
   error_BxHxWx3 = output_BxHxWx3 - pixels_BxHxWx3
@@ -92,7 +88,7 @@ def cluster(latents_LxE: jax.Array, num_codes: int, key: jax.Array) -> tuple[jax
 
 
 def tally(
-    latents_LxE: jax.Array, codes_L: jax.Array, num_codes: int
+  latents_LxE: jax.Array, codes_L: jax.Array, num_codes: int
 ) -> tuple[jax.Array, jax.Array]:
   """For each code, how many latents it wins [V] and their sum [V, E]; float32."""
   wins_V = jax.ops.segment_sum(jnp.ones(len(codes_L)), codes_L, num_codes)
@@ -100,11 +96,11 @@ def tally(
 
 
 def train(
-    frames_NxHxWx3: np.ndarray,
-    config: VQGANConfig,
-    training: VQGANTrainingConfig,
-    seed: int,
-    report: Callable[[int, Metrics], None] = lambda step, metrics: None,
+  frames_NxHxWx3: np.ndarray,
+  config: VQGANConfig,
+  training: VQGANTrainingConfig,
+  seed: int,
+  report: Callable[[int, Metrics], None] = lambda step, metrics: None,
 ) -> nnx.State:
   """Trains a VQGAN on frames, each batch drawn at random and half of it mirrored.
 
@@ -126,7 +122,7 @@ def train(
   model = VQGAN(config, rngs=nnx.Rngs(seed))
   graph, params, codebook = nnx.split(model, nnx.Param, Codebook)
   schedule = optax.warmup_cosine_decay_schedule(
-      0.0, training.peak_learning_rate, training.warmup_steps, training.steps
+    0.0, training.peak_learning_rate, training.warmup_steps, training.steps
   )
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
   num_codes = config.codebook_size
@@ -140,13 +136,13 @@ def train(
     def objective(params):
       model = assemble(params, state.sums_VxE, state.counts_V)
       reconstruction, commitment, codes, latents = losses(
-          model, to_pixels(frames_BxHxWx3), quantize
+        model, to_pixels(frames_BxHxWx3), quantize
       )
       total = reconstruction + training.commitment_weight * commitment
       return total, (reconstruction, commitment, codes, latents)
 
     gradients, (reconstruction, commitment, codes, latents) = jax.grad(objective, has_aux=True)(
-        state.params
+      state.params
     )
     updates, optimizer_state = optimizer.update(gradients, state.optimizer)
     params = optax.apply_updates(state.params, updates)
@@ -162,10 +158,10 @@ def train(
     new_counts_V = jnp.where(dead_V, even, new_counts_V)
     new_sums_VxE = jnp.where(dead_V[:, None], fresh_VxE * even, new_sums_VxE)
     state = TrainState(
-        params,
-        jnp.where(quantize, new_counts_V, state.counts_V),
-        jnp.where(quantize, new_sums_VxE, state.sums_VxE),
-        optimizer_state,
+      params,
+      jnp.where(quantize, new_counts_V, state.counts_V),
+      jnp.where(quantize, new_sums_VxE, state.sums_VxE),
+      optimizer_state,
     )
     return state, Metrics(reconstruction, commitment, wins_V)
 
@@ -181,10 +177,7 @@ def train(
   random = np.random.default_rng(seed)
   key = jax.random.key(seed)
   state = TrainState(
-      params,
-      jnp.ones(num_codes),
-      jax.tree.leaves(codebook)[0],
-      optimizer.init(params),
+    params, jnp.ones(num_codes), jax.tree.leaves(codebook)[0], optimizer.init(params)
   )
   cluster_frames = -(-_CLUSTER_LATENTS_PER_CODE * num_codes // config.grid**2)
   for number in range(training.steps):
@@ -194,10 +187,10 @@ def train(
     batch_BxHxWx3 = frames_NxHxWx3[random.integers(len(frames_NxHxWx3), size=training.batch_size)]
     mirrored = random.random(training.batch_size) < 0.5
     batch_BxHxWx3 = np.where(
-        mirrored[:, None, None, None], batch_BxHxWx3[:, :, ::-1], batch_BxHxWx3
+      mirrored[:, None, None, None], batch_BxHxWx3[:, :, ::-1], batch_BxHxWx3
     )
     state, metrics = step(
-        state, batch_BxHxWx3, number >= training.continuous_steps, jax.random.fold_in(key, number)
+      state, batch_BxHxWx3, number >= training.continuous_steps, jax.random.fold_in(key, number)
     )
     report(number + 1, metrics)
   return nnx.state(assemble(state.params, state.sums_VxE, state.counts_V))

@@ -18,7 +18,7 @@ _TIME_TOLERANCE = 1e-3
 
 
 def read_frames(
-    path: str | os.PathLike, frames_per_second: float | None = None
+  path: str | os.PathLike, frames_per_second: float | None = None
 ) -> Iterator[Image.Image]:
   """Yields the frames of a file's first video stream as RGB images, in order of time.
 
@@ -59,7 +59,7 @@ def read_frames(
   except av.error.FFmpegError as error:
     where = f"after frame {count}" if count else "as a video"
     raise UserError(
-        f"{path} cannot be read {where} ({error.strerror}): name a complete video file."
+      f"{path} cannot be read {where} ({error.strerror}): name a complete video file."
     ) from error
   if not count:
     raise UserError(f"{path} has no frames: name a complete video file.")
@@ -86,15 +86,12 @@ def crop_and_resize(image: Image.Image, resolution: int, position: float = 0.5) 
 
 
 def read_clip(
-    path: str | os.PathLike,
-    resolution: int,
-    frames_per_second: float | None = None,
-    position: float = 0.5,
+  path: str | os.PathLike,
+  resolution: int,
+  frames_per_second: float | None = None,
+  position: float = 0.5,
 ) -> np.ndarray:
   """All frames of a clip as squares; uint8 [N, resolution, resolution, 3]. See `read_frames`."""
   return np.stack(
-      [
-          crop_and_resize(image, resolution, position)
-          for image in read_frames(path, frames_per_second)
-      ]
+    [crop_and_resize(image, resolution, position) for image in read_frames(path, frames_per_second)]
   )

@@ -9,11 +9,11 @@ Legend: B frames, H height, W width in pixels; h, w height and width of the grid
 tensor at hand; V codes; E codebook width.
 """
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from lwm.vision.config import VQGANConfig
+from lwm.config.vqgan import VQGANConfig
 
 
 class Codebook(nnx.Variable):
@@ -29,9 +29,9 @@ class ResidualBlock(nnx.Module):
     self.norm2 = nnx.GroupNorm(out_channels, groups, rngs=rngs)
     self.conv2 = nnx.Conv(out_channels, out_channels, (3, 3), rngs=rngs)
     self.shortcut = (
-        nnx.Conv(in_channels, out_channels, (1, 1), rngs=rngs)
-        if in_channels != out_channels
-        else nnx.data(None)
+      nnx.Conv(in_channels, out_channels, (1, 1), rngs=rngs)
+      if in_channels != out_channels
+      else nnx.data(None)
     )
 
   def __call__(self, hidden_BxHxWxC: jax.Array) -> jax.Array:
@@ -46,9 +46,7 @@ class Downsample(nnx.Module):
   """Halves both sides by a strided 3x3 convolution, padded at the bottom and right only."""
 
   def __init__(self, channels: int, *, rngs: nnx.Rngs):
-    self.conv = nnx.Conv(
-        channels, channels, (3, 3), strides=2, padding=((0, 1), (0, 1)), rngs=rngs
-    )
+    self.conv = nnx.Conv(channels, channels, (3, 3), strides=2, padding=((0, 1), (0, 1)), rngs=rngs)
 
   def __call__(self, hidden_BxHxWxC: jax.Array) -> jax.Array:
     return self.conv(hidden_BxHxWxC)
@@ -137,12 +135,12 @@ class VQGAN(nnx.Module):
     self.quant_conv = nnx.Conv(config.latent_channels, config.codebook_width, (1, 1), rngs=rngs)
     scale = 1.0 / config.codebook_size
     self.codebook = Codebook(
-        jax.random.uniform(
-            rngs.params(), (config.codebook_size, config.codebook_width), jnp.float32, -scale, scale
-        )
+      jax.random.uniform(
+        rngs.params(), (config.codebook_size, config.codebook_width), jnp.float32, -scale, scale
+      )
     )
     self.post_quant_conv = nnx.Conv(
-        config.codebook_width, config.latent_channels, (1, 1), rngs=rngs
+      config.codebook_width, config.latent_channels, (1, 1), rngs=rngs
     )
     self.decoder = Decoder(config, rngs=rngs)
 

@@ -4,21 +4,19 @@ import dataclasses
 import os
 import pathlib
 
-from configs import laptop
-from configs import lwm_text_7b
-from configs import lwm_vision_7b
-from configs import models
-from lwm import experiment as experiment_lib
-from lwm.model.config import ModelConfig
-from lwm.validate import check_devices
-from lwm.validate import validate
 import pytest
+
+from configs import laptop, lwm_text_7b, lwm_vision_7b, models
+from lwm.config import experiment as experiment_lib
+from lwm.config.model import ModelConfig
+from lwm.config.validate import check_devices, validate
+from lwm.errors import ConfigError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CONFIGS = {
-    "laptop": (laptop, 1),
-    "lwm_text_7b": (lwm_text_7b, 256),
-    "lwm_vision_7b": (lwm_vision_7b, 512),
+  "laptop": (laptop, 1),
+  "lwm_text_7b": (lwm_text_7b, 256),
+  "lwm_vision_7b": (lwm_vision_7b, 512),
 }
 
 
@@ -45,6 +43,7 @@ def test_configs_share_no_mutable_parts():
 
 def test_lwm_recipes_train_on_the_tokens_that_the_paper_says():
   """ANCHORS: tokens of each stage, in billions, to the paper's rounding (4M is 2**22)."""
+
   def billions(config):
     return [stage.tokens_per_batch * stage.steps / 1e9 for stage in config.get_config().stages]
 
@@ -54,8 +53,8 @@ def test_lwm_recipes_train_on_the_tokens_that_the_paper_says():
 
 
 @pytest.mark.parametrize(
-    "model, billions",
-    [(models.lwm_7b(), 6.738), (models.lwm_13b(), 13.016), (models.llama3_8b(), 8.030)],
+  "model, billions",
+  [(models.lwm_7b(), 6.738), (models.lwm_13b(), 13.016), (models.llama3_8b(), 8.030)],
 )
 def test_model_sizes_have_the_published_number_of_parameters(model: ModelConfig, billions):
   attention = model.width * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
@@ -75,34 +74,36 @@ def _experiment(**changes):
 
 
 @pytest.mark.parametrize(
-    "changes, named",
-    [
-        ({"model__num_kv_heads": 3}, ["num_heads=4", "num_kv_heads=3"]),
-        ({"model__remat": "some"}, ["remat='some'", "'full'"]),
-        ({"model__head_dim": 7}, ["head_dim=7"]),
-        ({"stages__0__mixture__0__dataset": "txt"}, ["stages[0].mixture[0]", "'text'"]),
-        ({"stages__1__tokens_per_batch": 1500}, ["stages[1]", "1500", "1024"]),
-        ({"stages__1__layout": "striped"}, ["'striped'", "'zigzag'"]),
-        ({"stages__2__mesh__ring": 3}, ["sequence_length=1024", "ring=3", "zigzag"]),
-        ({"stages__2__mesh__ulysses": 3},
-         ["sequence_length=1024", "ring x ulysses x tensor = 1 x 3 x 1"]),
-        ({"stages__0__warmup_steps": 10**6}, ["warmup_steps", "steps"]),
-        ({"stages__0__accumulation_steps": 3}, ["accumulation_steps=3", "8 rows"]),
-        ({"stages__0__name": "video_1k"}, ["stages", "video_1k"]),
-        ({"datasets__0__weighting": "document"}, ["weighting", "'example'"]),
-        ({"loss__text_weight": 0.0, "loss__vision_weight": 0.0}, ["text_weight", "vision_weight"]),
-        ({"optimizer__peak_learning_rate": -1.0}, ["peak_learning_rate=-1.0"]),
-        ({"optimizer__weight_decay": float("nan")}, ["optimizer.weight_decay=nan"]),
-        ({"optimizer__epsilon": 0.0}, ["optimizer.epsilon=0.0"]),
-        ({"stages__3__peak_learning_rate": -1e-3}, ["stages[3].peak_learning_rate=-0.001"]),
-        ({"stages__0__end_learning_rate": -1e-3}, ["stages[0].end_learning_rate=-0.001"]),
-        ({"stages__2__mixture__1__weight": -1.0}, ["stages[2].mixture[1].weight=-1.0"]),
-        ({"loss__z_loss": -1e-4}, ["loss.z_loss=-0.0001"]),
-        ({"stages": []}, ["stages"]),
-    ],
+  "changes, named",
+  [
+    ({"model__num_kv_heads": 3}, ["num_heads=4", "num_kv_heads=3"]),
+    ({"model__remat": "some"}, ["remat='some'", "'full'"]),
+    ({"model__head_dim": 7}, ["head_dim=7"]),
+    ({"stages__0__mixture__0__dataset": "txt"}, ["stages[0].mixture[0]", "'text'"]),
+    ({"stages__1__tokens_per_batch": 1500}, ["stages[1]", "1500", "1024"]),
+    ({"stages__1__layout": "striped"}, ["'striped'", "'zigzag'"]),
+    ({"stages__2__mesh__ring": 3}, ["sequence_length=1024", "ring=3", "zigzag"]),
+    (
+      {"stages__2__mesh__ulysses": 3},
+      ["sequence_length=1024", "ring x ulysses x tensor = 1 x 3 x 1"],
+    ),
+    ({"stages__0__warmup_steps": 10**6}, ["warmup_steps", "steps"]),
+    ({"stages__0__accumulation_steps": 3}, ["accumulation_steps=3", "8 rows"]),
+    ({"stages__0__name": "video_1k"}, ["stages", "video_1k"]),
+    ({"datasets__0__weighting": "document"}, ["weighting", "'example'"]),
+    ({"loss__text_weight": 0.0, "loss__vision_weight": 0.0}, ["text_weight", "vision_weight"]),
+    ({"optimizer__peak_learning_rate": -1.0}, ["peak_learning_rate=-1.0"]),
+    ({"optimizer__weight_decay": float("nan")}, ["optimizer.weight_decay=nan"]),
+    ({"optimizer__epsilon": 0.0}, ["optimizer.epsilon=0.0"]),
+    ({"stages__3__peak_learning_rate": -1e-3}, ["stages[3].peak_learning_rate=-0.001"]),
+    ({"stages__0__end_learning_rate": -1e-3}, ["stages[0].end_learning_rate=-0.001"]),
+    ({"stages__2__mixture__1__weight": -1.0}, ["stages[2].mixture[1].weight=-1.0"]),
+    ({"loss__z_loss": -1e-4}, ["loss.z_loss=-0.0001"]),
+    ({"stages": []}, ["stages"]),
+  ],
 )
 def test_a_wrong_combination_is_one_message_that_names_the_settings(changes, named):
-  with pytest.raises(experiment_lib.ConfigError) as error:
+  with pytest.raises(ConfigError) as error:
     validate(_experiment(**changes))
   message = str(error.value)
   assert "\n" not in message
@@ -110,17 +111,17 @@ def test_a_wrong_combination_is_one_message_that_names_the_settings(changes, nam
 
 
 @pytest.mark.parametrize(
-    "changes, devices, named",
-    [
-        ({"stages__0__mesh__tensor": 3}, 8, ["tensor=3", "8 devices"]),
-        ({"stages__0__mesh__fsdp": 2}, 8, ["fsdp=2", "8 devices"]),
-        ({"stages__0__mesh__data": -1}, 8, ["one axis"]),
-        ({}, 16, ["stages[0]", "8 rows", "1 x 16"]),
-        ({"stages__0__mesh__ring": 2}, 32, ["stages[0]", "8 rows", "1 x 16"]),
-    ],
+  "changes, devices, named",
+  [
+    ({"stages__0__mesh__tensor": 3}, 8, ["tensor=3", "8 devices"]),
+    ({"stages__0__mesh__fsdp": 2}, 8, ["fsdp=2", "8 devices"]),
+    ({"stages__0__mesh__data": -1}, 8, ["one axis"]),
+    ({}, 16, ["stages[0]", "8 rows", "1 x 16"]),
+    ({"stages__0__mesh__ring": 2}, 32, ["stages[0]", "8 rows", "1 x 16"]),
+  ],
 )
 def test_a_mesh_that_does_not_fit_is_one_message(changes, devices, named):
-  with pytest.raises(experiment_lib.ConfigError) as error:
+  with pytest.raises(ConfigError) as error:
     check_devices(_experiment(**changes), devices)
   assert all(name in str(error.value) for name in named), str(error.value)
 

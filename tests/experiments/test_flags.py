@@ -21,13 +21,17 @@ flags.run(main)
 
 def _run(*arguments):
   return subprocess.run(
-      [sys.executable, "-c", PROGRAM, *arguments], cwd=ROOT, capture_output=True, text=True
+    [sys.executable, "-c", PROGRAM, *arguments], cwd=ROOT, capture_output=True, text=True
   )
 
 
 def test_settings_are_flags():
-  done = _run("--config=configs/laptop.py", "--config.seed=7",
-              "--config.stages[1].sequence_length=2048", "--config.model.tied_head")
+  done = _run(
+    "--config=configs/laptop.py",
+    "--config.seed=7",
+    "--config.stages[1].sequence_length=2048",
+    "--config.model.tied_head",
+  )
   assert done.stdout.split() == ["7", "2048", "True"], done.stderr
 
 
@@ -39,30 +43,38 @@ def test_help_names_the_config():
 def test_a_group_that_is_none_is_built():
   program = PROGRAM.replace("CONFIG.value.seed,", "CONFIG.value.model.rope_scaling,")
   done = subprocess.run(
-      [sys.executable, "-c", program, "--config=configs/laptop.py",
-       "--config.model.rope_scaling=build", "--config.model.rope_scaling.factor=4"],
-      cwd=ROOT, capture_output=True, text=True,
+    [
+      sys.executable,
+      "-c",
+      program,
+      "--config=configs/laptop.py",
+      "--config.model.rope_scaling=build",
+      "--config.model.rope_scaling.factor=4",
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
   )
   assert done.stdout.startswith("RopeScaling(factor=4.0, low_frequency_factor=1.0"), done.stderr
 
 
 @pytest.mark.parametrize(
-    "flag, named",
-    [
-        ("--config.sed=3", ["--config.sed", "did you mean 'seed'"]),
-        ("--config.optimizer.peak_lr=1", ["config.optimizer has no setting 'peak_lr'"]),
-        ("--config.seed=abc", ["--config.seed=abc", "whole number"]),
-        ("--config.stages[1].peak_learning_rate=x", ["peak_learning_rate=x", "a number"]),
-        ("--config.model.tied_head=maybe", ["tied_head=maybe", "true or false"]),
-        ("--config.stages[7].steps=5", ["config.stages[7]", "4 entries"]),
-        ("--config.stages=5", ["group of settings"]),
-        ("--config.model.rope_scaling=8", ["rope_scaling=8", "build or none"]),
-        ("--config.model.rope_scaling.factor=8", ["say --config.model.rope_scaling=build before"]),
-        ("--config.model=build", ["config.model is a group of settings"]),
-        ("--confg=5", ["confg"]),
-        ("config.seed=3", ["'config.seed=3' is no flag"]),
-        ("--config.seed=99", ["the seed is 99."]),
-    ],
+  "flag, named",
+  [
+    ("--config.sed=3", ["--config.sed", "did you mean 'seed'"]),
+    ("--config.optimizer.peak_lr=1", ["config.optimizer has no setting 'peak_lr'"]),
+    ("--config.seed=abc", ["--config.seed=abc", "whole number"]),
+    ("--config.stages[1].peak_learning_rate=x", ["peak_learning_rate=x", "a number"]),
+    ("--config.model.tied_head=maybe", ["tied_head=maybe", "true or false"]),
+    ("--config.stages[7].steps=5", ["config.stages[7]", "4 entries"]),
+    ("--config.stages=5", ["group of settings"]),
+    ("--config.model.rope_scaling=8", ["rope_scaling=8", "build or none"]),
+    ("--config.model.rope_scaling.factor=8", ["say --config.model.rope_scaling=build before"]),
+    ("--config.model=build", ["config.model is a group of settings"]),
+    ("--confg=5", ["confg"]),
+    ("config.seed=3", ["'config.seed=3' is no flag"]),
+    ("--config.seed=99", ["the seed is 99."]),
+  ],
 )
 def test_a_mistake_is_one_sentence(flag, named):
   done = _run("--config=configs/laptop.py", flag)
@@ -72,14 +84,17 @@ def test_a_mistake_is_one_sentence(flag, named):
   assert all(name in done.stderr for name in named), done.stderr
 
 
-@pytest.mark.parametrize("config, named", [
+@pytest.mark.parametrize(
+  "config, named",
+  [
     (["--config=configs/lapto.py"], ["there is no file 'configs/lapto.py'"]),
     (["--config=configs"], ["there is no file 'configs'"]),
     (["--config=configs/models.py"], ["configs/models.py", "get_config"]),
     (["--config=README.md"], ["cannot use this file", "README.md, line"]),
     (["--config=configs/laptop.py:big"], ["too many positional arguments of get_config()"]),
     ([], ["--config"]),
-])
+  ],
+)
 def test_a_wrong_config_file_is_one_sentence(config, named):
   done = _run(*config)
   assert done.returncode == 1

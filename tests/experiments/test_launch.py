@@ -25,10 +25,14 @@ def launch(tmp_path):
       path.write_text(f"#!/bin/bash\n{log}\n{body}\n")
       path.chmod(path.stat().st_mode | stat.S_IXUSR)
     process = subprocess.run(
-        ["bash", LAUNCH / script, *arguments], text=True, timeout=120,
-        stdout=output, stderr=output,
-        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RESTART_SECONDS": "0"}
-        | variables,
+      ["bash", LAUNCH / script, *arguments],
+      text=True,
+      timeout=120,
+      stdout=output,
+      stderr=output,
+      env=os.environ
+      | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RESTART_SECONDS": "0"}
+      | variables,
     )
     calls = tmp_path / "calls"
     return process, calls.read_text().splitlines() if calls.exists() else []
@@ -42,13 +46,16 @@ def test_scripts_parse(script):
 
 
 @pytest.mark.parametrize(
-    "status,restarts,requeued",
-    [(0, 0, False), (1, 0, False), (RESUME_EXIT_CODE, 0, True), (137, 3, True), (75, 100, False)],
+  "status,restarts,requeued",
+  [(0, 0, False), (1, 0, False), (RESUME_EXIT_CODE, 0, True), (137, 3, True), (75, 100, False)],
 )
 def test_slurm_puts_a_job_back_that_asks_for_it(launch, status, restarts, requeued):
   process, calls = launch(
-      "slurm.sh", *ARGUMENTS, stand_ins={"srun": f"exit {status}", "scontrol": ""},
-      SLURM_JOB_ID="7", SLURM_RESTART_COUNT=str(restarts),
+    "slurm.sh",
+    *ARGUMENTS,
+    stand_ins={"srun": f"exit {status}", "scontrol": ""},
+    SLURM_JOB_ID="7",
+    SLURM_RESTART_COUNT=str(restarts),
   )
   assert process.returncode == status, process.stderr
   assert calls[0].endswith("-m experiments.train " + " ".join(ARGUMENTS) + " ")
@@ -62,7 +69,9 @@ def tpu_vm(directory, *starts):
   python.write_text('#!/bin/bash\n[ "$1 $2" = "-m experiments.train" ] && exit $STATUS\n')
   python.chmod(0o755)
   told = " ".join(f"'{' '.join(map(str, statuses))}'" for statuses in starts)
-  return {"pkill": "exit 1", "gcloud": f"""
+  return {
+    "pkill": "exit 1",
+    "gcloud": f"""
 [[ $* == *experiments.train* ]] || exit 0
 cd {directory}
 starts=({told})
@@ -75,17 +84,18 @@ for argument; do
     done
   fi
 done
-"""}
+""",
+  }
 
 
 @pytest.mark.parametrize(
-    "starts,status",
-    [
-        ([(0, 0)], 0),
-        # A process killed, a host that says nothing, a resume: it goes on.
-        ([(75, 137), (75,), (), (75, 75), (0, 0)], 0),
-        ([(75, 75), (1, 1)], 1),
-    ],
+  "starts,status",
+  [
+    ([(0, 0)], 0),
+    # A process killed, a host that says nothing, a resume: it goes on.
+    ([(75, 137), (75,), (), (75, 75), (0, 0)], 0),
+    ([(75, 75), (1, 1)], 1),
+  ],
 )
 def test_tpu_vms_are_started_again_until_they_are_done(launch, tmp_path, starts, status):
   stand_ins = tpu_vm(tmp_path, *starts)
@@ -113,12 +123,12 @@ def test_tpu_vm_keeps_what_it_said_before_a_restart(launch, tmp_path):
 
 def test_tpu_vm_dry_run_prints_the_commands_and_runs_none(launch):
   process, calls = launch(
-      "tpu_vm.sh", "--dry_run", "zone-a", "one,two", *ARGUMENTS, stand_ins={"gcloud": ""}
+    "tpu_vm.sh", "--dry_run", "zone-a", "one,two", *ARGUMENTS, stand_ins={"gcloud": ""}
   )
   assert process.returncode == 0, process.stderr
   assert calls == []
   printed = subprocess.run(
-      ["bash"], text=True, input="gcloud() { echo call; }\n" + process.stdout, capture_output=True
+    ["bash"], text=True, input="gcloud() { echo call; }\n" + process.stdout, capture_output=True
   )
   # Two slices are copied to, set up and started.
   assert printed.stdout == "call\n" * 6 and not printed.stderr
@@ -151,9 +161,11 @@ def test_jobset_restarts_on_all_but_errors():
   (rule,) = job["podFailurePolicy"]["rules"]
   assert rule["action"] == "FailJob"
   assert rule["onExitCodes"] == {
-      "containerName": container["name"], "operator": "In", "values": [1]
+    "containerName": container["name"],
+    "operator": "In",
+    "values": [1],
   }
   assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
   assert jobset["spec"]["failurePolicy"]["rules"] == [
-      {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
   ]

@@ -11,8 +11,11 @@ CONFIG = "--config=tests/lwm/plan/planned.py"
 def plan(*flags):
   environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR="")
   return subprocess.run(
-      [sys.executable, "-m", "experiments.plan", CONFIG, *flags],
-      capture_output=True, text=True, env=environment, check=False,
+    [sys.executable, "-m", "experiments.plan", CONFIG, *flags],
+    capture_output=True,
+    text=True,
+    env=environment,
+    check=False,
   )
 
 
@@ -46,17 +49,17 @@ def test_gpus_keep_block_inputs_in_the_hosts_memory(gpu):
 
 
 @pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--topology=v5p:2x2"], "error: --topology=v5p:2x2: there is no such machine"),
-        (["--topology=cpu:4", "--stage=9"], "error: --stage=9: the experiment's stages are long"),
-        (["--topology=cpu:4", "--search", "--longest"], "error: --search and --longest are two"),
-        (["--stage=long"], "error: say --config=FILE and --topology=MACHINE, or --table"),
-        (
-            ["--topology=cpu:4", "--config.stages[0].mesh.ring=3"],
-            "error: config.stages[0].sequence_length=8192 does not divide",
-        ),
-    ],
+  "flags, message",
+  [
+    (["--topology=v5p:2x2"], "error: --topology=v5p:2x2: there is no such machine"),
+    (["--topology=cpu:4", "--stage=9"], "error: --stage=9: the experiment's stages are long"),
+    (["--topology=cpu:4", "--search", "--longest"], "error: --search and --longest are two"),
+    (["--stage=long"], "error: say --config=FILE and --topology=MACHINE, or --table"),
+    (
+      ["--topology=cpu:4", "--config.stages[0].mesh.ring=3"],
+      "error: config.stages[0].sequence_length=8192 does not divide",
+    ),
+  ],
 )
 def test_what_is_wrong_is_one_sentence(flags, message):
   done = plan(*flags)
@@ -65,19 +68,22 @@ def test_what_is_wrong_is_one_sentence(flags, message):
 
 
 @pytest.mark.parametrize(
-    "flags, message",
-    [
-        # 4096 rows of 2^40 tokens; nothing need be compiled.
-        (
-            ["--topology=v5e:2x2", "--config.stages[0].sequence_length=1099511627776",
-             "--config.stages[0].tokens_per_batch=4503599627370496"],
-            "error: long: nothing fits v5e:2x2; by counting, the leanest, ",
-        ),
-        (
-            ["--topology=h100:3x1"],
-            "error: long: no mesh of the 3 devices of h100:3x1 goes with this model",
-        ),
-    ],
+  "flags, message",
+  [
+    # 4096 rows of 2^40 tokens; nothing need be compiled.
+    (
+      [
+        "--topology=v5e:2x2",
+        "--config.stages[0].sequence_length=1099511627776",
+        "--config.stages[0].tokens_per_batch=4503599627370496",
+      ],
+      "error: long: nothing fits v5e:2x2; by counting, the leanest, ",
+    ),
+    (
+      ["--topology=h100:3x1"],
+      "error: long: no mesh of the 3 devices of h100:3x1 goes with this model",
+    ),
+  ],
 )
 def test_search_says_why_it_finds_nothing(flags, message):
   done = plan("--search", *flags)

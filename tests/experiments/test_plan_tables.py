@@ -6,8 +6,7 @@ import json
 import pytest
 
 from experiments import plan_tables
-from lwm.plan import load
-from lwm.plan import plan_stage
+from lwm.plan import load, plan_stage
 from tests.lwm.plan import planned
 
 

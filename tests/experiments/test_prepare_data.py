@@ -12,8 +12,11 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def _run(*arguments):
   return subprocess.run(
-      [sys.executable, "-m", "experiments.prepare_data", *map(str, arguments)],
-      cwd=ROOT, capture_output=True, text=True, timeout=60,
+    [sys.executable, "-m", "experiments.prepare_data", *map(str, arguments)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=60,
   )
 
 
@@ -24,9 +27,12 @@ def test_text_with_a_tokenizer_of_its_own_and_held_out_files(tmp_path):
       (tmp_path / folder / f"{i}.py").write_text(f"# the {i}th file of {folder}\n" * 3)
   (tmp_path / "train" / "bad.py").write_bytes(b"\xff")
   command = [
-      "--source=text", f"--input={tmp_path / 'train'}", "--suffix=.py",
-      f"--validation_input={tmp_path / 'validation'}", f"--tokenizer={tmp_path / 't.model'}",
-      f"--output={tmp_path / 'out'}",
+    "--source=text",
+    f"--input={tmp_path / 'train'}",
+    "--suffix=.py",
+    f"--validation_input={tmp_path / 'validation'}",
+    f"--tokenizer={tmp_path / 't.model'}",
+    f"--output={tmp_path / 'out'}",
   ]
   done = _run(*command, "--train_tokenizer_vocab=280")
   assert done.returncode == 0, done.stderr
@@ -41,7 +47,7 @@ def test_text_with_a_tokenizer_of_its_own_and_held_out_files(tmp_path):
   again = _run(*command)
   assert again.returncode == 1
   assert again.stderr == (
-      f"error: {tmp_path / 'out'} exists already: delete it, or name another --output.\n"
+    f"error: {tmp_path / 'out'} exists already: delete it, or name another --output.\n"
   )
 
 
@@ -49,9 +55,14 @@ def test_jsonl(tmp_path):
   lines = [json.dumps({"q": f"what is {i}", "a": "a number"}) for i in range(50)]
   (tmp_path / "chat.jsonl").write_text("\n".join(lines))
   done = _run(
-      "--source=jsonl", f"--input={tmp_path / 'chat.jsonl'}", "--fields=[q],a", "--fields=[a],q",
-      f"--tokenizer={tmp_path / 't.model'}", "--train_tokenizer_vocab=290",
-      f"--output={tmp_path / 'out'}", "--validation_fraction=0.2",
+    "--source=jsonl",
+    f"--input={tmp_path / 'chat.jsonl'}",
+    "--fields=[q],a",
+    "--fields=[a],q",
+    f"--tokenizer={tmp_path / 't.model'}",
+    "--train_tokenizer_vocab=290",
+    f"--output={tmp_path / 'out'}",
+    "--validation_fraction=0.2",
   )
   assert done.returncode == 0, done.stderr
   splits = Dataset(tmp_path / "out").manifest["splits"]
@@ -59,13 +70,13 @@ def test_jsonl(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--tokenizer=/nothing/t.model"], "no tokenizer file /nothing/t.model"),
-        (["--validation_fraction=2"], "--validation_fraction=2.0 is not in"),
-        (["--validation_fraction=0.5", "--validation_input=x"], "not both"),
-        (["--output=gs://bucket/out"], "--output=gs://bucket/out is no directory"),
-    ],
+  "flags, message",
+  [
+    (["--tokenizer=/nothing/t.model"], "no tokenizer file /nothing/t.model"),
+    (["--validation_fraction=2"], "--validation_fraction=2.0 is not in"),
+    (["--validation_fraction=0.5", "--validation_input=x"], "not both"),
+    (["--output=gs://bucket/out"], "--output=gs://bucket/out is no directory"),
+  ],
 )
 def test_errors_are_one_sentence(tmp_path, flags, message):
   done = _run("--source=text", "--input=x", "--tokenizer=x", f"--output={tmp_path / 'out'}", *flags)

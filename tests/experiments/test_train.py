@@ -12,15 +12,21 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 
 def run(*arguments, **variables):
   return subprocess.run(
-      [sys.executable, "-m", "experiments.train", "--config=configs/laptop.py", *arguments],
-      cwd=ROOT, capture_output=True, text=True, env=os.environ | variables,
+    [sys.executable, "-m", "experiments.train", "--config=configs/laptop.py", *arguments],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    env=os.environ | variables,
   )
 
 
-@pytest.mark.parametrize("arguments, message", [
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
     (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is no directory: "),
     (["--workdir=runs/x", "--profile_steps=761:763"], "--profile_steps=761:763: the run has 760"),
-])
+  ],
+)
 def test_a_mistake_is_one_sentence(arguments, message):
   done = run(*arguments)
   assert done.returncode == 1

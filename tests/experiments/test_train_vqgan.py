@@ -12,14 +12,14 @@ from lwm.vision.codec import Codec
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = [
-    "--vqgan.resolution=32",
-    "--vqgan.hidden_channels=8",
-    "--vqgan.codebook_size=16",
-    "--vqgan.norm_groups=4",
-    "--training.steps=4",
-    "--training.warmup_steps=1",
-    "--training.continuous_steps=2",
-    "--training.batch_size=2",
+  "--vqgan.resolution=32",
+  "--vqgan.hidden_channels=8",
+  "--vqgan.codebook_size=16",
+  "--vqgan.norm_groups=4",
+  "--training.steps=4",
+  "--training.warmup_steps=1",
+  "--training.continuous_steps=2",
+  "--training.batch_size=2",
 ]
 
 
@@ -61,19 +61,27 @@ def test_a_file_that_is_no_video_and_sizes_that_do_not_fit(clip, tmp_path):
   ended = run(["-m", "experiments.train_vqgan", f"--video={notes}", f"--output={output}"])
   assert ended.returncode == 1 and "notes.txt cannot be read as a video" in ended.stderr
   assert "Traceback" not in ended.stderr
-  ended = run([
-      "-m", "experiments.train_vqgan", f"--video={clip}", f"--output={output}",
+  ended = run(
+    [
+      "-m",
+      "experiments.train_vqgan",
+      f"--video={clip}",
+      f"--output={output}",
       "--training.steps=100",
-  ])
+    ]
+  )
   assert ended.returncode == 1 and "continuous_steps=200 is not in [0, steps)" in ended.stderr
 
 
-@pytest.mark.parametrize("flag, message", [
+@pytest.mark.parametrize(
+  "flag, message",
+  [
     ("--vqgan.codbook_size=9", "has no setting 'codbook_size'; did you mean 'codebook_size'?"),
     ("--vqgan.codebook_size=x", "--vqgan.codebook_size=x: this setting takes a whole number."),
     ("--vqgan=9", "--vqgan=9: --vqgan is a group of settings; override one of them."),
     ("--training.batch_size=0", "--training: batch_size=0 must be at least 1."),
-])
+  ],
+)
 def test_a_wrong_setting_is_one_sentence(tmp_path, flag, message):
   output = f"--output={tmp_path / 'vqgan.npz'}"
   ended = run(["-m", "experiments.train_vqgan", "--video=x", output, flag])

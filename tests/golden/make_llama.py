@@ -17,20 +17,29 @@ import transformers
 
 COMMON = dict(hidden_size=32, num_hidden_layers=2, intermediate_size=48, vocab_size=64)
 CASES = {
-    "multi_head": dict(num_attention_heads=4, num_key_value_heads=4),
-    "grouped_query": dict(
-        num_attention_heads=4, num_key_value_heads=2, head_dim=12, rms_norm_eps=1e-5,
-        rope_parameters=dict(rope_type="default", rope_theta=500000.0),
+  "multi_head": dict(num_attention_heads=4, num_key_value_heads=4),
+  "grouped_query": dict(
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    rms_norm_eps=1e-5,
+    rope_parameters=dict(rope_type="default", rope_theta=500000.0),
+  ),
+  # 48 tokens against an original context of 8: every branch of the scaling is taken.
+  "llama3_scaling": dict(
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=16,
+    rope_parameters=dict(
+      rope_type="llama3",
+      rope_theta=1000.0,
+      factor=8.0,
+      low_freq_factor=1.0,
+      high_freq_factor=4.0,
+      original_max_position_embeddings=8,
     ),
-    # 48 tokens against an original context of 8: every branch of the scaling is taken.
-    "llama3_scaling": dict(
-        num_attention_heads=4, num_key_value_heads=1, head_dim=16,
-        rope_parameters=dict(
-            rope_type="llama3", rope_theta=1000.0, factor=8.0, low_freq_factor=1.0,
-            high_freq_factor=4.0, original_max_position_embeddings=8,
-        ),
-    ),
-    "tied": dict(num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True),
+  ),
+  "tied": dict(num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True),
 }
 
 
@@ -51,8 +60,11 @@ def main():
       del weights["weights/lm_head.weight"]  # As in a saved model.
     path = pathlib.Path(__file__).parent / f"llama_{name}.npz"
     np.savez_compressed(
-        path, ids=ids.numpy().astype(np.int32), logits=logits.numpy(),
-        config=json.dumps(config.to_dict(), default=str), **weights,
+      path,
+      ids=ids.numpy().astype(np.int32),
+      logits=logits.numpy(),
+      config=json.dumps(config.to_dict(), default=str),
+      **weights,
     )
     print(path, path.stat().st_size)
 

@@ -3,8 +3,8 @@
 B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim.
 """
 
-from collections.abc import Callable
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -82,7 +82,7 @@ class Case:
     random = np.random.default_rng(seed)
     shapes = dict(q=(self.Q, self.H), k=(self.K, self.G), v=(self.K, self.G), do=(self.Q, self.H))
     query, key, value, out_cotangent = (
-        random.standard_normal((self.B, *shape, self.D)) for shape in shapes.values()
+      random.standard_normal((self.B, *shape, self.D)) for shape in shapes.values()
     )
     log_sum_exp_cotangent = random.standard_normal((self.B, self.Q, self.H))
     intervals = self.mask(self.B, self.Q, self.K)
@@ -90,20 +90,20 @@ class Case:
 
 
 CASES = (
-    Case("causal", causal),
-    Case("packed", packed),
-    Case("sliding_window", sliding_window),
-    Case("frames", frames),
-    Case("bidirectional", bidirectional),
-    Case("empty_rows", empty_rows),
-    Case("soft_cap", packed, soft_cap=1.5),
-    Case("sizes_divide_blocks", packed, B=2, Q=48, K=48),
-    Case("multi_head", causal, B=1, H=3, G=3),
-    Case("multi_query", packed, B=1, H=4, G=1),
-    Case("fewer_queries_than_keys", bidirectional, Q=7, K=45),
-    Case("decode_one", decode, Q=1, K=50),
-    Case("decode_few", decode, Q=4, K=50),
-    Case("one_token", causal, Q=1, K=1),
+  Case("causal", causal),
+  Case("packed", packed),
+  Case("sliding_window", sliding_window),
+  Case("frames", frames),
+  Case("bidirectional", bidirectional),
+  Case("empty_rows", empty_rows),
+  Case("soft_cap", packed, soft_cap=1.5),
+  Case("sizes_divide_blocks", packed, B=2, Q=48, K=48),
+  Case("multi_head", causal, B=1, H=3, G=3),
+  Case("multi_query", packed, B=1, H=4, G=1),
+  Case("fewer_queries_than_keys", bidirectional, Q=7, K=45),
+  Case("decode_one", decode, Q=1, K=50),
+  Case("decode_few", decode, Q=4, K=50),
+  Case("one_token", causal, Q=1, K=1),
 )
 
 
@@ -128,7 +128,7 @@ def judge(query, key, value, intervals, out_cotangent, log_sum_exp_cotangent, *,
 
     cotangent = out_cotangent[b, i, h]
     scores_grad = weights * (
-        values @ cotangent - out[b, i, h] @ cotangent + log_sum_exp_cotangent[b, i, h]
+      values @ cotangent - out[b, i, h] @ cotangent + log_sum_exp_cotangent[b, i, h]
     )
     if soft_cap is not None:
       scores_grad *= 1 - np.tanh(raw / soft_cap) ** 2

@@ -23,12 +23,8 @@ import tempfile
 import jax
 import jax.numpy as jnp
 
-from kernels.attention import KeyIntervals
-from kernels.attention import attention
-from kernels.decode import Quantized
-from kernels.decode import decode_attention
-from kernels.decode import quantize
-from kernels.decode import write
+from kernels.attention import KeyIntervals, attention
+from kernels.decode import Quantized, decode_attention, quantize, write
 from lwm.plan import topology
 
 B, H, G, LAYERS = 1, 8, 2, 2
@@ -65,7 +61,7 @@ def compile_program(gpu: str, program: str, *, D: int, dtype: str, length: int):
 
 def _with_grads(backend, query, key, value, intervals, cotangents):
   results, pull_back = jax.vjp(
-      lambda *arrays: attention(*arrays, intervals, backend=backend), query, key, value
+    lambda *arrays: attention(*arrays, intervals, backend=backend), query, key, value
   )
   return results, pull_back(cotangents)
 
@@ -97,15 +93,15 @@ def main() -> None:
     os.environ["PATH"] = folder + os.pathsep + os.environ["PATH"]
     with printed_to(pathlib.Path(folder) / "assembler") as log:
       compiled = compile_program(
-          flags.gpu, flags.program, D=flags.head_dim, dtype=flags.dtype, length=flags.length
+        flags.gpu, flags.program, D=flags.head_dim, dtype=flags.dtype, length=flags.length
       )
     spilled = re.findall(r"(\d+) bytes spill stores", log.read_text())
   memory = compiled.memory_analysis()
   made = dict(
-      argument_bytes=memory.argument_size_in_bytes,
-      output_bytes=memory.output_size_in_bytes,
-      temporary_bytes=memory.temp_size_in_bytes,
-      spilled_bytes=[int(count) for count in spilled],
+    argument_bytes=memory.argument_size_in_bytes,
+    output_bytes=memory.output_size_in_bytes,
+    temporary_bytes=memory.temp_size_in_bytes,
+    spilled_bytes=[int(count) for count in spilled],
   )
   print(json.dumps(made))
 

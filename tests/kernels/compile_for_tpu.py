@@ -7,36 +7,29 @@ decode by generation and kind of cache) and prints a line of JSON for each: seco
 temporaries and of arguments, or the compiler's error.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterator
 import contextlib
 import functools
 import itertools
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 import jax
-from jax.experimental import topologies
 import jax.numpy as jnp
-from jax.sharding import AxisType
-from jax.sharding import Mesh
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from kernels.attention import KeyIntervals
-from kernels.attention import attention
-from kernels.decode import decode_attention
-from kernels.decode import quantize
-from kernels.decode import write
+from kernels.attention import KeyIntervals, attention
+from kernels.decode import decode_attention, quantize, write
 
 MEGACORE = dict(chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1), num_slices=1)
 TOPOLOGIES = {
-    "v4": ("v4:2x2x1", MEGACORE),
-    "v5e": ("v5e:2x2", {}),
-    "v5p": ("v5p:2x2x1", {}),
-    "v6e": ("v6e:2x2", {}),
-    "tpu7x": ("tpu7x:2x2x1", {}),
+  "v4": ("v4:2x2x1", MEGACORE),
+  "v5e": ("v5e:2x2", {}),
+  "v5p": ("v5p:2x2x1", {}),
+  "v6e": ("v6e:2x2", {}),
+  "tpu7x": ("tpu7x:2x2x1", {}),
 }
 HEAD_DIMS = (64, 128, 256)
 LENGTHS = (16384, 131072, 1048576)
@@ -62,7 +55,7 @@ def compiled(function, mesh: Mesh, *arguments, spec=PartitionSpec(), donate_argn
   """The program for `mesh`, of arguments (trees of shapes and dtypes) that `spec` shards."""
   sharding = NamedSharding(mesh, spec)
   arguments = jax.tree.map(
-      lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), arguments
+    lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), arguments
   )
   with jax.set_mesh(mesh), not_cached():
     return jax.jit(function, donate_argnums=donate_argnums).lower(*arguments).compile()
@@ -106,7 +99,7 @@ def compile_attention(generation: str, *, length: int, head_dim: int, dtype: str
 
 
 def compile_decode(
-    generation: str, *, cache: str, length: int = LENGTHS[-1], G: int = 8, head_dim: int = 128
+  generation: str, *, cache: str, length: int = LENGTHS[-1], G: int = 8, head_dim: int = 128
 ):
   """Two layers of a decoder's step: a token goes to the cache, and 4 * G heads attend to all."""
   array = jax.ShapeDtypeStruct
@@ -144,9 +137,7 @@ def main() -> None:
     started = time.perf_counter()
     try:
       memory = function(**case).memory_analysis()
-      result = dict(
-          temporaries=memory.temp_size_in_bytes, arguments=memory.argument_size_in_bytes
-      )
+      result = dict(temporaries=memory.temp_size_in_bytes, arguments=memory.argument_size_in_bytes)
     except jax.errors.JaxRuntimeError as error:
       result = dict(error=str(error))
     result |= dict(seconds=round(time.perf_counter() - started, 1))

@@ -6,8 +6,8 @@ from typing import NamedTuple
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) .*\{$")
 _INSTRUCTION = re.compile(r"^  (?:ROOT )?%(\S+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
 _CALLS = re.compile(
-    r"(?:calls|to_apply|body|branch_computations|true_computation|false_computation)="
-    r"(\{[^}]*\}|%[^,\s]+)"
+  r"(?:calls|to_apply|body|branch_computations|true_computation|false_computation)="
+  r"(\{[^}]*\}|%[^,\s]+)"
 )
 _NAME = re.compile(r"%([^\s,(){}]+)")
 
@@ -92,18 +92,18 @@ class Schedule:
       return start
     name = instructions[start].name
     return next(
-        index
-        for index, instruction in enumerate(instructions)
-        if instruction.opcode == "collective-permute-done"
-        and _NAME.search(instruction.rest)[1] == name
+      index
+      for index, instruction in enumerate(instructions)
+      if instruction.opcode == "collective-permute-done"
+      and _NAME.search(instruction.rest)[1] == name
     )
 
   def _trips(self, loop: _Instruction) -> int:
     """Of a loop that counts from 0: the one constant of its condition."""
     condition = re.search(r"condition=%([^,\s]+)", loop.rest)[1]
     (bound,) = (
-        instruction.rest.split(")")[0]
-        for instruction in self._computations[condition]
-        if instruction.opcode == "constant"
+      instruction.rest.split(")")[0]
+      for instruction in self._computations[condition]
+      if instruction.opcode == "constant"
     )
     return int(bound)

@@ -3,16 +3,13 @@
 import functools
 
 import jax
-from jax._src.pallas.triton import gpu_info
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.triton import gpu_info
 
 from kernels import attention as attention_lib
-from kernels.attention import KeyIntervals
-from kernels.attention import api
-from kernels.attention import attention
-from kernels.attention import xla
+from kernels.attention import KeyIntervals, api, attention, xla
 from tests.kernels import attention_cases
 from tests.kernels.attention_cases import CASES
 
@@ -126,16 +123,18 @@ def merged_with_grads(bounds):
 
   def run(query, key, value, intervals, *cotangents):
     def function(query, key, value):
-      return attention_lib.merge([
+      return attention_lib.merge(
+        [
           attention(
-              query,
-              key[:, first:last],
-              value[:, first:last],
-              attention_lib.within(KeyIntervals(*intervals), first, last - first),
-              backend="reference",
+            query,
+            key[:, first:last],
+            value[:, first:last],
+            attention_lib.within(KeyIntervals(*intervals), first, last - first),
+            backend="reference",
           )
           for first, last in zip(bounds, bounds[1:])
-      ])
+        ]
+      )
 
     results, pull_back = jax.vjp(function, query, key, value)
     return *results, *pull_back(cotangents)
@@ -171,25 +170,23 @@ def test_interval_constructors():
 
 
 @pytest.mark.parametrize(
-    "change, message",
-    (
-        (dict(backend="fast"), "no attention backend 'fast'"),
-        (dict(key=(2, 8, 3, 4), value=(2, 8, 3, 4)), "G divides H"),
-        (dict(value=(2, 8, 2, 8)), "G divides H"),
-        (dict(dtype="int32"), "cast them first"),
-        (dict(intervals=9), r"shape \(2, 8\)"),
-    ),
+  "change, message",
+  (
+    (dict(backend="fast"), "no attention backend 'fast'"),
+    (dict(key=(2, 8, 3, 4), value=(2, 8, 3, 4)), "G divides H"),
+    (dict(value=(2, 8, 2, 8)), "G divides H"),
+    (dict(dtype="int32"), "cast them first"),
+    (dict(intervals=9), r"shape \(2, 8\)"),
+  ),
 )
 def test_what_is_not_supported_is_said_in_a_sentence(change, message):
   shapes = dict(query=(2, 8, 4, 4), key=(2, 8, 2, 4), value=(2, 8, 2, 4)) | {
-      name: value for name, value in change.items() if name in ("key", "value")
+    name: value for name, value in change.items() if name in ("key", "value")
   }
   arrays = [jnp.zeros(shape, change.get("dtype", "float32")) for shape in shapes.values()]
   with pytest.raises(ValueError, match=message) as raised:
     attention(
-        *arrays,
-        attention_lib.causal(2, change.get("intervals", 8)),
-        backend=change.get("backend"),
+      *arrays, attention_lib.causal(2, change.get("intervals", 8)), backend=change.get("backend")
     )
   assert str(raised.value).count("\n") == 0
 

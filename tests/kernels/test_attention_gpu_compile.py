@@ -20,10 +20,10 @@ LARGEST_STACK, LARGEST_DECODE_STACK = 640, 0
 
 def run(*arguments):
   finished = subprocess.run(
-      [sys.executable, *map(str, arguments)],
-      env=os.environ | {"JAX_PLATFORMS": "cpu"},
-      capture_output=True,
-      text=True,
+    [sys.executable, *map(str, arguments)],
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
   )
   assert finished.returncode == 0, finished.stderr[-2000:]
   return finished.stdout
@@ -46,8 +46,8 @@ def check(*arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "capability, head_dim, dtype",
-    ((80, 64, "float32"), (89, 64, "float16"), (90, 128, "bfloat16"), (100, 256, "bfloat16")),
+  "capability, head_dim, dtype",
+  ((80, 64, "float32"), (89, 64, "float16"), (90, 128, "bfloat16"), (100, 256, "bfloat16")),
 )
 def test_triton_kernels_fit(capability, head_dim, dtype):
   """Of each generation one; the others by hand: python -m tests.kernels.triton_resources."""
@@ -62,16 +62,16 @@ def compiled(*arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "gpu, backend, head_dim, dtype, length",
-    (
-        ("a100", "triton", 256, "float32", 16384),
-        ("h200", "triton", 64, "float16", 16384),
-        ("b200", "triton", 128, "bfloat16", 1 << 20),
-        ("h200", "mosaic_gpu", 64, "bfloat16", 1 << 20),
-        ("h200", "mosaic_gpu", 128, "bfloat16", 16384),
-        ("h200", "mosaic_gpu", 128, "float16", 16384),
-        ("h200", "mosaic_gpu", 256, "bfloat16", 16384),
-    ),
+  "gpu, backend, head_dim, dtype, length",
+  (
+    ("a100", "triton", 256, "float32", 16384),
+    ("h200", "triton", 64, "float16", 16384),
+    ("b200", "triton", 128, "bfloat16", 1 << 20),
+    ("h200", "mosaic_gpu", 64, "bfloat16", 1 << 20),
+    ("h200", "mosaic_gpu", 128, "bfloat16", 16384),
+    ("h200", "mosaic_gpu", 128, "float16", 16384),
+    ("h200", "mosaic_gpu", 256, "bfloat16", 16384),
+  ),
 )
 def test_forward_and_backward_compile(gpu, backend, head_dim, dtype, length):
   """Whole steps through XLA; temporaries are gradients in float32, not scores."""
@@ -82,12 +82,12 @@ def test_forward_and_backward_compile(gpu, backend, head_dim, dtype, length):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "gpu, program, head_dim, dtype",
-    (
-        ("a100", "decode", 64, "float16"),
-        ("h200", "decode", 128, "bfloat16"),
-        ("b200", "decode_int8", 256, "bfloat16"),
-    ),
+  "gpu, program, head_dim, dtype",
+  (
+    ("a100", "decode", 64, "float16"),
+    ("h200", "decode", 128, "bfloat16"),
+    ("b200", "decode_int8", 256, "bfloat16"),
+  ),
 )
 def test_decode_compiles_and_copies_no_cache(gpu, program, head_dim, dtype):
   made = compiled(gpu, program, head_dim, dtype, 1 << 20)

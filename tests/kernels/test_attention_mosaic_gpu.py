@@ -6,16 +6,18 @@ here for the one use of it (left operand and accumulator in registers) that it c
 """
 
 import jax
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.attention import backend as backend_lib
-from kernels.attention import mosaic_gpu
-from kernels.attention import mosaic_gpu_backward
-from kernels.attention import mosaic_gpu_forward
+from kernels.attention import (
+  backend as backend_lib,
+  mosaic_gpu,
+  mosaic_gpu_backward,
+  mosaic_gpu_forward,
+)
 from kernels.attention.intervals import KeyIntervals
 from tests.kernels import attention_cases
 from tests.kernels.attention_cases import Case
@@ -45,8 +47,8 @@ def interpreted(monkeypatch):
     rights = [right[...] for _, _, right in terms]
     plgpu.commit_smem()  # Matrix instructions read by the way that TMA writes, threads do not.
     return [
-        total + jnp.matmul(left, right, preferred_element_type=jnp.float32)
-        for (total, left, _), right in zip(terms, rights)
+      total + jnp.matmul(left, right, preferred_element_type=jnp.float32)
+      for (total, left, _), right in zip(terms, rights)
     ]
 
   for module in (mosaic_gpu_forward, mosaic_gpu_backward):
@@ -100,14 +102,14 @@ def test_empty_rows_and_tiles_with_a_soft_cap():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mask, dtype",
-    (
-        ("causal", "float16"),
-        ("packed", "bfloat16"),
-        ("sliding_window", "bfloat16"),
-        ("frames", "float16"),
-        ("bidirectional", "bfloat16"),
-    ),
+  "mask, dtype",
+  (
+    ("causal", "float16"),
+    ("packed", "bfloat16"),
+    ("sliding_window", "bfloat16"),
+    ("frames", "float16"),
+    ("bidirectional", "bfloat16"),
+  ),
 )
 def test_masks(mask, dtype):
   shape = dict(B=2, Q=200, K=300 if mask == "bidirectional" else 200, H=4, G=2, D=128)

@@ -8,42 +8,36 @@ import dataclasses
 import functools
 
 import jax
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, PartitionSpec
 
 from kernels import attention as attention_lib
-from kernels.attention import KeyIntervals
-from kernels.attention import pallas_tpu
-from kernels.attention import pallas_tpu_forward
-from kernels.attention import pallas_tpu_tiles as tiles
+from kernels.attention import (
+  KeyIntervals,
+  pallas_tpu,
+  pallas_tpu_forward,
+  pallas_tpu_tiles as tiles,
+)
 from kernels.attention.block_sizes_tpu import BlockSizes
 from kernels.attention.pallas_tpu import PALLAS_TPU
-from kernels.ring import Layout
-from kernels.ring import ring_attention
+from kernels.ring import Layout, ring_attention
 from tests.kernels import attention_cases
 from tests.kernels.attention_cases import Case
-from tests.kernels.test_attention import NAMES
-from tests.kernels.test_attention import TOLERANCES
-from tests.kernels.test_attention import error
-from tests.kernels.test_attention import judged
-from tests.kernels.test_attention import rounded
-from tests.kernels.test_attention import with_grads
-
+from tests.kernels.test_attention import NAMES, TOLERANCES, error, judged, rounded, with_grads
 
 # Sizes of several blocks of 128, the least that a TPU's lanes allow, and one that divides none.
 CASES = tuple(
-    dataclasses.replace(case, **changes)
-    for case, changes in (
-        (Case("packed", attention_cases.packed), dict(B=2, Q=300, K=300)),
-        (Case("sliding_window", attention_cases.sliding_window), dict(B=2, Q=300, K=300)),
-        (Case("empty_rows", attention_cases.empty_rows), dict(B=2, Q=300, K=300)),
-        (Case("frames", attention_cases.frames, soft_cap=1.5), dict(B=1, Q=260, K=256, G=4)),
-        (Case("heads_in_two_tiles", attention_cases.decode), dict(B=1, Q=140, K=400, G=1)),
-    )
+  dataclasses.replace(case, **changes)
+  for case, changes in (
+    (Case("packed", attention_cases.packed), dict(B=2, Q=300, K=300)),
+    (Case("sliding_window", attention_cases.sliding_window), dict(B=2, Q=300, K=300)),
+    (Case("empty_rows", attention_cases.empty_rows), dict(B=2, Q=300, K=300)),
+    (Case("frames", attention_cases.frames, soft_cap=1.5), dict(B=1, Q=260, K=256, G=4)),
+    (Case("heads_in_two_tiles", attention_cases.decode), dict(B=1, Q=140, K=400, G=1)),
+  )
 )
 BY_NAME = {case.name: case for case in CASES}
 
@@ -97,7 +91,7 @@ def test_blocks_that_meet_no_interval_are_never_computed():
   """NaN stands in every key block but one, and in a query tile between two that read it."""
   case = Case("", None, B=1, Q=384, K=512, H=2, G=1)
   query, key, value, _, out_cotangent, log_sum_exp_cotangent = dataclasses.replace(
-      case, mask=attention_cases.bidirectional
+    case, mask=attention_cases.bidirectional
   ).arrays()
   start, stop = np.full((1, 384), 130, np.int32), np.full((1, 384), 250, np.int32)
   stop[:, 128:256] = 0
@@ -106,7 +100,7 @@ def test_blocks_that_meet_no_interval_are_never_computed():
   for array in (key, value):
     array[:, :128] = array[:, 256:] = np.nan
   arrays, exact = rounded(
-      (query, key, value, (start, stop), out_cotangent, log_sum_exp_cotangent), "float32"
+    (query, key, value, (start, stop), out_cotangent, log_sum_exp_cotangent), "float32"
   )
   out, log_sum_exp, query_grad, key_grad, value_grad = with_grads(PALLAS_TPU)(*arrays)
   expected = judged(exact, None)
@@ -123,14 +117,14 @@ def random_intervals(B, Q, K):
 
 
 TILING = tiles.Tiling(
-    query_length=1000,
-    key_length=900,
-    num_heads=4,
-    num_key_heads=2,
-    heads=2,
-    queries=128,
-    keys=128,
-    cores=2,
+  query_length=1000,
+  key_length=900,
+  num_heads=4,
+  num_key_heads=2,
+  heads=2,
+  queries=128,
+  keys=128,
+  cores=2,
 )
 
 
@@ -161,16 +155,16 @@ def visits(mask, tiling=TILING):
 
 
 @pytest.mark.parametrize(
-    "mask",
-    (
-        attention_cases.causal,
-        attention_cases.packed,
-        attention_cases.sliding_window,
-        attention_cases.frames,
-        attention_cases.bidirectional,
-        attention_cases.empty_rows,
-    ),
-    ids=lambda mask: mask.__name__,
+  "mask",
+  (
+    attention_cases.causal,
+    attention_cases.packed,
+    attention_cases.sliding_window,
+    attention_cases.frames,
+    attention_cases.bidirectional,
+    attention_cases.empty_rows,
+  ),
+  ids=lambda mask: mask.__name__,
 )
 def test_work_is_the_blocks_that_meet_an_interval(mask):
   """Both loops, over keys and over queries, visit exactly those, and mask only where they must."""
@@ -210,15 +204,12 @@ def test_inside_a_ring():
   mesh = jax.make_mesh((2,), ("ring",), (AxisType.Auto,), devices=jax.devices()[:2])
   spec = PartitionSpec(None, "ring")
   attend = jax.shard_map(
-      functools.partial(
-          ring_attention,
-          layout=Layout("contiguous", 2),
-          axis_name="ring",
-          backend=PALLAS_TPU,
-      ),
-      mesh=mesh,
-      in_specs=spec,
-      out_specs=spec,
+    functools.partial(
+      ring_attention, layout=Layout("contiguous", 2), axis_name="ring", backend=PALLAS_TPU
+    ),
+    mesh=mesh,
+    in_specs=spec,
+    out_specs=spec,
   )
   with jax.set_mesh(mesh):
     function = jax.jit(lambda *qkv: attend(*qkv, KeyIntervals(*intervals)))

@@ -4,24 +4,23 @@ What Mosaic rejects (layouts, scalar and vector memory that do not suffice) fail
 """
 
 import jax
+import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh
-import pytest
 
 from kernels.attention import api
-from tests.kernels.compile_for_tpu import compile_attention
-from tests.kernels.compile_for_tpu import one
+from tests.kernels.compile_for_tpu import compile_attention, one
 
 
 @pytest.mark.parametrize(
-    "generation, length, head_dim, dtype",
-    (
-        ("v4", 16384, 256, "float32"),  # The least vector memory, and the most use of it.
-        ("v5e", 1048576, 128, "bfloat16"),
-        ("v5p", 65536, 64, "bfloat16"),
-        ("v6e", 32768, 256, "bfloat16"),
-        ("tpu7x", 131072, 128, "bfloat16"),
-    ),
+  "generation, length, head_dim, dtype",
+  (
+    ("v4", 16384, 256, "float32"),  # The least vector memory, and the most use of it.
+    ("v5e", 1048576, 128, "bfloat16"),
+    ("v5p", 65536, 64, "bfloat16"),
+    ("v6e", 32768, 256, "bfloat16"),
+    ("tpu7x", 131072, 128, "bfloat16"),
+  ),
 )
 def test_compiles(generation, length, head_dim, dtype):
   """Of each generation one; all others by hand: python -m tests.kernels.compile_for_tpu."""
@@ -53,7 +52,7 @@ def test_the_platform_of_the_mesh_chooses_the_backend():
 def test_tpus_before_v4_take_xla():
   """Their compilers do not know the kernels' products."""
   topology = topologies.get_topology_desc(
-      platform="tpu", topology_name="v3:2x2", chips_per_host_bounds=(2, 2, 1), num_slices=1
+    platform="tpu", topology_name="v3:2x2", chips_per_host_bounds=(2, 2, 1), num_slices=1
   )
   query = jax.ShapeDtypeStruct((1, 1024, 2, 128), "bfloat16")
   with jax.set_mesh(Mesh(topology.devices[:1], ("x",))):

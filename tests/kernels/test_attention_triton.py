@@ -10,13 +10,11 @@ import jax_triton
 import numpy as np
 import pytest
 
-from kernels.attention import triton as triton_backend
-from kernels.attention import backend as backend_lib
+from kernels.attention import backend as backend_lib, triton as triton_backend
 from kernels.attention.block_sizes_gpu import Blocks
 from kernels.attention.intervals import KeyIntervals
 from tests.kernels import attention_cases
-from tests.kernels.attention_cases import CASES
-from tests.kernels.attention_cases import Case
+from tests.kernels.attention_cases import CASES, Case
 
 TOLERANCES = {"float32": 3e-6, "bfloat16": 2e-2, "float16": 2e-3}
 SMALL_BLOCKS = Blocks(16, 16, num_warps=4, num_stages=2)
@@ -26,8 +24,8 @@ NOTHING = Case("nothing", lambda B, Q, K: 2 * (np.zeros((B, Q), np.int32),), B=1
 # What these find, others find too; the interpreter takes seconds for each.
 SLOW = ("frames", "bidirectional", "sizes_divide_blocks", "multi_head", "decode_one")
 PARAMETERS = [
-    pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.name in SLOW else [])
-    for case in (*CASES, WIDE, NOTHING)
+  pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.name in SLOW else [])
+  for case in (*CASES, WIDE, NOTHING)
 ]
 
 
@@ -79,15 +77,15 @@ def test_half_precision(name, dtype):
 def test_part_of_the_keys_given_statistics_over_all():
   """As in a ring: rows whose local interval is empty have a finite log-sum-exp all the same."""
   case = next(case for case in CASES if case.name == "causal")
-  query, key, value, (start, stop), out_cotangent, _ = map(
-      lambda array: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), array), case.arrays()
+  query, key, value, (start, stop), out_cotangent, _ = (
+    jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), array) for array in case.arrays()
   )
   start, stop = start.astype(jnp.int32), stop.astype(jnp.int32)
   scale = case.D**-0.5
   options = dict(scale=scale, soft_cap=None)
   whole = KeyIntervals(start, stop)
   out, log_sum_exp = triton_backend.forward(
-      query, key, value, whole, **options, out_dtype=jnp.float32
+    query, key, value, whole, **options, out_dtype=jnp.float32
   )
   delta = backend_lib.delta(out, log_sum_exp, out_cotangent, jnp.zeros_like(log_sum_exp))
   rest = log_sum_exp, delta, out_cotangent
@@ -150,10 +148,10 @@ def test_results_vary_over_the_axes_of_a_surrounding_shard_map(monkeypatch):
     intervals = KeyIntervals(start, stop)
     options = dict(scale=1.0, soft_cap=None)
     results = triton_backend.forward(
-        query, query, query, intervals, out_dtype=jnp.float32, **options
+      query, query, query, intervals, out_dtype=jnp.float32, **options
     )
     grads = triton_backend.backward(
-        query, query, query, intervals, statistics, statistics, query, **options
+      query, query, query, intervals, statistics, statistics, query, **options
     )
     for result in (*results, *grads):
       assert jax.typeof(result).manual_axis_type.varying == {"ring"}

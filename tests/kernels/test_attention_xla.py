@@ -8,18 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.attention import KeyIntervals
-from kernels.attention import SAVED_NAMES
-from kernels.attention import attention
-from kernels.attention import causal
-from kernels.attention import xla
+from kernels.attention import SAVED_NAMES, KeyIntervals, attention, causal, xla
 from tests.kernels import attention_cases
 
 
 def random_inputs(B, S, H=2, G=1, D=8):
   random = np.random.default_rng(0)
   return tuple(
-      jnp.asarray(random.standard_normal((B, S, heads, D)), "float32") for heads in (H, G, G)
+    jnp.asarray(random.standard_normal((B, S, heads, D)), "float32") for heads in (H, G, G)
   )
 
 
@@ -116,8 +112,7 @@ def test_decoding_copies_no_cache():
   """One query block reads the cache in place: temporaries of a block, whatever the cache's size."""
   shapes = [(4, 1, 4, 32), (4, 16384, 2, 32), (4, 16384, 2, 32), (4, 1), (4, 1)]
   query, key, value, *intervals = (
-      jax.ShapeDtypeStruct(shape, jnp.float32 if len(shape) == 4 else jnp.int32)
-      for shape in shapes
+    jax.ShapeDtypeStruct(shape, jnp.float32 if len(shape) == 4 else jnp.int32) for shape in shapes
   )
   step = jax.jit(functools.partial(attention, backend="xla"))
   compiled = step.lower(query, key, value, KeyIntervals(*intervals)).compile()

@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 
 from kernels import benchmarks
-from kernels.attention import attention
-from kernels.attention import packed
-from kernels.attention import xla
+from kernels.attention import attention, packed, xla
 from kernels.benchmarks import timing
 from kernels.benchmarks.attention import splash
 

@@ -12,8 +12,7 @@ import pytest
 import scipy.special
 from jax.sharding import PartitionSpec as P
 
-from kernels.cross_entropy import linear_cross_entropy
-from kernels.cross_entropy import xla
+from kernels.cross_entropy import linear_cross_entropy, xla
 
 TEXT, VISION = 40, 150
 ONE = ((0, TEXT + VISION),)
@@ -66,7 +65,7 @@ def assert_close(actual, expected, tolerance):
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])
 @pytest.mark.parametrize(
-    "ranges, soft_cap", [(ONE, None), (TWO, None), (TWO, 3.0)], ids=["one", "two", "soft_cap"]
+  "ranges, soft_cap", [(ONE, None), (TWO, None), (TWO, 3.0)], ids=["one", "two", "soft_cap"]
 )
 def test_equals_scipy(backend, ranges, soft_cap):
   inputs = make_inputs(77)
@@ -80,9 +79,9 @@ def test_equals_scipy(backend, ranges, soft_cap):
 
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)])
 @pytest.mark.parametrize(
-    "ranges, num_tokens, chunk, vocab_block",
-    [(ONE, 77, 16, 50), (TWO, 77, 16, 50), (TWO, 64, 64, 128), (GAPS, 5, 32, 4096)],
-    ids=["one", "two", "exact", "gaps"],
+  "ranges, num_tokens, chunk, vocab_block",
+  [(ONE, 77, 16, 50), (TWO, 77, 16, 50), (TWO, 64, 64, 128), (GAPS, 5, 32, 4096)],
+  ids=["one", "two", "exact", "gaps"],
 )
 def test_equals_reference_with_gradients(ranges, num_tokens, chunk, vocab_block, dtype, tolerance):
   inputs = make_inputs(num_tokens, dtype)
@@ -99,8 +98,13 @@ def test_gradient_equals_closed_form(soft_cap, backend):
   hidden_NxM, head_MxV, targets_N = make_inputs(33)
   targets_N = jnp.abs(targets_N)
   (_, _), (hidden_gradient, head_gradient) = weighted(
-      (hidden_NxM, head_MxV, targets_N), jnp.ones(33), ONE, chunk=8, vocab_block=64,
-      soft_cap=soft_cap, backend=backend,
+    (hidden_NxM, head_MxV, targets_N),
+    jnp.ones(33),
+    ONE,
+    chunk=8,
+    vocab_block=64,
+    soft_cap=soft_cap,
+    backend=backend,
   )
   hidden, head = np.asarray(hidden_NxM, np.float64), np.asarray(head_MxV, np.float64)
   logits, slope = hidden @ head, 1.0
@@ -122,7 +126,7 @@ def test_tokens_without_loss_give_zero_and_no_nan():
   assert all(not np.asarray(x)[10:].any() for x in out)
   assert not np.asarray(gradients[0])[10:].any()
   (_, short), short_gradients = weighted(
-      (hidden_NxM[:10], head_MxV, targets_N[:10]), jnp.ones(10), TWO, chunk=16
+    (hidden_NxM[:10], head_MxV, targets_N[:10]), jnp.ones(10), TWO, chunk=16
   )
   assert_close([x[:10] for x in out], short, 1e-6)
   assert_close(gradients[1], short_gradients[1], 1e-6)
@@ -138,7 +142,7 @@ def test_large_logits_do_not_overflow():
 
 
 @pytest.mark.parametrize(
-    "text, vision, expected", [(0, 0, 0), (33, 0, 3), (0, 16, 2), (17, 1, 2 + 2)], ids=str
+  "text, vision, expected", [(0, 0, 0), (33, 0, 3), (0, 16, 2), (17, 1, 2 + 2)], ids=str
 )
 def test_work_is_that_of_the_tokens_and_ranges_present(text, vision, expected):
   """Chunks of 16 tokens; one block covers the text columns, two cover those of vision."""
@@ -148,20 +152,20 @@ def test_work_is_that_of_the_tokens_and_ranges_present(text, vision, expected):
   targets_N[places[text : text + vision]] = TEXT
   order = xla._Order(jnp.asarray(targets_N), TWO, 16)
   count = xla._visit_chunks(
-      lambda tokens, blocks, count: count + blocks.count, 0, order, TEXT + VISION, 0, 100
+    lambda tokens, blocks, count: count + blocks.count, 0, order, TEXT + VISION, 0, 100
   )
   assert count == expected
 
 
 @pytest.mark.parametrize(
-    "shape, ranges, dtype, tolerance",
-    [
-        ((1, 1, 1, 8), TWO, jnp.float32, 2e-6),
-        ((2, 1, 2, 2), ONE, jnp.float32, 2e-6),
-        ((2, 1, 2, 2), TWO, jnp.bfloat16, 1.5e-2),
-        ((1, 2, 4, 1), TWO, jnp.float32, 2e-6),
-    ],
-    ids=str,
+  "shape, ranges, dtype, tolerance",
+  [
+    ((1, 1, 1, 8), TWO, jnp.float32, 2e-6),
+    ((2, 1, 2, 2), ONE, jnp.float32, 2e-6),
+    ((2, 1, 2, 2), TWO, jnp.bfloat16, 1.5e-2),
+    ((1, 2, 4, 1), TWO, jnp.float32, 2e-6),
+  ],
+  ids=str,
 )
 def test_sharded_equals_reference(shape, ranges, dtype, tolerance):
   batch, sequence, width, vocab = 4, 24, 24, TEXT + VISION + 2  # 192 divides by 8.
@@ -208,9 +212,9 @@ def temporary_bytes(num_tokens, vocab, width=64):
     return linear_cross_entropy(hidden_NxM, head_MxV, targets_N, ranges=((0, vocab),)).loss_N.mean()
 
   shapes = (
-      jax.ShapeDtypeStruct((num_tokens, width), jnp.float32),
-      jax.ShapeDtypeStruct((width, vocab), jnp.float32),
-      jax.ShapeDtypeStruct((num_tokens,), jnp.int32),
+    jax.ShapeDtypeStruct((num_tokens, width), jnp.float32),
+    jax.ShapeDtypeStruct((width, vocab), jnp.float32),
+    jax.ShapeDtypeStruct((num_tokens,), jnp.int32),
   )
   compiled = jax.jit(jax.value_and_grad(scalar, (0, 1))).lower(*shapes).compile()
   return compiled.memory_analysis().temp_size_in_bytes

@@ -4,18 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec as P
 
-from kernels.attention import KeyIntervals
-from kernels.attention import attention
-from kernels.decode import decode_attention
-from kernels.decode import dequantize
-from kernels.decode import quantize
-from kernels.decode import write
-from kernels.decode import xla
+from kernels.attention import KeyIntervals, attention
+from kernels.decode import decode_attention, dequantize, quantize, write, xla
 from tests.kernels import attention_cases
 
 L, LAYER, B, K, D = 3, 1, 3, 52, 8
@@ -73,8 +67,8 @@ def short_windows(B, Q, K):
 # 16 query tokens take the way of a prompt.
 @pytest.mark.parametrize("Q", (1, 3, 16))
 @pytest.mark.parametrize(
-    "H, G, dtype, tolerance",
-    ((4, 4, "float32", 2e-6), (6, 1, "float32", 2e-6), (4, 2, "bfloat16", 1e-2)),
+  "H, G, dtype, tolerance",
+  ((4, 4, "float32", 2e-6), (6, 1, "float32", 2e-6), (4, 2, "bfloat16", 1e-2)),
 )
 def test_equals_reference(Q, H, G, dtype, tolerance, backend):
   case = inputs(Q, H, G, dtype)
@@ -128,7 +122,7 @@ def sharded(function, arguments, specs, out_specs, ring=2, ulysses=4):
   mesh = jax.make_mesh((ring, ulysses), ("ring", "ulysses"), (AxisType.Explicit,) * 2)
   with jax.set_mesh(mesh):
     placed = jax.tree.map(
-        lambda array, spec: jax.device_put(array, jax.NamedSharding(mesh, spec)), arguments, specs
+      lambda array, spec: jax.device_put(array, jax.NamedSharding(mesh, spec)), arguments, specs
     )
     return jax.jit(jax.shard_map(function, in_specs=specs, out_specs=out_specs))(*placed)
 
@@ -137,20 +131,15 @@ CACHE = P(None, None, ("ring", "ulysses"))
 
 
 @pytest.mark.parametrize(
-    "mask, Q",
-    (
-        (attention_cases.decode, 1),
-        (attention_cases.decode, 16),
-        (some_empty, 3),
-        (short_windows, 3),
-    ),
+  "mask, Q",
+  ((attention_cases.decode, 1), (attention_cases.decode, 16), (some_empty, 3), (short_windows, 3)),
 )
 def test_a_cache_over_eight_devices_equals_the_whole(mask, Q, backend):
   query, key, value, intervals = inputs(Q, mask=mask)
   key, value = (array[:, :, :48] for array in (key, value))
   intervals = KeyIntervals(*(jnp.minimum(array, 48) for array in intervals))
   function = functools.partial(
-      decode_attention, layer=LAYER, axis_names=("ring", "ulysses"), backend=backend
+    decode_attention, layer=LAYER, axis_names=("ring", "ulysses"), backend=backend
   )
   arguments = query, key, value, intervals
   actual = sharded(function, arguments, (P(), CACHE, CACHE, KeyIntervals(P(), P())), (P(), P()))
@@ -185,9 +174,11 @@ def test_decoding_copies_no_layer_of_the_cache():
     array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     cache = array(L, B, length, 2, D)
-    compiled = jax.jit(step, donate_argnums=(1, 2)).lower(
-        array(B, 1, 4, D), cache, cache, array(B, 1, 2, D), scalar, scalar
-    ).compile()
+    compiled = (
+      jax.jit(step, donate_argnums=(1, 2))
+      .lower(array(B, 1, 4, D), cache, cache, array(B, 1, 2, D), scalar, scalar)
+      .compile()
+    )
     return compiled.memory_analysis().temp_size_in_bytes
 
   assert temporary_bytes(1 << 20) == temporary_bytes(1 << 14)

@@ -6,30 +6,26 @@ What the interpreter shows: see `test_attention_pallas_tpu`.
 import functools
 
 import jax
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, PartitionSpec as P
 
-from kernels.attention import KeyIntervals
-from kernels.attention import pallas_tpu as attention_tpu
-from kernels.decode import decode_attention
-from kernels.decode import dequantize
-from kernels.decode import pallas_tpu
-from kernels.decode import pallas_tpu_layouts
-from kernels.decode import quantize
+from kernels.attention import KeyIntervals, pallas_tpu as attention_tpu
+from kernels.decode import decode_attention, dequantize, pallas_tpu, pallas_tpu_layouts, quantize
 from kernels.decode.pallas_tpu import PALLAS_TPU
 from tests.kernels import test_decode
-from tests.kernels.test_decode import LAYER
-from tests.kernels.test_decode import assert_close
-from tests.kernels.test_decode import no_silent_broadcast
-from tests.kernels.test_decode import reference
-from tests.kernels.test_decode import short_windows
-from tests.kernels.test_decode import test_equals_reference
-from tests.kernels.test_decode import test_int8_cache_is_within_its_bound
-from tests.kernels.test_decode import test_masks_and_soft_cap_equal_reference
+from tests.kernels.test_decode import (
+  LAYER,
+  assert_close,
+  no_silent_broadcast,
+  reference,
+  short_windows,
+  test_equals_reference,
+  test_int8_cache_is_within_its_bound,
+  test_masks_and_soft_cap_equal_reference,
+)
 
 # Three blocks of 128 positions, the least that a TPU's lanes allow.
 inputs = functools.partial(test_decode.inputs, B=2, K=384, D=128)
@@ -113,7 +109,7 @@ def test_a_cache_over_two_devices_equals_the_whole():
   specs = P(), cache, cache, KeyIntervals(P(), P())
   with jax.set_mesh(mesh):
     placed = jax.tree.map(
-        lambda array, spec: jax.device_put(array, jax.NamedSharding(mesh, spec)), arguments, specs
+      lambda array, spec: jax.device_put(array, jax.NamedSharding(mesh, spec)), arguments, specs
     )
     function = functools.partial(decode, axis_names=("ring",))
     actual = jax.jit(jax.shard_map(function, in_specs=specs, out_specs=(P(), P())))(*placed)

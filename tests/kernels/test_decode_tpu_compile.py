@@ -5,13 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from kernels import backends
-from kernels.decode import quantize
-from kernels.decode import whole_length
+from kernels.decode import quantize, whole_length
 from kernels.decode.api import BACKENDS
-from tests.kernels.compile_for_tpu import CACHES
-from tests.kernels.compile_for_tpu import TOPOLOGIES
-from tests.kernels.compile_for_tpu import compile_decode
-from tests.kernels.compile_for_tpu import one
+from tests.kernels.compile_for_tpu import CACHES, TOPOLOGIES, compile_decode, one
 
 TWO_CORES = ("v4", "v5p")
 
@@ -28,13 +24,8 @@ def test_compiles_for_a_million_positions_and_copies_none(generation, cache):
 
 
 @pytest.mark.parametrize(
-    "G, head_dim, cache",
-    (
-        (2, 128, "bfloat16"),
-        (2, 128, "int8"),
-        (3, 64, "bfloat16"),
-        (8, 256, "int8"),
-    ),
+  "G, head_dim, cache",
+  ((2, 128, "bfloat16"), (2, 128, "int8"), (3, 64, "bfloat16"), (8, 256, "int8")),
 )
 def test_other_heads_copy_none(G, head_dim, cache):
   program = compile_decode("v5e", cache=cache, G=G, head_dim=head_dim)
@@ -59,12 +50,12 @@ def test_the_platform_and_the_cache_choose_the_backend():
     assert choice(K=whole_length(1000)) == "pallas_tpu"
     assert choice(K=whole_length(1000, 16) // 16) == "pallas_tpu"
     for options, reason in (
-        (dict(K=1000), "1000 cached positions are no multiple of 128; allocate more"),
-        (dict(D=64, is_int8=True), "it would copy a cache of 8 int8 heads of 64"),
-        (dict(G=6), "it would copy a cache of 6 bfloat16 heads of 128"),
-        (dict(G=2, D=256), "it would copy a cache of 2 bfloat16 heads of 256"),
-        (dict(G=128), "128 key heads on one device overflow its vector memory; shard them"),
-        (dict(dtype=jnp.float16), "TPUs have no float16"),
+      (dict(K=1000), "1000 cached positions are no multiple of 128; allocate more"),
+      (dict(D=64, is_int8=True), "it would copy a cache of 8 int8 heads of 64"),
+      (dict(G=6), "it would copy a cache of 6 bfloat16 heads of 128"),
+      (dict(G=2, D=256), "it would copy a cache of 2 bfloat16 heads of 256"),
+      (dict(G=128), "128 key heads on one device overflow its vector memory; shard them"),
+      (dict(dtype=jnp.float16), "TPUs have no float16"),
     ):
       assert choice(**options) == "xla"
       with pytest.raises(ValueError, match=reason):

@@ -13,30 +13,31 @@ import numpy as np
 import pytest
 
 from kernels import benchmarks
-from kernels.attention import KeyIntervals
-from kernels.attention import attention
-from kernels.attention.block_sizes_gpu import Blocks
-from kernels.attention.block_sizes_gpu import decode_programs
-from kernels.attention.block_sizes_gpu import decode_splits
+from kernels.attention import KeyIntervals, attention
+from kernels.attention.block_sizes_gpu import Blocks, decode_programs, decode_splits
 from kernels.benchmarks import timing
-from kernels.decode import api
-from kernels.decode import decode_attention
-from kernels.decode import dequantize
-from kernels.decode import quantize
-from kernels.decode import triton as triton_backend
-from kernels.decode import triton_partial
+from kernels.decode import (
+  api,
+  decode_attention,
+  dequantize,
+  quantize,
+  triton as triton_backend,
+  triton_partial,
+)
 from tests.kernels import attention_cases
-from tests.kernels.test_decode import LAYER
-from tests.kernels.test_decode import assert_close
-from tests.kernels.test_decode import inputs
-from tests.kernels.test_decode import no_silent_broadcast
-from tests.kernels.test_decode import reference
-from tests.kernels.test_decode import short_windows
-from tests.kernels.test_decode import test_a_cache_over_eight_devices_equals_the_whole
-from tests.kernels.test_decode import test_equals_reference
-from tests.kernels.test_decode import test_int8_cache_is_within_its_bound
-from tests.kernels.test_decode import test_masks_and_soft_cap_equal_reference
-from tests.kernels.test_decode import test_only_splits_that_meet_an_interval_are_read
+from tests.kernels.test_decode import (
+  LAYER,
+  assert_close,
+  inputs,
+  no_silent_broadcast,
+  reference,
+  short_windows,
+  test_a_cache_over_eight_devices_equals_the_whole,
+  test_equals_reference,
+  test_int8_cache_is_within_its_bound,
+  test_masks_and_soft_cap_equal_reference,
+  test_only_splits_that_meet_an_interval_are_read,
+)
 
 SPLITS = 3
 
@@ -107,16 +108,16 @@ def test_a_cache_of_more_than_two_to_the_31_elements():
   stop = np.full((1, 1), K, np.int32)
   options = dict(GROUP=2, HEAD_DIM=D, ROW_BLOCK=16, KEY_BLOCK=8, IS_QUANTIZED=True, PRECISION=None)
   results = triton_interpreter.triton_call(
-      *(query, key, key, scale, scale, np.ones(1, np.int32), stop - 4, stop, 1, K, 1),
-      kernel=triton_partial.partial,
-      out_type=(jax.ShapeDtypeStruct((1, 1, 1, 2, D), "float32"),) * 2,
-      grid=(1, 1, 1),
-      num_warps=4,
-      num_stages=1,
-      backend_options={},
-      SCALE=1.0,
-      SOFT_CAP=None,
-      **options,
+    *(query, key, key, scale, scale, np.ones(1, np.int32), stop - 4, stop, 1, K, 1),
+    kernel=triton_partial.partial,
+    out_type=(jax.ShapeDtypeStruct((1, 1, 1, 2, D), "float32"),) * 2,
+    grid=(1, 1, 1),
+    num_warps=4,
+    num_stages=1,
+    backend_options={},
+    SCALE=1.0,
+    SOFT_CAP=None,
+    **options,
   )
   exact = jnp.asarray(key[1, :, -4:] * np.float32(0.1))
   whole = KeyIntervals(*(jnp.full((1, 1), i, jnp.int32) for i in (0, 4)))

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kernels.feed_forward import feed_forward
-from kernels.feed_forward import reference
+from kernels.feed_forward import feed_forward, reference
 
 AXES = ("data", "fsdp", "ring", "tensor")
 
@@ -65,9 +64,9 @@ def test_weight_gradient_of_many_chunks_keeps_its_precision():
   x, *weights = make_inputs(1, 2048, jnp.bfloat16)
   x = jnp.abs(x)
   ones = jnp.ones(x.shape, jnp.bfloat16)
-  exact = gradients(
-      reference.feed_forward, [a.astype(jnp.float32) for a in (x, *weights)], ones
-  )[1][3]
+  exact = gradients(reference.feed_forward, [a.astype(jnp.float32) for a in (x, *weights)], ones)[
+    1
+  ][3]
   actual = gradients(functools.partial(feed_forward, chunk=2), (x, *weights), ones)[1][3]
   error = np.abs(np.asarray(actual, np.float32) - exact).max() / np.abs(exact).max()
   assert error < 0.01
@@ -108,7 +107,9 @@ def test_memory_does_not_hold_the_intermediate():
     return compiled.memory_analysis().temp_size_in_bytes
 
   base, wide, long = (
-      temporary_bytes(16384, 1024), temporary_bytes(16384, 2048), temporary_bytes(32768, 1024)
+    temporary_bytes(16384, 1024),
+    temporary_bytes(16384, 2048),
+    temporary_bytes(32768, 1024),
   )
   assert base < 16384 * 1024 * 4 / 2
   # Twice the width adds to each chunk's intermediates; twice the sequence adds copies of x.

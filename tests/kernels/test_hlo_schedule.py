@@ -2,8 +2,7 @@
 
 import pytest
 
-from tests.kernels.hlo_schedule import Schedule
-from tests.kernels.hlo_schedule import Transfer
+from tests.kernels.hlo_schedule import Schedule, Transfer
 
 PROGRAM = """\
 HloModule jit_run, is_scheduled=true, entry_computation_layout={(f32[8]{0:T(8)})->f32[8]{0:T(8)}}
@@ -39,27 +38,27 @@ body=%body.4
 }
 """
 START = (
-    "  %start.18 = (f32[8]{0:T(8)}, f32[8]{0:T(8)}, u32[]{:S(2)})"
-    " collective-permute-start(%keys.7), channel_id=1, source_target_pairs={{0,1},{1,0}}"
+  "  %start.18 = (f32[8]{0:T(8)}, f32[8]{0:T(8)}, u32[]{:S(2)})"
+  " collective-permute-start(%keys.7), channel_id=1, source_target_pairs={{0,1},{1,0}}"
 )
 ATTEND = (
-    "  %out.19 = f32[8]{0:T(8)} conditional(%index.6, %keys.7, %keys.7),"
-    " branch_computations={%nothing.1, %attend.2}"
+  "  %out.19 = f32[8]{0:T(8)} conditional(%index.6, %keys.7, %keys.7),"
+  " branch_computations={%nothing.1, %attend.2}"
 )
-DONE = "  %done.9 = f32[8]{0:T(8)} collective-permute-done(%start.18), metadata={op_name=\"x\"}"
+DONE = '  %done.9 = f32[8]{0:T(8)} collective-permute-done(%start.18), metadata={op_name="x"}'
 AT_ONCE = (
-    "  %done.9 = f32[8]{0:T(8)} collective-permute(%keys.7), source_target_pairs={{0,1},{1,0}}"
+  "  %done.9 = f32[8]{0:T(8)} collective-permute(%keys.7), source_target_pairs={{0,1},{1,0}}"
 )
 
 
 @pytest.mark.parametrize(
-    "body, kernels",
-    (
-        ((START, ATTEND, DONE), {"kernel.3"}),
-        ((ATTEND, START, DONE), set()),
-        ((START, DONE, ATTEND), set()),
-        ((ATTEND, AT_ONCE), set()),
-    ),
+  "body, kernels",
+  (
+    ((START, ATTEND, DONE), {"kernel.3"}),
+    ((ATTEND, START, DONE), set()),
+    ((START, DONE, ATTEND), set()),
+    ((ATTEND, AT_ONCE), set()),
+  ),
 )
 def test_kernels_beside_a_transfer(body, kernels):
   schedule = Schedule(PROGRAM.replace("BODY", "\n".join(body)))

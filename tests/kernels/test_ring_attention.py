@@ -6,35 +6,28 @@ import re
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Var
-from jax.extend.core import jaxprs_in_params
-from jax.sharding import AxisType
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
+from jax.extend.core import Var, jaxprs_in_params
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kernels.attention import SAVED_NAMES
-from kernels.attention import KeyIntervals
-from kernels.attention import attention
-from kernels.attention import xla
-from kernels.ring import Layout
-from kernels.ring import ring_attention
+from kernels.attention import SAVED_NAMES, KeyIntervals, attention, xla
+from kernels.ring import Layout, ring_attention
 from tests.kernels import attention_cases
 from tests.kernels.attention_cases import Case
 
 KINDS = ("contiguous", "zigzag")
 CASES = tuple(
-    Case(name, mask, B=2, Q=64, K=64, H=4, G=2, soft_cap=soft_cap)
-    for name, mask, soft_cap in (
-        ("causal", attention_cases.causal, None),
-        ("packed", attention_cases.packed, None),
-        ("sliding_window", attention_cases.sliding_window, None),
-        ("frames", attention_cases.frames, None),
-        ("bidirectional", attention_cases.bidirectional, None),
-        ("empty_rows", attention_cases.empty_rows, None),
-        ("soft_cap", attention_cases.packed, 1.5),
-    )
+  Case(name, mask, B=2, Q=64, K=64, H=4, G=2, soft_cap=soft_cap)
+  for name, mask, soft_cap in (
+    ("causal", attention_cases.causal, None),
+    ("packed", attention_cases.packed, None),
+    ("sliding_window", attention_cases.sliding_window, None),
+    ("frames", attention_cases.frames, None),
+    ("bidirectional", attention_cases.bidirectional, None),
+    ("empty_rows", attention_cases.empty_rows, None),
+    ("soft_cap", attention_cases.packed, 1.5),
+  )
 )
 BY_NAME = {case.name: case for case in CASES}
 
@@ -75,9 +68,9 @@ class Ring:
   def attention(self, query, key, value, intervals, **options):
     rows, heads = PartitionSpec("data", "ring"), PartitionSpec("data", "ring", "tensor")
     return jax.shard_map(
-        lambda *args: ring_attention(*args, layout=self.layout, axis_name="ring", **options),
-        in_specs=(heads, heads, heads, KeyIntervals(rows, rows)),
-        out_specs=(heads, heads),
+      lambda *args: ring_attention(*args, layout=self.layout, axis_name="ring", **options),
+      in_specs=(heads, heads, heads, KeyIntervals(rows, rows)),
+      out_specs=(heads, heads),
     )(query, key, value, intervals)
 
   def run(self, case_inputs, **options):
@@ -95,7 +88,7 @@ ring_of = functools.cache(Ring)
 def with_grads(function, **options):
   def run(query, key, value, intervals, *cotangents):
     results, pull_back = jax.vjp(
-        lambda *arrays: function(*arrays, intervals, **options), query, key, value
+      lambda *arrays: function(*arrays, intervals, **options), query, key, value
     )
     return *results, *pull_back(cotangents)
 
@@ -103,7 +96,7 @@ def with_grads(function, **options):
 
 
 reference_with_grads = functools.cache(
-    functools.partial(with_grads, attention, backend="reference")
+  functools.partial(with_grads, attention, backend="reference")
 )
 
 
@@ -132,7 +125,7 @@ def test_ring_of_four_equals_the_whole(case, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "ring_size, data, tensor", ((1, 1, 1), (2, 1, 1), (8, 1, 1), (2, 2, 2), (4, 1, 2), (1, 2, 2))
+  "ring_size, data, tensor", ((1, 1, 1), (2, 1, 1), (8, 1, 1), (2, 2, 2), (4, 1, 2), (1, 2, 2))
 )
 def test_every_mesh_equals_the_whole(kind, ring_size, data, tensor):
   case = BY_NAME["packed"]
@@ -149,8 +142,8 @@ def test_bfloat16_error_does_not_grow_with_the_ring(kind):
   for ring_size in (1, 8):
     actual = ring_of(kind, ring_size).run(inputs(case, "bfloat16"))
     errors[ring_size] = [
-        np.sqrt(np.mean((array.astype("float32") - wanted) ** 2))
-        for array, wanted in zip(actual, expected)
+      np.sqrt(np.mean((array.astype("float32") - wanted) ** 2))
+      for array, wanted in zip(actual, expected)
     ]
   # The log-sum-exp is float32 in both: its error is 1e-7, of no direction.
   for name, single, ring in zip(("out", "lse", "query", "key", "value"), errors[1], errors[8]):
@@ -167,8 +160,8 @@ def test_another_document_changes_no_bit(kind, ring_size):
   segment_ids = attention_cases.segment_ids(case.B, case.Q)
   token = 20
   perturbed = [
-      array.at[0, token].set(100.0) if index in (0, 1, 2, 4) else array
-      for index, array in enumerate(before_inputs)
+    array.at[0, token].set(100.0) if index in (0, 1, 2, 4) else array
+    for index, array in enumerate(before_inputs)
   ]
   others = segment_ids != segment_ids[0, token]
   others[1:] = True
@@ -213,8 +206,8 @@ def visible_chunks(kind, ring_size, intervals, length):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "name, contiguous, zigzag",
-    (("causal", (10, 14), 26), ("sliding_window", (7, 11), 14), ("packed", (9, 13), 23)),
+  "name, contiguous, zigzag",
+  (("causal", (10, 14), 26), ("sliding_window", (7, 11), 14), ("packed", (9, 13), 23)),
 )
 def test_hops_without_work_are_skipped(name, contiguous, zigzag, kind):
   """Of 16 pairs of shards (contiguous) or 32 of shard and chunk (zigzag)."""
@@ -265,7 +258,7 @@ def lowered(ring_size, dtype="bfloat16"):
   ring = ring_of("zigzag", ring_size)
   with jax.set_mesh(ring.mesh):
     placed = jax.tree.map(
-        lambda array: ring.place(array, ring.layout.permutation(case.Q)), inputs(case, dtype)
+      lambda array: ring.place(array, ring.layout.permutation(case.Q)), inputs(case, dtype)
     )
     return with_grads(ring.attention).lower(*placed)
 
@@ -279,7 +272,7 @@ def test_keys_travel_in_their_own_dtype():
   """Forward and backward send keys and values as bfloat16, and only gradients as float32."""
   text = lowered(4).as_text()
   sent = collections.Counter(
-      re.findall(r'"?stablehlo\.collective_permute"?.*-> tensor<[0-9x]*x(\w+)>', text)
+    re.findall(r'"?stablehlo\.collective_permute"?.*-> tensor<[0-9x]*x(\w+)>', text)
   )
   # Forward: in its loop. Backward: keys first and in its loop; gradients in it, after it, and home.
   assert sent == dict(bf16=2 + 4, f32=6)

@@ -4,12 +4,11 @@ import collections
 import functools
 
 import jax
-from jax.sharding import PartitionSpec
 import pytest
+from jax.sharding import PartitionSpec
 
 from kernels.attention import KeyIntervals
-from kernels.ring import Layout
-from kernels.ring import ring_attention
+from kernels.ring import Layout, ring_attention
 from tests.kernels import compile_for_tpu
 from tests.kernels.hlo_schedule import Schedule
 
@@ -23,18 +22,18 @@ def compiled_ring(kind):
 
   def attend(query, key, value, intervals):
     return jax.shard_map(
-        functools.partial(
-            ring_attention, layout=Layout(kind, 16), axis_name="ring", backend="pallas_tpu"
-        ),
-        in_specs=(rows, rows, rows, KeyIntervals(rows, rows)),
-        out_specs=(rows, rows),
+      functools.partial(
+        ring_attention, layout=Layout(kind, 16), axis_name="ring", backend="pallas_tpu"
+      ),
+      in_specs=(rows, rows, rows, KeyIntervals(rows, rows)),
+      out_specs=(rows, rows),
     )(query, key, value, intervals)
 
   return compile_for_tpu.compiled(
-      compile_for_tpu.values_and_gradients(attend),
-      compile_for_tpu.ring_of_sixteen(),
-      *compile_for_tpu.attention_arguments(LENGTH, 128, "bfloat16"),
-      spec=rows,
+    compile_for_tpu.values_and_gradients(attend),
+    compile_for_tpu.ring_of_sixteen(),
+    *compile_for_tpu.attention_arguments(LENGTH, 128, "bfloat16"),
+    spec=rows,
   )
 
 

@@ -4,12 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.attention import KeyIntervals
-from kernels.attention import causal
-from kernels.attention import mask
-from kernels.attention import packed
-from kernels.ring import Layout
-from kernels.ring import blocks_per_device
+from kernels.attention import KeyIntervals, causal, mask, packed
+from kernels.ring import Layout, blocks_per_device
 from tests.kernels import attention_cases
 
 S = 32 * 1024

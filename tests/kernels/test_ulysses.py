@@ -4,15 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kernels.attention import KeyIntervals
-from kernels.attention import attention
-from kernels.attention import xla
+from kernels.attention import KeyIntervals, attention, xla
 from kernels.ring import Layout
 from kernels.ulysses import ulysses_attention
 from tests.kernels import attention_cases
@@ -58,17 +54,16 @@ def program(layout, ulysses, tensor, soft_cap):
   """Mesh and compiled out, log-sum-exp and gradients."""
   shape = layout.ring_size, ulysses, tensor
   mesh = jax.make_mesh(
-      shape, (*SEQUENCE, "tensor"), (AxisType.Explicit,) * 3,
-      devices=jax.devices()[: np.prod(shape)],
+    shape, (*SEQUENCE, "tensor"), (AxisType.Explicit,) * 3, devices=jax.devices()[: np.prod(shape)]
   )
   rows, heads = PartitionSpec(None, SEQUENCE), PartitionSpec(None, SEQUENCE, "tensor")
   sharded = jax.shard_map(
-      lambda *args: ulysses_attention(
-          *args, layout=layout, ring_axis="ring", ulysses_axis="ulysses", soft_cap=soft_cap
-      ),
-      mesh=mesh,
-      in_specs=(heads, heads, heads, KeyIntervals(rows, rows)),
-      out_specs=(heads, heads),
+    lambda *args: ulysses_attention(
+      *args, layout=layout, ring_axis="ring", ulysses_axis="ulysses", soft_cap=soft_cap
+    ),
+    mesh=mesh,
+    in_specs=(heads, heads, heads, KeyIntervals(rows, rows)),
+    out_specs=(heads, heads),
   )
   return mesh, with_grads(sharded)
 
@@ -96,7 +91,7 @@ def reference_program(soft_cap):
 def reference(case, dtype="float32"):
   """From the unsharded reference, in float32 whatever the inputs were rounded to."""
   exact = jax.tree.map(
-      lambda array: array.astype("float32") if array.dtype == dtype else array, inputs(case, dtype)
+    lambda array: array.astype("float32") if array.dtype == dtype else array, inputs(case, dtype)
   )
   return [np.asarray(array) for array in reference_program(case.soft_cap)(*exact)]
 
@@ -126,8 +121,8 @@ def test_every_mask_equals_the_whole(mask, kind):
 
 
 @pytest.mark.parametrize(
-    "H, G, ring_size, ulysses, tensor, soft_cap",
-    ((12, 6, 2, 4, 1, None), (12, 4, 1, 6, 1, None), (8, 2, 2, 2, 2, 1.5)),
+  "H, G, ring_size, ulysses, tensor, soft_cap",
+  ((12, 6, 2, 4, 1, None), (12, 4, 1, 6, 1, None), (8, 2, 2, 2, 2, 1.5)),
 )
 def test_heads_that_neither_divides(H, G, ring_size, ulysses, tensor, soft_cap):
   """Four devices for six key/value heads, six for four; and the heads sharded over `tensor` too."""
@@ -147,8 +142,8 @@ def test_bfloat16_error_does_not_grow_with_the_mesh(G):
   for sizes in ((1, 1), (2, 4)):
     actual = run(inputs(case, "bfloat16"), "zigzag", *sizes)
     errors[sizes] = [
-        np.sqrt(np.mean((array.astype("float32") - wanted) ** 2))
-        for array, wanted in zip(actual, expected)
+      np.sqrt(np.mean((array.astype("float32") - wanted) ** 2))
+      for array, wanted in zip(actual, expected)
     ]
   # Copies of a key/value head round their gradients one by one; a sum of roundings is no larger
   # than some three halves of one rounding of the sum.
@@ -166,13 +161,13 @@ def test_another_document_changes_no_bit(ring_size, ulysses):
   segment_ids = attention_cases.segment_ids(case.B, case.Q)
   token = 20
   perturbed = [
-      array.at[0, token].set(100.0) if index in (0, 1, 2, 4) else array
-      for index, array in enumerate(before_inputs)
+    array.at[0, token].set(100.0) if index in (0, 1, 2, 4) else array
+    for index, array in enumerate(before_inputs)
   ]
   others = segment_ids != segment_ids[0, token]
   others[1:] = True
   before, after = (
-      run(arrays, "zigzag", ring_size, ulysses) for arrays in (before_inputs, perturbed)
+    run(arrays, "zigzag", ring_size, ulysses) for arrays in (before_inputs, perturbed)
   )
   for array_before, array_after in zip(before, after):
     np.testing.assert_array_equal(array_before[others], array_after[others])

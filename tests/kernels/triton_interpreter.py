@@ -17,8 +17,8 @@ interpreter = pytest.importorskip("triton.runtime.interpreter", exc_type=ImportE
 
 # All that defines kernels. Then the choice is over: programs that tests start have the compiler.
 import jax_triton
-from kernels.attention import triton_backward
-from kernels.attention import triton_forward
+
+from kernels.attention import triton_backward, triton_forward
 from kernels.decode import triton_partial
 
 del os.environ["TRITON_INTERPRET"]

@@ -16,18 +16,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.attention import triton_backward
-from kernels.attention import triton_forward
-from kernels.attention.block_sizes_gpu import Blocks
-from kernels.attention.block_sizes_gpu import triton_blocks
+from kernels.attention import triton_backward, triton_forward
+from kernels.attention.block_sizes_gpu import Blocks, triton_blocks
 from kernels.decode import triton_partial
 
 KERNELS = {
-    "forward": triton_forward.forward,
-    "query_grad": triton_backward.query_grad,
-    "key_value_grad": triton_backward.key_value_grad,
-    "decode": triton_partial.partial,
-    "decode_int8": triton_partial.partial,
+  "forward": triton_forward.forward,
+  "query_grad": triton_backward.query_grad,
+  "key_value_grad": triton_backward.key_value_grad,
+  "decode": triton_partial.partial,
+  "decode_int8": triton_partial.partial,
 }
 TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 INSTRUCTIONS = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}
@@ -53,43 +51,41 @@ def resources(name: str, capability: int, dtype: str, head_dim: int, blocks: Blo
       is_exact = any(part in argument for part in in_float32)
       is_int8 = name == "decode_int8" and argument.endswith("LxBxKxGxD")
       signature[argument] = (
-          "*i32" if is_index else "*fp32" if is_exact else "*i8" if is_int8 else TYPES[dtype]
+        "*i32" if is_index else "*fp32" if is_exact else "*i8" if is_int8 else TYPES[dtype]
       )
       attributes[(i,)] = [["tt.divisibility", 16]]
   constants = {
-      (i,): constants[parameter.name]
-      for i, parameter in enumerate(kernel.params)
-      if parameter.is_constexpr
+    (i,): constants[parameter.name]
+    for i, parameter in enumerate(kernel.params)
+    if parameter.is_constexpr
   }
   compiled = triton.compile(
-      ASTSource(kernel, signature, constants, attributes),
-      target=GPUTarget("cuda", capability, 32),
-      options=dict(
-          num_warps=blocks.num_warps, num_stages=blocks.num_stages, enable_fp_fusion=True
-      ),
+    ASTSource(kernel, signature, constants, attributes),
+    target=GPUTarget("cuda", capability, 32),
+    options=dict(num_warps=blocks.num_warps, num_stages=blocks.num_stages, enable_fp_fusion=True),
   )
   with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
     file.write(compiled.asm["cubin"])
     file.flush()
     usage = subprocess.run(
-        [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
-        capture_output=True,
-        text=True,
-        check=True,
+      [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+      capture_output=True,
+      text=True,
+      check=True,
     ).stdout
   registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
   instructions = [kind for text, kind in INSTRUCTIONS.items() if text in compiled.asm["ptx"]]
   return dict(
-      kernel=name,
-      capability=capability,
-      dtype=dtype,
-      head_dim=head_dim,
-      blocks=blocks,
-      shared=compiled.metadata.shared,
-      registers=int(registers),
-      stack=int(stack),
-      instructions=instructions,
-      asynchronous_copies=compiled.asm["ptx"].count("cp.async."),
+    kernel=name,
+    capability=capability,
+    dtype=dtype,
+    head_dim=head_dim,
+    blocks=blocks,
+    shared=compiled.metadata.shared,
+    registers=int(registers),
+    stack=int(stack),
+    instructions=instructions,
+    asynchronous_copies=compiled.asm["ptx"].count("cp.async."),
   )
 
 

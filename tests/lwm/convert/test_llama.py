@@ -10,13 +10,11 @@ import pytest
 
 from kernels.attention import causal
 from kernels.ring import Layout
-from lwm.convert import config_from_hugging_face
-from lwm.convert import from_hugging_face
-from lwm.convert import to_hugging_face
+from lwm.convert import config_from_hugging_face, from_hugging_face, to_hugging_face
 from lwm.errors import UserError
-from lwm.experiment import MeshConfig
 from lwm.model import build
 from lwm.parallel.mesh import make_mesh
+from lwm.parallel.sharding import MeshConfig
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
 CASES = ("multi_head", "grouped_query", "llama3_scaling", "tied")
@@ -36,8 +34,12 @@ def our_logits(config, params, rope_theta, ids):
   def logits(params, ids):
     positions = jax.numpy.arange(ids.shape[1], dtype=jax.numpy.int32)[None]
     hidden = model.hidden(
-        params, ids, positions, causal(*ids.shape),
-        rope_theta=rope_theta, layout=Layout("contiguous", 1),
+      params,
+      ids,
+      positions,
+      causal(*ids.shape),
+      rope_theta=rope_theta,
+      layout=Layout("contiguous", 1),
     )
     return model.logits(params, hidden)
 

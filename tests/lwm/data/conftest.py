@@ -4,21 +4,26 @@ import jax
 import numpy as np
 import pytest
 
-from lwm.data import Document
-from lwm.data import DatasetWriter
-from lwm.data import load_tokenizer
-from lwm.data import text_document
-from lwm.data import train_sentencepiece
-from lwm.data import video_document
-from lwm.experiment import DataConfig
-from lwm.experiment import DatasetConfig
-from lwm.experiment import EvaluationConfig
-from lwm.experiment import Experiment
-from lwm.experiment import MixtureEntry
-from lwm.experiment import Stage
-from lwm.model.config import ModelConfig
+from lwm.config.experiment import (
+  DataConfig,
+  DatasetConfig,
+  EvaluationConfig,
+  Experiment,
+  MixtureEntry,
+  Stage,
+)
+from lwm.config.model import ModelConfig
+from lwm.data import (
+  DatasetWriter,
+  Document,
+  load_tokenizer,
+  text_document,
+  train_sentencepiece,
+  video_document,
+)
 
-WORDS = "the quick brown fox jumps over a lazy dog while 42 owls watch from the old barn".split()
+_SENTENCE = "the quick brown fox jumps over a lazy dog while 42 owls watch from the old barn"
+WORDS = _SENTENCE.split()
 
 
 def make_text(rng: np.random.Generator, num_words: int) -> str:
@@ -39,12 +44,10 @@ def documents(tokenizer) -> dict[str, list[Document]]:
   text = [text_document(tokenizer, make_text(rng, n)) for n in rng.integers(2, 90, 40)]
   # An instruction without loss before an answer, as in chat data.
   text = [
-      Document(d.tokens, d.loss_mask & (np.arange(len(d.tokens)) >= len(d.tokens) // 3))
-      for d in text
+    Document(d.tokens, d.loss_mask & (np.arange(len(d.tokens)) >= len(d.tokens) // 3)) for d in text
   ]
   video = [
-      video_document(tokenizer, rng.integers(0, 8192, (n, 256)), make_text(rng, 3))
-      for n in (1, 2, 3)
+    video_document(tokenizer, rng.integers(0, 8192, (n, 256)), make_text(rng, 3)) for n in (1, 2, 3)
   ]
   return {"text": text, "video": video}
 
@@ -68,19 +71,19 @@ def datasets(tokenizer, documents, tmp_path_factory) -> dict[str, str]:
 def experiment(tokenizer, datasets) -> Experiment:
   """A stage of 10 steps on half text, half video, rows of 64 tokens, 8 rows a batch."""
   return Experiment(
-      tokenizer=str(tokenizer.path),
-      model=ModelConfig(text_vocab_size=tokenizer.vocab_size, vision_vocab_size=8448),
-      data=DataConfig(threads=2, prefetch_batches=2),
-      datasets=[DatasetConfig(name, path) for name, path in datasets.items()],
-      stages=[
-          Stage(
-              sequence_length=64,
-              tokens_per_batch=512,
-              steps=10,
-              mixture=[MixtureEntry("text", 1.0), MixtureEntry("video", 1.0)],
-          )
-      ],
-      evaluation=EvaluationConfig(rows=50),
+    tokenizer=str(tokenizer.path),
+    model=ModelConfig(text_vocab_size=tokenizer.vocab_size, vision_vocab_size=8448),
+    data=DataConfig(threads=2, prefetch_batches=2),
+    datasets=[DatasetConfig(name, path) for name, path in datasets.items()],
+    stages=[
+      Stage(
+        sequence_length=64,
+        tokens_per_batch=512,
+        steps=10,
+        mixture=[MixtureEntry("text", 1.0), MixtureEntry("video", 1.0)],
+      )
+    ],
+    evaluation=EvaluationConfig(rows=50),
   )
 
 

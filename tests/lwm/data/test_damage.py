@@ -5,10 +5,7 @@ import shutil
 
 import pytest
 
-from lwm.data import Dataset
-from lwm.data import DatasetWriter
-from lwm.data import Loader
-from lwm.data import writer
+from lwm.data import Dataset, DatasetWriter, Loader, writer
 from lwm.errors import UserError
 
 
@@ -71,7 +68,7 @@ def test_names_file_and_record(dataset, damage):
 
 @pytest.mark.parametrize("damage", (truncate, empty, pathlib.Path.unlink))
 @pytest.mark.parametrize(
-    "name", ("train_lengths.npy", "train_targets.npy", "dataset_info.json", "features.json")
+  "name", ("train_lengths.npy", "train_targets.npy", "dataset_info.json", "features.json")
 )
 def test_a_damaged_index_is_named(dataset, name, damage):
   damage(dataset / name)

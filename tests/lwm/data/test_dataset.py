@@ -5,13 +5,15 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from lwm.data import BadDocument
-from lwm.data import Dataset
-from lwm.data import DatasetWriter
-from lwm.data import Document
-from lwm.data import load_tokenizer
-from lwm.data import text_document
-from lwm.data import train_sentencepiece
+from lwm.data import (
+  BadDocument,
+  Dataset,
+  DatasetWriter,
+  Document,
+  load_tokenizer,
+  text_document,
+  train_sentencepiece,
+)
 from lwm.errors import UserError
 
 
@@ -33,7 +35,6 @@ def test_a_slice_reads_only_the_records_that_it_meets(datasets, documents):
   read = []
 
   class Counting:
-
     def __init__(self, source):
       self.source = source
 
@@ -66,7 +67,7 @@ def test_manifest_counts_targets_and_their_entropy(datasets, documents, tokenize
       _, counts = np.unique(targets[where], return_counts=True)
       p = counts / counts.sum()
       np.testing.assert_allclose(
-          dataset.unigram_entropy("train")[modality], -(p * np.log(p)).sum(), rtol=1e-9
+        dataset.unigram_entropy("train")[modality], -(p * np.log(p)).sum(), rtol=1e-9
       )
 
 
@@ -83,7 +84,12 @@ print(len(source["train"]), sorted(source), record["document"], record["offset"]
   num_records = sum(-(-len(d.tokens) // 50) for d in documents["text"])
   tokens = documents["text"][0].tokens[:50].tolist()
   assert out.stdout.split() == [
-      str(num_records), "['train',", "'validation']", "0", "0", *map(str, tokens)
+    str(num_records),
+    "['train',",
+    "'validation']",
+    "0",
+    "0",
+    *map(str, tokens),
   ]
 
 

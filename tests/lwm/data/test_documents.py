@@ -1,12 +1,8 @@
 import numpy as np
 import pytest
 
-from lwm.data import BadDocument
-from lwm.data import frame_tokens
-from lwm.data import text_document
-from lwm.data import video_document
-from lwm.data.documents import choose
-from lwm.data.documents import record_document
+from lwm.data import BadDocument, frame_tokens, text_document, video_document
+from lwm.data.documents import choose, record_document
 
 CODES = list(range(512))
 
@@ -27,22 +23,21 @@ def _check(document, *parts):
 
 def test_text(tokenizer):
   _check(
-      text_document(tokenizer, "a fox"),
-      ([1], False), (tokenizer.encode("a fox"), True), ([2], True),
+    text_document(tokenizer, "a fox"), ([1], False), (tokenizer.encode("a fox"), True), ([2], True)
   )
 
 
 def test_fields_as_in_lwm(tokenizer):
   record = {"question": "the fox", "context": "a barn", "answer": "42"}
   _check(
-      record_document(tokenizer, record, "[question+context],answer,<|eos|>,[<|bos|>],answer"),
-      ([1], False),
-      (tokenizer.encode("the fox a barn"), False),
-      (tokenizer.encode("42"), True),
-      ([2], True),
-      ([1], False),
-      (tokenizer.encode("42"), True),
-      ([2], True),
+    record_document(tokenizer, record, "[question+context],answer,<|eos|>,[<|bos|>],answer"),
+    ([1], False),
+    (tokenizer.encode("the fox a barn"), False),
+    (tokenizer.encode("42"), True),
+    ([2], True),
+    ([1], False),
+    (tokenizer.encode("42"), True),
+    ([2], True),
   )
 
 
@@ -52,40 +47,52 @@ def test_vision_fields(tokenizer, codes):
   start, end = tokenizer.encode("<vision>"), tokenizer.encode("</vision>")
   record = {"instruction": "watch", "vision": codes, "output": "a dog"}
   _check(
-      record_document(tokenizer, record, "[instruction+vision],output"),
-      ([1], False),
-      (tokenizer.encode("watch"), False), (start, False), (vision, False), (end, False),
-      (tokenizer.encode("a dog"), True), ([2], True),
+    record_document(tokenizer, record, "[instruction+vision],output"),
+    ([1], False),
+    (tokenizer.encode("watch"), False),
+    (start, False),
+    (vision, False),
+    (end, False),
+    (tokenizer.encode("a dog"), True),
+    ([2], True),
   )
   _check(
-      record_document(tokenizer, record, "[output],vision"),
-      ([1], False), (tokenizer.encode("a dog"), False),
-      (start, True), (vision, True), (end, True), ([2], True),
+    record_document(tokenizer, record, "[output],vision"),
+    ([1], False),
+    (tokenizer.encode("a dog"), False),
+    (start, True),
+    (vision, True),
+    (end, True),
+    ([2], True),
   )
   _check(
-      video_document(tokenizer, np.reshape(CODES, (2, 256)), "watch"),
-      ([1], False), (tokenizer.encode("watch"), False),
-      (start, False), (vision, True), (end, False), ([2], False),
+    video_document(tokenizer, np.reshape(CODES, (2, 256)), "watch"),
+    ([1], False),
+    (tokenizer.encode("watch"), False),
+    (start, False),
+    (vision, True),
+    (end, False),
+    ([2], False),
   )
 
 
 @pytest.mark.parametrize(
-    "record, fields, reason",
-    [
-        ({"a": "x"}, "a,b", "no field 'b'"),
-        ({"a": 3}, "a", "'a' is int, not text"),
-        ({"a": ""}, "a", "empty"),
-        ({"a": " \n"}, "[a],<|eos|>", "empty"),
-        ({"a": "\ud800"}, "a", "not text that can be encoded"),
-        ({"a": "x"}, "a+vision", "no field 'vision'"),
-        ({"vision": []}, "vision", "no list of vision codes"),
-        ({"vision": "x"}, "vision", "no list of vision codes"),
-        ({"vision": [0.5] * 256}, "vision", "no list of vision codes"),
-        ({"vision": [2**70] * 256}, "vision", "no list of vision codes"),
-        ({"vision": [[1], [1, 2]]}, "vision", "ragged"),
-        ({"vision": [1] * 255}, "vision", "frames of 256"),
-        ({"vision": [8192] * 256}, "vision", "code 8192 is not in"),
-    ],
+  "record, fields, reason",
+  [
+    ({"a": "x"}, "a,b", "no field 'b'"),
+    ({"a": 3}, "a", "'a' is int, not text"),
+    ({"a": ""}, "a", "empty"),
+    ({"a": " \n"}, "[a],<|eos|>", "empty"),
+    ({"a": "\ud800"}, "a", "not text that can be encoded"),
+    ({"a": "x"}, "a+vision", "no field 'vision'"),
+    ({"vision": []}, "vision", "no list of vision codes"),
+    ({"vision": "x"}, "vision", "no list of vision codes"),
+    ({"vision": [0.5] * 256}, "vision", "no list of vision codes"),
+    ({"vision": [2**70] * 256}, "vision", "no list of vision codes"),
+    ({"vision": [[1], [1, 2]]}, "vision", "ragged"),
+    ({"vision": [1] * 255}, "vision", "frames of 256"),
+    ({"vision": [8192] * 256}, "vision", "code 8192 is not in"),
+  ],
 )
 def test_bad_records(tokenizer, record, fields, reason):
   with pytest.raises(BadDocument, match=reason):

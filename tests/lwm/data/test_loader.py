@@ -6,13 +6,10 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from kernels.ring.layout import Layout
-from lwm.data import Dataset
-from lwm.data import load_tokenizer
-from lwm.data import Loader
-from lwm.data import train_sentencepiece
+from lwm.config.experiment import MixtureEntry
+from lwm.data import Dataset, Loader, train_sentencepiece
 from lwm.data.dataset import Split
 from lwm.errors import UserError
-from lwm.experiment import MixtureEntry
 
 S = 64
 
@@ -64,18 +61,18 @@ def _check_row(row, documents, places, text_vocab_size, weight_of, seen):
 
 
 @pytest.mark.parametrize(
-    "layout, sizes",
-    [
-        ("contiguous", {}),
-        ("contiguous", {"fsdp": 2, "ring": 4}),
-        ("zigzag", {"data": 2, "ring": 2, "tensor": 2}),
-        ("zigzag", {"data": 2, "ring": 4}),
-        ("zigzag", {"ring": 2, "ulysses": 4}),
-    ],
+  "layout, sizes",
+  [
+    ("contiguous", {}),
+    ("contiguous", {"fsdp": 2, "ring": 4}),
+    ("zigzag", {"data": 2, "ring": 2, "tensor": 2}),
+    ("zigzag", {"data": 2, "ring": 4}),
+    ("zigzag", {"ring": 2, "ulysses": 4}),
+  ],
 )
 @pytest.mark.parametrize("weighting", ["token", "example"])
 def test_an_epoch_is_every_token_once_and_every_field_right(
-    experiment, documents, make_mesh, tokenizer, layout, sizes, weighting
+  experiment, documents, make_mesh, tokenizer, layout, sizes, weighting
 ):
   stage = experiment.stages[0]
   stage.layout = layout
@@ -109,10 +106,12 @@ def test_example_weights_of_two_modalities(experiment, documents, make_mesh, tok
   experiment.stages[0].mixture = [MixtureEntry("video", 1.0)]
   documents = {"video": documents["video"]}
   modality = [d.tokens[1:] >= tokenizer.vocab_size for d in documents["video"]]
-  counts = np.array([
+  counts = np.array(
+    [
       [(d.loss_mask[1:] & ~m).sum(), (d.loss_mask[1:] & m).sum()]
       for d, m in zip(documents["video"], modality)
-  ])
+    ]
+  )
   loader = Loader(experiment, 0, make_mesh())
   places, seen = _starts(documents), collections.Counter()
   for step in range(3):
@@ -120,8 +119,12 @@ def test_example_weights_of_two_modalities(experiment, documents, make_mesh, tok
     for row in range(8):
       fields = {name: array[row] for name, array in batch.items()}
       _check_row(
-          fields, documents, places, tokenizer.vocab_size,
-          lambda name, d, m: counts[:, m].mean() / counts[d, m], seen,
+        fields,
+        documents,
+        places,
+        tokenizer.vocab_size,
+        lambda name, d, m: counts[:, m].mean() / counts[d, m],
+        seen,
       )
   assert len(seen) > 10
 
@@ -130,8 +133,14 @@ def test_batches_are_sharded_and_typed_as_training_expects(experiment, make_mesh
   mesh = make_mesh(data=2, fsdp=2, ring=2)
   batch = Loader(experiment, 0, mesh).batch(0)
   assert set(batch) == {
-      "tokens", "targets", "loss_weights", "segment_ids", "positions", "modality", "key_start",
-      "key_stop",
+    "tokens",
+    "targets",
+    "loss_weights",
+    "segment_ids",
+    "positions",
+    "modality",
+    "key_start",
+    "key_stop",
   }
   for name, array in batch.items():
     assert array.shape == (8, S)
@@ -184,13 +193,11 @@ def test_epochs_differ_in_order_only(experiment, make_mesh):
 def test_mixture_proportions(experiment, make_mesh, tokenizer):
   stage = experiment.stages[0]
   stage.steps, stage.tokens_per_batch = 25, S * 16
-  stage.mixture = [
-      MixtureEntry("text", 0.3), MixtureEntry("video", 0.6), MixtureEntry("text", 0.1)
-  ]
+  stage.mixture = [MixtureEntry("text", 0.3), MixtureEntry("video", 0.6), MixtureEntry("text", 0.1)]
   loader = Loader(experiment, 0, make_mesh())
-  is_video = np.concatenate([
-      (np.asarray(batch["tokens"]) >= tokenizer.vocab_size).any(1) for batch in loader.iterate()
-  ])
+  is_video = np.concatenate(
+    [(np.asarray(batch["tokens"]) >= tokenizer.vocab_size).any(1) for batch in loader.iterate()]
+  )
   assert abs(is_video.mean() - 0.6) < 0.01
   # Interleaved, not one after the other.
   assert 6 <= is_video[:16].sum() <= 12

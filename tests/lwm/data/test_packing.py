@@ -1,15 +1,14 @@
 import numpy as np
 import pytest
 
-from lwm.data.packing import derived_seed
-from lwm.data.packing import pack
+from lwm.data.packing import derived_seed, pack
 
 CASES = {
-    "short": (lambda r: r.integers(1, 60, 500), 256),
-    "long": (lambda r: r.integers(500, 5000, 20), 64),
-    "both": (lambda r: np.concatenate([r.integers(2, 30, 100), [100_000, 64, 128, 1]]), 64),
-    "one": (lambda r: np.array([3]), 64),
-    "exact": (lambda r: np.full(7, 64), 64),
+  "short": (lambda r: r.integers(1, 60, 500), 256),
+  "long": (lambda r: r.integers(500, 5000, 20), 64),
+  "both": (lambda r: np.concatenate([r.integers(2, 30, 100), [100_000, 64, 128, 1]]), 64),
+  "one": (lambda r: np.array([3]), 64),
+  "exact": (lambda r: np.full(7, 64), 64),
 }
 
 

@@ -5,11 +5,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from lwm.data import Dataset
-from lwm.data import DatasetWriter
-from lwm.data import prepare
-from lwm.data import sources
-from lwm.data import text_document
+from lwm.data import Dataset, DatasetWriter, prepare, sources, text_document
 from lwm.data.documents import record_document
 from lwm.errors import UserError
 
@@ -36,11 +32,11 @@ def test_text_files(tokenizer, tmp_path):
   (root / "other.md").write_text("not this")
   dataset, bad = _prepare(tmp_path / "out", tokenizer, sources.text_files(root))
   assert _documents(dataset) == [
-      text_document(tokenizer, text).tokens.tolist() for text in ("the fox\n", "a dog")
+    text_document(tokenizer, text).tokens.tolist() for text in ("the fox\n", "a dog")
   ]
   assert bad == [
-      {"where": str(root / "a.txt"), "reason": "not UTF-8: byte 0xe9 at 3"},
-      {"where": str(root / "blank.txt"), "reason": "the document is empty"},
+    {"where": str(root / "a.txt"), "reason": "not UTF-8: byte 0xe9 at 3"},
+    {"where": str(root / "blank.txt"), "reason": "the document is empty"},
   ]
   assert dataset.manifest["bad_records"] == 2
   assert dataset.manifest["documents_by_source"] == {"books": 2}
@@ -51,15 +47,15 @@ def test_jsonl_with_bad_lines_and_a_bad_file(tokenizer, tmp_path):
   root.mkdir()
   good = [{"q": f"fox {i}", "a": f"{i} owls"} for i in range(3)]
   lines = [
-      json.dumps(good[0]).encode(),
-      b'{"q": "cut off',
-      b"",
-      b'{"q": "\xff", "a": "x"}',
-      b'["a list"]',
-      b'{"q": ' + b"1" * 5000 + b"}",
-      b'{"q": "no answer"}',
-      json.dumps({"q": "", "a": " "}).encode(),
-      json.dumps(good[1]).encode(),
+    json.dumps(good[0]).encode(),
+    b'{"q": "cut off',
+    b"",
+    b'{"q": "\xff", "a": "x"}',
+    b'["a list"]',
+    b'{"q": ' + b"1" * 5000 + b"}",
+    b'{"q": "no answer"}',
+    json.dumps({"q": "", "a": " "}).encode(),
+    json.dumps(good[1]).encode(),
   ]
   (root / "1.jsonl").write_bytes(b"\n".join(lines) + b"\n")
   (root / "2.jsonl").write_bytes(bytes(range(256)))
@@ -67,17 +63,17 @@ def test_jsonl_with_bad_lines_and_a_bad_file(tokenizer, tmp_path):
   to_document = prepare.from_fields(["[q],a"], "fields", seed=0)
   dataset, bad = _prepare(tmp_path / "out", tokenizer, sources.jsonl_files(root), to_document)
   assert _documents(dataset) == [
-      record_document(tokenizer, record, "[q],a").tokens.tolist() for record in good
+    record_document(tokenizer, record, "[q],a").tokens.tolist() for record in good
   ]
   file = str(root / "1.jsonl")
   assert [b["where"] for b in bad[:6]] == [f"{file}:{line}" for line in (2, 4, 5, 6, 7, 8)]
   assert [b["reason"].partition(":")[0] for b in bad[:6]] == [
-      "not JSON",
-      "not UTF-8",
-      "a JSON list, not an object",
-      "not JSON",
-      "there is no field 'a'",
-      "the document is empty",
+    "not JSON",
+    "not UTF-8",
+    "a JSON list, not an object",
+    "not JSON",
+    "there is no field 'a'",
+    "the document is empty",
   ]
   assert {b["where"].rpartition(":")[0] for b in bad[6:]} == {str(root / "2.jsonl")}
   assert dataset.manifest["documents_by_source"] == {"1.jsonl": 2, "3.jsonl": 1}
@@ -85,10 +81,10 @@ def test_jsonl_with_bad_lines_and_a_bad_file(tokenizer, tmp_path):
 
 def test_a_record_says_its_own_fields(tokenizer, tmp_path):
   records = [
-      {"q": "fox", "a": "owl", "fields": ["[q],a", "[a],q"]},
-      {"q": "fox", "a": "owl", "fields": "q"},
-      {"q": "fox", "fields": []},
-      {"q": "fox"},
+    {"q": "fox", "a": "owl", "fields": ["[q],a", "[a],q"]},
+    {"q": "fox", "a": "owl", "fields": "q"},
+    {"q": "fox", "fields": []},
+    {"q": "fox"},
   ]
   source = tmp_path / "x.jsonl"
   source.write_text("\n".join(json.dumps(record) for record in [records[0]] * 30 + records[1:]))
@@ -100,8 +96,7 @@ def test_a_record_says_its_own_fields(tokenizer, tmp_path):
     assert [b["where"] for b in bad] == [f"{source}:32", f"{source}:33"]
   assert outputs[0] == outputs[1]
   alternatives = [
-      record_document(tokenizer, records[0], fields).tokens.tolist()
-      for fields in ("[q],a", "[a],q")
+    record_document(tokenizer, records[0], fields).tokens.tolist() for fields in ("[q],a", "[a],q")
   ]
   chosen = [alternatives.index(document) for document in outputs[0][:30]]
   assert 5 < sum(chosen) < 25
@@ -134,7 +129,7 @@ def test_tfds_by_name_and_by_directory(tokenizer, tmp_path):
 
   directory = str(tmp_path / "tfds" / "tiny_tfds" / "1.0.0")
   dataset, bad = _prepare(
-      tmp_path / "by_directory", tokenizer, sources.tfds_records(directory, "train", "body")
+    tmp_path / "by_directory", tokenizer, sources.tfds_records(directory, "train", "body")
   )
   assert sorted(_documents(dataset)) == expected and len(bad) == 1
 
@@ -172,7 +167,7 @@ def test_a_file_name_that_is_not_utf8(tokenizer, tmp_path):
   (root / os.fsdecode(b"caf\xe9.jsonl")).write_text(line)
   to_document = prepare.from_fields([], "fields", seed=0)
   dataset, bad = _prepare(
-      tmp_path / "out", tokenizer, sources.jsonl_files(root), to_document, fraction=1e-9
+    tmp_path / "out", tokenizer, sources.jsonl_files(root), to_document, fraction=1e-9
   )
   assert len(_documents(dataset)) == 1 and not bad
 

@@ -23,12 +23,21 @@ def _stream(experiment, directory, num_processes, start_step=0):
     port = probe.getsockname()[1]
   outs = [directory / f"{rank}.json" for rank in range(num_processes)]
   processes = [
-      subprocess.Popen(
-          [sys.executable, WORKER, directory / "experiment.pickle", out, str(8 // num_processes),
-           str(port), str(num_processes), str(rank), str(start_step)],
-          env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-      )
-      for rank, out in enumerate(outs)
+    subprocess.Popen(
+      [
+        sys.executable,
+        WORKER,
+        directory / "experiment.pickle",
+        out,
+        str(8 // num_processes),
+        str(port),
+        str(num_processes),
+        str(rank),
+        str(start_step),
+      ],
+      env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    )
+    for rank, out in enumerate(outs)
   ]
   try:
     assert [process.wait(timeout=120) for process in processes] == [0] * num_processes

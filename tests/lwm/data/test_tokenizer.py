@@ -1,14 +1,13 @@
 import pytest
 import tokenizers
 
-from lwm.data import load_tokenizer
-from lwm.data import train_sentencepiece
+from lwm.data import load_tokenizer, train_sentencepiece
 from lwm.errors import UserError
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", " ", "a\n\n  b\t\r\n", "  leading and trailing  ", "ü 漢字 🦉 \x00", "12345", "<bos>"],
+  "text",
+  ["", " ", "a\n\n  b\t\r\n", "  leading and trailing  ", "ü 漢字 🦉 \x00", "12345", "<bos>"],
 )
 def test_a_trained_tokenizer_gives_every_text_back(tokenizer, text):
   assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -38,8 +37,10 @@ def test_hugging_face_tokenizer(tmp_path, config):
   bpe.decoder = tokenizers.decoders.ByteLevel()
   alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
   trainer = tokenizers.trainers.BpeTrainer(
-      vocab_size=300, special_tokens=["<s>", "</s>", "<x>"], initial_alphabet=alphabet,
-      show_progress=False,
+    vocab_size=300,
+    special_tokens=["<s>", "</s>", "<x>"],
+    initial_alphabet=alphabet,
+    show_progress=False,
   )
   bpe.train_from_iterator(["the quick brown fox"], trainer)
   path = tmp_path / "tokenizer.json"
@@ -57,7 +58,7 @@ def test_hugging_face_tokenizer(tmp_path, config):
 
 def test_no_text_is_cut_or_padded(tmp_path):
   words = tokenizers.Tokenizer(
-      tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "a": 2}, unk_token="<s>")
+    tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "a": 2}, unk_token="<s>")
   )
   words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
   # What a program set before it saved the tokenizer.

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from lwm.data import frame_codes
-from lwm.data import frame_tokens
+from lwm.data import frame_codes, frame_tokens
 
 
 def test_every_frame_ends_in_eof_and_the_last_in_eov_instead():
@@ -18,14 +17,14 @@ def test_an_image_ends_in_eov():
 
 
 @pytest.mark.parametrize(
-    "codes, reason",
-    [
-        (np.zeros((0, 256), int), "frames of 256"),
-        (np.zeros((1, 255), int), "frames of 256"),
-        (np.zeros((1, 256)), "not integers"),
-        (np.full((1, 256), 8192), "code 8192 is not in"),
-        (np.full((1, 256), -1), "code -1 is not in"),
-    ],
+  "codes, reason",
+  [
+    (np.zeros((0, 256), int), "frames of 256"),
+    (np.zeros((1, 255), int), "frames of 256"),
+    (np.zeros((1, 256)), "not integers"),
+    (np.full((1, 256), 8192), "code 8192 is not in"),
+    (np.full((1, 256), -1), "code -1 is not in"),
+  ],
 )
 def test_wrong_codes_are_refused(codes, reason):
   with pytest.raises(ValueError, match=reason):

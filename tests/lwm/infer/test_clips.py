@@ -3,12 +3,9 @@
 import numpy as np
 import pytest
 
-from lwm.data.vision_tokens import frame_codes
-from lwm.data.vision_tokens import frame_tokens
+from lwm.data.vision_tokens import frame_codes, frame_tokens
 from lwm.errors import UserError
-from lwm.infer import cut_clip
-from lwm.infer import FREE
-from lwm.infer import sampled_codes
+from lwm.infer import FREE, cut_clip, sampled_codes
 
 TEXT = 100
 

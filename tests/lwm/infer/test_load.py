@@ -10,16 +10,14 @@ import pytest
 
 from configs import models
 from lwm import model as model_lib
+from lwm.checkpoint.checkpoints import Checkpoints, Identity
+from lwm.checkpoint.position import Position
+from lwm.config.experiment import Experiment, Stage
 from lwm.errors import UserError
-from lwm.experiment import Experiment
-from lwm.experiment import MeshConfig
-from lwm.experiment import Stage
 from lwm.infer import load_trained
 from lwm.parallel.mesh import make_mesh
-from lwm.train.checkpoint import Checkpoints
-from lwm.train.checkpoint import Identity
-from lwm.train.checkpoint import Progress
-from lwm.train.state import TrainState
+from lwm.parallel.sharding import MeshConfig
+from lwm.program.state import TrainState
 
 
 @pytest.fixture
@@ -27,13 +25,13 @@ def experiment(tmp_path) -> Experiment:
   tokenizer = tmp_path / "tokenizer.model"
   tokenizer.write_bytes(b"pieces")
   return Experiment(
-      tokenizer=str(tokenizer),
-      model=models.debug(),
-      stages=[Stage(name="short", rope_theta=1e4), Stage(name="long", rope_theta=1e6)],
+    tokenizer=str(tokenizer),
+    model=models.debug(),
+    stages=[Stage(name="short", rope_theta=1e4), Stage(name="long", rope_theta=1e6)],
   )
 
 
-def save(experiment: Experiment, workdir: pathlib.Path, *all_progress: Progress):
+def save(experiment: Experiment, workdir: pathlib.Path, *all_progress: Position):
   """Checkpoints whose parameters differ by their step; the initial ones."""
   params = jax.jit(model_lib.build(experiment.model).init)(jax.random.key(0))
   checkpoints = Checkpoints(workdir / "checkpoints", keep=2)
@@ -53,7 +51,7 @@ def mesh():
 
 
 def test_newest_parameters_and_the_theta_of_their_stage(experiment, tmp_path):
-  params = save(experiment, tmp_path / "run", Progress(0, 4, 4), Progress(1, 2, 6))
+  params = save(experiment, tmp_path / "run", Position(0, 4, 4), Position(1, 2, 6))
   before = sorted((tmp_path / "run").rglob("*"))
   experiment.stages[1].rope_theta = 7.0  # What the run did counts, not what its config says now.
   trained = load_trained(experiment, tmp_path / "run")
@@ -65,7 +63,7 @@ def test_newest_parameters_and_the_theta_of_their_stage(experiment, tmp_path):
 
 
 def test_a_checkpoint_being_written_is_left_alone(experiment, tmp_path):
-  save(experiment, tmp_path / "run", Progress(0, 4, 4))
+  save(experiment, tmp_path / "run", Position(0, 4, 4))
   unfinished = tmp_path / "run" / "checkpoints" / "9.orbax-checkpoint-tmp"
   unfinished.mkdir()
   assert load_trained(experiment, tmp_path / "run").total_steps == 4
@@ -73,13 +71,15 @@ def test_a_checkpoint_being_written_is_left_alone(experiment, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_one_sentence(experiment, tmp_path):
-  save(experiment, tmp_path / "run", Progress(0, 4, 4))
+  save(experiment, tmp_path / "run", Position(0, 4, 4))
   checkpoint = tmp_path / "run" / "checkpoints" / "4"
   path = max((checkpoint / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
   content = bytearray(path.read_bytes())
   content[len(content) // 2] ^= 1
   path.write_bytes(content)
-  with pytest.raises(UserError, match=rf"checkpoints/4 is damaged \({path.relative_to(checkpoint)}"):
+  with pytest.raises(
+    UserError, match=rf"checkpoints/4 is damaged \({path.relative_to(checkpoint)}"
+  ):
     load_trained(experiment, tmp_path / "run")
 
 
@@ -92,7 +92,7 @@ def test_no_checkpoint_is_one_sentence(experiment, tmp_path, exists):
 
 
 def test_another_model_or_tokenizer_is_one_sentence(experiment, tmp_path):
-  save(experiment, tmp_path / "run", Progress(0, 4, 4))
+  save(experiment, tmp_path / "run", Position(0, 4, 4))
   wider = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, width=64))
   with pytest.raises(UserError, match=r"config.model.width=32, not 64"):
     load_trained(wider, tmp_path / "run")

@@ -12,14 +12,11 @@ import scipy.special
 from kernels.attention import KeyIntervals
 from kernels.ring import Layout
 from lwm import model as model_lib
-from lwm.experiment import MeshConfig
-from lwm.infer import Choice
-from lwm.infer import FREE
-from lwm.infer import sample
+from lwm.infer import FREE, Choice, sample
 from lwm.infer.sampling import draw
 from lwm.model import ModelConfig
 from lwm.parallel.mesh import make_mesh
-from lwm.parallel.sharding import ShardingRules
+from lwm.parallel.sharding import MeshConfig, ShardingRules
 
 CONFIG = ModelConfig(text_vocab_size=24, vision_vocab_size=40, compute_dtype="float32")
 THETA = 1e4
@@ -38,16 +35,18 @@ def mesh(request):
 def build():
   model = model_lib.build(CONFIG, ShardingRules(sequence=None))
   # Large weights: logits far apart, so that rounding decides nothing.
-  params = jax.jit(lambda: jax.tree.map(lambda w: w * 20 if w.ndim > 1 else w,
-                                        model.init(jax.random.key(1))))()
+  params = jax.jit(
+    lambda: jax.tree.map(lambda w: w * 20 if w.ndim > 1 else w, model.init(jax.random.key(1)))
+  )()
   return model, params
 
 
 def run(model, params, num_tokens=7, choice=GREEDY, seed=0, forced_T=None):
   forced_T = jnp.full(num_tokens, FREE, jnp.int32) if forced_T is None else forced_T
   return np.asarray(
-      sample(model, params, PROMPT_BxP, forced_T, jax.random.key(seed), choice=choice,
-             rope_theta=THETA)  # fmt: skip
+    sample(
+      model, params, PROMPT_BxP, forced_T, jax.random.key(seed), choice=choice, rope_theta=THETA
+    )  # fmt: skip
   )
 
 

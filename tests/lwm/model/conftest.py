@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from kernels.ring import Layout
-from lwm.experiment import LossConfig
-from lwm.experiment import MeshConfig
-from lwm.model import ModelConfig
-from lwm.model import build
+from lwm.config.experiment import LossConfig
+from lwm.model import ModelConfig, build
 from lwm.parallel.mesh import make_mesh
+from lwm.parallel.sharding import MeshConfig
 
 ROPE_THETA = 1e4
 
@@ -27,14 +26,25 @@ def no_implicit_rank_promotion():
 
 def tiny_config(**changes) -> ModelConfig:
   # Chunks that divide nothing, so that ragged ends are covered.
-  return ModelConfig(**{
+  return ModelConfig(
+    **{
       **dict(
-          num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_dim=8, feed_forward_width=48,
-          text_vocab_size=40, vision_vocab_size=24, compute_dtype="float32", initializer_std=0.2,
-          feed_forward_chunk=3, loss_chunk=5,
+        num_layers=2,
+        width=32,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        feed_forward_width=48,
+        text_vocab_size=40,
+        vision_vocab_size=24,
+        compute_dtype="float32",
+        initializer_std=0.2,
+        feed_forward_chunk=3,
+        loss_chunk=5,
       ),
       **changes,
-  })
+    }
+  )
 
 
 def mesh_of(**sizes):
@@ -53,9 +63,7 @@ def document(rng, length, modality, config=tiny_config()):
 def pack(rows, sequence_length):
   """A batch in global order of rows, which are lists of documents; what is left is padding."""
   shape = len(rows), sequence_length
-  names = (
-      "tokens", "targets", "segment_ids", "positions", "modality", "key_start", "key_stop"
-  )
+  names = ("tokens", "targets", "segment_ids", "positions", "modality", "key_start", "key_stop")
   batch = {name: np.zeros(shape, np.int32) for name in names}
   batch["loss_weights"] = np.zeros(shape, np.float32)
   for r, documents in enumerate(rows):
@@ -118,10 +126,10 @@ def loss_and_gradients(config, mesh, kind, batch, loss=LossConfig(), combine=hal
   with jax.set_mesh(mesh):
     params = init(model, mesh)
     gradients, sums = compile_quickly(jax.grad(objective, has_aux=True))(
-        params, place(batch, layout, mesh, model.rules)
+      params, place(batch, layout, mesh, model.rules)
     )
   same = jax.tree.map(
-      lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), gradients, params
+    lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), gradients, params
   )
   assert all(jax.tree.leaves(same)), "a gradient is sharded unlike its parameter"
   return jax.tree.map(np.asarray, (sums, gradients))
@@ -129,6 +137,7 @@ def loss_and_gradients(config, mesh, kind, batch, loss=LossConfig(), combine=hal
 
 def assert_trees_close(actual, expected, tolerance):
   """Largest difference of each array relative to its largest element."""
+
   def check(path, a, b):
     error = np.abs(a - b).max() / np.abs(b).max()
     assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.2e} > {tolerance:.0e}"
@@ -140,7 +149,14 @@ def assert_trees_close(actual, expected, tolerance):
 def tiny():
   """The functions above, under one name: test modules cannot import each other."""
   return types.SimpleNamespace(
-      config=tiny_config, mesh=mesh_of, document=document, pack=pack, place=place, init=init,
-      jit=compile_quickly, loss_and_gradients=loss_and_gradients, assert_close=assert_trees_close,
-      rope_theta=ROPE_THETA,
+    config=tiny_config,
+    mesh=mesh_of,
+    document=document,
+    pack=pack,
+    place=place,
+    init=init,
+    jit=compile_quickly,
+    loss_and_gradients=loss_and_gradients,
+    assert_close=assert_trees_close,
+    rope_theta=ROPE_THETA,
   )

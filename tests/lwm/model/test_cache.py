@@ -1,7 +1,5 @@
 """Decoding with a cache gives the logits of a full forward pass."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +23,7 @@ def full_logits(tiny, tokens):
     position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     intervals = KeyIntervals(jnp.zeros_like(position), position + 1)
     hidden = model.hidden(
-        params, tokens, position, intervals, rope_theta=tiny.rope_theta, layout=LAYOUT
+      params, tokens, position, intervals, rope_theta=tiny.rope_theta, layout=LAYOUT
     )
     return model.logits(params, hidden)
 
@@ -34,7 +32,7 @@ def full_logits(tiny, tokens):
 
 
 @pytest.mark.parametrize(
-    "sizes", [dict(), dict(data=2, fsdp=1, tensor=2), dict(ring=2, ulysses=2, tensor=2)], ids=str
+  "sizes", [dict(), dict(data=2, fsdp=1, tensor=2), dict(ring=2, ulysses=2, tensor=2)], ids=str
 )
 def test_cached_decode_equals_full_forward(tiny, sizes):
   """Rows of different length, padded on the left: a prompt at once, then a token at a time."""
@@ -45,7 +43,7 @@ def test_cached_decode_equals_full_forward(tiny, sizes):
   rules = ShardingRules(sequence=None, cache=("ring", "ulysses") if "ring" in sizes else ())
   model, mesh = build(tiny.config(), rules), tiny.mesh(**sizes)
   decode = tiny.jit(
-      lambda params, tokens, cache: model.decode(params, tokens, cache, rope_theta=tiny.rope_theta)
+    lambda params, tokens, cache: model.decode(params, tokens, cache, rope_theta=tiny.rope_theta)
   )
   with jax.set_mesh(mesh):
     params = tiny.init(model, mesh)
@@ -59,6 +57,4 @@ def test_cached_decode_equals_full_forward(tiny, sizes):
   for r, row in enumerate(rows):
     expected = full_logits(tiny, row)
     for column, logits in steps:
-      np.testing.assert_allclose(
-          logits[r], expected[column - 1 - padding[r]], rtol=1e-5, atol=1e-5
-      )
+      np.testing.assert_allclose(logits[r], expected[column - 1 - padding[r]], rtol=1e-5, atol=1e-5)

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 MESHES = [
-    (dict(fsdp=8), "contiguous"),
-    (dict(ring=8), "contiguous"),
-    (dict(ring=8), "zigzag"),
-    (dict(data=2, fsdp=2, tensor=2), "contiguous"),
-    (dict(fsdp=2, ring=2, tensor=2), "zigzag"),
-    (dict(data=2, ring=4), "zigzag"),
-    (dict(ring=2, ulysses=4), "zigzag"),
-    (dict(fsdp=2, ulysses=2, tensor=2), "contiguous"),
+  (dict(fsdp=8), "contiguous"),
+  (dict(ring=8), "contiguous"),
+  (dict(ring=8), "zigzag"),
+  (dict(data=2, fsdp=2, tensor=2), "contiguous"),
+  (dict(fsdp=2, ring=2, tensor=2), "zigzag"),
+  (dict(data=2, ring=4), "zigzag"),
+  (dict(ring=2, ulysses=4), "zigzag"),
+  (dict(fsdp=2, ulysses=2, tensor=2), "contiguous"),
 ]
 
 
@@ -19,9 +19,9 @@ def batch_of(tiny):
   rng = np.random.default_rng(0)
   lengths = rng.integers(3, 14, (8, 3))
   rows = [
-      [tiny.document(rng, length, (r + n) % 2) for n, length in enumerate(row[:2])]
-      + [tiny.document(rng, min(row[2], 32 - row[:2].sum()), r % 2)]
-      for r, row in enumerate(lengths)
+    [tiny.document(rng, length, (r + n) % 2) for n, length in enumerate(row[:2])]
+    + [tiny.document(rng, min(row[2], 32 - row[:2].sum()), r % 2)]
+    for r, row in enumerate(lengths)
   ]
   return tiny.pack(rows, 32)
 

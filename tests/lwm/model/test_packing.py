@@ -18,16 +18,16 @@ def documents_of(tiny):
 
 
 @pytest.mark.parametrize(
-    "sizes,kind",
-    [
-        (dict(), "contiguous"),
-        (dict(ring=8), "contiguous"),
-        (dict(ring=8), "zigzag"),
-        (dict(ring=4, tensor=2), "contiguous"),
-        (dict(fsdp=2, ring=2, tensor=2), "zigzag"),
-        (dict(data=2, fsdp=2, tensor=2), "contiguous"),
-    ],
-    ids=str,
+  "sizes,kind",
+  [
+    (dict(), "contiguous"),
+    (dict(ring=8), "contiguous"),
+    (dict(ring=8), "zigzag"),
+    (dict(ring=4, tensor=2), "contiguous"),
+    (dict(fsdp=2, ring=2, tensor=2), "zigzag"),
+    (dict(data=2, fsdp=2, tensor=2), "contiguous"),
+  ],
+  ids=str,
 )
 def test_a_token_changes_nothing_outside_its_document_or_before_it(tiny, sizes, kind):
   config = tiny.config()
@@ -42,15 +42,19 @@ def test_a_token_changes_nothing_outside_its_document_or_before_it(tiny, sizes, 
   def hidden(params, batch):
     intervals = KeyIntervals(batch["key_start"], batch["key_stop"])
     return model.hidden(
-        params, batch["tokens"], batch["positions"], intervals,
-        rope_theta=tiny.rope_theta, layout=layout,
+      params,
+      batch["tokens"],
+      batch["positions"],
+      intervals,
+      rope_theta=tiny.rope_theta,
+      layout=layout,
     )
 
   with jax.set_mesh(mesh):
     params = tiny.init(model, mesh)
     before, after = (
-        np.asarray(hidden(params, tiny.place(batch, layout, mesh, model.rules)))
-        for batch in (original, changed)
+      np.asarray(hidden(params, tiny.place(batch, layout, mesh, model.rules)))
+      for batch in (original, changed)
     )
   # Whether each token of the global order came out the same, bit for bit.
   same = np.empty((4, 32), bool)
@@ -79,11 +83,14 @@ def test_packed_equals_padded(tiny, weighting):
   if weighting == "example":
     # Every text document counts alike: half of the text loss is of each.
     alone = [
-        tiny.loss_and_gradients(
-            config, tiny.mesh(), "contiguous", tiny.pack([[documents[n]]], 16),
-            combine=lambda sums: sums.loss[0],
-        )[0]
-        for n in (0, 2)
+      tiny.loss_and_gradients(
+        config,
+        tiny.mesh(),
+        "contiguous",
+        tiny.pack([[documents[n]]], 16),
+        combine=lambda sums: sums.loss[0],
+      )[0]
+      for n in (0, 2)
     ]
     mean = np.mean([sums.nll[0] / sums.weight[0] for sums in alone])
     np.testing.assert_allclose(actual[0].nll[0] / actual[0].weight[0], mean, rtol=1e-5)

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lwm.model import RopeScaling
-from lwm.model import rope
+from lwm.model import RopeScaling, rope
 
 POSITIONS = np.array([[0, 1, 4095, 131071, 1048575, 2**24 + 1, 2**30 + 12345, 2**31 - 1]], np.int32)
 
@@ -27,7 +26,7 @@ def test_a_traced_theta_turns_by_equal_steps():
   """Its frequencies are float32, so compare the turn between neighbours, not the angles."""
   positions = np.array([[1, 2, 10**6, 10**6 + 1]], np.int32)
   cosine, sine = jax.jit(lambda p, t: rope.rotations(p, rope.frequencies(128, t, None)))(
-      positions, jnp.float32(5e7)
+    positions, jnp.float32(5e7)
   )
   turn = np.arctan2(sine, cosine)[0]
   near = np.exp(1j * (turn[1] - turn[0]))
@@ -58,8 +57,8 @@ def test_scores_depend_on_the_distance_only():
 
   def score(query_position, key_position):
     turned = [
-        rope.rotate(x, *rope.rotations(jnp.array([[position]], jnp.int32), frequency))
-        for x, position in ((query, query_position), (key, key_position))
+      rope.rotate(x, *rope.rotations(jnp.array([[position]], jnp.int32), frequency))
+      for x, position in ((query, query_position), (key, key_position))
     ]
     return float((turned[0] * turned[1]).sum())
 

@@ -7,7 +7,7 @@ import pytest
 
 from kernels.attention import KeyIntervals
 from kernels.ring import Layout
-from lwm.experiment import LossConfig
+from lwm.config.experiment import LossConfig
 from lwm.model import build
 
 LAYOUT = Layout("contiguous", 1)
@@ -30,9 +30,11 @@ def test_remat_policies_give_the_same_gradients(tiny, batch, full_remat, remat):
   tiny.assert_close(actual, full_remat, 1e-6)
 
 
-@pytest.mark.parametrize("remat,sizes", [
-    ("full", dict(ring=2, ulysses=2)), ("offload_attention", dict(fsdp=2, ring=2)), ("none", {})
-], ids=str)
+@pytest.mark.parametrize(
+  "remat,sizes",
+  [("full", dict(ring=2, ulysses=2)), ("offload_attention", dict(fsdp=2, ring=2)), ("none", {})],
+  ids=str,
+)
 def test_groups_of_heads_in_turn_give_the_same_gradients(tiny, batch, full_remat, remat, sizes):
   config = tiny.config(remat=remat, head_groups=2)
   kind = "zigzag" if sizes else "contiguous"
@@ -79,8 +81,12 @@ def test_losses_by_hand_from_logits(tiny, batch, softmax_range):
       sums = model.losses(params, rows, rope_theta=tiny.rope_theta, layout=LAYOUT, loss=loss)
       intervals = KeyIntervals(rows["key_start"], rows["key_stop"])
       hidden = model.hidden(
-          params, rows["tokens"], rows["positions"], intervals,
-          rope_theta=tiny.rope_theta, layout=LAYOUT,
+        params,
+        rows["tokens"],
+        rows["positions"],
+        intervals,
+        rope_theta=tiny.rope_theta,
+        layout=LAYOUT,
       )
       return sums, model.logits(params, hidden)
 
@@ -92,9 +98,7 @@ def test_losses_by_hand_from_logits(tiny, batch, softmax_range):
     nll = log_sum_exp - logits[own, batch["targets"][own]]
     assert sums.weight[modality] == own.sum() > 0
     np.testing.assert_allclose(sums.nll[modality], nll.sum(), rtol=1e-5)
-    np.testing.assert_allclose(
-        sums.loss[modality], (nll + 1e-2 * log_sum_exp**2).sum(), rtol=1e-5
-    )
+    np.testing.assert_allclose(sums.loss[modality], (nll + 1e-2 * log_sum_exp**2).sum(), rtol=1e-5)
 
 
 def test_text_only_model(tiny):
@@ -102,7 +106,7 @@ def test_text_only_model(tiny):
   config = tiny.config(vision_vocab_size=0)
   batch = tiny.pack([[tiny.document(rng, 9, 0)]], 12)
   sums, _ = tiny.loss_and_gradients(
-      config, tiny.mesh(), "contiguous", batch, combine=lambda sums: sums.loss[0]
+    config, tiny.mesh(), "contiguous", batch, combine=lambda sums: sums.loss[0]
   )
   assert sums.weight.tolist() == [9, 0] and sums.loss[1] == 0
   assert np.log(40) / 2 < sums.nll[0] / 9 < 2 * np.log(40)

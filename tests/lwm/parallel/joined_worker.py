@@ -10,19 +10,17 @@ import time
 
 import jax
 
-from lwm.errors import RESUME_EXIT_CODE
-from lwm.errors import ResumeError
-from lwm.errors import UserError
+from lwm.errors import RESUME_EXIT_CODE, ResumeError, UserError
 from lwm.parallel import distributed
 
 
 def main(process, num_processes, start_timeout, coordinator, action):
   joined = distributed.joined(
-      coordinator or None,
-      int(num_processes) if num_processes else None,
-      int(process) if process else None,
-      peer_timeout=20,
-      start_timeout=int(start_timeout),
+    coordinator or None,
+    int(num_processes) if num_processes else None,
+    int(process) if process else None,
+    peer_timeout=20,
+    start_timeout=int(start_timeout),
   )
   with joined:
     print(jax.process_count(), jax.process_index(), flush=True)

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from kernels.ring import Layout
-from lwm.experiment import LossConfig
-from lwm.experiment import MeshConfig
-from lwm.model import ModelConfig
-from lwm.model import build
+from lwm.config.experiment import LossConfig
+from lwm.model import ModelConfig, build
 from lwm.parallel.mesh import make_mesh
+from lwm.parallel.sharding import MeshConfig
 
 B, S, M = 4, 256, 16
 INTEGERS = ("tokens", "targets", "positions", "modality", "key_start", "key_stop")
@@ -20,10 +19,20 @@ INTEGERS = ("tokens", "targets", "positions", "modality", "key_start", "key_stop
 
 def collectives(remat="full", **sizes):
   """[(kind, elements of one of its results, where it comes from)] of the compiled gradient."""
-  model = build(ModelConfig(
-      num_layers=2, width=M, num_heads=2, num_kv_heads=2, head_dim=8, feed_forward_width=24,
-      text_vocab_size=40, vision_vocab_size=24, compute_dtype="float32", remat=remat,
-  ))
+  model = build(
+    ModelConfig(
+      num_layers=2,
+      width=M,
+      num_heads=2,
+      num_kv_heads=2,
+      head_dim=8,
+      feed_forward_width=24,
+      text_vocab_size=40,
+      vision_vocab_size=24,
+      compute_dtype="float32",
+      remat=remat,
+    )
+  )
   mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
   layout = Layout("zigzag", mesh.shape["ring"])
 
@@ -33,20 +42,23 @@ def collectives(remat="full", **sizes):
 
   with jax.set_mesh(mesh):
     params = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        model.abstract(), model.rules.tree_shardings(model.logical_axes, mesh),
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+      model.abstract(),
+      model.rules.tree_shardings(model.logical_axes, mesh),
     )
     rows = jax.NamedSharding(mesh, model.rules.spec("batch", "sequence"))
     dtypes = dict.fromkeys(INTEGERS, jnp.int32) | {"loss_weights": jnp.float32}
     batch = {
-        name: jax.ShapeDtypeStruct((B, S), dtype, sharding=rows) for name, dtype in dtypes.items()
+      name: jax.ShapeDtypeStruct((B, S), dtype, sharding=rows) for name, dtype in dtypes.items()
     }
-    compiled = jax.jit(
-        jax.grad(loss), compiler_options={"xla_backend_optimization_level": 0}
-    ).lower(params, batch).compile()
+    compiled = (
+      jax.jit(jax.grad(loss), compiler_options={"xla_backend_optimization_level": 0})
+      .lower(params, batch)
+      .compile()
+    )
   pattern = re.compile(
-      r" = (.*?) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
-      r"(.*?)op_name=\"(.*?)\""
+    r" = (.*?) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
+    r"(.*?)op_name=\"(.*?)\""
   )
   found = []
   for match in pattern.finditer(compiled.as_text()):
@@ -92,8 +104,7 @@ def test_gradients_are_scattered_and_then_summed_over_data():
   assert scattered <= summed <= scattered + 3 * M
   # Nothing else is summed but scalars and norm scales.
   rest = [
-      size for kind, size, origin in found
-      if kind == "all-reduce" and "unreduced_psum" not in origin
+    size for kind, size, origin in found if kind == "all-reduce" and "unreduced_psum" not in origin
   ]
   assert max(rest) <= 3 * M
 
@@ -101,7 +112,8 @@ def test_gradients_are_scattered_and_then_summed_over_data():
 @pytest.mark.parametrize("remat,hops", [("full", 2), ("attention", 0)])
 def test_saved_attention_is_not_sent_around_again(remat, hops):
   again = [
-      origin for kind, _, origin in collectives(remat, ring=8)
-      if kind == "collective-permute" and "rematted_computation" in origin
+    origin
+    for kind, _, origin in collectives(remat, ring=8)
+    if kind == "collective-permute" and "rematted_computation" in origin
   ]
   assert len(again) == hops

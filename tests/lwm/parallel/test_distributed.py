@@ -9,8 +9,7 @@ import sys
 
 import pytest
 
-from lwm.errors import RESUME_EXIT_CODE
-from lwm.errors import UserError
+from lwm.errors import RESUME_EXIT_CODE, UserError
 from lwm.parallel.distributed import explicit_settings
 
 WORKER = pathlib.Path(__file__).with_name("joined_worker.py")
@@ -28,9 +27,11 @@ def start(process="", num_processes="", coordinator="", action="", start_timeout
   arguments = [process, num_processes, start_timeout, coordinator, action]
   environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
   return subprocess.Popen(
-      [sys.executable, WORKER, *map(str, arguments)],
-      env=environment | {"PYTHONPATH": str(CHECKOUT)} | variables, text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    [sys.executable, WORKER, *map(str, arguments)],
+    env=environment | {"PYTHONPATH": str(CHECKOUT)} | variables,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
   )
 
 
@@ -42,8 +43,8 @@ def results(processes):
     for process in processes:
       process.kill()
   return [
-      (process.returncode, (output.splitlines() or [""])[-1], (errors.splitlines() or [""])[-1])
-      for process, (output, errors) in zip(processes, ends)
+    (process.returncode, (output.splitlines() or [""])[-1], (errors.splitlines() or [""])[-1])
+    for process, (output, errors) in zip(processes, ends)
   ]
 
 
@@ -65,7 +66,7 @@ def test_slurm_tells_all():
   # JAX makes the port from the number of the job: 65535 - 4095 + number.
   job = free_port() % 4096
   variables = dict(
-      SLURM_JOB_ID=str(job), SLURM_STEP_NODELIST="localhost", SLURM_NTASKS="2", SLURM_LOCALID="0"
+    SLURM_JOB_ID=str(job), SLURM_STEP_NODELIST="localhost", SLURM_NTASKS="2", SLURM_LOCALID="0"
   )
   ends = results([start(SLURM_PROCID=str(process), **variables) for process in range(2)])
   assert [end[0] for end in ends] == [0, 0]
@@ -77,7 +78,7 @@ def test_an_error_in_one_ends_all_with_its_message():
   assert (waiting, failed) == (1, 1)
   assert said == "error: shard 3 is broken."
   assert heard == (
-      f"error: process 1 of 2 (host {HOST}) has ended with an error: shard 3 is broken."
+    f"error: process 1 of 2 (host {HOST}) has ended with an error: shard 3 is broken."
   )
 
 
@@ -91,8 +92,8 @@ def test_a_process_that_never_starts_is_missed():
   (end,) = results([start(1, 2, "127.0.0.1:1", start_timeout=2)])
   assert end[0] == RESUME_EXIT_CODE
   assert end[2] == (
-      "error: process 1 of 2 has waited 2 s for the others at 127.0.0.1:1: see that all of them "
-      "run and reach it, and start the same command again."
+    "error: process 1 of 2 has waited 2 s for the others at 127.0.0.1:1: see that all of them "
+    "run and reach it, and start the same command again."
   )
 
 
@@ -117,18 +118,18 @@ def test_the_environment_stands_in_for_flags(monkeypatch):
   monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "node-0:1234")
   monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
   assert explicit_settings(None, 2, 1) == dict(
-      coordinator_address="node-0:1234", num_processes=2, process_id=1
+    coordinator_address="node-0:1234", num_processes=2, process_id=1
   )
 
 
 @pytest.mark.parametrize(
-    "settings,message",
-    [
-        (("node:1", 2, None), "--coordinator=node:1 and --num_processes=2 without --process_id"),
-        ((None, None, 0), "--process_id=0 without --coordinator (JAX_COORDINATOR_ADDRESS) and"),
-        (("node", 2, 1), "--coordinator=node: this takes HOST:PORT"),
-        (("node:1", 2, 2), "--process_id=2 and --num_processes=2: processes are numbered from 0"),
-    ],
+  "settings,message",
+  [
+    (("node:1", 2, None), "--coordinator=node:1 and --num_processes=2 without --process_id"),
+    ((None, None, 0), "--process_id=0 without --coordinator (JAX_COORDINATOR_ADDRESS) and"),
+    (("node", 2, 1), "--coordinator=node: this takes HOST:PORT"),
+    (("node:1", 2, 2), "--process_id=2 and --num_processes=2: processes are numbered from 0"),
+  ],
 )
 def test_settings_halfway_are_one_sentence(settings, message):
   with pytest.raises(UserError, match=re.escape(message)):

@@ -3,18 +3,16 @@
 import re
 
 import jax
-from jax.experimental import topologies
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, PartitionSpec as P
 
-from lwm.experiment import ConfigError
-from lwm.experiment import MeshConfig
-from lwm.model import ModelConfig
-from lwm.model import build
-from lwm.parallel.mesh import check_model_fits_mesh
+from lwm.config.validate import check_model_fits_mesh
+from lwm.errors import ConfigError
+from lwm.model import ModelConfig, build
 from lwm.parallel.mesh import make_mesh
+from lwm.parallel.sharding import MeshConfig
 
 # What a parameter's width is divided over.
 STORED = ("fsdp", "ring", "ulysses")
@@ -34,9 +32,7 @@ def test_sizes_must_use_the_devices():
 
 def two_slices():
   """Two slices of 2 x 2 chips, with no TPU."""
-  return topologies.get_topology_desc(
-      platform="tpu", topology_name="v5e:2x2", num_slices=2
-  ).devices
+  return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
 
 
 def test_data_crosses_slices_and_nothing_else_does():
@@ -48,36 +44,40 @@ def test_data_crosses_slices_and_nothing_else_does():
 
 def test_an_axis_that_would_cross_slices_is_named():
   message = (
-      "mesh.data=1 is no multiple of the 2 slices, so mesh.fsdp=4 x mesh.ring=2 would cross from "
-      "one to the next: only data may. Set mesh.data to a multiple of 2."
+    "mesh.data=1 is no multiple of the 2 slices, so mesh.fsdp=4 x mesh.ring=2 would cross from "
+    "one to the next: only data may. Set mesh.data to a multiple of 2."
   )
   with pytest.raises(ConfigError, match=re.escape(message)):
     make_mesh(MeshConfig(fsdp=4, ring=2), two_slices())
 
 
 @pytest.mark.parametrize(
-    "sizes,changes,message",
-    [
-        (dict(tensor=4), {}, "config.model.num_kv_heads = 2 does not divide over mesh.tensor = 4"),
-        (
-            dict(fsdp=3, ring=2), {},
-            "config.model.width = 64 does not divide over mesh.fsdp x ring x ulysses = 3 x 2 x 1",
-        ),
-        (
-            dict(tensor=2), dict(text_vocab_size=257),
-            "text_vocab_size + vision_vocab_size = 257 does not divide over mesh.tensor = 2",
-        ),
-        (dict(tensor=2), dict(feed_forward_width=129), "config.model.feed_forward_width = 129"),
-        (
-            dict(tensor=2), dict(head_groups=2),
-            "config.model.num_kv_heads = 2 / head_groups = 2 does not divide over mesh.tensor = 2",
-        ),
-        (dict(tensor=2), dict(num_heads=3, num_kv_heads=3), "config.model.num_heads = 3"),
-        (
-            dict(tensor=2, ulysses=4), {},
-            "config.model.num_heads = 4 does not divide over mesh.tensor x ulysses = 2 x 4",
-        ),
-    ],
+  "sizes,changes,message",
+  [
+    (dict(tensor=4), {}, "config.model.num_kv_heads = 2 does not divide over mesh.tensor = 4"),
+    (
+      dict(fsdp=3, ring=2),
+      {},
+      "config.model.width = 64 does not divide over mesh.fsdp x ring x ulysses = 3 x 2 x 1",
+    ),
+    (
+      dict(tensor=2),
+      dict(text_vocab_size=257),
+      "text_vocab_size + vision_vocab_size = 257 does not divide over mesh.tensor = 2",
+    ),
+    (dict(tensor=2), dict(feed_forward_width=129), "config.model.feed_forward_width = 129"),
+    (
+      dict(tensor=2),
+      dict(head_groups=2),
+      "config.model.num_kv_heads = 2 / head_groups = 2 does not divide over mesh.tensor = 2",
+    ),
+    (dict(tensor=2), dict(num_heads=3, num_kv_heads=3), "config.model.num_heads = 3"),
+    (
+      dict(tensor=2, ulysses=4),
+      {},
+      "config.model.num_heads = 4 does not divide over mesh.tensor x ulysses = 2 x 4",
+    ),
+  ],
 )
 def test_what_does_not_fit_is_named(sizes, changes, message):
   ones = dict(data=1, fsdp=1, ring=1, ulysses=1, tensor=1)
@@ -88,8 +88,14 @@ def test_what_does_not_fit_is_named(sizes, changes, message):
 
 def test_lwm_7b_fits_the_meshes_of_the_paper():
   lwm = ModelConfig(
-      num_layers=32, width=4096, num_heads=32, num_kv_heads=32, head_dim=128,
-      feed_forward_width=11008, text_vocab_size=32000, vision_vocab_size=8448,
+    num_layers=32,
+    width=4096,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    feed_forward_width=11008,
+    text_vocab_size=32000,
+    vision_vocab_size=8448,
   )
   for tensor in (4, 8, 16, 32):
     check_model_fits_mesh(lwm, dict(data=1, fsdp=64, ring=4, ulysses=1, tensor=tensor))

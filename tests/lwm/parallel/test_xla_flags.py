@@ -5,13 +5,13 @@ import subprocess
 import sys
 
 import jax
-from jax.experimental import topologies
 import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from jaxlib import xla_client
-import pytest
 
-from lwm.chips import of_kind
+from lwm.cost.chips import of_kind
 from lwm.parallel import xla_flags
 from lwm.plan import load
 from tests.kernels.compile_for_tpu import not_cached
@@ -38,8 +38,11 @@ def test_libtpu_knows_the_flag(flag):
 
 def run(**variables):
   return subprocess.run(
-      [sys.executable, "-c", PROGRAM], env=os.environ | variables, text=True, capture_output=True,
-      timeout=300,
+    [sys.executable, "-c", PROGRAM],
+    env=os.environ | variables,
+    text=True,
+    capture_output=True,
+    timeout=300,
   )
 
 
@@ -55,7 +58,7 @@ def test_what_the_environment_says_stays(monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "")
   xla_flags.apply()
   assert os.environ["LIBTPU_INIT_ARGS"] == (
-      f"--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true {given}"
+    f"--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true {given}"
   )
   assert os.environ["XLA_FLAGS"].split() == [f"--{k}={v}" for k, v in xla_flags.XLA.items()]
 
@@ -82,9 +85,10 @@ def test_gpus_give_jax_the_memory_that_the_planner_counts_on(monkeypatch, given)
 EIGHT = "--xla_force_host_platform_device_count=8"
 
 
-@pytest.mark.parametrize("given, num_processes, threads", [
-    ("", None, None), (EIGHT, None, str(xla_flags.CPU_THREADS)), (EIGHT, 2, None)
-])
+@pytest.mark.parametrize(
+  "given, num_processes, threads",
+  [("", None, None), (EIGHT, None, str(xla_flags.CPU_THREADS)), (EIGHT, 2, None)],
+)
 def test_several_cpu_devices_get_threads_to_wait_in(monkeypatch, given, num_processes, threads):
   monkeypatch.setenv("XLA_FLAGS", given)
   monkeypatch.setenv("LIBTPU_INIT_ARGS", "")

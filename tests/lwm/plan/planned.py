@@ -1,11 +1,8 @@
 """An experiment small enough to be compiled for slices of four chips in seconds."""
 
 from configs import models
-from lwm.experiment import DatasetConfig
-from lwm.experiment import Experiment
-from lwm.experiment import MeshConfig
-from lwm.experiment import MixtureEntry
-from lwm.experiment import Stage
+from lwm.config.experiment import DatasetConfig, Experiment, MixtureEntry, Stage
+from lwm.parallel.sharding import MeshConfig
 
 
 def get_config() -> Experiment:
@@ -18,12 +15,18 @@ def get_config() -> Experiment:
   model.feed_forward_chunk = 512
   model.loss_chunk = 256
   return Experiment(
-      name="planned",
-      tokenizer="none",
-      model=model,
-      datasets=[DatasetConfig(name="text", path="none")],
-      stages=[
-          Stage(name="long", sequence_length=8192, tokens_per_batch=8192, steps=10,
-                mixture=[MixtureEntry("text")], mesh=MeshConfig(fsdp=1, ring=2, tensor=2)),
-      ],
+    name="planned",
+    tokenizer="none",
+    model=model,
+    datasets=[DatasetConfig(name="text", path="none")],
+    stages=[
+      Stage(
+        name="long",
+        sequence_length=8192,
+        tokens_per_batch=8192,
+        steps=10,
+        mixture=[MixtureEntry("text")],
+        mesh=MeshConfig(fsdp=1, ring=2, tensor=2),
+      )
+    ],
   )

@@ -1,13 +1,10 @@
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lwm.plan import topology
-from lwm.plan.compilation import compile_ahead
-from lwm.plan.compilation import read_assignment
+from lwm.plan.compilation import compile_ahead, read_assignment
 
 
 def twenty_copies(x):
@@ -76,7 +73,9 @@ def test_reads_what_xla_dumps():
   assert compilation.host == 800
   # What follows in another's place is not listed beside it.
   assert [(b.bytes, b.operation) for b in compilation.buffers] == [
-      (6000, "jit(f)/made"), (4096, "state['w']"), (3000, ""),
+    (6000, "jit(f)/made"),
+    (4096, "state['w']"),
+    (3000, ""),
   ]
   # On a GPU color 1 is the device's memory, too.
   assert read_assignment(ASSIGNMENT, TEXT, "gpu", 0.0).total == 4096 + 9000 + 1000

@@ -5,36 +5,41 @@ import types
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 import pytest
+from jax.sharding import NamedSharding
 
-from lwm.chips import GIB
-from lwm.experiment import MeshConfig
+from lwm.cost.chips import GIB
 from lwm.model import build
 from lwm.parallel.mesh import make_mesh
-from lwm.parallel.sharding import ShardingRules
-from lwm.plan import compile_program
-from lwm.plan import load
-from lwm.plan import report
-from lwm.plan.memory import Memory
-from lwm.plan.memory import shard_bytes
+from lwm.parallel.sharding import MeshConfig, ShardingRules
+from lwm.plan import compile_program, load, report
+from lwm.plan.memory import Memory, shard_bytes
 from tests.lwm.plan import planned
 
 LENGTH = 1024
 
 
 @pytest.mark.parametrize(
-    "total, host, verdict",
-    [
-        (GIB, GIB, "1.0 GiB of 2.0 GiB: fits"),
-        (3 * GIB, 0, "3.0 GiB of 2.0 GiB: OUT OF MEMORY by 1.0 GiB"),
-        (GIB, 7 * GIB, "1.0 GiB of 2.0 GiB: OUT OF THE HOST'S MEMORY by 3.0 GiB"),
-    ],
+  "total, host, verdict",
+  [
+    (GIB, GIB, "1.0 GiB of 2.0 GiB: fits"),
+    (3 * GIB, 0, "3.0 GiB of 2.0 GiB: OUT OF MEMORY by 1.0 GiB"),
+    (GIB, 7 * GIB, "1.0 GiB of 2.0 GiB: OUT OF THE HOST'S MEMORY by 3.0 GiB"),
+  ],
 )
 def test_both_memories_must_do(total, host, verdict):
   memory = Memory(
-      parameters=0, optimizer=0, batch=0, gradients=0, temporaries=total, rest=0, total=total,
-      host=host, capacity=2 * GIB, host_capacity=4 * GIB, buffers=(),
+    parameters=0,
+    optimizer=0,
+    batch=0,
+    gradients=0,
+    temporaries=total,
+    rest=0,
+    total=total,
+    host=host,
+    capacity=2 * GIB,
+    host_capacity=4 * GIB,
+    buffers=(),
   )
   assert memory.fits == verdict.endswith("fits")
   assert report.verdict(types.SimpleNamespace(memory=memory)) == verdict
@@ -43,19 +48,28 @@ def test_both_memories_must_do(total, host, verdict):
 def test_the_closest_of_what_does_not_fit():
   def tried(total, host, remat):
     memory = Memory(
-        parameters=0, optimizer=0, batch=0, gradients=0, temporaries=total, rest=0, total=total,
-        host=host, capacity=2 * GIB, host_capacity=4 * GIB, buffers=(),
+      parameters=0,
+      optimizer=0,
+      batch=0,
+      gradients=0,
+      temporaries=total,
+      rest=0,
+      total=total,
+      host=host,
+      capacity=2 * GIB,
+      host_capacity=4 * GIB,
+      buffers=(),
     )
     return types.SimpleNamespace(
-        memory=memory, mesh={"ring": 4, "tensor": 1}, remat=remat, head_groups=1, moments="float32"
+      memory=memory, mesh={"ring": 4, "tensor": 1}, remat=remat, head_groups=1, moments="float32"
     )
 
   plans = [tried(9 * GIB, 0, "none"), tried(GIB, 30 * GIB, "offload"), tried(3 * GIB, 0, "full")]
   machine = types.SimpleNamespace(name="v5e:2x2", chip=None)
   sentence = report.nothing_fits(machine, "1m", plans, ())
   assert sentence.startswith(
-      "1m: nothing that was tried fits v5e:2x2; the closest is ring 4, remat full, heads all, "
-      "moments float32: 3.0 GiB of 2.0 GiB: OUT OF MEMORY by 1.0 GiB"
+    "1m: nothing that was tried fits v5e:2x2; the closest is ring 4, remat full, heads all, "
+    "moments float32: 3.0 GiB of 2.0 GiB: OUT OF MEMORY by 1.0 GiB"
   )
 
 
@@ -68,8 +82,9 @@ def test_memory_of_sampling(new_tokens):
 
   def placed(tree, shardings):
     return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        tree, shardings,
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+      tree,
+      shardings,
     )
 
   params = placed(model.abstract(), rules.tree_shardings(model.logical_axes, mesh))
@@ -78,7 +93,7 @@ def test_memory_of_sampling(new_tokens):
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec if leaf.sharding else rules.spec(), cache)
     cache = placed(cache, jax.tree.map(functools.partial(NamedSharding, mesh), specs))
     tokens = jax.ShapeDtypeStruct(
-        (2, new_tokens), jnp.int32, sharding=NamedSharding(mesh, rules.spec("batch", None))
+      (2, new_tokens), jnp.int32, sharding=NamedSharding(mesh, rules.spec("batch", None))
     )
     step = jax.jit(functools.partial(model.decode, rope_theta=1e4), donate_argnums=2)
     lowered = step.lower(params, tokens, cache)

@@ -1,14 +1,14 @@
 """LWM's recipes on LWM's chips."""
 
-from configs import lwm_text_7b
-from configs import lwm_vision_7b
+import pytest
+
+from configs import lwm_text_7b, lwm_vision_7b
 from lwm.parallel.mesh import make_mesh
 from lwm.plan import load
-import pytest
 
 
 @pytest.mark.parametrize(
-    "config, topology", ((lwm_text_7b, "v4:8x8x4"), (lwm_vision_7b, "v4:8x8x8"))
+  "config, topology", ((lwm_text_7b, "v4:8x8x4"), (lwm_vision_7b, "v4:8x8x8"))
 )
 def test_every_stage_has_a_mesh_on_the_torus(config, topology):
   """Tensor = 16 has no whole axis of a torus of 8 x 8 x 4: axes are split."""

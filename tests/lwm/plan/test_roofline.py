@@ -3,12 +3,11 @@
 import jax
 import pytest
 
-from lwm import chips
-from lwm.experiment import Experiment
-from lwm.experiment import MeshConfig
-from lwm.experiment import Stage
-from lwm.model.config import ModelConfig
+from lwm.config.experiment import Experiment, Stage
+from lwm.config.model import ModelConfig
+from lwm.cost import chips
 from lwm.parallel.mesh import make_mesh
+from lwm.parallel.sharding import MeshConfig
 from lwm.plan import topology
 from lwm.plan.roofline import estimate
 from lwm.plan.topology import Topology
@@ -24,12 +23,20 @@ AGAIN = 2 * 2 * (655_360 - 256 * 512) * TOKENS
 
 def planned(machine, remat="full", layout="zigzag", sequence_length=1024, **sizes):
   model = ModelConfig(
-      num_layers=2, width=256, num_heads=2, num_kv_heads=2, head_dim=128, feed_forward_width=512,
-      text_vocab_size=1000, remat=remat,
+    num_layers=2,
+    width=256,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=128,
+    feed_forward_width=512,
+    text_vocab_size=1000,
+    remat=remat,
   )
   stage = Stage(
-      sequence_length=sequence_length, tokens_per_batch=2 * sequence_length, layout=layout,
-      mesh=MeshConfig(**{"fsdp": 1, **sizes}),
+    sequence_length=sequence_length,
+    tokens_per_batch=2 * sequence_length,
+    layout=layout,
+    mesh=MeshConfig(**{"fsdp": 1, **sizes}),
   )
   mesh = make_mesh(stage.mesh, machine.devices)
   return Experiment(model=model, stages=[stage]), stage, mesh, machine
@@ -63,9 +70,9 @@ def test_flops_and_seconds(v5p):
 
 
 @pytest.mark.parametrize(
-    "remat, again",
-    [("none", 0), ("dots", 0), ("attention", AGAIN), ("offload_attention", AGAIN)],
-    ids=("none", "dots", "attention", "offload_attention"),
+  "remat, again",
+  [("none", 0), ("dots", 0), ("attention", AGAIN), ("offload_attention", AGAIN)],
+  ids=("none", "dots", "attention", "offload_attention"),
 )
 def test_recompute_follows_remat(v5p, remat, again):
   roofline = estimate(*planned(v5p, remat=remat, fsdp=4))
@@ -74,8 +81,9 @@ def test_recompute_follows_remat(v5p, remat, again):
 
 
 @pytest.mark.parametrize(
-    "sizes", [dict(fsdp=4), dict(fsdp=1, ring=4), dict(fsdp=2, ulysses=2)],
-    ids=("fsdp", "ring", "fsdp and ulysses"),
+  "sizes",
+  [dict(fsdp=4), dict(fsdp=1, ring=4), dict(fsdp=2, ulysses=2)],
+  ids=("fsdp", "ring", "fsdp and ulysses"),
 )
 def test_bytes_of_weights(v5p, sizes):
   """They are stored in shards over all axes of the tokens but data."""
@@ -178,8 +186,8 @@ def test_groups_of_heads_project_once_more_only_where_all_is_computed_again(v5p)
     groups = estimate(experiment, *machine)
     assert groups.recompute_flops - whole.recompute_flops == more
     sent = [
-        sum(part.bytes for part in roofline.traffic if part.what == "heads")
-        for roofline in (whole, groups)
+      sum(part.bytes for part in roofline.traffic if part.what == "heads")
+      for roofline in (whole, groups)
     ]
     # Query, key, value and result in each of three passes; the first three once more.
     assert sent[1] / sent[0] == (15 / 12 if more else 1)
@@ -210,9 +218,11 @@ def test_messages_of_a_ring_share_links():
 def test_links_that_join_both_ends():
   """On the side of a whole pod of v5e, and in cubes of v5p; both directions count."""
   for name, sizes, links in (
-      ("v5e:16x16", dict(fsdp=256), 4), ("v5e:4x4", dict(fsdp=16), 2),
-      ("v5e:8x16", dict(fsdp=128), 3), ("v5p:4x4x4", dict(fsdp=64), 6),
-      ("v5p:2x2x4", dict(fsdp=16), 3),
+    ("v5e:16x16", dict(fsdp=256), 4),
+    ("v5e:4x4", dict(fsdp=16), 2),
+    ("v5e:8x16", dict(fsdp=128), 3),
+    ("v5p:4x4x4", dict(fsdp=64), 6),
+    ("v5p:2x2x4", dict(fsdp=16), 3),
   ):
     machine = topology.load(name)
     weights = next(p for (_, what), p in traffic(machine, **sizes).items() if what == "weights")
@@ -221,8 +231,7 @@ def test_links_that_join_both_ends():
 
 def test_wires_of_a_gpu_cluster():
   machine = Topology(
-      "h100:2x2", chips.of_kind("NVIDIA H100 80GB HBM3"), tuple(jax.devices()[:4]),
-      devices_per_host=2,
+    "h100:2x2", chips.of_kind("NVIDIA H100 80GB HBM3"), tuple(jax.devices()[:4]), devices_per_host=2
   )
   inside = traffic(machine, fsdp=2, tensor=2)
   assert inside[("tensor",), "activations"].bandwidth == 450e9

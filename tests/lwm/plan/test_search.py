@@ -9,17 +9,12 @@ import types
 import pytest
 
 from configs import lwm_text_7b
-from lwm.chips import GIB
+from lwm.config.model import REMAT_POLICIES
+from lwm.cost.chips import GIB
 from lwm.errors import UserError
-from lwm.model.config import REMAT_POLICIES
-from lwm.plan import load
-from lwm.plan import longest
-from lwm.plan import plan_stage
-from lwm.plan import search
+from lwm.plan import load, longest, plan_stage, search
 from lwm.plan.bound import least_memory
-from lwm.plan.candidates import candidates
-from lwm.plan.candidates import length_text
-from lwm.plan.candidates import single_row
+from lwm.plan.candidates import candidates, length_text, single_row
 from tests.lwm.plan import planned
 
 # The package exports the function of that name.
@@ -42,14 +37,10 @@ def test_candidates_are_all_meshes_that_go_with_the_model():
   assert all(math.prod(mesh) == 8 for mesh in meshes)
   # One row: nothing over data and fsdp; two key/value heads: tensor at most 2; four heads.
   assert meshes == {
-      (1, 1, ring, ulysses, tensor)
-      for ring, ulysses, tensor in (
-          (8, 1, 1), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2),
-      )
+    (1, 1, ring, ulysses, tensor)
+    for ring, ulysses, tensor in ((8, 1, 1), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2))
   }
-  policies = {
-      (c.experiment.model.remat, c.experiment.optimizer.offload) for c in found
-  }
+  policies = {(c.experiment.model.remat, c.experiment.optimizer.offload) for c in found}
   assert len(policies) * len(meshes) == len(found)
   assert ("full", True) in policies and ("none", False) in policies
   # The person's own experiment stays as it is.
@@ -67,9 +58,9 @@ def test_the_bound_is_below_what_is_compiled(v5e, remat):
 
 
 @pytest.mark.parametrize(
-    "sizes, compiled",
-    [(dict(ulysses=4), 5030), (dict(ulysses=2, tensor=2), 5470), (dict(ring=4), 11316)],
-    ids=("ulysses", "ulysses and tensor", "ring"),
+  "sizes, compiled",
+  [(dict(ulysses=4), 5030), (dict(ulysses=2, tensor=2), 5470), (dict(ring=4), 11316)],
+  ids=("ulysses", "ulysses and tensor", "ring"),
 )
 def test_the_bound_is_below_what_was_compiled_of_a_larger_model(sizes, compiled):
   """MiB of v5e:2x2 with libtpu 0.0.48, minutes each: more than fits into a vector memory."""
@@ -98,7 +89,7 @@ def test_the_bound_of_a_7b_step_by_hand():
   experiment.optimizer.offload = True
   parameters = 6_738_149_376  # Without the norms.
   assert with_moments - least_memory(experiment, stage, sizes) == pytest.approx(
-      8 * parameters / 512, rel=1e-3
+    8 * parameters / 512, rel=1e-3
   )
 
 
@@ -117,9 +108,11 @@ class FakeCompiler:
       raise UserError("XLA cannot compile this")
     mesh = stage.mesh.axis_sizes()
     plan = types.SimpleNamespace(
-        stage=stage, mesh=mesh, remat=experiment.model.remat,
-        memory=types.SimpleNamespace(fits=self.fits(experiment), total=self.total),
-        roofline=types.SimpleNamespace(step_seconds=1.0),
+      stage=stage,
+      mesh=mesh,
+      remat=experiment.model.remat,
+      memory=types.SimpleNamespace(fits=self.fits(experiment), total=self.total),
+      roofline=types.SimpleNamespace(step_seconds=1.0),
     )
     return plan, None, None
 
@@ -132,19 +125,19 @@ def compiler(monkeypatch, **settings):
 
 def test_search_compiles_the_fastest_first_and_yields_what_fits(monkeypatch, v5e):
   fake = compiler(
-      monkeypatch,
-      fits=lambda experiment: experiment.model.remat == "full",
-      refuses=lambda experiment: experiment.model.remat == "dots",
+    monkeypatch,
+    fits=lambda experiment: experiment.model.remat == "full",
+    refuses=lambda experiment: experiment.model.remat == "dots",
   )
   experiment, told = planned.get_config(), []
   plans = list(
-      search(experiment, experiment.stages[0], v5e, lambda *what: told.append(what), tries=100)
+    search(experiment, experiment.stages[0], v5e, lambda *what: told.append(what), tries=100)
   )
   assert plans and all(plan.remat == "full" for plan in plans)
   assert len(fake.asked) == len(told) > len(plans)
   order = [
-      (search_module._step_seconds(candidate, v5e), candidate.least_memory)
-      for candidate, _, _ in told
+    (search_module._step_seconds(candidate, v5e), candidate.least_memory)
+    for candidate, _, _ in told
   ]
   assert order == sorted(order)
   refused = [reason for candidate, plan, reason in told if plan is None]
@@ -180,7 +173,7 @@ def test_longest_finds_the_last_power_of_two_from_either_side(monkeypatch, v5e, 
   """Whether counting allows more than the compiler does or less."""
   chip = dataclasses.replace(v5e.chip, memory=GIB)
   fake = compiler(
-      monkeypatch, fits=lambda experiment: experiment.stages[0].sequence_length <= limit
+    monkeypatch, fits=lambda experiment: experiment.stages[0].sequence_length <= limit
   )
   machine = dataclasses.replace(v5e, chip=chip)
   plan = longest(planned.get_config(), machine, ignore, tries=2)
@@ -207,7 +200,7 @@ def test_longest_of_a_real_compiler(v5e):
 
 
 @pytest.mark.parametrize(
-    "length, expected", [(512, "512"), (2**15, "32K"), (3 << 19, "1.5M"), (2**25, "32M")]
+  "length, expected", [(512, "512"), (2**15, "32K"), (3 << 19, "1.5M"), (2**25, "32M")]
 )
 def test_lengths_as_people_write_them(length, expected):
   assert length_text(length) == expected

@@ -1,12 +1,12 @@
 """The first stage of tiny.py, shorter and on one layer: what two processes train in the tests.
 
-    --config=tests/lwm/train/pair.py:DIRECTORY    # with tokenizer.model, text and video
+--config=tests/lwm/train/pair.py:DIRECTORY    # with tokenizer.model, text and video
 """
 
 import pathlib
 import runpy
 
-from lwm.experiment import Experiment
+from lwm.config.experiment import Experiment
 
 STEPS = 14
 

@@ -1,6 +1,6 @@
 """One process of test_input_wait.py: trains the first stage of tiny.py; process 1 reads slowly.
 
-    python slow_input_worker.py EXPERIMENT.pickle WORKDIR PORT RANK
+python slow_input_worker.py EXPERIMENT.pickle WORKDIR PORT RANK
 """
 
 import os
@@ -18,7 +18,7 @@ def main(experiment_path, workdir, port, rank):
   import jax
 
   from lwm.data import Loader
-  from lwm.train import input_wait
+  from lwm.report import input_wait
   from lwm.train import loop
 
   jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))

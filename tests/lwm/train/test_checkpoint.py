@@ -7,18 +7,16 @@ import jax
 import numpy as np
 import pytest
 
+from lwm.checkpoint import digests
+from lwm.checkpoint.checkpoints import Checkpoints
+from lwm.checkpoint.identity import Identity, first_difference
+from lwm.checkpoint.position import Position
+from lwm.config.experiment import Experiment, Stage
 from lwm.errors import UserError
-from lwm.experiment import Experiment
-from lwm.experiment import MeshConfig
-from lwm.experiment import Stage
-from lwm.train import digests
-from lwm.train.checkpoint import Checkpoints
-from lwm.train.checkpoint import Progress
-from lwm.train.identity import Identity
-from lwm.train.identity import first_difference
-from lwm.train.program import build_program
+from lwm.parallel.sharding import MeshConfig
+from lwm.program.stage import build_program
 
-PROGRESS = Progress(stage=0, step=5, total_steps=5)
+PROGRESS = Position(stage=0, step=5, total_steps=5)
 
 
 @pytest.fixture
@@ -66,7 +64,7 @@ def test_restores_bit_for_bit_onto_another_mesh(experiment, identity, tmp_path):
 
 
 def test_a_step_that_overwrites_the_state_cannot_reach_the_checkpoint(
-    experiment, identity, tmp_path
+  experiment, identity, tmp_path
 ):
   """On CPU a copy to the host is a view; the donated buffers must not be written under it."""
   program, state = state_on(experiment, MeshConfig())
@@ -122,13 +120,13 @@ def test_another_run_is_refused_in_one_sentence(experiment, identity, tmp_path):
   checkpoints = Checkpoints(directory, 2)
 
   other = dataclasses.replace(
-      experiment, optimizer=dataclasses.replace(experiment.optimizer, beta1=0.5)
+    experiment, optimizer=dataclasses.replace(experiment.optimizer, beta1=0.5)
   )
   with pytest.raises(UserError) as error:
     checkpoints.latest(dataclasses.replace(identity, experiment=other))
   assert str(error.value) == (
-      f"{tmp_path}/run holds a run with config.optimizer.beta1=0.9, not 0.5: set it back, or start "
-      "anew with another --workdir."
+    f"{tmp_path}/run holds a run with config.optimizer.beta1=0.9, not 0.5: set it back, or start "
+    "anew with another --workdir."
   )
   with pytest.raises(UserError, match="another tokenizer than .*tokenizer.model: set it back"):
     checkpoints.latest(dataclasses.replace(identity, tokenizer=b"other"))
@@ -159,8 +157,8 @@ def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_taken(experiment, i
     progress, notes = checkpoints.latest(identity)
     assert progress.total_steps == 4
     assert notes == [
-        f"{tmp_path}/5 is damaged ({path.relative_to(tmp_path / '5')}) and now 5.damaged; going "
-        "back to the one after step 4"
+      f"{tmp_path}/5 is damaged ({path.relative_to(tmp_path / '5')}) and now 5.damaged; going "
+      "back to the one after step 4"
     ]
     restored = checkpoints.restore(progress, program.state)
     assert_same(restored.params, state.params)
@@ -206,9 +204,9 @@ def test_if_all_are_damaged_that_is_one_sentence_and_they_stay(experiment, ident
     with Checkpoints(tmp_path, 2) as checkpoints, pytest.raises(UserError) as error:
       checkpoints.latest(identity)
     assert str(error.value) == (
-        f"All checkpoints are damaged: {tmp_path}/5 (digests.json), {tmp_path}/4 "
-        "(params/manifest.ocdbt): put one of them back from a copy, or start anew with another "
-        "--workdir."
+      f"All checkpoints are damaged: {tmp_path}/5 (digests.json), {tmp_path}/4 "
+      "(params/manifest.ocdbt): put one of them back from a copy, or start anew with another "
+      "--workdir."
     )
   assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
 
@@ -227,8 +225,8 @@ def test_an_older_checkpoint_is_read(experiment, identity, tmp_path):
     progress, notes = checkpoints.latest(identity)
     assert progress == PROGRESS
     assert notes == [
-        f"{checkpoint} is by an older version, without digests.json: nothing tells whether it is "
-        "damaged"
+      f"{checkpoint} is by an older version, without digests.json: nothing tells whether it is "
+      "damaged"
     ]
     experiment.loss.z_loss = 1e-4
     with pytest.raises(UserError, match=r"config.loss.z_loss=0.0, not 0.0001: set it back"):
@@ -245,14 +243,14 @@ def test_a_newer_checkpoint_is_refused_in_one_sentence(experiment, identity, tmp
   with Checkpoints(tmp_path, 2) as checkpoints, pytest.raises(UserError) as error:
     checkpoints.latest(identity)
   assert str(error.value) == (
-      f"{tmp_path}/5 is by a newer version of this program, which keeps epoch: go on with that one."
+    f"{tmp_path}/5 is by a newer version of this program, which keeps epoch: go on with that one."
   )
 
 
 def test_progress_survives_as_it_is(experiment, identity, tmp_path):
   _, state = state_on(experiment, MeshConfig())
   progress = dataclasses.replace(
-      PROGRESS, passed_over=((1, 3), (6, 7)), losses=((5, float(np.float32(0.1))), (8, 2.5))
+    PROGRESS, passed_over=((1, 3), (6, 7)), losses=((5, float(np.float32(0.1))), (8, 2.5))
   )
   with Checkpoints(tmp_path, 2) as checkpoints:
     checkpoints.save(state, progress, identity)
@@ -260,7 +258,7 @@ def test_progress_survives_as_it_is(experiment, identity, tmp_path):
 
 
 def test_passing_over():
-  progress = Progress(stage=1, step=4, total_steps=10)
+  progress = Position(stage=1, step=4, total_steps=10)
   assert progress.next_batch == 4 and progress.just_passed_over == 0
   progress = progress.passing_over(5).passing_over(7)
   assert progress.passed_over == ((4, 7),)
@@ -268,13 +266,11 @@ def test_passing_over():
   progress = progress.after_step(()).passing_over(9)
   assert progress.passed_over == ((4, 7), (8, 9))
   assert progress.step == 5 and progress.next_batch == 9 and progress.just_passed_over == 1
-  assert progress.at_stage(2) == Progress(stage=2, step=0, total_steps=11)
+  assert progress.at_stage(2) == Position(stage=2, step=0, total_steps=11)
 
 
 def difference(change) -> str | None:
-  stored, current = (
-      Experiment(stages=[Stage(name="a"), Stage(name="b")]) for _ in range(2)
-  )
+  stored, current = (Experiment(stages=[Stage(name="a"), Stage(name="b")]) for _ in range(2))
   change(current)
   stored = json.loads(json.dumps(dataclasses.asdict(stored)))
   return first_difference(stored, dataclasses.asdict(current))

@@ -12,20 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lwm.config.experiment import FaultConfig
 from lwm.data import Loader
-from lwm.errors import ResumeError
-from lwm.errors import UserError
-from lwm.experiment import FaultConfig
-from lwm.experiment import MeshConfig
+from lwm.errors import ResumeError, UserError
+from lwm.parallel.sharding import MeshConfig
+from lwm.program.stage import build_program
+from lwm.report.metrics import MetricsLog, read_metrics
 from lwm.train import loop
-from lwm.train.faults import loss_limit
-from lwm.train.faults import with_loss
-from lwm.train.metrics import MetricsLog
-from lwm.train.metrics import read_metrics
-from lwm.train.program import build_program
-from tests.lwm.train.test_resume import accounts
-from tests.lwm.train.test_resume import final_state
-from tests.lwm.train.test_resume import steps_done
+from lwm.train.faults import loss_limit, with_loss
+from tests.lwm.train.test_resume import accounts, final_state, steps_done
 
 
 @pytest.fixture
@@ -40,8 +35,15 @@ def experiment(make_experiment):
 
 
 def run(
-    experiment, workdir: pathlib.Path, monkeypatch, stage=0, nan=(), spikes=(), left_out=(),
-    stop_at=None, devices=1,
+  experiment,
+  workdir: pathlib.Path,
+  monkeypatch,
+  stage=0,
+  nan=(),
+  spikes=(),
+  left_out=(),
+  stop_at=None,
+  devices=1,
 ) -> None:
   """Trains on so many devices.
 
@@ -49,8 +51,8 @@ def run(
   occur nowhere else, and those in `left_out` do not exist; when batch `stop_at` is read the process
   gets a SIGTERM.
   """
-  class Altered(Loader):
 
+  class Altered(Loader):
     def __init__(self, experiment, index, mesh):
       super().__init__(experiment, index, mesh)
       self.altered = index == stage
@@ -87,17 +89,17 @@ def events(workdir: pathlib.Path) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "policy, bad, passed_over, steps",
-    [
-        ("skip", (0, 4, 5), (0, 4, 5), (0, 3, 3)),
-        # Back to the checkpoint after three, twice.
-        ("rollback", (4, 7), (3, 4, 5, 6, 7), (3, 3)),
-        # Back to the start.
-        ("rollback", (1,), (0, 1), (0,)),
-    ],
+  "policy, bad, passed_over, steps",
+  [
+    ("skip", (0, 4, 5), (0, 4, 5), (0, 3, 3)),
+    # Back to the checkpoint after three, twice.
+    ("rollback", (4, 7), (3, 4, 5, 6, 7), (3, 3)),
+    # Back to the start.
+    ("rollback", (1,), (0, 1), (0,)),
+  ],
 )
 def test_a_run_past_bad_batches_is_one_that_never_saw_them(
-    experiment, tmp_path, monkeypatch, capsys, policy, bad, passed_over, steps
+  experiment, tmp_path, monkeypatch, capsys, policy, bad, passed_over, steps
 ):
   experiment.faults.bad_step = policy
   run(experiment, tmp_path / "bad", monkeypatch, nan=bad)
@@ -134,7 +136,7 @@ def test_a_stopped_run_passes_over_the_same_batches(experiment, tmp_path, monkey
       run(experiment, tmp_path / "stopped", monkeypatch, nan=bad, stop_at=stop_at)
     checkpoint = tmp_path / "stopped" / "checkpoints" / str(after)
     assert str(error.value) == (
-        f"SIGTERM: stopped after step {after} of 9; the same command goes on from {checkpoint}."
+      f"SIGTERM: stopped after step {after} of 9; the same command goes on from {checkpoint}."
     )
     assert checkpoint.is_dir()
   run(experiment, tmp_path / "stopped", monkeypatch, nan=bad)
@@ -155,8 +157,8 @@ def test_raises_by_default_and_goes_on_with_another_policy(experiment, tmp_path,
   with pytest.raises(UserError) as error:
     run(experiment, tmp_path / "run", monkeypatch, nan=(4,))
   assert str(error.value) == (
-      f"text_64, step 5, of batch 4: its loss is nan; the same command goes on from {tmp_path}/run/"
-      "checkpoints/3, with --config.faults.bad_step=skip or rollback past this batch."
+    f"text_64, step 5, of batch 4: its loss is nan; the same command goes on from {tmp_path}/run/"
+    "checkpoints/3, with --config.faults.bad_step=skip or rollback past this batch."
   )
   experiment.faults.bad_step = "skip"
   run(experiment, tmp_path / "run", monkeypatch, nan=(4,))
@@ -182,8 +184,8 @@ def test_a_disk_that_fails_under_the_metrics_ends_in_a_sentence(experiment, tmp_
     patch.setattr(MetricsLog, "sync", fail)
     run(experiment, tmp_path, monkeypatch)
   assert str(error.value) == (
-      f"Writing to {tmp_path} failed (Input/output error): see to the disk, and start the same "
-      "command again; it goes on from the last checkpoint."
+    f"Writing to {tmp_path} failed (Input/output error): see to the disk, and start the same "
+    "command again; it goes on from the last checkpoint."
   )
 
 
@@ -211,9 +213,12 @@ def test_goes_on_over_another_mesh(experiment, tmp_path, monkeypatch):
     with stops:
       run(experiment, tmp_path / "many", monkeypatch, stop_at=stop_at, devices=devices)
   losses = [
-      [record["loss"] for record in read_metrics(tmp_path / name / "metrics.jsonl")
-       if record["kind"] == "train"]
-      for name in ("one", "many")
+    [
+      record["loss"]
+      for record in read_metrics(tmp_path / name / "metrics.jsonl")
+      if record["kind"] == "train"
+    ]
+    for name in ("one", "many")
   ]
   assert len(losses[0]) == 9
   np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
@@ -257,7 +262,7 @@ def test_a_bad_step_leaves_the_state_as_it_was(experiment, moments):
     assert metrics["applied"] == 1 and state.step == 1
     before = jax.tree.map(np.array, jax.device_get(state))
     bad = batch | {"loss_weights": batch["loss_weights"] * jnp.nan}
-    for batch, limit in ((bad, np.inf), (batch, metrics["loss"] - 1)):
-      state, metrics = program.train_step(state, batch, limit)
+    for refused, limit in ((bad, np.inf), (batch, metrics["loss"] - 1)):
+      state, metrics = program.train_step(state, refused, limit)
       assert metrics["applied"] == 0
       jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state))

@@ -11,11 +11,9 @@ import threading
 
 import pytest
 
-from lwm.train import input_wait
-from lwm.train.input_wait import InputWait
-from lwm.train.input_wait import InputWatch
-from lwm.train.input_wait import notice
-from lwm.train.metrics import read_metrics
+from lwm.report import input_wait
+from lwm.report.input_wait import InputWait, InputWatch, notice
+from lwm.report.metrics import read_metrics
 
 WORKER = pathlib.Path(__file__).with_name("slow_input_worker.py")
 ROOT = pathlib.Path(__file__).parents[3]
@@ -61,7 +59,7 @@ def test_notices():
   assert notice({"a": 0.1}, 1.0) is None
   assert "idle for 0.50 s of 1.00 s" in notice({"a": 0.5}, 1.0)
   assert notice({"a": 0.01, "b": 0.5}, 1.0) == (
-      "input of b holds up the others: 0.50 s of a step's 1.00 s, against 0.01 s at the median"
+    "input of b holds up the others: 0.50 s of a step's 1.00 s, against 0.01 s at the median"
   )
   # None is the culprit where all wait.
   assert "devices idle" in notice({"a": 0.4, "b": 0.5, "c": 0.45}, 1.0)
@@ -85,13 +83,20 @@ def test_the_process_that_reads_slowly_is_named(experiment, tmp_path):
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
   processes = [
-      subprocess.Popen(
-          [sys.executable, WORKER, tmp_path / "experiment.pickle", tmp_path / "run", str(port),
-           str(rank)],
-          env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-          stdout=subprocess.PIPE, text=True,
-      )
-      for rank in range(2)
+    subprocess.Popen(
+      [
+        sys.executable,
+        WORKER,
+        tmp_path / "experiment.pickle",
+        tmp_path / "run",
+        str(port),
+        str(rank),
+      ],
+      env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for rank in range(2)
   ]
   try:
     outputs = [process.communicate(timeout=300)[0] for process in processes]
@@ -101,8 +106,9 @@ def test_the_process_that_reads_slowly_is_named(experiment, tmp_path):
   assert [process.returncode for process in processes] == [0, 0]
   (line,) = [line for line in outputs[0].splitlines() if line.startswith("input")]
   match = re.fullmatch(
-      rf"input of process 1 \({re.escape(socket.gethostname())}\) holds up the others: "
-      r"(\S+) s of a step's (\S+) s, against (\S+) s at the median", line
+    rf"input of process 1 \({re.escape(socket.gethostname())}\) holds up the others: "
+    r"(\S+) s of a step's (\S+) s, against (\S+) s at the median",
+    line,
   )
   assert match, line
   longest, step, median = map(float, match.groups())

@@ -4,7 +4,6 @@ Whatever happens, the same command goes on from the last complete checkpoint, an
 parameters and moments of a run that nothing happened to, bit for bit.
 """
 
-from collections.abc import Callable
 import contextlib
 import os
 import pathlib
@@ -14,18 +13,21 @@ import resource
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
 import pytest
 
 from lwm.errors import RESUME_EXIT_CODE
-from tests.lwm.train.test_resume import complete
-from tests.lwm.train.test_resume import final_state
-from tests.lwm.train.test_resume import incomplete
-from tests.lwm.train.test_resume import kill_when
-from tests.lwm.train.test_resume import steps_done
-from tests.lwm.train.test_resume import what_was_learnt
+from tests.lwm.train.test_resume import (
+  complete,
+  final_state,
+  incomplete,
+  kill_when,
+  steps_done,
+  what_was_learnt,
+)
 
 KILLS = 20
 # A kill while the program starts costs less than one while it trains.
@@ -38,7 +40,7 @@ def assert_as_if_undisturbed(workdir: pathlib.Path, undisturbed: pathlib.Path) -
   assert steps_done(workdir) == list(range(1, 52))
   assert what_was_learnt(workdir) == what_was_learnt(undisturbed)
   for left, right in zip(
-      jax.tree.leaves(final_state(workdir)), jax.tree.leaves(final_state(undisturbed)), strict=True
+    jax.tree.leaves(final_state(workdir)), jax.tree.leaves(final_state(undisturbed)), strict=True
   ):
     np.testing.assert_array_equal(left, right)
 
@@ -48,7 +50,7 @@ def damage(checkpoint: pathlib.Path, generator: random.Random) -> None:
   # Of these Orbax has no need, nor have we.
   spared = ("commit_success.txt", "_CHECKPOINT_METADATA")
   files = sorted(
-      path for path in checkpoint.rglob("*") if path.is_file() and path.name not in spared
+    path for path in checkpoint.rglob("*") if path.is_file() and path.name not in spared
   )
   path = generator.choice(files)
   content = bytearray(path.read_bytes())
@@ -69,9 +71,7 @@ def whole(workdir: pathlib.Path, rotten: set[int]) -> list[int]:
   return [step for step in complete(workdir) if inode(step) not in rotten]
 
 
-def a_moment(
-    kind: str, workdir: pathlib.Path, generator: random.Random
-) -> Callable[[], bool]:
+def a_moment(kind: str, workdir: pathlib.Path, generator: random.Random) -> Callable[[], bool]:
   """When to kill: told from what the run leaves on disk, and a random few polls later."""
   polls = generator.randrange(50)
   config, done = workdir / "config.txt", max(complete(workdir), default=0)
@@ -174,8 +174,8 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(start_program, tmp_pat
   _, errors = process.communicate(timeout=600)
   assert process.returncode == RESUME_EXIT_CODE, errors
   assert errors == (
-      f"Checkpoint {workdir}/checkpoints/4 could not be written (File too large), there is none "
-      "before it: see to the disk, and start the same command again.\n"
+    f"Checkpoint {workdir}/checkpoints/4 could not be written (File too large), there is none "
+    "before it: see to the disk, and start the same command again.\n"
   )
   assert list((workdir / "checkpoints").iterdir()) == []
 
@@ -191,8 +191,8 @@ def test_stops_when_told_to(start_program, undisturbed, tmp_path, number):
   assert process.returncode == RESUME_EXIT_CODE, errors
   done = steps_done(workdir)[-1]
   assert errors == (
-      f"{number.name}: stopped after step {done} of 51; the same command goes on from "
-      f"{workdir}/checkpoints/{done}.\n"
+    f"{number.name}: stopped after step {done} of 51; the same command goes on from "
+    f"{workdir}/checkpoints/{done}.\n"
   )
   assert complete(workdir)[-1] == done
   if number == signal.SIGTERM:

@@ -6,11 +6,11 @@ import pytest
 
 from lwm.data import Loader
 from lwm.errors import UserError
-from lwm.experiment import MeshConfig
+from lwm.parallel.sharding import MeshConfig
+from lwm.program.stage import build_program
+from lwm.report.held_out import by_modality
+from lwm.report.metrics import read_metrics
 from lwm.train import loop
-from lwm.train.evaluate import by_modality
-from lwm.train.metrics import read_metrics
-from lwm.train.program import build_program
 
 
 @pytest.mark.slow
@@ -25,8 +25,9 @@ def test_a_run_learns_and_leaves_what_it_says(undisturbed):
   assert train[50]["vision_loss"] < train[46]["vision_loss"] - 0.5
 
   held_out = {
-      record["total_steps"]: by_modality(record["held_out"])
-      for record in records if record["kind"] == "evaluation"
+    record["total_steps"]: by_modality(record["held_out"])
+    for record in records
+    if record["kind"] == "evaluation"
   }
   assert list(held_out) == [20, 40, 46, 51]
   assert held_out[46]["text"]["loss"] < held_out[46]["text"]["unigram_entropy"]
@@ -36,7 +37,8 @@ def test_a_run_learns_and_leaves_what_it_says(undisturbed):
   assert "text_64 46/46 | loss" in output and "video_128 5/5 | loss" in output
   assert "held-out loss" in output and str(undisturbed / "checkpoints" / "51") in output
   assert sorted(path.name for path in (undisturbed / "curves").iterdir()) == [
-      "text_64.png", "video_128.png"
+    "text_64.png",
+    "video_128.png",
   ]
   assert (undisturbed / "checkpoints" / "51" / "params").is_dir()
   assert "name='video_128'" in (undisturbed / "config.txt").read_text()
@@ -44,14 +46,14 @@ def test_a_run_learns_and_leaves_what_it_says(undisturbed):
 
 
 MESHES = {
-    "data": (MeshConfig(data=4, fsdp=1), "contiguous"),
-    "fsdp": (MeshConfig(fsdp=8), "contiguous"),
-    "ring": (MeshConfig(fsdp=1, ring=4), "contiguous"),
-    "ring_zigzag": (MeshConfig(fsdp=1, ring=4), "zigzag"),
-    "tensor": (MeshConfig(fsdp=1, tensor=2), "contiguous"),
-    "ring_ulysses": (MeshConfig(fsdp=1, ring=2, ulysses=2), "zigzag"),
-    "data_ring_tensor": (MeshConfig(data=2, fsdp=1, ring=2, tensor=2), "zigzag"),
-    "fsdp_ring_accumulated": (MeshConfig(fsdp=2, ring=2), "zigzag", 4),
+  "data": (MeshConfig(data=4, fsdp=1), "contiguous"),
+  "fsdp": (MeshConfig(fsdp=8), "contiguous"),
+  "ring": (MeshConfig(fsdp=1, ring=4), "contiguous"),
+  "ring_zigzag": (MeshConfig(fsdp=1, ring=4), "zigzag"),
+  "tensor": (MeshConfig(fsdp=1, tensor=2), "contiguous"),
+  "ring_ulysses": (MeshConfig(fsdp=1, ring=2, ulysses=2), "zigzag"),
+  "data_ring_tensor": (MeshConfig(data=2, fsdp=1, ring=2, tensor=2), "zigzag"),
+  "fsdp_ring_accumulated": (MeshConfig(fsdp=2, ring=2), "zigzag", 4),
 }
 
 
@@ -59,7 +61,7 @@ def losses_on(experiment, params, mesh, layout, accumulation_steps=1) -> np.ndar
   """Losses and gradient norms of five steps of the second stage: float32 [5, 4]."""
   stage = experiment.stages[1]
   stage.mesh, stage.layout, stage.accumulation_steps = mesh, layout, accumulation_steps
-  num_devices = np.prod([size for size in mesh.axis_sizes().values()])
+  num_devices = np.prod(list(mesh.axis_sizes().values()))
   program = build_program(experiment, stage, jax.devices()[:num_devices])
   names = ("loss", "text_loss", "vision_loss", "gradient_norm")
   losses = []
@@ -103,9 +105,9 @@ def test_stages_on_different_meshes(experiment, tmp_path):
     stage.steps = steps
   four = (MeshConfig(fsdp=2, tensor=2), MeshConfig(data=2, fsdp=1, ring=2))
   runs = {
-      "one": ((MeshConfig(fsdp=1), MeshConfig(fsdp=1)), "none", False),
-      "four": (four, "none", False),
-      "host": (four, "offload_attention", True),
+    "one": ((MeshConfig(fsdp=1), MeshConfig(fsdp=1)), "none", False),
+    "four": (four, "none", False),
+    "host": (four, "offload_attention", True),
   }
   losses = {}
   for name, (meshes, remat, offload) in runs.items():

@@ -31,10 +31,10 @@ def test_out_of_memory_is_one_sentence_and_a_profile(experiment, tmp_path, monke
   del kept
 
 
-@pytest.mark.parametrize("reason", [
-    "INTERNAL: something else",
-    "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.",
-])
+@pytest.mark.parametrize(
+  "reason",
+  ["INTERNAL: something else", "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem."],
+)
 def test_other_errors_are_left_alone(reason, experiment, tmp_path):
   with pytest.raises(jax.errors.JaxRuntimeError, match=reason):
     with explain_out_of_memory(tmp_path, experiment.stages[0]):

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from lwm.errors import RESUME_EXIT_CODE
-from lwm.train.metrics import read_metrics
+from lwm.report.metrics import read_metrics
 
 CHECKOUT = pathlib.Path(__file__).parents[3]
 CONFIG = pathlib.Path(__file__).with_name("pair.py")
@@ -38,23 +38,38 @@ class Run:
       port = probe.getsockname()[1]
     environment = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
     environment |= {
-        "JAX_NUMPY_RANK_PROMOTION": "raise",
-        # See conftest.py of all tests.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // num_processes} "
-                     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+      "JAX_NUMPY_RANK_PROMOTION": "raise",
+      # See conftest.py of all tests.
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // num_processes} "
+      "--xla_cpu_enable_concurrency_optimized_scheduler=false",
     }
     self.workdir = workdir
     self.processes = []
     for process in range(num_processes):
-      peers = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={num_processes}",
-               f"--process_id={process}", "--peer_timeout=20"]
-      self.processes.append(subprocess.Popen(
-          [sys.executable, "-m", "experiments.train", f"--config={CONFIG}:{prepared}",
-           f"--workdir={workdir}", *(peers if num_processes > 1 else []),
-           *(override.replace("PROCESS", str(process)) for override in overrides)],
-          cwd=CHECKOUT, env=environment, text=True,
-          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-      ))
+      peers = [
+        f"--coordinator=127.0.0.1:{port}",
+        f"--num_processes={num_processes}",
+        f"--process_id={process}",
+        "--peer_timeout=20",
+      ]
+      self.processes.append(
+        subprocess.Popen(
+          [
+            sys.executable,
+            "-m",
+            "experiments.train",
+            f"--config={CONFIG}:{prepared}",
+            f"--workdir={workdir}",
+            *(peers if num_processes > 1 else []),
+            *(override.replace("PROCESS", str(process)) for override in overrides),
+          ],
+          cwd=CHECKOUT,
+          env=environment,
+          text=True,
+          stdout=subprocess.PIPE,
+          stderr=subprocess.PIPE,
+        )
+      )
 
   def finish(self) -> str:
     """Waits for a good end; returns what process 0 printed."""
@@ -84,8 +99,8 @@ class Run:
     assert survivor.returncode == RESUME_EXIT_CODE, errors
     assert "Traceback" not in errors
     assert errors.splitlines()[-1] == (
-        f"error: process {victim} of 2 (host {socket.gethostname()}) has been lost; start the same "
-        "command again: it resumes from the last checkpoint."
+      f"error: process {victim} of 2 (host {socket.gethostname()}) has been lost; start the same "
+      "command again: it resumes from the last checkpoint."
     )
     assert self.processes[victim].wait() == -signal.SIGKILL
 
@@ -154,8 +169,8 @@ def final_state(workdir) -> list[np.ndarray]:
     for item in ("params", "optimizer"):
       path = workdir / "checkpoints" / str(STEPS) / item
       abstract = jax.tree.map(
-          lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-          checkpointer.metadata(path).item_metadata,
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        checkpointer.metadata(path).item_metadata,
       )
       leaves += map(np.asarray, jax.tree.leaves(checkpointer.restore(path, abstract)))
   return leaves
@@ -165,9 +180,7 @@ def assert_same_training(one, other) -> None:
   """Same batches, and the same losses and final state but for the order of float32 sums."""
   assert batches(one) == batches(other)
   assert list(losses(one)) == list(losses(other)) == list(range(1, STEPS + 1))
-  np.testing.assert_allclose(
-      list(losses(one).values()), list(losses(other).values()), rtol=1e-5
-  )
+  np.testing.assert_allclose(list(losses(one).values()), list(losses(other).values()), rtol=1e-5)
   for left, right in zip(final_state(one), final_state(other), strict=True):
     np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
 
@@ -212,14 +225,14 @@ def test_a_checkpoint_that_one_cannot_write_ends_both(run, tmp_path):
   started = run(tmp_path, 2, "--config.stages[0].steps=500")
   started.reach(1)
   resource.prlimit(
-      started.processes[1].pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)
+    started.processes[1].pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)
   )
   (*end, heard), (*other_end, said) = started.ends()
   assert end[0] == other_end[0] == RESUME_EXIT_CODE, (heard, said)
   message = f"Checkpoint {tmp_path}/checkpoints/4 could not be written (File too large), there is"
   assert said.startswith(f"error: {message}")
   assert heard.startswith(
-      f"error: process 1 of 2 (host {socket.gethostname()}) has ended with an error: {message}"
+    f"error: process 1 of 2 (host {socket.gethostname()}) has ended with an error: {message}"
   )
   assert max(losses(tmp_path)) < 500
 
@@ -230,8 +243,8 @@ def test_a_workdir_that_is_not_shared_is_one_sentence(run, tmp_path):
   for process, (status, _, errors) in enumerate(started.ends()):
     assert status == 1
     assert errors == (
-        f"error: --workdir={tmp_path}/{process}: process 1 does not see there what process 0 "
-        "writes; it must be on a disk that all hosts share.\n"
+      f"error: --workdir={tmp_path}/{process}: process 1 does not see there what process 0 "
+      "writes; it must be on a disk that all hosts share.\n"
     )
 
 

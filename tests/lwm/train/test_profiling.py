@@ -6,14 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from lwm.checkpoint.position import Position
+from lwm.config.experiment import FaultConfig
 from lwm.errors import UserError
-from lwm.experiment import FaultConfig
+from lwm.report.goodput import Account
+from lwm.report.profiling import Profiler, parse_steps
+from lwm.report.reporter import Reporter
 from lwm.train import loop
-from lwm.train.checkpoint import Progress
-from lwm.train.goodput import Account
-from lwm.train.profiling import parse_steps
-from lwm.train.profiling import Profiler
-from lwm.train.report import Reporter
 
 
 def steps_in(folder) -> list[int]:
@@ -21,9 +20,11 @@ def steps_in(folder) -> list[int]:
   (path,) = folder.glob("plugins/profile/*/*.xplane.pb")
   planes = jax.profiler.ProfileData.from_file(str(path)).planes
   return [
-      dict(event.stats)["step_num"]
-      for plane in planes for line in plane.lines for event in line.events
-      if event.name == "train"
+    dict(event.stats)["step_num"]
+    for plane in planes
+    for line in plane.lines
+    for event in line.events
+    if event.name == "train"
   ]
 
 
@@ -69,7 +70,7 @@ def test_the_flag(undisturbed):
 def test_steps_are_traced_without_waiting_for_steps(tmp_path, monkeypatch):
   events = []
   monkeypatch.setattr(
-      jax.profiler, "start_trace", lambda folder, profiler_options: events.append("start")
+    jax.profiler, "start_trace", lambda folder, profiler_options: events.append("start")
   )
   monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
   profiler = Profiler(tmp_path, range(2, 4), Account(), events.append)
@@ -97,14 +98,22 @@ def test_steps_are_traced_without_waiting_for_steps(tmp_path, monkeypatch):
     events.append(f"dispatch {state + 1}")
     return state + 1, {"applied": True, "loss": np.float32(1)}
 
-  start = Progress(stage=0, step=0, total_steps=0)
+  start = Position(stage=0, step=0, total_steps=0)
   loop.run_steps(
-      FaultConfig(), train_step, iter(range(9)), 0, None, start, 5, Loop(), Loop(), Loop()
+    FaultConfig(), train_step, iter(range(9)), 0, None, start, 5, Loop(), Loop(), Loop()
   )
   assert events[:-2] == [
-      "dispatch 1", "start", "dispatch 2", "report 1", "dispatch 3", "report 2", "dispatch 4",
-      "report 3", "stop", f"profile: xprof --logdir={tmp_path / 'profile'} (pip install xprof)",
-      "dispatch 5",
+    "dispatch 1",
+    "start",
+    "dispatch 2",
+    "report 1",
+    "dispatch 3",
+    "report 2",
+    "dispatch 4",
+    "report 3",
+    "stop",
+    f"profile: xprof --logdir={tmp_path / 'profile'} (pip install xprof)",
+    "dispatch 5",
   ]
 
 

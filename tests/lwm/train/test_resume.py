@@ -1,17 +1,17 @@
 """Runs that are killed with SIGKILL, and end as if they had not been."""
 
-from collections.abc import Callable
 import os
 import signal
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from lwm.train.goodput import CATEGORIES
-from lwm.train.metrics import read_metrics
+from lwm.report.goodput import CATEGORIES
+from lwm.report.metrics import read_metrics
 
 
 def kill_when(process, moment: Callable[[], bool]) -> tuple[str, str]:
@@ -43,8 +43,7 @@ def final_state(workdir, total_steps=51):
   checkpoint = workdir / "checkpoints" / str(total_steps)
   with ocp.StandardCheckpointer() as checkpointer:
     return jax.tree.map(
-        np.asarray,
-        [checkpointer.restore(checkpoint / item) for item in ("params", "optimizer")],
+      np.asarray, [checkpointer.restore(checkpoint / item) for item in ("params", "optimizer")]
     )
 
 
@@ -52,9 +51,9 @@ def what_was_learnt(workdir) -> list:
   """All that metrics.jsonl says but times."""
   timed = ("seconds", "data_seconds", "starved_seconds", "tokens_per_second", "mfu")
   return [
-      {name: value for name, value in record.items() if name not in timed}
-      for record in read_metrics(workdir / "metrics.jsonl")
-      if record["kind"] in ("train", "evaluation")
+    {name: value for name, value in record.items() if name not in timed}
+    for record in read_metrics(workdir / "metrics.jsonl")
+    if record["kind"] in ("train", "evaluation")
   ]
 
 
@@ -124,6 +123,6 @@ def test_another_config_is_one_sentence(start_program, undisturbed):
   process = start_program("train", f"--workdir={undisturbed}", "--config.seed=5")
   _, errors = process.communicate(timeout=120)
   assert errors == (
-      f"error: {undisturbed} holds a run with config.seed=0, not 5: set it back, or start anew "
-      "with another --workdir.\n"
+    f"error: {undisturbed} holds a run with config.seed=0, not 5: set it back, or start anew "
+    "with another --workdir.\n"
   )

@@ -5,8 +5,7 @@ import socket
 
 import pytest
 
-from lwm.errors import ResumeError
-from lwm.errors import UserError
+from lwm.errors import ResumeError, UserError
 from lwm.train import loop
 from lwm.train.workdir import held
 
@@ -18,12 +17,12 @@ def test_a_second_run_is_kept_out_until_the_first_has_ended(experiment, tmp_path
       with pytest.raises(ResumeError) as error:
         loop.train(experiment, workdir)
       assert str(error.value) == (
-          f"{workdir} is in use by another run (process {os.getpid()} on {socket.gethostname()}): "
-          "wait for its end, or take another --workdir; if it is gone for good, remove "
-          f"{workdir}/lock."
+        f"{workdir} is in use by another run (process {os.getpid()} on {socket.gethostname()}): "
+        "wait for its end, or take another --workdir; if it is gone for good, remove "
+        f"{workdir}/lock."
       )
       assert [path.name for path in workdir.iterdir()] == ["lock"]
-      1 / 0
+      raise ZeroDivisionError
 
 
 def test_a_workdir_that_cannot_be_one_is_a_sentence(experiment, tmp_path):
@@ -31,5 +30,5 @@ def test_a_workdir_that_cannot_be_one_is_a_sentence(experiment, tmp_path):
   with pytest.raises(UserError) as error:
     loop.train(experiment, tmp_path / "file")
   assert str(error.value) == (
-      f"--workdir={tmp_path}/file cannot be written to (File exists): see to that, or take another."
+    f"--workdir={tmp_path}/file cannot be written to (File exists): see to that, or take another."
   )

@@ -1,30 +1,26 @@
 """A VQGAN's file, and frames to codes and back."""
 
-from flax import nnx
 import jax
 import numpy as np
-from PIL import Image
 import pytest
+from flax import nnx
+from PIL import Image
 
+from lwm.config.vqgan import VQGANConfig
 from lwm.errors import UserError
-from lwm.vision.codec import Codec
-from lwm.vision.codec import save_vqgan
-from lwm.vision.codec import to_frames
-from lwm.vision.codec import to_pixels
-from lwm.vision.config import VQGANConfig
-from lwm.vision.pictures import peak_signal_to_noise
-from lwm.vision.pictures import save_contact_sheet
+from lwm.vision.codec import Codec, save_vqgan, to_frames, to_pixels
+from lwm.vision.pictures import peak_signal_to_noise, save_contact_sheet
 from lwm.vision.vqgan import VQGAN
 
 TINY = VQGANConfig(
-    resolution=16,
-    hidden_channels=8,
-    channel_multipliers=(1, 2),
-    num_res_blocks=1,
-    latent_channels=8,
-    codebook_size=16,
-    codebook_width=4,
-    norm_groups=4,
+  resolution=16,
+  hidden_channels=8,
+  channel_multipliers=(1, 2),
+  num_res_blocks=1,
+  latent_channels=8,
+  codebook_size=16,
+  codebook_width=4,
+  norm_groups=4,
 )
 
 
@@ -72,7 +68,7 @@ def test_codes_are_the_models_in_any_batch(model, path):
   frames = random_frames(7)
   codes = Codec(path, batch_size=3).encode(frames)
   assert codes.shape == (7, 8, 8) and codes.dtype == np.int32
-  assert 0 <= codes.min() and codes.max() < TINY.codebook_size
+  assert codes.min() >= 0 and codes.max() < TINY.codebook_size
   np.testing.assert_array_equal(codes, jax.jit(model.encode)(to_pixels(frames)))
   np.testing.assert_array_equal(codes[4:5], Codec(path, batch_size=3).encode(frames[4:5]))
 

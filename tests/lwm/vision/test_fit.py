@@ -5,21 +5,19 @@ import re
 import numpy as np
 from PIL import Image
 
+from lwm.config.vqgan import VQGANConfig, VQGANTrainingConfig
 from lwm.vision.codec import Codec
-from lwm.vision.config import VQGANConfig
-from lwm.vision.config import VQGANTrainingConfig
-from lwm.vision.fit import fit
-from lwm.vision.fit import split_by_time
+from lwm.vision.fit import fit, split_by_time
 
 TINY = VQGANConfig(
-    resolution=16,
-    hidden_channels=8,
-    channel_multipliers=(1, 2),
-    num_res_blocks=1,
-    latent_channels=8,
-    codebook_size=16,
-    codebook_width=4,
-    norm_groups=4,
+  resolution=16,
+  hidden_channels=8,
+  channel_multipliers=(1, 2),
+  num_res_blocks=1,
+  latent_channels=8,
+  codebook_size=16,
+  codebook_width=4,
+  norm_groups=4,
 )
 
 

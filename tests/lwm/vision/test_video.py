@@ -1,17 +1,15 @@
 """Video files to frames."""
 
-from fractions import Fraction
 import wave
+from fractions import Fraction
 
 import av
 import numpy as np
-from PIL import Image
 import pytest
+from PIL import Image
 
 from lwm.errors import UserError
-from lwm.vision.video import crop_and_resize
-from lwm.vision.video import read_clip
-from lwm.vision.video import read_frames
+from lwm.vision.video import crop_and_resize, read_clip, read_frames
 
 RATE = 10
 

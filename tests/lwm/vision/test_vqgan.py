@@ -1,29 +1,25 @@
 """The VQGAN's sizes, its straight-through gradient, and its training on a few frames."""
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from configs.models import laptop_vqgan
+from lwm.config.vqgan import VQGANConfig, VQGANTrainingConfig
 from lwm.vision import train as vqgan_train
-from lwm.vision.config import laptop
-from lwm.vision.config import VQGANConfig
-from lwm.vision.config import VQGANTrainingConfig
-from lwm.vision.vqgan import Codebook
-from lwm.vision.vqgan import nearest_codes
-from lwm.vision.vqgan import straight_through
-from lwm.vision.vqgan import VQGAN
+from lwm.vision.vqgan import VQGAN, Codebook, nearest_codes, straight_through
 
 TINY = VQGANConfig(
-    resolution=16,
-    hidden_channels=8,
-    channel_multipliers=(1, 2),
-    num_res_blocks=1,
-    latent_channels=8,
-    codebook_size=16,
-    codebook_width=4,
-    norm_groups=4,
+  resolution=16,
+  hidden_channels=8,
+  channel_multipliers=(1, 2),
+  num_res_blocks=1,
+  latent_channels=8,
+  codebook_size=16,
+  codebook_width=4,
+  norm_groups=4,
 )
 
 
@@ -37,7 +33,7 @@ def moving_square(num_frames: int, resolution: int) -> np.ndarray:
   return frames
 
 
-@pytest.mark.parametrize("config", [VQGANConfig(), laptop()])
+@pytest.mark.parametrize("config", [VQGANConfig(), laptop_vqgan()])
 def test_frames_become_16_by_16_codes(config):
   side = config.resolution
 
@@ -47,7 +43,7 @@ def test_frames_become_16_by_16_codes(config):
     return model.latents(pixels), codes, model.decode(codes), model.codebook[...]
 
   latents, codes, pixels, codebook = jax.eval_shape(
-      sizes, jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
+    sizes, jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
   )
   assert latents.shape == (2, 16, 16, config.codebook_width)
   assert codes.shape == (2, 16, 16) and codes.dtype == jnp.int32
@@ -116,7 +112,7 @@ def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other():
   quantized = jnp.array([[[[5.0, 5.0]]]])
   weights = jnp.array([3.0, 4.0])
   value, gradients = jax.value_and_grad(
-      lambda z, q: (straight_through(z, q) * weights).sum(), argnums=(0, 1)
+    lambda z, q: (straight_through(z, q) * weights).sum(), argnums=(0, 1)
   )(latents, quantized)
   assert value == 35.0
   np.testing.assert_array_equal(gradients[0][0, 0, 0], weights)
@@ -155,7 +151,7 @@ def test_clusters_find_separate_groups():
 def test_training_lowers_the_error_uses_codes_and_repeats_itself():
   frames = moving_square(16, TINY.resolution)
   training = VQGANTrainingConfig(
-      steps=60, continuous_steps=20, batch_size=8, peak_learning_rate=5e-3, warmup_steps=5
+    steps=60, continuous_steps=20, batch_size=8, peak_learning_rate=5e-3, warmup_steps=5
   )
   reconstruction, used = [], []
 

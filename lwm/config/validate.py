@@ -1,0 +1,246 @@
+"""The one check of an Experiment, before anything is built from it."""
+
+import math
+from collections.abc import Mapping
+
+from lwm.config import experiment as experiment_lib
+from lwm.config.experiment import Experiment, Stage
+from lwm.config.model import COMPUTE_DTYPES, REMAT_POLICIES, ModelConfig
+from lwm.errors import ConfigError
+from lwm.parallel.sharding import ShardingRules
+
+# Of the model's settings, the dimension that each one is.
+_DIMENSIONS = {
+  "width": "model",
+  "num_heads": "heads",
+  "num_kv_heads": "kv_heads",
+  "feed_forward_width": "feed_forward",
+  "vocab_size": "vocab",
+}
+
+
+def validate(experiment: Experiment) -> None:
+  """Raises ConfigError, one sentence that names the settings, unless the experiment makes sense.
+
+  This needs no devices: `check_devices` holds a stage against those there are.
+  """
+  _check_model(experiment.model)
+  _check_optimizer(experiment)
+  _one_of("loss.softmax_range", experiment.loss.softmax_range, experiment_lib.SOFTMAX_RANGES)
+  for field in ("text_weight", "vision_weight", "z_loss"):
+    _not_negative(f"loss.{field}", getattr(experiment.loss, field))
+  if experiment.loss.text_weight + experiment.loss.vision_weight <= 0:
+    raise ConfigError("config.loss: text_weight and vision_weight are both 0; nothing would train.")
+  for setting in (
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "evaluation.every_steps",
+    "evaluation.rows",
+    "data.threads",
+    "data.prefetch_batches",
+    "faults.spike_window",
+    "faults.max_in_a_row",
+  ):
+    section, field = setting.split(".")
+    _at_least(setting, getattr(getattr(experiment, section), field), 1)
+  _one_of("faults.bad_step", experiment.faults.bad_step, experiment_lib.BAD_STEP_POLICIES)
+  factor = experiment.faults.spike_factor
+  if not (factor == 0 or (factor > 1 and math.isfinite(factor))):
+    raise ConfigError(f"config.faults.spike_factor={factor} must be more than 1, or 0 for none.")
+
+  names = [dataset.name for dataset in experiment.datasets]
+  _unique("datasets", names)
+  for index, dataset in enumerate(experiment.datasets):
+    _one_of(f"datasets[{index}].weighting", dataset.weighting, experiment_lib.WEIGHTINGS)
+  if not experiment.stages:
+    raise ConfigError("config.stages is empty; an experiment needs at least one stage.")
+  _unique("stages", [stage.name for stage in experiment.stages])
+  for index, stage in enumerate(experiment.stages):
+    _check_stage(f"stages[{index}]", stage, names)
+
+
+def check_devices(experiment: Experiment, num_devices: int) -> None:
+  """Raises ConfigError unless every stage's mesh, batch and model fit `num_devices` devices."""
+  for index, stage in enumerate(experiment.stages):
+    where = f"config.stages[{index}]"
+    sizes = stage.mesh.resolve(num_devices)
+    shards = sizes["data"] * sizes["fsdp"]
+    rows = stage.rows_per_batch // stage.accumulation_steps
+    if rows % shards:
+      raise ConfigError(
+        f"{where}: {rows} rows a step (tokens_per_batch {stage.tokens_per_batch} / "
+        f"sequence_length {stage.sequence_length} / accumulation_steps "
+        f"{stage.accumulation_steps}) do not divide over mesh data x fsdp = "
+        f"{sizes['data']} x {sizes['fsdp']}."
+      )
+    _check_sequence(where, stage, sizes)
+
+
+def check_model_fits_mesh(
+  model: ModelConfig, sizes: Mapping[str, int], rules: ShardingRules = ShardingRules()
+) -> None:
+  """Raises ConfigError, naming setting and axis, if a dimension does not divide its mesh axis.
+
+  Args:
+    model: the decoder.
+    sizes: devices along each mesh axis (`MeshConfig.resolve` or `Mesh.shape`).
+    rules: which axis carries which dimension.
+  """
+  for setting, logical_axis in _DIMENSIONS.items():
+    axes = getattr(rules, logical_axis) or ()
+    axes = (axes,) if isinstance(axes, str) else axes
+    size = getattr(model, setting)
+    if size % math.prod(sizes[axis] for axis in axes) == 0:
+      continue
+    name = f"config.model.{setting}"
+    if setting == "vocab_size":
+      name = "config.model.text_vocab_size + vision_vocab_size"
+    raise ConfigError(
+      f"{name} = {size} does not divide over mesh.{' x '.join(axes)} = "
+      f"{' x '.join(str(sizes[axis]) for axis in axes)}: change one of them."
+    )
+  if rules.sequence is None:
+    return
+  # Key/value heads are repeated where there are too few of them.
+  ulysses, groups = rules.ulysses, model.head_groups
+  if model.num_heads // groups % (sizes[rules.tensor] * sizes[ulysses]):
+    raise ConfigError(
+      f"config.model.num_heads = {model.num_heads}{_groups(model)} does not divide over "
+      f"mesh.{rules.tensor} x {ulysses} = {sizes[rules.tensor]} x {sizes[ulysses]}: change one of "
+      f"them, or use a larger mesh.{rules.ring} instead."
+    )
+  if model.num_kv_heads // groups % sizes[rules.tensor]:
+    raise ConfigError(
+      f"config.model.num_kv_heads = {model.num_kv_heads}{_groups(model)} does not divide over "
+      f"mesh.{rules.tensor} = {sizes[rules.tensor]}: change one of them."
+    )
+
+
+def _groups(model: ModelConfig) -> str:
+  return f" / head_groups = {model.head_groups}" if model.head_groups > 1 else ""
+
+
+def _check_model(model: ModelConfig) -> None:
+  for field in (
+    "num_layers",
+    "width",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "feed_forward_width",
+    "text_vocab_size",
+    "head_groups",
+    "feed_forward_chunk",
+    "loss_chunk",
+  ):
+    _at_least(f"model.{field}", getattr(model, field), 1)
+  _at_least("model.vision_vocab_size", model.vision_vocab_size, 0)
+  _one_of("model.compute_dtype", model.compute_dtype, COMPUTE_DTYPES)
+  _one_of("model.remat", model.remat, REMAT_POLICIES)
+  if model.num_heads % model.num_kv_heads:
+    raise ConfigError(
+      f"config.model.num_heads={model.num_heads} is no multiple of "
+      f"config.model.num_kv_heads={model.num_kv_heads}."
+    )
+  if model.num_kv_heads % model.head_groups:
+    raise ConfigError(
+      f"config.model.num_kv_heads={model.num_kv_heads} is no multiple of "
+      f"config.model.head_groups={model.head_groups}."
+    )
+  if model.head_dim % 2:
+    raise ConfigError(f"config.model.head_dim={model.head_dim} must be even: RoPE turns pairs.")
+
+
+def _check_optimizer(experiment: Experiment) -> None:
+  optimizer = experiment.optimizer
+  _one_of("optimizer.schedule", optimizer.schedule, experiment_lib.SCHEDULES)
+  for field in ("peak_learning_rate", "clip_norm", "epsilon"):
+    _positive(f"optimizer.{field}", getattr(optimizer, field))
+  for field in ("end_learning_rate", "weight_decay"):
+    _not_negative(f"optimizer.{field}", getattr(optimizer, field))
+  _one_of("optimizer.moment_dtype", optimizer.moment_dtype, experiment_lib.MOMENT_DTYPES)
+  for field in ("beta1", "beta2"):
+    if not 0 <= getattr(optimizer, field) < 1:
+      raise ConfigError(f"config.optimizer.{field}={getattr(optimizer, field)} is not in [0, 1).")
+
+
+def _check_stage(where: str, stage: Stage, datasets: list[str]) -> None:
+  for field in ("sequence_length", "tokens_per_batch", "steps", "accumulation_steps"):
+    _at_least(f"{where}.{field}", getattr(stage, field), 1)
+  _positive(f"{where}.rope_theta", stage.rope_theta)
+  _one_of(f"{where}.layout", stage.layout, experiment_lib.LAYOUTS)
+  if stage.schedule is not None:
+    _one_of(f"{where}.schedule", stage.schedule, experiment_lib.SCHEDULES)
+  if stage.peak_learning_rate is not None:
+    _positive(f"{where}.peak_learning_rate", stage.peak_learning_rate)
+  if stage.end_learning_rate is not None:
+    _not_negative(f"{where}.end_learning_rate", stage.end_learning_rate)
+  if not 0 <= stage.warmup_steps <= stage.steps:
+    raise ConfigError(
+      f"config.{where}.warmup_steps={stage.warmup_steps} is not between 0 and steps={stage.steps}."
+    )
+  if stage.tokens_per_batch % stage.sequence_length:
+    raise ConfigError(
+      f"config.{where}.tokens_per_batch={stage.tokens_per_batch} is no multiple of "
+      f"sequence_length={stage.sequence_length}."
+    )
+  if stage.rows_per_batch % stage.accumulation_steps:
+    raise ConfigError(
+      f"config.{where}.accumulation_steps={stage.accumulation_steps} does not divide the "
+      f"{stage.rows_per_batch} rows of a batch (tokens_per_batch / sequence_length)."
+    )
+  if not stage.mixture:
+    raise ConfigError(f"config.{where}.mixture is empty; name at least one dataset.")
+  for index, entry in enumerate(stage.mixture):
+    _one_of(f"{where}.mixture[{index}].dataset", entry.dataset, datasets)
+    _not_negative(f"{where}.mixture[{index}].weight", entry.weight)
+  if sum(entry.weight for entry in stage.mixture) <= 0:
+    raise ConfigError(f"config.{where}.mixture: all weights are 0.")
+  # A size of -1 is known once the devices are.
+  _check_sequence(
+    f"config.{where}", stage, {axis: max(n, 1) for axis, n in stage.mesh.axis_sizes().items()}
+  )
+
+
+def _check_sequence(where: str, stage: Stage, sizes: dict[str, int]) -> None:
+  ring, ulysses, tensor = (sizes[axis] for axis in ("ring", "ulysses", "tensor"))
+  chunks = 2 * ring if stage.layout == "zigzag" and ring > 1 else ring
+  if stage.sequence_length % chunks:
+    raise ConfigError(
+      f"{where}.sequence_length={stage.sequence_length} does not divide into the {chunks} chunks "
+      f"of mesh.ring={ring} with layout={stage.layout!r}."
+    )
+  if stage.sequence_length % (ring * ulysses * tensor):
+    raise ConfigError(
+      f"{where}.sequence_length={stage.sequence_length} does not divide over mesh ring x ulysses "
+      f"x tensor = {ring} x {ulysses} x {tensor}."
+    )
+
+
+def _one_of(setting: str, value: str, allowed) -> None:
+  if value not in allowed:
+    choices = ", ".join(repr(name) for name in allowed) or "nothing: config.datasets is empty"
+    raise ConfigError(f"config.{setting}={value!r} must be one of {choices}.")
+
+
+def _unique(setting: str, names: list[str]) -> None:
+  for name in names:
+    if not name or names.count(name) > 1:
+      raise ConfigError(
+        f"config.{setting}: each needs a name of its own, not {name!r} twice or empty."
+      )
+
+
+def _at_least(setting: str, value: int, least: int) -> None:
+  if value < least:
+    raise ConfigError(f"config.{setting}={value} must be at least {least}.")
+
+
+def _positive(setting: str, value: float) -> None:
+  if not (value > 0 and math.isfinite(value)):
+    raise ConfigError(f"config.{setting}={value} must be a positive number.")
+
+
+def _not_negative(setting: str, value: float) -> None:
+  if not (value >= 0 and math.isfinite(value)):
+    raise ConfigError(f"config.{setting}={value} must not be negative, and a finite number.")

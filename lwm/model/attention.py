@@ -1,0 +1,128 @@
+"""Grouped-query attention with rotary positions, over sharded tokens and heads.
+
+Every parameter has a leading axis of layers while it is stored; `lax.scan` removes it before the
+layer is called. Shapes: L layers, B batch, S sequence, M model width, H query heads,
+G key/value heads, h/g of them in one of N groups, D head_dim, P = D/2 pairs.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kernels.attention import SAVED_NAMES
+from kernels.neighbours import gather_tokens, scatter_tokens
+from kernels.varying import vary_alike
+from lwm.config.model import ModelConfig
+from lwm.model import rope
+from lwm.model.parameters import matrix
+from lwm.parallel.sharding import LogicalAxes, ShardingRules
+
+# A remat policy that keeps what attention's backward pass would compute again.
+SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+
+# (query [B, S, H, D], key, value [B, S, G, D]) -> (out [B, S, H, D], anything to carry out).
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+class Attention(nnx.Module):
+  """Grouped-query attention (arXiv 2305.13245) with rotary positions."""
+
+  def __init__(self, config: ModelConfig, rules: ShardingRules, rngs: nnx.Rngs):
+    L, M, D = config.num_layers, config.width, config.head_dim
+    H, G, std = config.num_heads, config.num_kv_heads, config.initializer_std
+    self.rules = rules
+    declare = functools.partial(matrix, rngs, rules)
+    self.query = declare((L, M, H, D), ("layers", "model", "heads", "head_dim"), std)
+    self.key = declare((L, M, G, D), ("layers", "model", "kv_heads", "head_dim"), std)
+    self.value = declare((L, M, G, D), ("layers", "model", "kv_heads", "head_dim"), std)
+    # Each block adds two results to the residual stream (GPT-2, section 2.3).
+    self.out = declare((L, H, D, M), ("layers", "heads", "head_dim", "model"), std / (2 * L) ** 0.5)
+
+  def __call__(self, x_BxSxM, cosine_BxSxP, sine_BxSxP, attend: Attend, head_groups: int = 1):
+    """Attention of the block's input, [B, S, M], and whatever `attend` carries.
+
+    With several groups of heads, one after the other, queries, keys, values and their gradients
+    exist for one of them at a time; `attend` must then carry nothing.
+    """
+    rules = self.rules
+    weights = [
+      rules.gather(kernel[...], x_BxSxM.dtype, *axes)
+      for kernel, axes in zip((self.query, self.key, self.value), self._axes)
+    ]
+
+    def group(x_BxSxM, weights, index):
+      query_BxSxhxD, key_BxSxgxD, value_BxSxgxD = self._project(
+        x_BxSxM, weights, index, head_groups
+      )
+      query_BxSxhxD = rope.rotate(query_BxSxhxD, cosine_BxSxP, sine_BxSxP)
+      key_BxSxgxD = rope.rotate(key_BxSxgxD, cosine_BxSxP, sine_BxSxP)
+      return attend(query_BxSxhxD, key_BxSxgxD, value_BxSxgxD)
+
+    if head_groups == 1:
+      out_BxSxHxD, carried = group(x_BxSxM, weights, jnp.int32(0))
+      return self._project_back(out_BxSxHxD[None]), carried
+
+    @functools.partial(jax.checkpoint, prevent_cse=False, policy=SAVE_ATTENTION)
+    def one_group(x_BxSxM, weights, index):
+      return group(x_BxSxM, weights, index)[0]
+
+    out_NxBxSxhxD = jax.lax.map(
+      lambda index: one_group(x_BxSxM, weights, index), jnp.arange(head_groups, dtype=jnp.int32)
+    )
+    return self._project_back(out_NxBxSxhxD), None
+
+  @property
+  def _axes(self) -> list[LogicalAxes]:
+    return [("model", heads, "head_dim") for heads in ("heads", "kv_heads", "kv_heads")]
+
+  def _project(self, x_BxSxM, weights, index, head_groups: int):
+    """Query, key and value of all tokens for the heads of this device that are in a group."""
+    rules = self.rules
+
+    def local(x_BxSxM, index, *weights):
+      if rules.residual:
+        x_BxSxM = gather_tokens(x_BxSxM, rules.tensor)
+      x_BxSxM, index, *weights = vary_alike(x_BxSxM, index, *weights)
+      return tuple(
+        jnp.einsum("bsm,mhd->bshd", x_BxSxM, _group_of(weight_MxHxD, index, head_groups))
+        for weight_MxHxD in weights
+      )
+
+    return jax.shard_map(
+      local,
+      in_specs=(
+        rules.spec("batch", "residual", None),
+        rules.spec(),
+        *(rules.gathered(*axes) for axes in self._axes),
+      ),
+      out_specs=tuple(rules.spec("batch", "sequence", *axes[1:]) for axes in self._axes),
+    )(x_BxSxM, index, *weights)
+
+  def _project_back(self, out_NxBxSxhxD: jax.Array) -> jax.Array:
+    """The sum over the heads of all groups, each device's part of the residual stream."""
+    rules, axes = self.rules, ("heads", "head_dim", "model")
+
+    def local(out_NxBxSxhxD, weight_HxDxM):
+      out_NxBxSxhxD, weight_HxDxM = vary_alike(out_NxBxSxhxD, weight_HxDxM)
+      weight_NxhxDxM = weight_HxDxM.reshape(out_NxBxSxhxD.shape[0], -1, *weight_HxDxM.shape[1:])
+      x_BxSxM = jnp.einsum("nbshd,nhdm->bsm", out_NxBxSxhxD, weight_NxhxDxM)
+      if rules.residual:
+        return scatter_tokens(x_BxSxM, rules.tensor)
+      return jax.lax.psum(x_BxSxM, rules.tensor)
+
+    return jax.shard_map(
+      local,
+      in_specs=(rules.spec(None, "batch", "sequence", "heads", "head_dim"), rules.gathered(*axes)),
+      out_specs=rules.spec("batch", "residual", None),
+    )(out_NxBxSxhxD, rules.gather(self.out[...], out_NxBxSxhxD.dtype, *axes))
+
+
+def _group_of(weight_MxHxD: jax.Array, index: jax.Array, head_groups: int) -> jax.Array:
+  if head_groups == 1:
+    return weight_MxHxD
+  size = weight_MxHxD.shape[1] // head_groups
+  return jax.lax.dynamic_slice_in_dim(weight_MxHxD, index * size, size, axis=1)

@@ -1,0 +1,54 @@
+"""The feed-forward layer of a block.
+
+Every parameter has a leading axis of layers while it is stored; `lax.scan` removes it before the
+layer is called. Shapes: L layers, B batch, S sequence, M model width, F feed-forward
+width.
+"""
+
+import functools
+
+import jax
+from flax import nnx
+
+from kernels.feed_forward import feed_forward
+from lwm.config.model import ModelConfig
+from lwm.model.parameters import matrix
+from lwm.parallel.sharding import ShardingRules
+
+
+class FeedForward(nnx.Module):
+  """SwiGLU (arXiv 2002.05202)."""
+
+  def __init__(self, config: ModelConfig, rules: ShardingRules, rngs: nnx.Rngs):
+    L, M, F, std = (
+      config.num_layers,
+      config.width,
+      config.feed_forward_width,
+      config.initializer_std,
+    )
+    self.rules = rules
+    self.chunk = config.feed_forward_chunk
+    declare = functools.partial(matrix, rngs, rules)
+    self.gate = declare((L, M, F), ("layers", "model", "feed_forward"), std)
+    self.up = declare((L, M, F), ("layers", "model", "feed_forward"), std)
+    self.down = declare((L, F, M), ("layers", "feed_forward", "model"), std / (2 * L) ** 0.5)
+
+  def __call__(self, x_BxSxM: jax.Array) -> jax.Array:
+    wide, narrow = ("model", "feed_forward"), ("feed_forward", "model")
+    spec = self.rules.spec("batch", "residual", None)
+    run = jax.shard_map(
+      functools.partial(
+        feed_forward,
+        chunk=self.chunk,
+        axis_name=self.rules.tensor,
+        has_part_of_tokens=self.rules.residual is not None,
+      ),
+      in_specs=(spec, *(self.rules.gathered(*axes) for axes in (wide, wide, narrow))),
+      out_specs=spec,
+    )
+    return run(
+      x_BxSxM,
+      self.rules.gather(self.gate[...], x_BxSxM.dtype, *wide),
+      self.rules.gather(self.up[...], x_BxSxM.dtype, *wide),
+      self.rules.gather(self.down[...], x_BxSxM.dtype, *narrow),
+    )

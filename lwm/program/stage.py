@@ -1,0 +1,120 @@
+"""A stage as programs: its mesh, its shardings and its compiled steps.
+
+Nothing here touches data or files, and devices may be those of an ahead-of-time topology: a planner
+compiles what a run would.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from kernels.ring import Layout
+from lwm import model as model_lib
+from lwm.config.batch import FIELDS
+from lwm.config.experiment import Experiment, Stage
+from lwm.config.validate import check_model_fits_mesh
+from lwm.parallel.mesh import make_mesh
+from lwm.parallel.sharding import ShardingRules
+from lwm.program import optimizer as optimizer_lib, state as state_lib, step as step_lib
+from lwm.program.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class StageProgram:
+  """What a stage runs, under `jax.set_mesh(program.mesh)`.
+
+  `train_step(state, batch) -> (state, metrics)`, its state donated, and
+  `evaluation_step(params, batch) -> (nll sums [2], targets [2])` are jitted: see
+  lwm/program/step.py.
+  """
+
+  model: model_lib.Model
+  mesh: jax.sharding.Mesh
+  layout: Layout
+  state: TrainState  # ShapeDtypeStructs with shardings.
+  batch_sharding: NamedSharding
+  optimizer: Any
+  train_step: Any
+  evaluation_step: Any
+
+  def initial_params(self, seed: int) -> Any:
+    """Random parameters, each made where it lives."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state.params)
+    return jax.jit(self.model.init, out_shardings=shardings)(jax.random.key(seed))
+
+  def place_params(self, params: Any) -> Any:
+    """The parameters of another stage's mesh, on this one; the others are given up."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state.params)
+    return jax.device_put(params, shardings, donate=True)
+
+  def fresh_state(self, params: Any) -> TrainState:
+    """The state at the start of the stage."""
+    return state_lib.fresh_state(params, self.optimizer, self.state)
+
+  def abstract_batch(self, rows: int, sequence_length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the steps are compiled for."""
+    return {
+      name: jax.ShapeDtypeStruct((rows, sequence_length), dtype, sharding=self.batch_sharding)
+      for name, dtype in FIELDS.items()
+    }
+
+
+def build_program(
+  experiment: Experiment, stage: Stage, devices: Sequence[jax.Device] | None = None
+) -> StageProgram:
+  """The programs of `stage`; nothing is compiled yet.
+
+  Args:
+    experiment: validated.
+    stage: one of its stages.
+    devices: all of the run's devices unless given.
+
+  Raises:
+    ConfigError: the mesh does not use the devices, or the model does not divide over the mesh.
+  """
+  mesh = make_mesh(stage.mesh, devices)
+  rules = ShardingRules()
+  check_model_fits_mesh(experiment.model, mesh.shape, rules)
+  model = model_lib.build(experiment.model)
+  layout = Layout(stage.layout, mesh.shape[rules.ring])
+  abstract_params = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    model.abstract(),
+    rules.tree_shardings(model.logical_axes, mesh),
+  )
+  optimizer = optimizer_lib.adamw(experiment.optimizer, stage, model.logical_axes)
+  replicated = NamedSharding(mesh, rules.spec())
+  state = state_lib.abstract_state(abstract_params, optimizer, mesh, experiment.optimizer.offload)
+
+  losses = functools.partial(
+    model.losses, rope_theta=stage.rope_theta, layout=layout, loss=experiment.loss
+  )
+  train_step = jax.jit(
+    functools.partial(
+      step_lib.train_step,
+      losses=losses,
+      loss=experiment.loss,
+      optimizer=optimizer,
+      learning_rate=optimizer_lib.learning_rate(experiment.optimizer, stage),
+      accumulation_steps=stage.accumulation_steps,
+    ),
+    out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated),
+    donate_argnums=0,
+  )
+  evaluation_step = jax.jit(
+    functools.partial(step_lib.evaluation_step, losses=losses), out_shardings=replicated
+  )
+  return StageProgram(
+    model=model,
+    mesh=mesh,
+    layout=layout,
+    state=state,
+    batch_sharding=NamedSharding(mesh, rules.spec("batch", "sequence")),
+    optimizer=optimizer,
+    train_step=train_step,
+    evaluation_step=evaluation_step,
+  )

@@ -1,0 +1,62 @@
+"""What a step changes: parameters, the optimizer's moments, and the step count.
+
+Everything is born where it lives: arrays are made by jitted functions with the final shardings, so
+no device ever holds more than its shard. A stage starts from the parameters of the one before, with
+fresh moments, a count from 0 and its own warm-up: LWM, too, loads parameters only between stages.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+class TrainState(NamedTuple):
+  """Parameters (float32), the optimizer's state, and the stage's steps done (int32 scalar)."""
+
+  params: Any
+  optimizer_state: Any
+  step: jax.Array
+
+
+def abstract_state(
+  abstract_params: Any,
+  optimizer: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+  offload: bool,
+) -> TrainState:
+  """ShapeDtypeStructs of the whole state, shardings included.
+
+  Args:
+    abstract_params: the parameters' ShapeDtypeStructs with their shardings.
+    optimizer: its moments are sharded as their parameters are.
+    mesh: of those shardings.
+    offload: the moments are kept in the host's memory.
+  """
+  host = "pinned_host" if offload else None
+
+  def place(leaf):
+    if leaf.ndim:
+      sharding = NamedSharding(mesh, leaf.sharding.spec, memory_kind=host)
+    else:
+      sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  with jax.set_mesh(mesh):
+    optimizer_state = jax.tree.map(place, jax.eval_shape(optimizer.init, abstract_params))
+  step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+  return TrainState(abstract_params, optimizer_state, step)
+
+
+def fresh_state(
+  params: Any, optimizer: optax.GradientTransformation, abstract: TrainState
+) -> TrainState:
+  """The state at step 0 around `params`, which must already be sharded as `abstract` says."""
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  moments, step = jax.jit(
+    lambda params: (optimizer.init(params), jnp.zeros((), jnp.int32)),
+    out_shardings=(shardings.optimizer_state, shardings.step),
+  )(params)
+  return TrainState(params, moments, step)

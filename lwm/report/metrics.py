@@ -1,0 +1,88 @@
+"""What a run leaves for tools: metrics.jsonl and TensorBoard events.
+
+metrics.jsonl holds one JSON object a line, of four kinds. `"kind": "train"`, one for each step of
+the run, exactly once whatever was killed and resumed: stage, step (of the stage), total_steps,
+loss, text_loss, vision_loss (absent without targets), gradient_norm, learning_rate, tokens (no
+padding), text_targets, vision_targets, attended_pairs, seconds, tokens_per_second, mfu,
+data_seconds (waited for the batch), starved_seconds (those of them in which the device had nothing
+to run). `"kind": "evaluation"`: stage, step, total_steps, and for each dataset and modality
+`held_out`: dataset, modality, loss, unigram_entropy (nats), targets. `"kind": "goodput"`, when an
+attempt begins, whenever steps begin (at the start, after an evaluation or a checkpoint) and at the
+end: total_steps, time (seconds since 1970), attempts, wall_seconds and how they divide into the
+categories of goodput.py: step_seconds, input_seconds, ...; goodput, the share of step_seconds.
+`"kind": "fault"`: stage, step, total_steps (steps done), event (`skip`, `rollback` or
+`checkpoint`), text (the line that was said of it).
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from lwm.errors import UserError
+from lwm.report.tensorboard import EventFile
+
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsLog:
+  """Appends records to WORKDIR/metrics.jsonl and events to WORKDIR/tensorboard."""
+
+  def __init__(
+    self, workdir: pathlib.Path, total_steps: int, carried: Sequence[dict[str, Any]] = ()
+  ):
+    """Opens the log of a run of which `total_steps` steps are done, forgetting any beyond them.
+
+    Records `carried` over from what is forgotten are appended at the same moment.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / FILE_NAME
+    kept = [record for record in read_metrics(path) if record["total_steps"] <= total_steps]
+    kept += carried
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    partial.replace(path)
+    self._file = path.open("a")
+    self._events = EventFile(workdir / "tensorboard", purge_step=total_steps + 1)
+
+  def write(self, record: dict[str, Any]) -> None:
+    """Appends one record; it is in the file, whole, when this returns."""
+    self._file.write(json.dumps(record) + "\n")
+    self._file.flush()
+    step = record["total_steps"]
+    for name, value in record.items():
+      if isinstance(value, float) and name != "time":
+        self._events.add_scalar(f"{record['kind']}/{name}", value, step)
+    for row in record.get("held_out", ()):
+      name = f"held_out/{row['dataset']}/{row['modality']}"
+      self._events.add_scalar(f"{name}_loss", row["loss"], step)
+      self._events.add_scalar(f"{name}_unigram_entropy", row["unigram_entropy"], step)
+
+  def sync(self) -> None:
+    """Returns when the records are on disk: a checkpoint must not outlive the steps before it."""
+    os.fsync(self._file.fileno())
+    self._events.flush()
+
+  def close(self) -> None:
+    self._file.close()
+    self._events.close()
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The records of a metrics.jsonl; a last line that was cut short by a kill is left out.
+
+  Raises UserError if another line is damaged.
+  """
+  if not path.exists():
+    return []
+  records = []
+  for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+    if line.endswith(b"\n"):
+      try:
+        records.append(json.loads(line))
+      except ValueError:
+        raise UserError(
+          f"Line {number} of {path} is damaged: put the file back from a copy, or remove the line."
+        ) from None
+  return records

@@ -1,0 +1,82 @@
+"""What a run tells the person who watches it: a line a step, and a bar on a terminal."""
+
+import sys
+from typing import Any
+
+import tqdm
+
+
+class ProgressLine:
+  """One line for each step on stdout; on a terminal, a bar of the whole run below them."""
+
+  def __init__(self, *, steps_done: int, steps: int, tokens_ahead: int):
+    """`tokens_ahead`: tokens that all steps still to be made will take, for the time of arrival."""
+    self._tokens_ahead = tokens_ahead
+    self._tokens_per_second = None
+    self._bar = tqdm.tqdm(
+      initial=steps_done,
+      total=steps,
+      disable=not sys.stderr.isatty(),
+      bar_format="{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}  {elapsed}{postfix}",
+      dynamic_ncols=True,
+      leave=False,
+    )
+
+  def step(self, record: dict[str, Any], *, stage_steps: int, batch_tokens: int) -> None:
+    """Prints a train record (see lwm/report/metrics.py)."""
+    self._tokens_ahead -= batch_tokens
+    speed = batch_tokens / record["seconds"]
+    # The first step of a stage may include warming up; older steps count for less and less.
+    previous = self._tokens_per_second or speed
+    self._tokens_per_second = 0.9 * previous + 0.1 * speed
+    eta = duration(self._tokens_ahead / self._tokens_per_second)
+    self.say(step_line(record, stage_steps, eta))
+    self._bar.set_postfix_str(f"{eta} left", refresh=False)
+    self._bar.update()
+
+  def say(self, text: str) -> None:
+    """Prints a line (or several) above the bar."""
+    self._bar.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+  def close(self) -> None:
+    self._bar.close()
+
+
+def step_line(record: dict[str, Any], stage_steps: int, eta: str) -> str:
+  """A train record as one line of text."""
+  parts = [f"{record['stage']} {record['step']:>{len(str(stage_steps))}}/{stage_steps}"]
+  parts.append(f"loss {record['loss']:.3f}")
+  parts += [
+    f"{modality} {record[f'{modality}_loss']:.3f}"
+    for modality in ("text", "vision")
+    if f"{modality}_loss" in record
+  ]
+  parts.append(f"grad {record['gradient_norm']:.2f}")
+  parts.append(f"lr {record['learning_rate']:.1e}")
+  parts.append(f"{record['seconds']:.2f} s")
+  parts.append(f"{count(record['tokens_per_second'])} tok/s")
+  if "mfu" in record:
+    parts.append(f"MFU {record['mfu']:.1%}")
+  parts.append(f"{eta} left")
+  return " | ".join(parts)
+
+
+def duration(seconds: float) -> str:
+  """12s, 3m20s, 1h05m, 2d03h."""
+  seconds = round(seconds)
+  if seconds < 60:
+    return f"{seconds}s"
+  if seconds < 3600:
+    return f"{seconds // 60}m{seconds % 60:02d}s"
+  if seconds < 86400:
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+  return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"
+
+
+def count(value: float) -> str:
+  """987, 12.3k, 4.56M."""
+  for unit, size in (("M", 1e6), ("k", 1e3)):
+    if value >= size:
+      return f"{value / size:.3g}{unit}"
+  return f"{value:.0f}"
