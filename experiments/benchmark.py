@@ -60,7 +60,7 @@ def train() -> None:
       raise UserError(f"--stages={name}: the experiment's stages are {', '.join(names)}.")
   speeds = []
   topology = this_machine()
-  for index, stage in enumerate(experiment.stages):
+  for stage in experiment.stages:
     if _STAGES.value and stage.name not in _STAGES.value:
       continue
     stage.steps = max(stage.steps, (_ROUNDS.value + 1) * _STEPS.value)
@@ -68,12 +68,11 @@ def train() -> None:
     with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(sys.stderr):
       speeds.append(
         measure_stage(
-          experiment,
-          index,
+          dataclasses.replace(experiment, stages=[stage]),
           pathlib.Path(workdir),
           topology,
-          rounds=_ROUNDS.value,
-          steps=_STEPS.value,
+          _ROUNDS.value,
+          _STEPS.value,
         )
       )
   peak = peak_flops(jax.devices()[0], experiment.model.compute_dtype)

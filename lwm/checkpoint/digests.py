@@ -1,7 +1,8 @@
 """Digests of a checkpoint's files: neither zarr nor OCDBT notices a flipped byte in array data.
 
-`digests.json`, written last before a checkpoint is complete, holds the size and CRC-32 of each of
-its other files. Each process reads back what it has itself written, and checks its share of all.
+`digests.json` is the last file written before a checkpoint is complete. It holds the size and
+CRC-32 of every other file. Each process digests what it wrote itself, and later checks its share of
+all files.
 """
 
 import json
@@ -17,11 +18,11 @@ from jax.experimental import multihost_utils
 
 FILE_NAME = "digests.json"
 
-# What one process has written of an item, and the digests of it until they are gathered.
+# Files that one process wrote of an item, and the file that holds their digests until `write`.
 _OWN_FILES = "ocdbt.process_{}"
 _OWN_DIGESTS = "digests.process_{}"
 
-# Orbax writes these after all others; a run goes on without them.
+# Orbax writes these last, and a run can resume without them.
 _ORBAX_FILES = ("commit_success.txt", "_CHECKPOINT_METADATA")
 
 _THREADS = 8
@@ -29,15 +30,15 @@ _BLOCK_BYTES = 1 << 22
 
 
 def write_own(item: pathlib.Path) -> None:
-  """Digests what this process has written of the arrays of an item."""
+  """Digests the files of an item's arrays that this process wrote."""
   own = item / _OWN_FILES.format(jax.process_index())
   text = json.dumps(_digests(item, (path for path in own.rglob("*") if path.is_file())))
   (item / _OWN_DIGESTS.format(jax.process_index())).write_text(text)
 
 
 def write(checkpoint: pathlib.Path) -> None:
-  """Makes `digests.json` of what each process has left, and of all other files. Process 0 only."""
-  digests = {}
+  """Writes `digests.json` from every process's digests and all other files. Process 0 only."""
+  digests: dict[str, tuple[int, int]] = {}
   for path in checkpoint.glob(f"*/{_OWN_DIGESTS.format('*')}"):
     item = path.parent.name
     digests |= {f"{item}/{name}": digest for name, digest in json.loads(path.read_text()).items()}
@@ -55,9 +56,9 @@ def write(checkpoint: pathlib.Path) -> None:
 
 
 def damaged_file(checkpoint: pathlib.Path) -> str | None:
-  """The first file, by its path in `checkpoint`, that is not what was written, or None.
+  """The path in `checkpoint` of a file that is not what was written, or None.
 
-  All processes of a run must call this; all get the same answer.
+  All processes of a run must call this, and all get the same answer.
   """
   try:
     expected = {
@@ -65,9 +66,9 @@ def damaged_file(checkpoint: pathlib.Path) -> str | None:
       for name, (size, crc) in json.loads((checkpoint / FILE_NAME).read_text()).items()
     }
   except (OSError, ValueError, TypeError, AttributeError):
-    # Never the only process that sees this: they read one file.
+    # All processes read this file, so all of them return here.
     return FILE_NAME
-  # Large files are few; by their order each process has as many as any other.
+  # There are few large files: sorted by size, each process gets its share of them.
   names = sorted(expected, key=lambda name: (-expected[name][0], name))
   mine = names[jax.process_index() :: jax.process_count()]
   with futures.ThreadPoolExecutor(_THREADS) as pool:

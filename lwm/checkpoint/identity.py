@@ -1,23 +1,31 @@
-"""What a run is, and whether two runs are one: the settings that a resumed run may change."""
+"""What a run is, and which settings may change when it resumes.
+
+What a run has computed is fixed: a setting that would have changed it cannot change. What is still
+to come may change: the steps of the current stage, later stages, and datasets that no stage so far
+has read. Settings in FREE change nothing but the order of float32 sums and may always change.
+"""
 
 import dataclasses
 import re
 import typing
 from typing import Any
 
+from lwm.checkpoint.position import Position
 from lwm.config.experiment import Experiment
 
-# Settings, as regular expressions over their paths, that may differ from the run being resumed.
+# Settings that may always change, as regular expressions over their paths.
 FREE = (
   r"name",
-  # The tokenizer's bytes are compared instead; data is found wherever it has moved to.
+  # Read only where there is no checkpoint yet.
+  r"init_from",
+  # The tokenizer's bytes are compared instead, and datasets by their manifests: files may move.
   r"tokenizer",
-  r"datasets\[\d+\]\.path",
+  r"datasets\..*\.path",
   r"data\..*",
   r"checkpoint\..*",
   r"evaluation\..*",
   r"faults\..*",
-  # The same batches and the same mathematics, cut up in another way.
+  # The same batches and the same mathematics, divided differently.
   r"stages\[\d+\]\.(mesh\..*|layout|accumulation_steps)",
   r"model\.(remat|head_groups|feed_forward_chunk|loss_chunk)",
   r"optimizer\.offload",
@@ -26,9 +34,12 @@ FREE = (
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-  """What a run is: two runs with one identity and one progress go on in the same way.
+  """What a run is. Runs with the same identity and position continue in the same way.
 
-  `tokenizer` is the content of its file, `manifests` the SHA-256 of each dataset's, by name.
+  Attributes:
+    experiment: its settings.
+    tokenizer: content of the tokenizer's file.
+    manifests: SHA-256 of each dataset's manifest, by the dataset's name.
   """
 
   experiment: Experiment
@@ -37,23 +48,66 @@ class Identity:
 
 
 def with_defaults(stored: Any, kind: Any) -> Any:
-  """A stored experiment as nested dicts and lists; settings newer than it are at their defaults.
+  """A stored experiment with the defaults of settings that did not exist when it was stored.
 
   Args:
-    stored: of an experiment, or of a part of one.
+    stored: the experiment, or a part of it, as nested dicts and lists.
     kind: the type of that part, as the dataclass that holds it declares it.
   """
   if isinstance(stored, dict) and dataclasses.is_dataclass(kind):
     kinds = {field.name: field.type for field in dataclasses.fields(kind)}
     known = {name: with_defaults(value, kinds.get(name)) for name, value in stored.items()}
-    return dataclasses.asdict(kind()) | known
+    return dataclasses.asdict(typing.cast(Any, kind)()) | known
   if isinstance(stored, list) and typing.get_origin(kind) is list:
     return [with_defaults(entry, *typing.get_args(kind)) for entry in stored]
   return stored
 
 
+def change_of_the_past(
+  stored: dict[str, Any], current: dict[str, Any], position: Position
+) -> str | None:
+  """The first setting whose change would have changed what a run has computed so far.
+
+  Args:
+    stored: the experiment that the run was made with, as nested dicts and lists, complete (see
+      `with_defaults`).
+    current: the experiment that is to resume the run, likewise.
+    position: where the run is.
+
+  Returns:
+    "config.PATH=STORED, not CURRENT", or None if the run can resume with the current experiment.
+  """
+  if len(current["stages"]) <= position.stage:
+    return f"{len(stored['stages'])} config.stages, not {len(current['stages'])}"
+  planned, steps = (e["stages"][position.stage]["steps"] for e in (stored, current))
+  if steps < position.step:
+    setting = f"config.stages[{position.stage}].steps"
+    return f"{setting}={planned}, of which {position.step} are done, not {steps}"
+  return first_difference(_past(stored, position), _past(current, position))
+
+
+def datasets_of_the_past(experiment: dict[str, Any], position: Position) -> set[str]:
+  """Names of the datasets that the stages up to the current one read."""
+  stages = experiment["stages"][: position.stage + 1]
+  return {entry["dataset"] for stage in stages for entry in stage["mixture"]}
+
+
+def _past(experiment: dict[str, Any], position: Position) -> dict[str, Any]:
+  """The settings that what was computed depends on, with datasets by name."""
+  stages = [dict(stage) for stage in experiment["stages"][: position.stage + 1]]
+  del stages[-1]["steps"]
+  used = datasets_of_the_past(experiment, position)
+  datasets = {entry["name"]: entry for entry in experiment["datasets"] if entry["name"] in used}
+  return experiment | {"stages": stages, "datasets": datasets}
+
+
 def first_difference(stored: Any, current: Any, path: str = "") -> str | None:
-  """The first setting in which two experiments (as nested dicts and lists) differ, but for FREE.
+  """The first setting, except those in FREE, in which two experiments differ.
+
+  Args:
+    stored: an experiment, or the part of one at `path`, as nested dicts and lists.
+    current: the same of the other experiment.
+    path: from the root of the experiment.
 
   Returns:
     "config.PATH=STORED, not CURRENT", or None.

@@ -133,6 +133,9 @@ class Experiment:
 
   name: str = "experiment"
   seed: int = 0
+  # A run whose parameters this run starts from: its workdir, or one of its checkpoints. Read only
+  # where the workdir has no checkpoint yet; empty means random parameters (lwm/train/run.py).
+  init_from: str = ""
   # The tokenizer that every dataset must have been prepared with: *.model or tokenizer.json.
   tokenizer: str = ""
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

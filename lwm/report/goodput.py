@@ -1,19 +1,19 @@
-"""Goodput: where the wall time of a run goes, over all attempts at it.
+"""Goodput: where the wall time of a run goes, over all attempts.
 
-Each second since the first attempt began belongs to one category:
+Every second since the first attempt began belongs to one category:
 
     step        a device runs steps that count in the end
-    input       it has nothing to run, for the next batch is not there (of process 0)
+    input       the device of process 0 has nothing to run because the next batch is not ready
     compile     the step of a stage is compiled
     evaluation  held-out loss
-    checkpoint  what the steps wait for while one is taken, and the end of the run for the last
-    restart     from the last step of a killed attempt to the first of the next, steps done again
-                after it or a rollback, and bad ones that are skipped
-    other       all else: parameters made or moved between stages, profiles, curves
+    checkpoint  steps wait for a checkpoint's copy, or the end of the run waits for the last one
+    restart     from the last step of a killed attempt to the first of the next; steps repeated
+                after a kill or a rollback; bad steps that are skipped
+    other       everything else: parameters made or moved between stages, profiles, curves
 
-An attempt begins where `train` does: before it, programs are loaded and hosts meet. What a killed
-attempt leaves is read from its records (lwm/report/metrics.py): the last of kind goodput, and the
-steps after it.
+An attempt begins when `train` is called, after programs are loaded and hosts have met. What a
+killed attempt spent is read from its records (lwm/report/metrics.py): its last goodput record, and
+the steps after it.
 """
 
 import contextlib
@@ -29,16 +29,16 @@ _EPOCH = time.time() - time.perf_counter()
 
 
 def wall_clock() -> float:
-  """Seconds since 1970; within a process, no correction of the system's clock makes it jump."""
+  """Seconds since 1970. Within a process, corrections of the system clock do not make it jump."""
   return _EPOCH + time.perf_counter()
 
 
 class Account:
-  """A stopwatch that gives each lap to a category, so that they sum to the time that passed.
+  """A stopwatch that charges each lap to a category, so that categories sum to the time passed.
 
   Attributes:
-    seconds: of each category so far.
-    attempts: at the run, this one among them.
+    seconds: time per category so far.
+    attempts: number of attempts at the run, including this one.
   """
 
   def __init__(self, clock: Callable[[], float] = wall_clock):
@@ -55,9 +55,9 @@ class Account:
     total_steps: int,
     clock: Callable[[], float] = wall_clock,
   ) -> "Account":
-    """The account of a run that left `records`, and goes on after step `total_steps`.
+    """The account of a run that left `records` and resumes after step `total_steps`.
 
-    Its time ends with the last of them; what comes next, up to the first step, is restart.
+    Time after the last record, up to the first new step, is charged to `restart`.
     """
     account = cls(clock)
     for record in records:
@@ -75,38 +75,39 @@ class Account:
     return account
 
   def forget_steps(self, records: Sequence[dict[str, Any]], total_steps: int) -> None:
-    """Steps beyond `total_steps` among the records will be done again: their time is restart."""
+    """Charges recorded steps after `total_steps` to `restart`: they will run again."""
     for record in records:
       if record["kind"] == "train" and record["total_steps"] > total_steps:
         self.move("step", "restart", record["seconds"] - record["starved_seconds"])
         self.move("input", "restart", record["starved_seconds"])
 
   def lap(self, category: str) -> float:
-    """Gives the time since the last lap to `category`, and returns it in seconds."""
+    """Charges the time since the last lap to `category`, and returns it in seconds."""
     now = self._clock()
-    # The clock of a host that goes on with another's run may be late.
+    # A run may resume on a host whose clock is behind.
     seconds, self._last = max(0.0, now - self._last), now
     self.seconds["restart" if self._restarting else category] += seconds
     return seconds
 
   @contextlib.contextmanager
   def spend(self, category: str) -> Iterator[None]:
-    """The time of the block belongs to `category`; blocks do not nest."""
+    """Charges the time of the block to `category`. Blocks do not nest."""
     self.lap("other")
     yield
     self.lap(category)
 
   def steps_begin(self) -> None:
-    """The next lap is a step's."""
+    """The next lap is a step."""
     self.lap("other")
     self._restarting = False
 
   def move(self, source: str, target: str, seconds: float) -> None:
+    """Moves time from one category to another."""
     self.seconds[source] -= seconds
     self.seconds[target] += seconds
 
   def record(self, total_steps: int) -> dict[str, Any]:
-    """As of the last lap: see lwm/report/metrics.py."""
+    """The goodput record as of the last lap: see lwm/report/metrics.py."""
     wall = sum(self.seconds.values())
     return {
       "kind": "goodput",
@@ -119,7 +120,7 @@ class Account:
 
 
 def table(record: dict[str, Any]) -> str:
-  """A goodput record as lines of text, categories that took no time left out."""
+  """A goodput record as lines of text, without categories that took no time."""
   wall = record["wall_seconds"]
   attempts = f" in {record['attempts']} attempts" if record["attempts"] > 1 else ""
   lines = [f"goodput {record['goodput']:.1%} of {duration(wall)}{attempts}"]

@@ -1,7 +1,7 @@
-"""Held-out loss of each dataset and modality, against the unigram entropy of the same data.
+"""Held-out loss per dataset and modality, next to the unigram entropy of the same data.
 
-The unigram entropy is what a model scores that knows nothing but how often each token occurs; one
-that has learnt anything of the order of tokens scores less.
+The unigram entropy is the loss of a model that knows only how often each token occurs. A model that
+has learnt anything about the order of tokens has a lower loss.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ import numpy as np
 from lwm.config.batch import MODALITIES
 
 
-def held_out_losses(
+def losses(
   params: Any,
   evaluation_step: Callable[..., tuple[jax.Array, jax.Array]],
   batches: Iterable[dict[str, jax.Array]],
@@ -25,7 +25,7 @@ def held_out_losses(
   Args:
     params: of the model.
     evaluation_step: of the stage's program.
-    batches: of one dataset's validation split, the weight of every target that counts being 1.
+    batches: of one dataset's validation split; every target that counts has weight 1.
     dataset: its name.
     unigram_entropy: of the split's targets, in nats, by modality.
 
@@ -49,7 +49,7 @@ def held_out_losses(
 
 
 def by_modality(held_out: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-  """Means of loss and unigram entropy of each modality over datasets, weighted by their targets."""
+  """Mean loss and unigram entropy of each modality over all datasets, weighted by targets."""
   totals = {}
   for modality in MODALITIES:
     rows = [row for row in held_out if row["modality"] == modality]
@@ -64,7 +64,7 @@ def by_modality(held_out: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def summary(held_out: list[dict[str, Any]]) -> str:
-  """Held-out losses of each modality over all datasets, in a line."""
+  """Held-out loss of each modality over all datasets, as one line."""
   return " | ".join(
     f"{modality} {total['loss']:.3f} (unigram entropy {total['unigram_entropy']:.3f})"
     for modality, total in by_modality(held_out).items()
@@ -72,7 +72,7 @@ def summary(held_out: list[dict[str, Any]]) -> str:
 
 
 def table(held_out: list[dict[str, Any]]) -> str:
-  """Held-out losses as lines of text: each dataset and modality, then each modality over all."""
+  """Held-out losses as lines of text: each dataset and modality, then the means over datasets."""
   rows = [(row["dataset"], row["modality"], row) for row in held_out]
   datasets = {row["dataset"] for row in held_out}
   if len(datasets) > 1:

@@ -1,8 +1,8 @@
-"""Whether input is what the steps wait for, and on which host.
+"""Whether steps wait for input, and on which host.
 
 Hosts read ahead, so waiting for a batch costs nothing while the device still runs the step before.
-What counts is how long a device had nothing to run; in a run of many processes the others then
-wait for it in their collectives, and do not see why.
+What counts is the time in which a device has nothing to run. In a run of many processes the other
+ones then wait in their collectives, and cannot see why.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ from jax._src import distributed
 
 from lwm.report.goodput import wall_clock
 
-# Steps between two looks, and the share of their time that is worth a word.
+# Steps between two checks, and the share of their time from which on input is reported as slow.
 STEPS = 20
 SHARE = 0.2
 _KEYS = "lwm/input_wait/"
 
 
 class InputWait:
-  """The wait for a step's batch, and a thread that notes when the step's results are there.
+  """The wait for a step's batch, and a thread that notes when the step's results are ready.
 
-  Waiting for results on a thread of its own holds up neither the device nor the loop.
+  Waiting for the results on a separate thread delays neither the device nor the loop.
   """
 
   def __init__(
@@ -35,9 +35,9 @@ class InputWait:
     """
     Args:
       asked: when the batch was asked for.
-      came: when it was there.
+      came: when the batch arrived.
       results: arrays that the step returns.
-      clock: that both times are of.
+      clock: the clock of both times.
     """
     self.seconds = came - asked
     self._asked, self._came, self._clock = asked, came, clock
@@ -45,13 +45,13 @@ class InputWait:
     self._thread.start()
 
   def _watch(self, results: Any) -> None:
-    # Who reads the results is told what went wrong.
+    # An error reaches whoever reads the results.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       jax.block_until_ready(results)
     self._finished = self._clock()
 
   def starved(self, before: "InputWait | None") -> float:
-    """Seconds of the wait in which the step `before`, if there was one, had ended."""
+    """Seconds of the wait after the step `before`, if there was one, had finished."""
     if before is None:
       return self.seconds
     before._thread.join()
@@ -59,19 +59,19 @@ class InputWait:
 
 
 class InputWatch:
-  """Adds up the waits of this process, and says on process 0 whose are too long.
+  """Adds up the waits of this process; process 0 reports processes that wait too long.
 
-  Processes tell each other through the key-value store of JAX's coordination service, which no
-  device takes part in. Each process is named once.
+  Processes share their waits through the key-value store of JAX's coordination service, without
+  using devices. Each slow process is reported once.
   """
 
   def __init__(self, say: Callable[[str], None]):
     self._say = say
-    self._named = set()
+    self._named: set[str] = set()
     self._steps, self._seconds, self._starved = 0, 0.0, 0.0
 
   def step(self, seconds: float, starved: float) -> None:
-    """Counts a step of which the device stood idle for `starved`."""
+    """Counts a step of `seconds`, in which the device was idle for `starved` seconds."""
     self._steps += 1
     self._seconds += seconds
     self._starved += starved
@@ -82,16 +82,17 @@ class InputWatch:
   def _look(self, seconds: float, starved: float) -> None:
     waits = shared_waits(starved)
     text = notice(waits, seconds)
-    process = max(waits, key=waits.get)
+    process = max(waits, key=lambda process: waits[process])
     if text and process not in self._named:
       self._named.add(process)
       self._say(text)
 
 
 def shared_waits(starved: float) -> dict[str, float]:
-  """Tells process 0 of this process's wait, and returns the newest of all processes by name.
+  """Tells process 0 how long this process waits, and returns the waits that it knows, by process.
 
-  Others than process 0 see their own alone. A store that does not answer is no reason to stop.
+  Process 0 knows the newest wait of every process, the others only their own. A store that does
+  not answer does not stop the run.
   """
   index = jax.process_index()
   name = f"process {index} ({socket.gethostname()})"
@@ -107,17 +108,17 @@ def shared_waits(starved: float) -> dict[str, float]:
 
 
 def notice(waits: dict[str, float], seconds: float) -> str | None:
-  """What to say of waits, by process, of steps that take `seconds`; None if they are short."""
-  process = max(waits, key=waits.get)
+  """A sentence about long waits in steps that take `seconds`; None if the waits are short."""
+  process = max(waits, key=lambda process: waits[process])
   longest, median = waits[process], statistics.median_low(waits.values())
   if longest < SHARE * seconds:
     return None
   if longest < 2 * median:
     return (
-      f"input holds up the steps: devices idle for {longest:.2f} s of {seconds:.2f} s, waiting "
+      f"input is slow: devices are idle for {longest:.2f} s of {seconds:.2f} s per step, waiting "
       "for batches; raise config.data.threads, or put the data on a faster disk"
     )
   return (
-    f"input of {process} holds up the others: {longest:.2f} s of a step's {seconds:.2f} s, "
-    f"against {median:.2f} s at the median"
+    f"input of {process} is slow and delays the others: {longest:.2f} s of {seconds:.2f} s per "
+    f"step, with a median of {median:.2f} s"
   )

@@ -1,17 +1,21 @@
 """What a run leaves for tools: metrics.jsonl and TensorBoard events.
 
-metrics.jsonl holds one JSON object a line, of four kinds. `"kind": "train"`, one for each step of
-the run, exactly once whatever was killed and resumed: stage, step (of the stage), total_steps,
-loss, text_loss, vision_loss (absent without targets), gradient_norm, learning_rate, tokens (no
-padding), text_targets, vision_targets, attended_pairs, seconds, tokens_per_second, mfu,
-data_seconds (waited for the batch), starved_seconds (those of them in which the device had nothing
-to run). `"kind": "evaluation"`: stage, step, total_steps, and for each dataset and modality
-`held_out`: dataset, modality, loss, unigram_entropy (nats), targets. `"kind": "goodput"`, when an
-attempt begins, whenever steps begin (at the start, after an evaluation or a checkpoint) and at the
-end: total_steps, time (seconds since 1970), attempts, wall_seconds and how they divide into the
-categories of goodput.py: step_seconds, input_seconds, ...; goodput, the share of step_seconds.
-`"kind": "fault"`: stage, step, total_steps (steps done), event (`skip`, `rollback` or
-`checkpoint`), text (the line that was said of it).
+metrics.jsonl holds one JSON object per line. Its "kind" is one of four:
+
+    train       one per step, exactly once however often the run was killed and resumed: stage,
+                step (of the stage), total_steps, loss, text_loss and vision_loss (absent without
+                targets), gradient_norm, learning_rate, tokens (without padding), text_targets,
+                vision_targets, attended_pairs, whatever the model's blocks report, seconds,
+                tokens_per_second, mfu, data_seconds (waiting for the batch), starved_seconds
+                (the part of them in which the device had nothing to run)
+    evaluation  stage, step, total_steps, and `held_out`: for each dataset and modality dataset,
+                modality, loss, unigram_entropy (both in nats), targets
+    goodput     when an attempt begins, when steps begin (at the start and after an evaluation or
+                a checkpoint) and at the end: total_steps, time (seconds since 1970), attempts,
+                wall_seconds and its parts by the categories of goodput.py (step_seconds,
+                input_seconds, ...), and goodput, the share of step_seconds
+    fault       stage, step, total_steps (steps done), event (`skip`, `rollback` or `checkpoint`),
+                text (the printed line)
 """
 
 import json
@@ -32,9 +36,9 @@ class MetricsLog:
   def __init__(
     self, workdir: pathlib.Path, total_steps: int, carried: Sequence[dict[str, Any]] = ()
   ):
-    """Opens the log of a run of which `total_steps` steps are done, forgetting any beyond them.
+    """Opens the log of a run after step `total_steps`, dropping the records of later steps.
 
-    Records `carried` over from what is forgotten are appended at the same moment.
+    The records `carried` are appended in the same atomic write.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / FILE_NAME
@@ -47,7 +51,7 @@ class MetricsLog:
     self._events = EventFile(workdir / "tensorboard", purge_step=total_steps + 1)
 
   def write(self, record: dict[str, Any]) -> None:
-    """Appends one record; it is in the file, whole, when this returns."""
+    """Appends one record; the file contains all of it when this returns."""
     self._file.write(json.dumps(record) + "\n")
     self._file.flush()
     step = record["total_steps"]
@@ -60,17 +64,18 @@ class MetricsLog:
       self._events.add_scalar(f"{name}_unigram_entropy", row["unigram_entropy"], step)
 
   def sync(self) -> None:
-    """Returns when the records are on disk: a checkpoint must not outlive the steps before it."""
+    """Returns once the records are on disk: a checkpoint needs those of all steps before it."""
     os.fsync(self._file.fileno())
     self._events.flush()
 
   def close(self) -> None:
+    """Closes both files."""
     self._file.close()
     self._events.close()
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The records of a metrics.jsonl; a last line that was cut short by a kill is left out.
+  """The records of a metrics.jsonl, without a last line that a kill cut short.
 
   Raises UserError if another line is damaged.
   """
@@ -83,6 +88,6 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
         records.append(json.loads(line))
       except ValueError:
         raise UserError(
-          f"Line {number} of {path} is damaged: put the file back from a copy, or remove the line."
+          f"Line {number} of {path} is damaged: restore the file from a copy, or remove the line."
         ) from None
   return records

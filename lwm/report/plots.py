@@ -1,4 +1,4 @@
-"""Curves of a stage as a PNG: losses by modality against unigram entropy, and learning rate."""
+"""Curves of a stage as a PNG: losses by modality, unigram entropy, and the learning rate."""
 
 import pathlib
 from typing import Any
@@ -6,25 +6,26 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lwm.config.batch import MODALITIES
 from lwm.report.held_out import by_modality
 
-COLORS = {"text": "#1f6fb4", "vision": "#d1602a"}
+_COLORS = dict(zip(MODALITIES, ("#1f6fb4", "#d1602a")))
 
 
 def plot_stage(records: list[dict[str, Any]], stage: str, path: pathlib.Path) -> None:
   """Writes the curves of `stage` to `path`.
 
   Args:
-    records: of metrics.jsonl; those of other stages are passed over.
+    records: of metrics.jsonl; records of other stages are ignored.
     stage: its name.
-    path: a PNG file, replaced whole.
+    path: of the PNG, which is replaced atomically.
   """
   train = [r for r in records if r["kind"] == "train" and r["stage"] == stage]
   evaluations = [r for r in records if r["kind"] == "evaluation" and r["stage"] == stage]
   figure = Figure(figsize=(8, 6), layout="constrained")
   FigureCanvasAgg(figure)
   losses, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-  for modality, color in COLORS.items():
+  for modality, color in _COLORS.items():
     points = [(r["step"], r[f"{modality}_loss"]) for r in train if f"{modality}_loss" in r]
     if points:
       losses.plot(*zip(*points), color=color, linewidth=0.8, alpha=0.6, label=f"{modality}, train")
@@ -46,7 +47,7 @@ def plot_stage(records: list[dict[str, Any]], stage: str, path: pathlib.Path) ->
         linewidth=1,
         label=f"{modality}, unigram entropy",
       )
-  losses.set_ylabel("loss (nats a target)")
+  losses.set_ylabel("loss (nats per target)")
   losses.set_title(stage)
   losses.grid(alpha=0.3)
   losses.legend(fontsize="small")

@@ -1,4 +1,4 @@
-"""What a run says: lines for a person, records and events for tools, curves for both."""
+"""What a run reports: lines for people, records and events for tools, and curves for both."""
 
 import contextlib
 import pathlib
@@ -8,6 +8,7 @@ import jax
 
 from lwm.checkpoint.position import Position
 from lwm.config import experiment as experiment_lib
+from lwm.config.batch import MODALITIES
 from lwm.config.experiment import Experiment, Stage
 from lwm.cost.peak import peak_flops
 from lwm.model.flops import train_flops
@@ -21,16 +22,23 @@ from lwm.report.terminal import ProgressLine
 
 
 class Reporter:
-  """Turns a step's scalars into a line, a record, events and curves; only process 0 speaks."""
+  """Turns a step's metrics into a line, a record, events and curves. Only process 0 reports."""
 
   def __init__(
     self,
     experiment: Experiment,
     workdir: pathlib.Path,
-    done: Position,
+    position: Position,
     profile_steps: range = range(0),
   ):
-    """Takes up the files of `workdir` after the steps that are `done`; profiles those given."""
+    """Continues the files of `workdir`.
+
+    Args:
+      experiment: the run's.
+      workdir: of the run.
+      position: where the run starts or resumes; records of later steps are dropped.
+      profile_steps: steps to trace, counted over all stages from 1.
+    """
     stages = experiment.stages
     self.total_steps = sum(stage.steps for stage in stages)
     self._experiment = experiment
@@ -41,11 +49,11 @@ class Reporter:
     }
     self._speaks = jax.process_index() == 0
     records = read_metrics(workdir / FILE_NAME) if self._speaks else []
-    # Where the run's time goes; the loop books what it alone knows of.
-    self.account = Account.resumed(records, done.total_steps)
-    self._steps_done = done.total_steps
+    # Where the run's time goes. The training loop charges it too.
+    self.account = Account.resumed(records, position.total_steps)
+    self._steps_done = position.total_steps
     self._has_begun = False
-    self._last_wait = None
+    self._last_wait: InputWait | None = None
     self._input_watch = InputWatch(self.say)
     self._profiler = Profiler(workdir, profile_steps, self.account, self.say)
     if not self._speaks:
@@ -53,44 +61,46 @@ class Reporter:
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.txt").write_text(experiment_lib.dump(experiment))
     peaks = [peak_flops(device, experiment.model.compute_dtype) for device in jax.local_devices()]
+    known = [peak for peak in peaks if peak is not None]
     # All processes have the same devices.
-    self._peak = None if None in peaks else sum(peaks) * jax.process_count()
+    self._peak = sum(known) * jax.process_count() if len(known) == len(peaks) else None
     # On record at once: an attempt that is killed before its first step took time too.
-    unfinished = done.total_steps < self.total_steps
-    self._open(done, [self.account.record(done.total_steps)] if unfinished else [])
+    unfinished = position.total_steps < self.total_steps
+    self._open(position, [self.account.record(position.total_steps)] if unfinished else [])
 
-  def _open(self, done: Position, carried: list[dict[str, Any]]) -> None:
-    self._log = MetricsLog(self._workdir, done.total_steps, carried)
+  def _open(self, position: Position, carried: list[dict[str, Any]]) -> None:
+    self._log = MetricsLog(self._workdir, position.total_steps, carried)
     stages = self._experiment.stages
-    tokens = sum(stage.steps * stage.tokens_per_batch for stage in stages[done.stage :])
+    tokens = sum(stage.steps * stage.tokens_per_batch for stage in stages[position.stage :])
     self._line = ProgressLine(
-      steps_done=done.total_steps,
+      steps_done=position.total_steps,
       steps=self.total_steps,
-      tokens_ahead=tokens - done.step * stages[done.stage].tokens_per_batch,
+      tokens_ahead=tokens - position.step * stages[position.stage].tokens_per_batch,
     )
 
   def say(self, text: str) -> None:
+    """Prints a line."""
     if self._speaks:
       self._line.say(text)
 
   def start_clock(self) -> None:
-    """Whatever came before is not part of the next step's time."""
+    """Steps begin: time spent before does not count as the next step's."""
     self.account.steps_begin()
     self._last_wait = None
     self._has_begun = True
     self._write_goodput()
 
   def dispatch(self, total_steps: int) -> contextlib.AbstractContextManager:
-    """Around the dispatch of the step that is to be number `total_steps`: names it in profiles."""
+    """Goes around the dispatch of step `total_steps`, and names the step in profiles."""
     return self._profiler.step(total_steps)
 
-  def step(self, stage: Stage, step: int, metrics: dict[str, jax.Array], wait: InputWait) -> None:
-    """Waits for the scalars of step `step` (from 1) of `stage`, and reports them."""
-    metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
+  def step(self, stage: Stage, step: int, metrics: dict[str, Any], wait: InputWait) -> None:
+    """Reports step `step` (counted from 1) of `stage`, whose metrics are NumPy arrays."""
+    metrics = {name: value.tolist() for name, value in metrics.items()}
     seconds, starved = self.account.lap("step"), wait.starved(self._last_wait)
     self.account.move("step", "input", starved)
     if self._last_wait:
-      # The first batch of all takes its time on any host.
+      # The first batch takes time on every host.
       self._input_watch.step(seconds, starved)
     self._last_wait = wait
     self._steps_done = self._first_step[stage.name] + step
@@ -106,11 +116,8 @@ class Reporter:
       softmax_range=self._experiment.loss.softmax_range,
     )
     record = self._record("train", stage, step)
-    record |= {
-      name: value
-      for name, value in metrics.items()
-      if not (name.endswith("_loss") and metrics[name.replace("_loss", "_targets")] == 0)
-    }
+    absent = {f"{name}_loss" for name in MODALITIES if metrics[f"{name}_targets"] == 0}
+    record |= {name: value for name, value in metrics.items() if name not in absent}
     record |= {
       "seconds": seconds,
       "data_seconds": wait.seconds,
@@ -123,33 +130,33 @@ class Reporter:
     self._line.step(record, stage_steps=stage.steps, batch_tokens=stage.tokens_per_batch)
 
   def evaluation(self, stage: Stage, step: int, held_out: list[dict[str, Any]]) -> None:
-    """Reports the rows of `held_out_lib.held_out_losses`."""
+    """Reports the rows that lwm/report/held_out.py makes."""
     if not self._speaks:
       return
     self._log.write(self._record("evaluation", stage, step) | {"held_out": held_out})
     if held_out:
       self.say(f"{stage.name} {step}/{stage.steps} | held out | {held_out_lib.summary(held_out)}")
 
-  def fault(self, stage: Stage, done: Position, event: str, text: str) -> None:
-    """Reports what went wrong, in a line and a record, and what was done about it."""
+  def fault(self, stage: Stage, position: Position, event: str, text: str) -> None:
+    """Reports what went wrong and what was done about it, as a line and a record."""
     self.account.lap("restart")
     if not self._speaks:
       return
-    self._log.write(self._record("fault", stage, done.step) | {"event": event, "text": text})
-    self.say(f"{stage.name} {done.step}/{stage.steps} | {text}")
+    self._log.write(self._record("fault", stage, position.step) | {"event": event, "text": text})
+    self.say(f"{stage.name} {position.step}/{stage.steps} | {text}")
 
-  def rewind(self, done: Position) -> None:
-    """Forgets the steps beyond those `done`: they will be made again."""
+  def rewind(self, position: Position) -> None:
+    """Drops the records of steps after `position`: those steps will run again."""
     self.account.lap("restart")
-    self._steps_done = done.total_steps
+    self._steps_done = position.total_steps
     if self._speaks:
-      self.account.forget_steps(read_metrics(self._workdir / FILE_NAME), done.total_steps)
+      self.account.forget_steps(read_metrics(self._workdir / FILE_NAME), position.total_steps)
       self._line.close()
       self._log.close()
-      self._open(done, [self.account.record(done.total_steps)])
+      self._open(position, [self.account.record(position.total_steps)])
 
   def sync(self) -> None:
-    """Returns when all that was reported is on disk."""
+    """Returns once everything reported so far is on disk."""
     if self._speaks:
       self._log.sync()
 
@@ -163,7 +170,7 @@ class Reporter:
     self.say(f"curves of {stage.name}: {path}")
 
   def close(self) -> None:
-    """Writes out and gives up the files."""
+    """Writes and closes the files."""
     self._profiler.close()
     self.account.lap("other")
     if self._has_begun:
@@ -173,7 +180,7 @@ class Reporter:
       self._line.close()
 
   def finish(self, checkpoint: pathlib.Path) -> None:
-    """Says where everything is, and how well the model does."""
+    """Prints the held-out losses, where the time went, and where the files are."""
     self.close()
     if not self._speaks:
       return
@@ -182,7 +189,7 @@ class Reporter:
       record for record in records if record["kind"] == "evaluation" and record["held_out"]
     ]
     if evaluations:
-      print(f"\nAfter step {evaluations[-1]['total_steps']}, in nats a target:")
+      print(f"\nAfter step {evaluations[-1]['total_steps']}, in nats per target:")
       print(held_out_lib.table(evaluations[-1]["held_out"]))
     account = [record for record in records if record["kind"] == "goodput"]
     if account:

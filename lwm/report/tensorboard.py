@@ -1,7 +1,7 @@
-"""TensorBoard events, written by the thread that makes them.
+"""TensorBoard events, written by the calling thread.
 
-tensorboardX's own writer has a thread, which dies of a full disk with a stack trace, and then hangs
-whoever goes on to feed it.
+tensorboardX's own writer uses a thread. On a full disk that thread dies with a stack trace, and
+the next write hangs.
 """
 
 import os
@@ -16,12 +16,12 @@ _FLUSH_SECONDS = 10
 
 
 class EventFile:
-  """A new file of scalars in a directory of them."""
+  """A new file of scalars in a directory of event files."""
 
   def __init__(self, directory: pathlib.Path, purge_step: int):
-    """Events of step `purge_step` and later in older files are to be forgotten."""
+    """TensorBoard drops events of step `purge_step` and later from older files."""
     directory.mkdir(parents=True, exist_ok=True)
-    # tensorboardX names files by the second.
+    # tensorboardX names files by the second, which is not unique.
     self._writer = EventsWriter(os.fspath(directory / "events"), f".{time.time_ns()}")
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._write(event_pb2.Event(step=purge_step, session_log=start))

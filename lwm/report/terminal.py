@@ -1,18 +1,20 @@
-"""What a run tells the person who watches it: a line a step, and a bar on a terminal."""
+"""What a run prints: one line per step, and a progress bar on a terminal."""
 
 import sys
 from typing import Any
 
 import tqdm
 
+from lwm.config.batch import MODALITIES
+
 
 class ProgressLine:
-  """One line for each step on stdout; on a terminal, a bar of the whole run below them."""
+  """One line per step on stdout and, on a terminal, a bar for the whole run below them."""
 
   def __init__(self, *, steps_done: int, steps: int, tokens_ahead: int):
-    """`tokens_ahead`: tokens that all steps still to be made will take, for the time of arrival."""
+    """`tokens_ahead`: tokens in all remaining steps, to estimate the remaining time."""
     self._tokens_ahead = tokens_ahead
-    self._tokens_per_second = None
+    self._tokens_per_second: float | None = None
     self._bar = tqdm.tqdm(
       initial=steps_done,
       total=steps,
@@ -26,7 +28,7 @@ class ProgressLine:
     """Prints a train record (see lwm/report/metrics.py)."""
     self._tokens_ahead -= batch_tokens
     speed = batch_tokens / record["seconds"]
-    # The first step of a stage may include warming up; older steps count for less and less.
+    # An exponential average: the first step of a stage may include warming up.
     previous = self._tokens_per_second or speed
     self._tokens_per_second = 0.9 * previous + 0.1 * speed
     eta = duration(self._tokens_ahead / self._tokens_per_second)
@@ -35,11 +37,12 @@ class ProgressLine:
     self._bar.update()
 
   def say(self, text: str) -> None:
-    """Prints a line (or several) above the bar."""
+    """Prints text above the bar."""
     self._bar.write(text, file=sys.stdout)
     sys.stdout.flush()
 
   def close(self) -> None:
+    """Removes the bar."""
     self._bar.close()
 
 
@@ -49,7 +52,7 @@ def step_line(record: dict[str, Any], stage_steps: int, eta: str) -> str:
   parts.append(f"loss {record['loss']:.3f}")
   parts += [
     f"{modality} {record[f'{modality}_loss']:.3f}"
-    for modality in ("text", "vision")
+    for modality in MODALITIES
     if f"{modality}_loss" in record
   ]
   parts.append(f"grad {record['gradient_norm']:.2f}")
@@ -63,7 +66,7 @@ def step_line(record: dict[str, Any], stage_steps: int, eta: str) -> str:
 
 
 def duration(seconds: float) -> str:
-  """12s, 3m20s, 1h05m, 2d03h."""
+  """Seconds as 12s, 3m20s, 1h05m or 2d03h."""
   seconds = round(seconds)
   if seconds < 60:
     return f"{seconds}s"
@@ -75,7 +78,7 @@ def duration(seconds: float) -> str:
 
 
 def count(value: float) -> str:
-  """987, 12.3k, 4.56M."""
+  """A number as 987, 12.3k or 4.56M."""
   for unit, size in (("M", 1e6), ("k", 1e3)):
     if value >= size:
       return f"{value / size:.3g}{unit}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lwm.errors import ResumeError
 
-# No space, or a disk that fails, is gone or has become read-only, as a shared one may at any time.
+# The disk is full, failing, gone or read-only; a shared disk can become so at any time.
 _DISK_ERRORS = (
   errno.ENOSPC,
   errno.EDQUOT,
@@ -21,13 +21,13 @@ _DISK_ERRORS = (
 
 @contextlib.contextmanager
 def bad_disk_explained(workdir: pathlib.Path) -> Iterator[None]:
-  """Turns what the system says of a full disk or quota, or a failing disk, into a ResumeError."""
+  """Turns an operating system's error about a full or failing disk into a ResumeError."""
   try:
     yield
   except OSError as error:
     if error.errno not in _DISK_ERRORS:
       raise
     raise ResumeError(
-      f"Writing to {workdir} failed ({error.strerror}): see to the disk, and start the same "
-      "command again; it goes on from the last checkpoint."
+      f"Writing to {workdir} failed ({error.strerror}): fix the disk and run the same command "
+      "again to resume from the last checkpoint."
     ) from error

@@ -1,4 +1,4 @@
-"""Bad steps and bad disks: which they are, and what is said of them. See FaultConfig."""
+"""Bad steps: which steps are bad, and whether the run tolerates them. See FaultConfig."""
 
 import math
 import pathlib
@@ -11,15 +11,15 @@ import numpy as np
 from lwm.config.experiment import FaultConfig
 from lwm.errors import UserError
 
-# Batches of a stage and their losses.
+# (batch, loss) of a stage's good batches, in order.
 LossHistory = Sequence[tuple[int, float]]
 
 
 def loss_limit(faults: FaultConfig, losses: LossHistory, batch: int) -> np.float32:
-  """The loss above which `batch` is a spike; infinite until there is a whole window of losses.
+  """The loss above which `batch` is a spike; infinite until there is a full window of losses.
 
-  It never counts the batch just before, which is mostly still in flight: so it is a function of
-  the batches alone, and a resumed run judges as an undisturbed one.
+  The batch just before is never counted, because it is usually still in flight. So the limit
+  depends on the batches alone, and a resumed run judges as an undisturbed one does.
   """
   window = [loss for earlier, loss in losses if earlier < batch - 1][-faults.spike_window :]
   if not faults.spike_factor or len(window) < faults.spike_window:
@@ -30,14 +30,14 @@ def loss_limit(faults: FaultConfig, losses: LossHistory, batch: int) -> np.float
 def with_loss(
   faults: FaultConfig, losses: LossHistory, batch: int, loss: float
 ) -> tuple[tuple[int, float], ...]:
-  """`losses` and that of a good batch; as many as `loss_limit` will ask for."""
+  """`losses` with the loss of one more good batch, shortened to what `loss_limit` needs."""
   if not faults.spike_factor:
     return ()
   return (*losses, (batch, loss))[-faults.spike_window - 1 :]
 
 
-def problem(faults: FaultConfig, metrics: dict[str, Any], limit: float) -> str:
-  """What is wrong with a step that was not applied."""
+def problem(faults: FaultConfig, metrics: dict[str, Any], limit: np.float32) -> str:
+  """Why a step was not applied."""
   loss, norm = (float(metrics[name]) for name in ("loss", "gradient_norm"))
   if not math.isfinite(loss):
     return f"its loss is {loss}"
@@ -52,18 +52,18 @@ def problem(faults: FaultConfig, metrics: dict[str, Any], limit: float) -> str:
 def check_tolerated(
   faults: FaultConfig, in_a_row: int, what: str, last: pathlib.Path | None
 ) -> None:
-  """Raises a UserError if the policy is to raise, or this bad step is one too many.
+  """Raises a UserError if the policy is `raise`, or if there were too many bad steps in a row.
 
   Args:
     faults: the policy.
-    in_a_row: bad steps, or times rolled back, with this one.
+    in_a_row: number of bad steps, or of rollbacks, in a row, including this one.
     what: which step is bad, and why.
-    last: where the last checkpoint is.
+    last: the last checkpoint, if there is one.
   """
   if faults.bad_step == "raise":
     raise UserError(
-      f"{what}; the same command goes on from {last or 'the start'}, with "
-      "--config.faults.bad_step=skip or rollback past this batch."
+      f"{what}; run the same command with --config.faults.bad_step=skip or rollback to resume from "
+      f"{last or 'the start'} and skip this batch."
     )
   if in_a_row > faults.max_in_a_row:
     raise UserError(

@@ -1,12 +1,10 @@
-"""The run: stage after stage, step after step, from wherever the working directory stands.
+"""The training loop: stage after stage, step after step, from wherever the workdir's run is.
 
-One step is always in flight: while step n runs, the host reports on n - 1, fetches the batch of
-n + 1 and dispatches it. The device waits only where it must: for an evaluation's data, and for the
-copy that a checkpoint takes.
+One step is always in flight: while step n runs, the host reports step n - 1, fetches the batch of
+step n + 1 and dispatches it. The device waits only for an evaluation's data and for the copy that
+a checkpoint takes.
 """
 
-import hashlib
-import json
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -14,28 +12,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lwm.checkpoint.checkpoints import Checkpoints
-from lwm.checkpoint.identity import Identity
-from lwm.checkpoint.position import Position
-from lwm.config.experiment import Experiment, FaultConfig, Stage
-from lwm.data import Dataset, Loader, load_tokenizer
+from lwm.checkpoint.position import START, Position
+from lwm.config.experiment import Experiment
+from lwm.data import Loader
 from lwm.data.dataset import VALIDATION
 from lwm.errors import ResumeError
 from lwm.program.stage import StageProgram, build_program
 from lwm.program.state import TrainState
-from lwm.report import held_out as held_out_lib
+from lwm.report import held_out
 from lwm.report.goodput import wall_clock
 from lwm.report.input_wait import InputWait
-from lwm.report.reporter import Reporter
 from lwm.report.terminal import duration
-from lwm.train.disk import bad_disk_explained
-from lwm.train.faults import check_tolerated, loss_limit, problem, with_loss
+from lwm.train.faults import loss_limit, problem, with_loss
 from lwm.train.out_of_memory import explain_out_of_memory
-from lwm.train.stop import StopNotice
-from lwm.train.workdir import held
-
-NOTHING_DONE = Position(stage=0, step=0, total_steps=0)
+from lwm.train.run import Run
 
 
 def train(
@@ -48,296 +40,207 @@ def train(
 
   Args:
     experiment: validated, and checked against the devices.
-    workdir: made if need be. What it holds decides where the run starts: see checkpoint.py.
-    devices: all that there are unless given.
-    profile_steps: to trace into WORKDIR/profile, counted over all stages from 1.
+    workdir: created if needed. What it holds decides where the run starts: see `Run.first_state`.
+    devices: all devices unless given.
+    profile_steps: steps to trace into WORKDIR/profile, counted over all stages from 1.
 
   Raises:
-    UserError: the workdir belongs to another experiment or is of no use (see workdir.py), or data
-      or tokenizer are not there or damaged, a bad step ends the run (see FaultConfig), or a
-      device's memory is too small.
-    ResumeError: the run was told to stop and has left a checkpoint, or cannot write to the disk,
-      or another run is in the workdir.
+    UserError: the workdir belongs to another experiment or cannot be used (see workdir.py), data or
+      tokenizer are missing or damaged, a bad step ends the run (see FaultConfig), or a device has
+      too little memory.
+    ResumeError: the run was asked to stop and has left a checkpoint, cannot write to the disk, or
+      another run uses the workdir.
   """
-  identity = run_identity(experiment)
-  with (
-    StopNotice() as notice,
-    bad_disk_explained(workdir),
-    held(workdir),
-    Checkpoints(workdir / "checkpoints", experiment.checkpoint.keep) as checkpoints,
-  ):
-    checkpoint, notes = checkpoints.latest(identity)
-    done = checkpoint or NOTHING_DONE
-    reporter = Reporter(experiment, workdir, done, profile_steps)
-    for note in notes:
-      reporter.fault(experiment.stages[done.stage], done, "checkpoint", note)
-    if checkpoint:
-      reporter.say(f"resuming {workdir} after step {done.total_steps} of {reporter.total_steps}")
-
-    state = None
-    for index in range(done.stage, len(experiment.stages)):
+  with Run(experiment, workdir, devices, profile_steps) as run:
+    position, state = run.resumed or START, None
+    if run.resumed:
+      run.reporter.say(
+        f"resuming {workdir} after step {position.total_steps} of {run.reporter.total_steps}"
+      )
+    for index in range(position.stage, len(experiment.stages)):
       stage = experiment.stages[index]
-      if done.stage < index or done.step < stage.steps:
+      if position.stage < index or position.step < stage.steps:
         program = build_program(experiment, stage, devices)
         with jax.set_mesh(program.mesh), explain_out_of_memory(workdir, stage):
           if state is None:
-            state, done = take_up(program, experiment, index, checkpoint, checkpoints)
+            state, position = run.first_state(program, index, run.resumed)
           else:
-            # The old moments go before the new ones come.
+            # The old moments are freed before the new ones are allocated.
             params, state = state.params, None
             params = program.place_params(params)
             state = program.fresh_state(params)
-            done = done.at_stage(index)
-          state, done = train_stage(
-            experiment,
-            program,
-            Loader(experiment, index, program.mesh),
-            state,
-            done,
-            reporter,
-            checkpoints,
-            identity,
-            notice,
-          )
-      reporter.plot(stage)
-    with reporter.account.spend("checkpoint"):
-      checkpoints.wait()
-    reporter.finish(checkpoints.path(done.total_steps))
+            position = position.at_stage(index)
+          state, position = StageLoop(run, program, index).train(state, position)
+      run.reporter.plot(stage)
+    run.finish_saving()
+    run.reporter.finish(run.checkpoints.path(position.total_steps))
 
 
-def take_up(
-  program: StageProgram,
-  experiment: Experiment,
-  index: int,
-  checkpoint: Position | None,
-  checkpoints: Checkpoints,
-) -> tuple[TrainState, Position]:
-  """The state that stage `index` goes on from, or starts with, and where that is."""
-  if checkpoint is None:
-    return program.fresh_state(program.initial_params(experiment.seed)), NOTHING_DONE
-  if checkpoint.stage == index:
-    return checkpoints.restore(checkpoint, program.state), checkpoint
-  params = checkpoints.restore_params(checkpoint, program.state.params)
-  return program.fresh_state(params), checkpoint.at_stage(index)
+class StageLoop:
+  """The steps of one stage of a run. Use it under `jax.set_mesh(program.mesh)`."""
 
+  def __init__(self, run: Run, program: StageProgram, index: int):
+    """Opens the stage's data and compiles its step."""
+    self.run = run
+    self.program = program
+    self.stage = run.experiment.stages[index]
+    self.loader = Loader(run.experiment, index, program.mesh)
+    self._faults = run.experiment.faults
+    # Batches from the current position on, or None where the position has moved.
+    self._batches: Iterator[dict[str, jax.Array]] | None = None
+    with run.reporter.account.spend("compile"):
+      self.train_step = self._compile()
 
-def train_stage(
-  experiment: Experiment,
-  program: StageProgram,
-  loader: Loader,
-  state: TrainState,
-  done: Position,
-  reporter: Reporter,
-  checkpoints: Checkpoints,
-  identity: Identity,
-  notice: StopNotice,
-) -> tuple[TrainState, Position]:
-  """The rest of a stage, with an evaluation and a checkpoint at its end, whatever their periods."""
-  stage = experiment.stages[done.stage]
-  with reporter.account.spend("compile"):
-    train_step = compile_train_step(program, stage, reporter)
-  batches, rollbacks = None, 0
-  while done.step < stage.steps:
-    stop = min(
-      stage.steps,
-      next_multiple(done.step, experiment.checkpoint.every_steps),
-      next_multiple(done.step, experiment.evaluation.every_steps),
-    )
-    if batches is None:
-      batches = loader.iterate(done.next_batch, done.next_batch + stage.steps - done.step)
-    before = done
-    state, done, bad = run_steps(
-      experiment.faults,
-      train_step,
-      batches,
-      state,
-      stage,
-      done,
-      stop,
-      reporter,
-      checkpoints,
-      notice,
-    )
-    if bad or done.passed_over != before.passed_over:
-      batches = None
-    if bad and not notice.reason:
-      rollbacks += 1
-      check_tolerated(experiment.faults, rollbacks, f"{stage.name}, {bad}", checkpoints.newest)
-      # This state goes before the other comes.
-      state = None
-      with reporter.account.spend("restart"):
-        state, done = roll_back(experiment, program, done, bad, reporter, checkpoints, identity)
-      continue
-    last = done.step == stage.steps
-    if last or (done.step == stop and stop % experiment.evaluation.every_steps == 0):
-      with reporter.account.spend("evaluation"):
-        reporter.evaluation(stage, stop, held_out(program, loader, state))
-    at_period = done.step == stop and stop % experiment.checkpoint.every_steps == 0
-    if last or at_period or (notice.reason and done.step and not bad):
-      with reporter.account.spend("checkpoint"):
-        # Metrics first: a checkpoint stands for steps that are all on record.
-        reporter.sync()
-        checkpoints.save(state, done, identity)
-      rollbacks = 0
-    if notice.reason and done.total_steps < reporter.total_steps:
-      with reporter.account.spend("checkpoint"):
-        checkpoints.wait()
-      reporter.close()
-      raise ResumeError(
-        f"{notice.reason}: stopped after step {done.total_steps} of {reporter.total_steps}; the "
-        f"same command goes on from {checkpoints.newest or 'the start'}."
+  def train(self, state: TrainState, position: Position) -> tuple[TrainState, Position]:
+    """Runs the rest of the stage, evaluating and saving by their periods and at its end."""
+    run, stage = self.run, self.stage
+    evaluate_every = run.experiment.evaluation.every_steps
+    save_every = run.experiment.checkpoint.every_steps
+    rollbacks = 0
+    while position.step < stage.steps:
+      stop = min(
+        stage.steps,
+        next_multiple(position.step, save_every),
+        next_multiple(position.step, evaluate_every),
       )
-  return state, done
+      state, position, bad = self.run_steps(state, position, stop)
+      if bad and not run.notice.reason:
+        rollbacks += 1
+        run.check_tolerated(rollbacks, f"{stage.name}, {bad}")
+        # This state is freed before the other one is read.
+        del state
+        with run.reporter.account.spend("restart"):
+          state, position = self._roll_back(position, bad)
+        continue
+      last = position.step == stage.steps
+      if last or (position.step == stop and stop % evaluate_every == 0):
+        with run.reporter.account.spend("evaluation"):
+          run.reporter.evaluation(stage, stop, self._held_out(state))
+      at_period = position.step == stop and stop % save_every == 0
+      if last or at_period or (run.notice.reason and position.step and not bad):
+        run.save(state, position)
+        rollbacks = 0
+      run.end_if_stopped(position)
+    return state, position
 
+  def run_steps(
+    self, state: TrainState, position: Position, stop: int
+  ) -> tuple[TrainState, Position, str | None]:
+    """Runs one batch for each step up to `stop`, unless asked to stop, and reports each step.
 
-def run_steps(
-  faults: FaultConfig,
-  train_step: Any,
-  batches: Iterator[dict[str, jax.Array]],
-  state: TrainState,
-  stage: Stage,
-  done: Position,
-  stop: int,
-  reporter: Reporter,
-  checkpoints: Checkpoints,
-  notice: StopNotice,
-) -> tuple[TrainState, Position, str | None]:
-  """Runs as many batches as there are steps to `stop`, unless told to stop, and reports each.
+    The device is idle only at the end.
 
-  The device is idle only at the end.
+    Returns:
+      The state and position after the last step, and what is wrong with the next step if it is bad
+      and the policy is to roll back. In that case the state must not be used.
+    """
+    run = self.run
+    in_flight: tuple[np.float32, dict[str, Any], InputWait] | None = None
+    bad = None
+    first, before = position.next_batch, position
+    batches = self._batches_from(position)
+    run.reporter.start_clock()
+    for index in range(first, first + stop - position.step):
+      run.checkpoints.check()
+      if run.notice.reached():
+        break
+      limit = loss_limit(self._faults, position.losses, index)
+      with run.reporter.dispatch(position.total_steps + (in_flight is not None) + 1):
+        asked = wall_clock()
+        batch = next(batches)
+        came = wall_clock()
+        state, metrics = self.train_step(state, batch, limit)
+      wait = InputWait(asked, came, metrics)
+      if in_flight:
+        position, bad = self._settle(position, *in_flight)
+        if bad:
+          break
+      in_flight = limit, metrics, wait
+    if in_flight and not bad:
+      position, bad = self._settle(position, *in_flight)
+    if bad or position.passed_over != before.passed_over:
+      self._batches = None
+    return state, position, bad
 
-  Returns:
-    The state and the progress after the last step; and what is wrong with the next one, if it is
-    bad and the policy is to roll back: the state is then none to go on from.
-  """
-  in_flight, bad = None, None
-  first = done.next_batch
-  reporter.start_clock()
-  for index in range(first, first + stop - done.step):
-    checkpoints.check()
-    if notice.reached():
-      break
-    limit = loss_limit(faults, done.losses, index)
-    with reporter.dispatch(done.total_steps + (in_flight is not None) + 1):
-      asked = wall_clock()
-      batch = next(batches)
-      came = wall_clock()
-      state, metrics = train_step(state, batch, limit)
-    wait = InputWait(asked, came, metrics)
-    if in_flight:
-      done, bad = settle(faults, stage, done, *in_flight, reporter, checkpoints)
-      if bad:
-        return state, done, bad
-    in_flight = limit, metrics, wait
-  if in_flight:
-    done, bad = settle(faults, stage, done, *in_flight, reporter, checkpoints)
-  return state, done, bad
+  def _batches_from(self, position: Position) -> Iterator[dict[str, jax.Array]]:
+    if self._batches is None:
+      start = position.next_batch
+      self._batches = self.loader.iterate(start, start + self.stage.steps - position.step)
+    return self._batches
 
+  def _settle(
+    self, position: Position, limit: np.float32, metrics: dict[str, Any], wait: InputWait
+  ) -> tuple[Position, str | None]:
+    """Waits for the step that took batch `position.next_batch`.
 
-def settle(
-  faults: FaultConfig,
-  stage: Stage,
-  done: Position,
-  limit: float,
-  metrics: dict[str, jax.Array],
-  wait: InputWait,
-  reporter: Reporter,
-  checkpoints: Checkpoints,
-) -> tuple[Position, str | None]:
-  """Waits for the step of batch `done.next_batch`.
+    Returns:
+      The position after it, and what is wrong with it if it is bad and the policy is to roll back.
+    """
+    faults, reporter = self._faults, self.run.reporter
+    metrics = jax.device_get(metrics)
+    index = position.next_batch
+    if metrics.pop("applied"):
+      losses = with_loss(faults, position.losses, index, metrics["loss"].item())
+      position = position.after_step(losses)
+      reporter.step(self.stage, position.step, metrics, wait)
+      return position, None
+    bad = f"step {position.step + 1}, of batch {index}: {problem(faults, metrics, limit)}"
+    if faults.bad_step == "rollback":
+      return position, bad
+    position = position.passing_over(index + 1)
+    self.run.check_tolerated(position.just_passed_over, f"{self.stage.name}, {bad}")
+    reporter.fault(self.stage, position, "skip", f"{bad}; the batch is skipped")
+    return position, None
 
-  Returns:
-    The progress after it; and what is wrong with it, if it is bad and the policy is to roll back.
-  """
-  metrics = jax.device_get(metrics)
-  index = done.next_batch
-  if metrics.pop("applied"):
-    done = done.after_step(with_loss(faults, done.losses, index, metrics["loss"].item()))
-    reporter.step(stage, done.step, metrics, wait)
-    return done, None
-  bad = f"step {done.step + 1}, of batch {index}: {problem(faults, metrics, limit)}"
-  if faults.bad_step == "rollback":
-    return done, bad
-  done = done.passing_over(index + 1)
-  check_tolerated(faults, done.just_passed_over, f"{stage.name}, {bad}", checkpoints.newest)
-  reporter.fault(stage, done, "skip", f"{bad}; the batch is skipped")
-  return done, None
+  def _roll_back(self, position: Position, bad: str) -> tuple[TrainState, Position]:
+    """The state of the last checkpoint, with the batches up to the bad one skipped."""
+    run, stage = self.run, self.stage
+    checkpoint, notes = run.checkpoints.latest(run.identity)
+    start_of_stage = position.total_steps - position.step
+    if checkpoint and checkpoint.total_steps < start_of_stage:
+      raise ResumeError(
+        f"{stage.name}, {bad}, and {' and '.join(notes)}, in an earlier stage: run the same "
+        "command again."
+      )
+    state, back = run.first_state(self.program, position.stage, checkpoint)
+    first, stop = back.next_batch, position.next_batch + 1
+    back = back.passing_over(stop)
+    run.reporter.rewind(back)
+    for note in notes:
+      run.reporter.fault(stage, back, "checkpoint", note)
+    text = f"{bad}; back to step {back.step}, skipping batches {first} to {stop - 1}"
+    run.reporter.fault(stage, back, "rollback", text)
+    return state, back
 
-
-def roll_back(
-  experiment: Experiment,
-  program: StageProgram,
-  done: Position,
-  bad: str,
-  reporter: Reporter,
-  checkpoints: Checkpoints,
-  identity: Identity,
-) -> tuple[TrainState, Position]:
-  """The state of the last checkpoint, from where the batches up to the bad one are passed over."""
-  stage = experiment.stages[done.stage]
-  checkpoint, notes = checkpoints.latest(identity)
-  start_of_stage = done.total_steps - done.step
-  if checkpoint and checkpoint.total_steps < start_of_stage:
-    raise ResumeError(
-      f"{stage.name}, {bad}, and {' and '.join(notes)}, in an earlier stage: start the same "
-      "command again."
+  def _compile(self) -> Any:
+    """Compiles the train step before the first batch, so that no step's time includes it."""
+    program, stage = self.program, self.stage
+    started = time.perf_counter()
+    batch = program.abstract_batch(stage.rows_per_batch, stage.sequence_length)
+    limit = jax.ShapeDtypeStruct((), jnp.float32)
+    compiled = program.train_step.lower(program.state, batch, limit).compile()
+    axes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1)
+    self.run.reporter.say(
+      f"{stage.name}: {stage.sequence_length} tokens x {stage.rows_per_batch} rows, mesh "
+      f"{axes or 'of one device'}, compiled in {duration(time.perf_counter() - started)}"
     )
-  state, back = take_up(program, experiment, done.stage, checkpoint, checkpoints)
-  first, stop = back.next_batch, done.next_batch + 1
-  back = back.passing_over(stop)
-  reporter.rewind(back)
-  for note in notes:
-    reporter.fault(stage, back, "checkpoint", note)
-  reporter.fault(
-    stage,
-    back,
-    "rollback",
-    f"{bad}; back to step {back.step}, passing over batches {first} to {stop - 1}",
-  )
-  return state, back
+    return compiled
 
-
-def compile_train_step(program: StageProgram, stage: Stage, reporter: Reporter) -> Any:
-  """The train step, compiled before the first batch so that its time is not a step's."""
-  started = time.perf_counter()
-  batch = program.abstract_batch(stage.rows_per_batch, stage.sequence_length)
-  limit = jax.ShapeDtypeStruct((), jnp.float32)
-  compiled = program.train_step.lower(program.state, batch, limit).compile()
-  axes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1)
-  reporter.say(
-    f"{stage.name}: {stage.sequence_length} tokens x {stage.rows_per_batch} rows, mesh "
-    f"{axes or 'of one device'}, compiled in {duration(time.perf_counter() - started)}"
-  )
-  return compiled
-
-
-def held_out(program: StageProgram, loader: Loader, state: TrainState) -> list[dict[str, Any]]:
-  """Held-out losses of the stage's datasets: see held_out_lib.py."""
-  return [
-    row
-    for name in loader.evaluation_datasets
-    for row in held_out_lib.held_out_losses(
-      state.params,
-      program.evaluation_step,
-      loader.evaluation_batches(name),
-      name,
-      loader.datasets[name].unigram_entropy(VALIDATION),
-    )
-  ]
+  def _held_out(self, state: TrainState) -> list[dict[str, Any]]:
+    """Held-out losses of the stage's datasets: see lwm/report/held_out.py."""
+    return [
+      row
+      for name in self.loader.evaluation_datasets
+      for row in held_out.losses(
+        state.params,
+        self.program.evaluation_step,
+        self.loader.evaluation_batches(name),
+        name,
+        self.loader.datasets[name].unigram_entropy(VALIDATION),
+      )
+    ]
 
 
 def next_multiple(step: int, period: int) -> int:
   """The first multiple of `period` after `step`."""
   return (step // period + 1) * period
-
-
-def run_identity(experiment: Experiment) -> Identity:
-  """Reads what tells this run from others. Raises UserError if data or tokenizer are not there."""
-  tokenizer = load_tokenizer(experiment.tokenizer)
-  manifests = {}
-  for config in experiment.datasets:
-    dataset = Dataset(config.path)
-    dataset.check_tokenizer(tokenizer)
-    text = json.dumps(dataset.manifest, sort_keys=True)
-    manifests[config.name] = hashlib.sha256(text.encode()).hexdigest()
-  return Identity(experiment, tokenizer.path.read_bytes(), manifests)

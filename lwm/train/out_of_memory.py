@@ -12,13 +12,13 @@ from lwm.errors import UserError
 
 @contextlib.contextmanager
 def explain_out_of_memory(workdir: pathlib.Path, stage: Stage) -> Iterator[None]:
-  """Leaves a profile of the device's memory in `workdir` if what runs inside takes too much of it.
+  """Writes a profile of device memory to `workdir` if the block runs out of it.
 
-  The profile lists live arrays by the line that made them; what a compiler refused, and what a
-  program takes while it runs, is not in it.
+  The profile lists live arrays by the line that made them. It does not contain what the compiler
+  refused to allocate, nor a program's temporaries.
 
   Raises:
-    UserError: there was not enough, of the device's memory and not of a kernel's scratchpad.
+    UserError: device memory ran out. Errors about a kernel's scratchpad pass through.
   """
   try:
     yield
@@ -30,9 +30,9 @@ def explain_out_of_memory(workdir: pathlib.Path, stage: Stage) -> Iterator[None]
     path = workdir / f"memory_{stage.name}{process}.prof"
     jax.profiler.save_device_memory_profile(path)
     raise UserError(
-      f"stage {stage.name} takes more memory than its devices have "
+      f"stage {stage.name} needs more memory than its devices have "
       f"({reason.splitlines()[0].rstrip('.')}): try --config.model.remat=full, or more devices "
       "along fsdp or ring of the stage's mesh; python -m experiments.plan --config=... "
-      f"--topology=... --stage={stage.name} --search finds what fits, and pprof -top {path} says "
-      "what was there."
+      f"--topology=... --stage={stage.name} --search finds what fits, and pprof -top {path} shows "
+      "what filled it."
     ) from error

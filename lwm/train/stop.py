@@ -1,4 +1,4 @@
-"""Stopping when told to: SIGTERM, a preemption notice or Ctrl-C."""
+"""Stopping on request: SIGTERM, a preemption notice or Ctrl-C."""
 
 import os
 import signal
@@ -8,28 +8,28 @@ from jax.experimental import multihost_utils
 
 
 class StopNotice:
-  """Says before which step a run that was told to stop does so; the same one on all processes.
+  """Says before which step a run must stop; all processes stop before the same step.
 
       with StopNotice() as notice:
         while not notice.reached():
           ...
 
-  One process heeds its own SIGTERM and SIGINT. Of several, whichever is told tells the others
-  through JAX's preemption service, which also agrees on the step. A second SIGINT stops at once;
-  more SIGTERMs change nothing, for launchers send them freely.
+  A single process watches its own SIGTERM and SIGINT. With several processes, the one that gets a
+  signal tells the others through JAX's preemption service, which also agrees on the step. A second
+  SIGINT stops at once; further SIGTERMs change nothing, because launchers may send several.
 
   Attributes:
-    reason: why the run stops; None as long as it does not.
+    reason: why the run stops, or None while it does not.
   """
 
   def __init__(self):
-    self.reason = None
-    self._signal = None
+    self.reason: str | None = None
+    self._signal: str | None = None
     self._asked = 0
     self._several = jax.process_count() > 1
 
   def __enter__(self) -> "StopNotice":
-    # JAX has taken SIGTERM for itself where there are several processes.
+    # With several processes, JAX handles SIGTERM itself.
     signals = [signal.SIGINT] if self._several else [signal.SIGINT, signal.SIGTERM]
     self._handlers = {number: signal.signal(number, self._note) for number in signals}
     return self
@@ -46,10 +46,10 @@ class StopNotice:
       os.kill(os.getpid(), signal.SIGTERM)
 
   def reached(self) -> bool:
-    """Whether to stop before the next step: to be asked before each one."""
+    """Whether to stop before the next step. Ask once before each step."""
     if self._several:
-      # The processes agree on the number after the highest that one has asked for, 0 before the
-      # first. Steps do not start there when a run resumes, and come again after a rollback.
+      # The processes agree on the number after the highest that any of them has asked about, which
+      # starts at 0. Step numbers would not do: a resumed run starts later, and a rollback repeats.
       self._asked += 1
       reached = multihost_utils.reached_preemption_sync_point(self._asked)
     else:

@@ -1,4 +1,4 @@
-"""The working directory of a run: writable, the same to all processes, and one run's at a time."""
+"""The working directory of a run: writable, shared by all processes, used by one run at a time."""
 
 import contextlib
 import fcntl
@@ -14,23 +14,23 @@ from jax.experimental import multihost_utils
 
 from lwm.errors import ResumeError, UserError
 
-# Held by process 0 as long as it lives, however it ends; the file itself stays.
+# Process 0 locks this file until it ends, however it ends; the file itself stays.
 LOCK_NAME = "lock"
 
 
 @contextlib.contextmanager
 def held(workdir: pathlib.Path) -> Iterator[None]:
-  """Makes `workdir` if need be, and keeps other runs out of it for what runs inside.
+  """Creates `workdir` if needed, and keeps other runs out of it inside the `with`.
 
-  All processes of a run must call this. A file system without locks keeps no one out.
+  All processes of a run must call this. A file system without locks keeps nobody out.
 
   Raises:
-    UserError: it cannot be written to, or some processes have another one of that name.
-    ResumeError: another run is in it.
+    UserError: it cannot be written to, or some processes see another directory of that name.
+    ResumeError: another run uses it.
   """
   with _locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
     if jax.process_count() > 1:
-      _see_that_all_share(workdir)
+      _check_that_all_share(workdir)
     yield
 
 
@@ -42,7 +42,8 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
     file = path.open("a+")
   except OSError as error:
     raise UserError(
-      f"--workdir={workdir} cannot be written to ({error.strerror}): see to that, or take another."
+      f"--workdir={workdir} cannot be written to ({error.strerror}): fix that, or use another "
+      "directory."
     ) from error
   with file:
     try:
@@ -50,8 +51,8 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
     except BlockingIOError:
       file.seek(0)
       raise ResumeError(
-        f"{workdir} is in use by another run ({file.read().strip()}): wait for its end, or take "
-        f"another --workdir; if it is gone for good, remove {path}."
+        f"{workdir} is in use by another run ({file.read().strip()}): wait until it ends, or use "
+        f"another --workdir; if that run is gone for good, remove {path}."
       ) from None
     except OSError:
       pass
@@ -62,9 +63,9 @@ def _locked(workdir: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def _see_that_all_share(workdir: pathlib.Path) -> None:
-  """Raises a UserError, the same in all processes, unless they see what process 0 writes."""
-  # A name that no host has in its caches.
+def _check_that_all_share(workdir: pathlib.Path) -> None:
+  """Raises a UserError in all processes unless every process sees what process 0 writes."""
+  # A new name, which no host can have cached.
   name = f"{LOCK_NAME}.{multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(31)))}"
   if jax.process_index() == 0:
     for path in workdir.glob(f"{LOCK_NAME}.*"):
@@ -76,6 +77,6 @@ def _see_that_all_share(workdir: pathlib.Path) -> None:
     (workdir / name).unlink()
   if blind.size:
     raise UserError(
-      f"--workdir={workdir}: process {blind[0]} does not see there what process 0 writes; it "
-      "must be on a disk that all hosts share."
+      f"--workdir={workdir}: process {blind[0]} does not see what process 0 writes there; "
+      "use a directory on a disk that all hosts share."
     )

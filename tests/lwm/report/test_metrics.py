@@ -48,7 +48,7 @@ def test_a_damaged_line_is_named(tmp_path):
   path = tmp_path / FILE_NAME
   for damaged in (b"\0\0\0\n", b"\xff\n", b'{"kind": "train"\n'):
     path.write_bytes(b'{"kind": "train"}\n' + damaged + b'{"kind": "train"}\n')
-    with pytest.raises(UserError, match=f"Line 2 of {path} is damaged: put the file back"):
+    with pytest.raises(UserError, match=f"Line 2 of {path} is damaged: restore the file"):
       read_metrics(path)
 
 

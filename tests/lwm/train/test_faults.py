@@ -136,7 +136,8 @@ def test_a_stopped_run_passes_over_the_same_batches(experiment, tmp_path, monkey
       run(experiment, tmp_path / "stopped", monkeypatch, nan=bad, stop_at=stop_at)
     checkpoint = tmp_path / "stopped" / "checkpoints" / str(after)
     assert str(error.value) == (
-      f"SIGTERM: stopped after step {after} of 9; the same command goes on from {checkpoint}."
+      f"SIGTERM: stopped after step {after} of 9; run the same command "
+      f"again to resume from {checkpoint}."
     )
     assert checkpoint.is_dir()
   run(experiment, tmp_path / "stopped", monkeypatch, nan=bad)
@@ -157,8 +158,9 @@ def test_raises_by_default_and_goes_on_with_another_policy(experiment, tmp_path,
   with pytest.raises(UserError) as error:
     run(experiment, tmp_path / "run", monkeypatch, nan=(4,))
   assert str(error.value) == (
-    f"text_64, step 5, of batch 4: its loss is nan; the same command goes on from {tmp_path}/run/"
-    "checkpoints/3, with --config.faults.bad_step=skip or rollback past this batch."
+    f"text_64, step 5, of batch 4: its loss is nan; run the same command with "
+    f"--config.faults.bad_step=skip or rollback to resume from {tmp_path}/run/checkpoints/3 and "
+    "skip this batch."
   )
   experiment.faults.bad_step = "skip"
   run(experiment, tmp_path / "run", monkeypatch, nan=(4,))
@@ -184,8 +186,8 @@ def test_a_disk_that_fails_under_the_metrics_ends_in_a_sentence(experiment, tmp_
     patch.setattr(MetricsLog, "sync", fail)
     run(experiment, tmp_path, monkeypatch)
   assert str(error.value) == (
-    f"Writing to {tmp_path} failed (Input/output error): see to the disk, and start the same "
-    "command again; it goes on from the last checkpoint."
+    f"Writing to {tmp_path} failed (Input/output error): fix the disk and run the same "
+    "command again to resume from the last checkpoint."
   )
 
 
@@ -195,7 +197,7 @@ def test_an_attempt_killed_before_its_first_step_took_time_too(experiment, tmp_p
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(loop, "compile_train_step", killed)
+    patch.setattr(loop.StageLoop, "_compile", killed)
     run(experiment, tmp_path, monkeypatch)
   run(experiment, tmp_path, monkeypatch)
   account = accounts(tmp_path)[-1]

@@ -59,10 +59,10 @@ def test_notices():
   assert notice({"a": 0.1}, 1.0) is None
   assert "idle for 0.50 s of 1.00 s" in notice({"a": 0.5}, 1.0)
   assert notice({"a": 0.01, "b": 0.5}, 1.0) == (
-    "input of b holds up the others: 0.50 s of a step's 1.00 s, against 0.01 s at the median"
+    "input of b is slow and delays the others: 0.50 s of 1.00 s per step, with a median of 0.01 s"
   )
   # None is the culprit where all wait.
-  assert "devices idle" in notice({"a": 0.4, "b": 0.5, "c": 0.45}, 1.0)
+  assert "devices are idle" in notice({"a": 0.4, "b": 0.5, "c": 0.45}, 1.0)
 
 
 def test_a_process_is_named_once():
@@ -106,8 +106,8 @@ def test_the_process_that_reads_slowly_is_named(experiment, tmp_path):
   assert [process.returncode for process in processes] == [0, 0]
   (line,) = [line for line in outputs[0].splitlines() if line.startswith("input")]
   match = re.fullmatch(
-    rf"input of process 1 \({re.escape(socket.gethostname())}\) holds up the others: "
-    r"(\S+) s of a step's (\S+) s, against (\S+) s at the median",
+    rf"input of process 1 \({re.escape(socket.gethostname())}\) is slow and delays the others: "
+    r"(\S+) s of (\S+) s per step, with a median of (\S+) s",
     line,
   )
   assert match, line

@@ -1,7 +1,7 @@
 """A run that is killed again and again, whose checkpoints rot and whose disk fills up.
 
-Whatever happens, the same command goes on from the last complete checkpoint, and ends with the
-parameters and moments of a run that nothing happened to, bit for bit.
+Whatever happens, the same command resumes from the last complete checkpoint, and ends with the
+parameters and moments of an undisturbed run, bit for bit.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import pathlib
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -128,6 +129,11 @@ def wait_for(moment: Callable[[], bool], process: subprocess.Popen) -> None:
     time.sleep(0.005)
 
 
+def size_of(directory: pathlib.Path) -> int:
+  """Bytes that a directory takes on a disk with pages of 4 KiB."""
+  return sum(-(-path.stat().st_size // 4096) * 4096 for path in directory.rglob("*"))
+
+
 @contextlib.contextmanager
 def small_disk(path: pathlib.Path, megabytes: int):
   """A file system of so many megabytes."""
@@ -145,17 +151,17 @@ def test_ends_with_a_sentence_when_the_disk_is_full(start_program, undisturbed, 
   ballast = tmp_path / "disk" / "ballast"
   with small_disk(tmp_path / "disk", 64) as disk:
     workdir = disk / "run"
-    for filled_after in (8, 28):
-      process = start_program("train", f"--workdir={workdir}")
-      wait_for(lambda: filled_after in complete(workdir), process)
-      with ballast.open("wb") as file, contextlib.suppress(OSError):
-        while True:
-          file.write(bytes(1 << 16))
+    # Room for two and a half more checkpoints each time: the third one finds the disk full.
+    for keep, steps in ((2, [4, 8]), (9, [4, 8, 12, 16])):
+      room = int(2.5 * size_of(undisturbed / "checkpoints" / "51"))
+      with ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - room)
+      process = start_program("train", f"--workdir={workdir}", f"--config.checkpoint.keep={keep}")
       _, errors = process.communicate(timeout=600)
       assert process.returncode == RESUME_EXIT_CODE, errors
       assert errors.count("\n") == 1 and "No space left on device" in errors
-      assert errors.endswith("start the same command again.\n") or "it goes on from" in errors
-      assert filled_after in complete(workdir)
+      assert "run the same command again" in errors
+      assert complete(workdir) == steps
       ballast.unlink()
     process = start_program("train", f"--workdir={workdir}")
     _, errors = process.communicate(timeout=600)
@@ -175,7 +181,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(start_program, tmp_pat
   assert process.returncode == RESUME_EXIT_CODE, errors
   assert errors == (
     f"Checkpoint {workdir}/checkpoints/4 could not be written (File too large), there is none "
-    "before it: see to the disk, and start the same command again.\n"
+    "before it: fix the disk and run the same command again.\n"
   )
   assert list((workdir / "checkpoints").iterdir()) == []
 
@@ -191,8 +197,8 @@ def test_stops_when_told_to(start_program, undisturbed, tmp_path, number):
   assert process.returncode == RESUME_EXIT_CODE, errors
   done = steps_done(workdir)[-1]
   assert errors == (
-    f"{number.name}: stopped after step {done} of 51; the same command goes on from "
-    f"{workdir}/checkpoints/{done}.\n"
+    f"{number.name}: stopped after step {done} of 51; run the same command again to resume "
+    f"from {workdir}/checkpoints/{done}.\n"
   )
   assert complete(workdir)[-1] == done
   if number == signal.SIGTERM:

@@ -14,13 +14,13 @@ from lwm.train.out_of_memory import explain_out_of_memory
 def test_out_of_memory_is_one_sentence_and_a_profile(experiment, tmp_path, monkeypatch):
   kept = jnp.ones((3, 1 << 20))
 
-  def greedy_step(program, stage, reporter):
+  def greedy_step(loop):
     too_much = jax.jit(lambda scale: jnp.ones(1 << 44) * scale)
     return lambda state, batch, limit: (state, {"loss": too_much(2.0)})
 
-  monkeypatch.setattr(loop, "compile_train_step", greedy_step)
+  monkeypatch.setattr(loop.StageLoop, "_compile", greedy_step)
   path = tmp_path / "memory_text_64.prof"
-  with pytest.raises(UserError, match=r"stage text_64 takes more memory .*Out of memory") as error:
+  with pytest.raises(UserError, match=r"stage text_64 needs more memory .*Out of memory") as error:
     loop.train(experiment, tmp_path, jax.devices()[:1])
   message = str(error.value)
   assert "\n" not in message

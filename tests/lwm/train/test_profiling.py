@@ -1,13 +1,14 @@
 """Traces of chosen steps: real files, also after a resume, and steps in flight undisturbed."""
 
 import time
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from lwm.checkpoint.position import Position
-from lwm.config.experiment import FaultConfig
+from lwm.checkpoint.position import START
+from lwm.config.experiment import FaultConfig, Stage
 from lwm.errors import UserError
 from lwm.report.goodput import Account
 from lwm.report.profiling import Profiler, parse_steps
@@ -75,8 +76,11 @@ def test_steps_are_traced_without_waiting_for_steps(tmp_path, monkeypatch):
   monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
   profiler = Profiler(tmp_path, range(2, 4), Account(), events.append)
 
-  class Loop:
-    """What run_steps wants of a Reporter, Checkpoints and a StopNotice."""
+  class Parts:
+    """What run_steps needs of a Reporter, Checkpoints, a StopNotice and a Loader."""
+
+    def iterate(self, start, stop):
+      return iter(range(start, stop))
 
     def start_clock(self):
       pass
@@ -98,10 +102,14 @@ def test_steps_are_traced_without_waiting_for_steps(tmp_path, monkeypatch):
     events.append(f"dispatch {state + 1}")
     return state + 1, {"applied": True, "loss": np.float32(1)}
 
-  start = Position(stage=0, step=0, total_steps=0)
-  loop.run_steps(
-    FaultConfig(), train_step, iter(range(9)), 0, None, start, 5, Loop(), Loop(), Loop()
-  )
+  class FiveSteps(loop.StageLoop):
+    def __init__(self):
+      parts = Parts()
+      self.run = types.SimpleNamespace(reporter=parts, checkpoints=parts, notice=parts)
+      self.loader, self.stage, self.train_step = parts, Stage(steps=9), train_step
+      self._faults, self._batches = FaultConfig(), None
+
+  FiveSteps().run_steps(0, START, 5)
   assert events[:-2] == [
     "dispatch 1",
     "start",
@@ -123,7 +131,7 @@ def test_a_run_that_is_past_the_steps_says_so_once(tmp_path):
   for step in (9, 10):
     profiler.step(step)
   profiler.close()
-  assert said == ["--profile_steps: nothing to trace, for the run is at step 9 already"]
+  assert said == ["--profile_steps: nothing to trace, the run is at step 9 already"]
 
 
 def test_steps():

@@ -123,6 +123,6 @@ def test_another_config_is_one_sentence(start_program, undisturbed):
   process = start_program("train", f"--workdir={undisturbed}", "--config.seed=5")
   _, errors = process.communicate(timeout=120)
   assert errors == (
-    f"error: {undisturbed} holds a run with config.seed=0, not 5: set it back, or start anew "
-    "with another --workdir.\n"
+    f"error: {undisturbed} holds a run with config.seed=0, not 5: set it back, or start a new "
+    "run with another --workdir.\n"
   )

@@ -18,7 +18,7 @@ def test_a_second_run_is_kept_out_until_the_first_has_ended(experiment, tmp_path
         loop.train(experiment, workdir)
       assert str(error.value) == (
         f"{workdir} is in use by another run (process {os.getpid()} on {socket.gethostname()}): "
-        "wait for its end, or take another --workdir; if it is gone for good, remove "
+        "wait until it ends, or use another --workdir; if that run is gone for good, remove "
         f"{workdir}/lock."
       )
       assert [path.name for path in workdir.iterdir()] == ["lock"]
@@ -30,5 +30,6 @@ def test_a_workdir_that_cannot_be_one_is_a_sentence(experiment, tmp_path):
   with pytest.raises(UserError) as error:
     loop.train(experiment, tmp_path / "file")
   assert str(error.value) == (
-    f"--workdir={tmp_path}/file cannot be written to (File exists): see to that, or take another."
+    f"--workdir={tmp_path}/file cannot be written to (File exists): fix that, or use another "
+    "directory."
   )

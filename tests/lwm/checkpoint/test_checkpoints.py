@@ -9,9 +9,9 @@ import pytest
 
 from lwm.checkpoint import digests
 from lwm.checkpoint.checkpoints import Checkpoints
-from lwm.checkpoint.identity import Identity, first_difference
+from lwm.checkpoint.identity import Identity, change_of_the_past
 from lwm.checkpoint.position import Position
-from lwm.config.experiment import Experiment, Stage
+from lwm.config.experiment import DatasetConfig, Experiment, MixtureEntry, Stage
 from lwm.errors import UserError
 from lwm.parallel.sharding import MeshConfig
 from lwm.program.stage import build_program
@@ -125,13 +125,15 @@ def test_another_run_is_refused_in_one_sentence(experiment, identity, tmp_path):
   with pytest.raises(UserError) as error:
     checkpoints.latest(dataclasses.replace(identity, experiment=other))
   assert str(error.value) == (
-    f"{tmp_path}/run holds a run with config.optimizer.beta1=0.9, not 0.5: set it back, or start "
-    "anew with another --workdir."
+    f"{tmp_path}/run holds a run with config.optimizer.beta1=0.9, not 0.5: set it back, or start a "
+    "new run with another --workdir."
   )
   with pytest.raises(UserError, match="another tokenizer than .*tokenizer.model: set it back"):
     checkpoints.latest(dataclasses.replace(identity, tokenizer=b"other"))
-  with pytest.raises(UserError, match="dataset 'video' as it was before"):
-    checkpoints.latest(dataclasses.replace(identity, manifests={"text": "abc", "video": "new"}))
+  with pytest.raises(UserError, match="dataset 'text' as it was before"):
+    checkpoints.latest(dataclasses.replace(identity, manifests={"text": "new", "video": "def"}))
+  # No stage has read it yet.
+  checkpoints.latest(dataclasses.replace(identity, manifests={"text": "abc", "video": "new"}))
   checkpoints.close()
 
 
@@ -157,8 +159,8 @@ def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_taken(experiment, i
     progress, notes = checkpoints.latest(identity)
     assert progress.total_steps == 4
     assert notes == [
-      f"{tmp_path}/5 is damaged ({path.relative_to(tmp_path / '5')}) and now 5.damaged; going "
-      "back to the one after step 4"
+      f"{tmp_path}/5 is damaged ({path.relative_to(tmp_path / '5')}) and was renamed to 5.damaged; "
+      "resuming from the checkpoint after step 4"
     ]
     restored = checkpoints.restore(progress, program.state)
     assert_same(restored.params, state.params)
@@ -168,7 +170,7 @@ def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_taken(experiment, i
     checkpoints.save(state, dataclasses.replace(PROGRESS), identity)
     assert checkpoints.latest(identity) == (PROGRESS, [])
     flip(array_file(tmp_path / "5"))
-    assert "now 5.damaged-2;" in checkpoints.latest(identity)[1][0]
+    assert "renamed to 5.damaged-2;" in checkpoints.latest(identity)[1][0]
   assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5.damaged", "5.damaged-2"]
 
 
@@ -190,7 +192,7 @@ def test_any_file_that_is_lost_or_cut_short_is_noticed(experiment, identity, tmp
     if path.name in ("commit_success.txt", "_CHECKPOINT_METADATA"):
       assert progress.total_steps == 5 and not notes, name
     else:
-      assert progress.total_steps == 4 and f"({name}) and now 5.damaged" in notes[0]
+      assert progress.total_steps == 4 and f"({name}) and was renamed to 5.damaged" in notes[0]
       (tmp_path / "5.damaged").rename(whole)
     path.write_bytes(content)
 
@@ -205,8 +207,8 @@ def test_if_all_are_damaged_that_is_one_sentence_and_they_stay(experiment, ident
       checkpoints.latest(identity)
     assert str(error.value) == (
       f"All checkpoints are damaged: {tmp_path}/5 (digests.json), {tmp_path}/4 "
-      "(params/manifest.ocdbt): put one of them back from a copy, or start anew with another "
-      "--workdir."
+      "(params/manifest.ocdbt): restore one of them from a copy, or start a new run with "
+      "another --workdir."
     )
   assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
 
@@ -225,8 +227,8 @@ def test_an_older_checkpoint_is_read(experiment, identity, tmp_path):
     progress, notes = checkpoints.latest(identity)
     assert progress == PROGRESS
     assert notes == [
-      f"{checkpoint} is by an older version, without digests.json: nothing tells whether it is "
-      "damaged"
+      f"{checkpoint} was written by an older version, without digests.json, so it cannot be "
+      "checked for damage"
     ]
     experiment.loss.z_loss = 1e-4
     with pytest.raises(UserError, match=r"config.loss.z_loss=0.0, not 0.0001: set it back"):
@@ -243,7 +245,8 @@ def test_a_newer_checkpoint_is_refused_in_one_sentence(experiment, identity, tmp
   with Checkpoints(tmp_path, 2) as checkpoints, pytest.raises(UserError) as error:
     checkpoints.latest(identity)
   assert str(error.value) == (
-    f"{tmp_path}/5 is by a newer version of this program, which keeps epoch: go on with that one."
+    f"{tmp_path}/5 was written by a newer version of this program, which also stores epoch: resume "
+    "it with that version."
   )
 
 
@@ -269,11 +272,22 @@ def test_passing_over():
   assert progress.at_stage(2) == Position(stage=2, step=0, total_steps=11)
 
 
-def difference(change) -> str | None:
-  stored, current = (Experiment(stages=[Stage(name="a"), Stage(name="b")]) for _ in range(2))
+def difference(change, position: Position) -> str | None:
+  def make():
+    mixtures = [[MixtureEntry("text")], [MixtureEntry("text"), MixtureEntry("video")]]
+    return Experiment(
+      datasets=[DatasetConfig("text", "a/text"), DatasetConfig("video", "a/video")],
+      stages=[Stage(name=name, mixture=mixture) for name, mixture in zip("ab", mixtures)],
+    )
+
+  stored, current = make(), make()
   change(current)
   stored = json.loads(json.dumps(dataclasses.asdict(stored)))
-  return first_difference(stored, dataclasses.asdict(current))
+  return change_of_the_past(stored, dataclasses.asdict(current), position)
+
+
+# In the second of two stages, and in the first.
+LATE, EARLY = Position(1, 10, 110), Position(0, 10, 10)
 
 
 def test_what_may_change():
@@ -287,20 +301,49 @@ def test_what_may_change():
     experiment.stages[1].layout = "contiguous"
     experiment.stages[0].accumulation_steps = 8
     experiment.model.remat = "none"
+    experiment.datasets[1].path = "moved/video"
+    experiment.init_from = "runs/other"
 
-  assert difference(change) is None
+  assert difference(change, LATE) is None
 
 
 def test_what_may_not_change():
-  def steps(experiment):
-    experiment.stages[1].steps = 7
-
-  def more_stages(experiment):
-    experiment.stages.append(Stage(name="c"))
-
   def seed(experiment):
     experiment.seed = 1
 
-  assert difference(steps) == "config.stages[1].steps=100, not 7"
-  assert difference(more_stages) == "2 config.stages, not 3"
-  assert difference(seed) == "config.seed=0, not 1"
+  def steps_of_a_stage_that_is_done(experiment):
+    experiment.stages[0].steps = 101
+
+  def fewer_steps_than_are_done(experiment):
+    experiment.stages[1].steps = experiment.stages[1].warmup_steps = 7
+
+  def fewer_stages(experiment):
+    del experiment.stages[1]
+
+  def weighting(experiment):
+    experiment.datasets[1].weighting = "example"
+
+  assert difference(seed, LATE) == "config.seed=0, not 1"
+  found = difference(steps_of_a_stage_that_is_done, LATE)
+  assert found == "config.stages[0].steps=100, not 101"
+  found = difference(fewer_steps_than_are_done, LATE)
+  assert found == "config.stages[1].steps=100, of which 10 are done, not 7"
+  assert difference(fewer_stages, LATE) == "2 config.stages, not 1"
+  assert difference(weighting, LATE) == "config.datasets.video.weighting='token', not 'example'"
+
+
+def test_what_is_still_to_come_may_change():
+  def change(experiment):
+    experiment.stages[0].steps = 50
+    experiment.stages[1].peak_learning_rate = 1e-3
+    experiment.stages[1].mixture = [MixtureEntry("books")]
+    experiment.stages.append(Stage(name="c", mixture=[MixtureEntry("text")]))
+    experiment.datasets[1:] = [DatasetConfig("books", "a/books", "example")]
+
+  assert difference(change, EARLY) is None
+
+  def longer(experiment):
+    experiment.stages[1].steps = 200
+    experiment.stages.append(Stage(name="c", mixture=[MixtureEntry("text")]))
+
+  assert difference(longer, LATE) is None

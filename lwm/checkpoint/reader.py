@@ -1,0 +1,143 @@
+"""The only reader of checkpoints: for resuming, for `init_from` and for inference.
+
+A checkpoint is a directory of items; see lwm/checkpoint/checkpoints.py for what they are. Reading
+changes nothing and is safe while the run that writes the checkpoints is still training.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from lwm.checkpoint import digests
+from lwm.checkpoint.identity import with_defaults
+from lwm.checkpoint.items import stored_file
+from lwm.checkpoint.position import Position
+from lwm.config.experiment import Experiment
+from lwm.errors import UserError
+
+# The directory of checkpoints in a run's workdir.
+DIRECTORY = "checkpoints"
+
+
+def all_steps(directory: pathlib.Path) -> list[int]:
+  """Total steps of the complete checkpoints in a directory, the newest first."""
+  if not directory.is_dir():
+    return []
+  # A checkpoint gets its final name, a number, only when it is complete.
+  names = (path.name for path in directory.iterdir())
+  return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def newest(workdir: pathlib.Path) -> "StoredCheckpoint":
+  """The newest checkpoint of a run, verified.
+
+  Args:
+    workdir: of the run, or one of its checkpoints.
+
+  Raises:
+    UserError: there is no checkpoint, or the newest one is damaged.
+  """
+  if (workdir / "params").is_dir():
+    path = workdir
+  else:
+    steps = all_steps(workdir / DIRECTORY)
+    if not steps:
+      raise UserError(
+        f"There is no checkpoint in {workdir}: train first, with `python -m experiments.train "
+        f"--config=FILE --workdir={workdir}`."
+      )
+    path = workdir / DIRECTORY / str(steps[0])
+  # Checkpoints of older versions have no digests.
+  if (path / digests.FILE_NAME).exists() and (file := digests.damaged_file(path)):
+    raise UserError(
+      f"{path} is damaged ({file}): `python -m experiments.train` with this --workdir sets it "
+      "aside and resumes from the one before it."
+    )
+  return StoredCheckpoint(path)
+
+
+class StoredCheckpoint:
+  """A complete checkpoint on disk; items are read when asked for.
+
+  Attributes:
+    path: its directory.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self.path = path.absolute()
+
+  @functools.cached_property
+  def position(self) -> Position:
+    """Where the run was. Raises UserError if a newer version of this program wrote it."""
+    stored = self._json("progress")
+    unknown = stored.keys() - {field.name for field in dataclasses.fields(Position)}
+    if unknown:
+      raise UserError(
+        f"{self.path} was written by a newer version of this program, which also stores "
+        f"{', '.join(sorted(unknown))}: resume it with that version."
+      )
+    position = Position(**stored)
+    return dataclasses.replace(
+      position,
+      passed_over=tuple((first, stop) for first, stop in position.passed_over),
+      losses=tuple((batch, loss) for batch, loss in position.losses),
+    )
+
+  @functools.cached_property
+  def config(self) -> dict[str, Any]:
+    """The experiment, as nested dicts and lists; settings newer than it have their defaults."""
+    return with_defaults(self._json("config"), Experiment)
+
+  @functools.cached_property
+  def manifests(self) -> dict[str, str]:
+    """SHA-256 of each dataset's manifest, by the dataset's name."""
+    return self._json("datasets")
+
+  @property
+  def tokenizer(self) -> bytes:
+    """Content of the tokenizer's file."""
+    return stored_file(self.path / "tokenizer").read_bytes()
+
+  @property
+  def predates_digests(self) -> bool:
+    """Whether it was written before checkpoints had digests."""
+    if (self.path / digests.FILE_NAME).exists():
+      return False
+    try:
+      return "passed_over" not in self._json("progress")
+    except (OSError, ValueError, TypeError):
+      return False
+
+  def params(self, abstract: Any, may_grow: bool = False) -> Any:
+    """Reads the parameters, each array straight into its shards.
+
+    Args:
+      abstract: a tree of `jax.ShapeDtypeStruct` with shardings, with the structure that was stored.
+      may_grow: arrays in `abstract` may be larger than the stored ones along any axis, and are then
+        filled with zeros at the end.
+    """
+    return self._restore("params", abstract, may_grow)
+
+  def moments(self, abstract: Any) -> Any:
+    """Reads the optimizer's state, likewise."""
+    return self._restore("optimizer", abstract)
+
+  def _json(self, item: str) -> Any:
+    return json.loads((self.path / item / "metadata").read_text())
+
+  def _restore(self, item: str, abstract: Any, may_grow: bool = False) -> Any:
+    arguments = jax.tree.map(
+      lambda leaf: ocp.ArrayRestoreArgs(
+        sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=not may_grow
+      ),
+      abstract,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+      return checkpointer.restore(
+        self.path / item, args=ocp.args.PyTreeRestore(item=abstract, restore_args=arguments)
+      )
