@@ -88,16 +88,11 @@ def train(
             params = program.place_params(params)
             state = program.fresh_state(params)
             done = done.at_stage(index)
+          loader = Loader(experiment, index, program.mesh)
+          for line in loader.report():
+            reporter.say(line)
           state, done = train_stage(
-            experiment,
-            program,
-            Loader(experiment, index, program.mesh),
-            state,
-            done,
-            reporter,
-            checkpoints,
-            identity,
-            notice,
+            experiment, program, loader, state, done, reporter, checkpoints, identity, notice
           )
       reporter.plot(stage)
     with reporter.account.spend("checkpoint"):
