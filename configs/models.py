@@ -3,8 +3,7 @@
 from lwm.config.model import ModelConfig, RopeScaling
 from lwm.config.vqgan import VQGANConfig
 
-# 8192 codes, <eof>, <eov> and room up to a multiple of 256, as LWM's release has it.
-VISION_VOCAB_SIZE = 8448
+VISION_VOCAB_SIZE = VQGANConfig().layout.vocab_size
 
 
 def lwm_7b(vision: bool = False) -> ModelConfig:

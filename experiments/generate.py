@@ -1,13 +1,15 @@
-"""Samples from the newest checkpoint of a run: goes on with a text, and with a held-out clip.
+"""Samples from the newest checkpoint of a run: continues a text and a held-out clip.
 
     python -m experiments.generate --config=configs/laptop.py --workdir=runs/laptop
 
-Writes WORKDIR/samples/text.txt, and WORKDIR/samples/video.png if a dataset of the run has
-validation documents with clips, and says which VQGAN its codes are of: ground truth above (as the
-VQGAN shows it), prediction below, frames that the model was given with a border.
+Writes WORKDIR/samples/text.txt. Also writes WORKDIR/samples/video.png if a dataset of the run has
+validation documents with clips and records which VQGAN its codes come from. The picture shows the
+ground truth above, as the VQGAN decodes it, and the prediction below; frames that the model was
+given have a border.
 """
 
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +19,12 @@ from absl import flags
 from experiments import flags as experiment_flags
 from experiments.runtime import devices
 from lwm import infer
+from lwm.config.batch import MODALITIES
 from lwm.config.experiment import Experiment
 from lwm.config.validate import validate
+from lwm.config.vqgan import VisionLayout
 from lwm.data import VALIDATION, Dataset, Tokenizer, load_tokenizer
 from lwm.data.dataset import Split
-from lwm.data.vision_tokens import TOKENS_PER_FRAME
 from lwm.errors import UserError
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig
@@ -29,38 +32,43 @@ from lwm.vision.codec import Codec
 from lwm.vision.pictures import save_contact_sheet
 
 _CONFIG = experiment_flags.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "That of experiments.train.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The --workdir of experiments.train.")
 _PROMPT = flags.DEFINE_string("prompt", "def main(", "Text to continue.")
-_NUM_TOKENS = flags.DEFINE_integer("num_tokens", 256, "Text tokens to write.", lower_bound=1)
+_NUM_TOKENS = flags.DEFINE_integer("num_tokens", 256, "Text tokens to generate.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float(
-  "temperature", 0.8, "Of text; 0 takes the likeliest token.", lower_bound=0
+  "temperature", 0.8, "Temperature for text; 0 takes the likeliest token.", lower_bound=0
 )
 _TOP_K = flags.DEFINE_integer(
-  "top_k", 50, "Draw a text token among that many of the likeliest.", lower_bound=1
+  "top_k", 50, "Draw each text token from this many of the likeliest.", lower_bound=1
 )
 _CLIP = flags.DEFINE_integer(
-  "clip", 0, "Which of the validation documents with clips to continue.", lower_bound=0
+  "clip", 0, "Index of the clip to continue, among validation documents with clips.", lower_bound=0
 )
-_GIVEN_FRAMES = flags.DEFINE_integer("given_frames", 4, "Frames to start from.", lower_bound=1)
-_FRAMES = flags.DEFINE_integer("frames", 4, "Frames to write.", lower_bound=1)
+_GIVEN_FRAMES = flags.DEFINE_integer("given_frames", 4, "Frames given to the model.", lower_bound=1)
+_FRAMES = flags.DEFINE_integer("frames", 4, "Frames to predict.", lower_bound=1)
 _VISION_TEMPERATURE = flags.DEFINE_float(
-  "vision_temperature", 1.0, "Of codes; 0 takes the likeliest code.", lower_bound=0
+  "vision_temperature", 1.0, "Temperature for codes; 0 takes the likeliest code.", lower_bound=0
 )
-# LWM's number for video.
+# LWM's value for video.
 _VISION_TOP_K = flags.DEFINE_integer(
-  "vision_top_k", 1000, "Draw a code among that many of the likeliest.", lower_bound=1
+  "vision_top_k", 1000, "Draw each code from this many of the likeliest.", lower_bound=1
 )
 _VQGAN = flags.DEFINE_string(
-  "vqgan", None, "File of the VQGAN; vqgan.npz beside the config's tokenizer unless given."
+  "vqgan", None, "The VQGAN's file. Default: vqgan.npz beside the config's tokenizer."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Same seed, same samples.")
+_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same samples.")
 flags.mark_flag_as_required("workdir")
 
 _BORDER = np.array([40, 120, 255], np.uint8)
 
 
-def sample(trained: infer.TrainedModel, prompt, forced, choice: infer.Choice) -> np.ndarray:
-  """The ids that follow one prompt."""
+def sample(
+  trained: infer.TrainedModel,
+  prompt: Sequence[int] | np.ndarray,
+  forced: np.ndarray,
+  choice: infer.Choice,
+) -> np.ndarray:
+  """The ids that follow one prompt: int32, as many as `forced` has."""
   tokens_BxT = infer.sample(
     trained.model,
     trained.params,
@@ -73,19 +81,22 @@ def sample(trained: infer.TrainedModel, prompt, forced, choice: infer.Choice) ->
   return np.asarray(tokens_BxT[0])
 
 
-def decode_behind(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
-  """The text of tokens; alone, Llama's tokenizer would drop a space that they begin with."""
+def decode_after(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
+  """The text of the tokens after a prompt.
+
+  Llama's tokenizer would drop a space at the beginning of the tokens if it decoded them alone.
+  """
   return tokenizer.decode([*prompt, *tokens])[len(tokenizer.decode(prompt)) :]
 
 
 def write_text(trained: infer.TrainedModel, tokenizer: Tokenizer, path: pathlib.Path) -> str:
-  """Continues the prompt up to <eos>, and writes both to `path`."""
+  """Continues the prompt up to <eos>, and writes prompt and continuation to `path`."""
   prompt = [tokenizer.bos_id, *tokenizer.encode(_PROMPT.value)]
   choice = infer.Choice(0, tokenizer.vocab_size, _TEMPERATURE.value, _TOP_K.value)
   tokens = sample(trained, prompt, np.full(_NUM_TOKENS.value, infer.FREE), choice).tolist()
   if tokenizer.eos_id in tokens:
     tokens = tokens[: tokens.index(tokenizer.eos_id)]
-  text = _PROMPT.value + decode_behind(tokenizer, prompt, tokens)
+  text = _PROMPT.value + decode_after(tokenizer, prompt, tokens)
   path.write_text(text + "\n")
   return text
 
@@ -93,27 +104,27 @@ def write_text(trained: infer.TrainedModel, tokenizer: Tokenizer, path: pathlib.
 def write_video(
   trained: infer.TrainedModel, clip: infer.Clip, codec: Codec, path: pathlib.Path
 ) -> None:
-  """Continues the clip, and writes truth and prediction to `path`."""
+  """Continues the clip, and writes ground truth and prediction to `path`."""
   start = trained.model.config.text_vocab_size
   choice = infer.Choice(
     start, start + codec.config.codebook_size, _VISION_TEMPERATURE.value, _VISION_TOP_K.value
   )
   tokens = sample(trained, clip.prompt, clip.forced, choice)
   truth = codec.decode(clip.codes_NxP)
-  predicted = codec.decode(infer.sampled_codes(tokens, start))
+  predicted = codec.decode(infer.sampled_codes(tokens, start, codec.config.layout))
   given = [with_border(frame) for frame in truth[: _GIVEN_FRAMES.value]]
   save_contact_sheet(path, [[*given, *truth[_GIVEN_FRAMES.value :]], [*given, *predicted]])
 
 
-def clips(split: Split) -> np.ndarray:
-  """Numbers of the documents with more than one frame that the model is to predict."""
-  return np.flatnonzero(split.targets[:, 1] > TOKENS_PER_FRAME)
+def clips(split: Split, layout: VisionLayout) -> np.ndarray:
+  """Indices of the documents with more than one frame among their targets."""
+  return np.flatnonzero(split.targets[:, MODALITIES.index("vision")] > layout.tokens_per_frame)
 
 
-def held_out_clip(dataset: Dataset) -> infer.Clip:
+def held_out_clip(dataset: Dataset, layout: VisionLayout) -> infer.Clip:
   """The validation document with a clip that --clip names, cut."""
   split = dataset.split(VALIDATION)
-  documents = clips(split)
+  documents = clips(split, layout)
   if _CLIP.value >= len(documents):
     raise UserError(
       f"--clip={_CLIP.value}: {dataset.path} has {len(documents)} validation documents with "
@@ -121,7 +132,7 @@ def held_out_clip(dataset: Dataset) -> infer.Clip:
     )
   document = int(documents[_CLIP.value])
   tokens, _ = split.read(document, 0, int(split.lengths[document]))
-  return infer.cut_clip(tokens, dataset.text_vocab_size, _GIVEN_FRAMES.value, _FRAMES.value)
+  return infer.cut_clip(tokens, dataset.text_vocab_size, layout, _GIVEN_FRAMES.value, _FRAMES.value)
 
 
 def with_border(frame_HxWx3: np.ndarray) -> np.ndarray:
@@ -132,11 +143,12 @@ def with_border(frame_HxWx3: np.ndarray) -> np.ndarray:
 
 
 def video_dataset(experiment: Experiment) -> Dataset | None:
-  """The first of the experiment's datasets that has clips held out, of a VQGAN that it names."""
+  """The first of the experiment's datasets with held-out clips and a recorded VQGAN."""
   for config in experiment.datasets:
     dataset = Dataset(config.path)
-    if dataset.manifest["vqgan_sha256"] and dataset.has_split(VALIDATION):
-      if len(clips(dataset.split(VALIDATION))):
+    layout = dataset.vision_layout
+    if layout and dataset.manifest["vqgan_sha256"] and dataset.has_split(VALIDATION):
+      if len(clips(dataset.split(VALIDATION), layout)):
         return dataset
   return None
 
@@ -148,20 +160,24 @@ def load_codec(experiment: Experiment, dataset: Dataset) -> Codec:
   if codec.sha256 != dataset.manifest["vqgan_sha256"]:
     raise UserError(
       f"{dataset.path} was not made with the VQGAN {_VQGAN.value or beside_tokenizer}: name the "
-      "right one with --vqgan."
+      "right file with --vqgan."
     )
   return codec
 
 
 def main(argv: list[str]) -> None:
   del argv
+  assert _WORKDIR.value  # absl requires it.
   experiment, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
   validate(experiment)
   tokenizer = load_tokenizer(experiment.tokenizer)
   with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), devices()[:1])):
     trained = infer.load_trained(experiment, workdir)
     dataset = video_dataset(experiment)
-    clip_and_codec = dataset and (held_out_clip(dataset), load_codec(experiment, dataset))
+    clip_and_codec = None
+    if dataset:
+      codec = load_codec(experiment, dataset)
+      clip_and_codec = held_out_clip(dataset, codec.config.layout), codec
     print(f"{workdir}: step {trained.total_steps}, stage {trained.stage}")
     samples = workdir / "samples"
     samples.mkdir(exist_ok=True)

@@ -119,7 +119,8 @@ def _make_video(
   path: pathlib.Path, tokenizer: Tokenizer, codec: Codec, clips: dict[str, np.ndarray]
 ) -> None:
   """Windows of each clip: for training from all positions, mirrored too; held out, as they are."""
-  with DatasetWriter(path, tokenizer, vqgan_sha256=codec.sha256) as writer:
+  layout = codec.config.layout
+  with DatasetWriter(path, tokenizer, vqgan_sha256=codec.sha256, layout=layout) as writer:
     for name, caption in _CLIPS.items():
       for view in clips[name]:
         for split, frames in zip((TRAIN, VALIDATION), split_by_time(view, _VIDEO_HELD_OUT)):
@@ -128,7 +129,7 @@ def _make_video(
             codes = codec.encode(version).reshape(len(version), -1)
             for start in range(0, len(codes) - _FRAMES_PER_DOCUMENT + 1, _FRAMES_BETWEEN_STARTS):
               window = codes[start : start + _FRAMES_PER_DOCUMENT]
-              writer.write(split, video_document(tokenizer, window, caption), name)
+              writer.write(split, video_document(tokenizer, window, caption, layout), name)
 
 
 def _print_dataset(dataset: Dataset, tokenizer: Tokenizer) -> None:

@@ -8,14 +8,13 @@ import numpy as np
 # In the order of every array whose last axis is the modality. `modality` of a target is its index.
 MODALITIES = ("text", "vision")
 
-# The fields of a batch, each [B, S]. All are 0 where a row is padding.
+# The fields of a batch, each [B, S]. All are 0 where a row is padding, so that its key interval
+# is empty.
 FIELDS = {
   "tokens": np.int32,
   # The next token of the same document; 0 (and weight 0) where there is none.
   "targets": np.int32,
   "loss_weights": np.float32,
-  # 1, 2, ... over the document slices of a row; 0 for padding.
-  "segment_ids": np.int32,
   # From 0 in every document slice.
   "positions": np.int32,
   # The target's index in MODALITIES.

@@ -11,6 +11,7 @@ from lwm.parallel.sharding import MeshConfig
 LAYOUTS = ("contiguous", "zigzag")
 SCHEDULES = ("constant", "cosine")
 WEIGHTINGS = ("token", "example")
+LONG_DOCUMENTS = ("cut", "leave_out", "keep_end")
 SOFTMAX_RANGES = ("modality", "all")
 MOMENT_DTYPES = ("float32", "bfloat16", "int8")
 BAD_STEP_POLICIES = ("raise", "skip", "rollback")
@@ -24,6 +25,9 @@ class DatasetConfig:
   path: str = ""
   # `token`: every target counts alike. `example`: every document counts alike.
   weighting: str = "token"
+  # What becomes of a document longer than a row. `cut`: it fills several rows, each of which sees
+  # only its own part. `leave_out`: it is not trained on. `keep_end`: its last tokens fill one row.
+  long_documents: str = "cut"
 
 
 @dataclasses.dataclass

@@ -52,6 +52,9 @@ def validate(experiment: Experiment) -> None:
   _unique("datasets", names)
   for index, dataset in enumerate(experiment.datasets):
     _one_of(f"datasets[{index}].weighting", dataset.weighting, experiment_lib.WEIGHTINGS)
+    _one_of(
+      f"datasets[{index}].long_documents", dataset.long_documents, experiment_lib.LONG_DOCUMENTS
+    )
   if not experiment.stages:
     raise ConfigError("config.stages is empty; an experiment needs at least one stage.")
   _unique("stages", [stage.name for stage in experiment.stages])

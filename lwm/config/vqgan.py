@@ -1,6 +1,39 @@
-"""Sizes of the VQGAN and of its training."""
+"""Sizes of the VQGAN and of its training, and the layout of the vision tokens that it makes."""
 
 import dataclasses
+
+# Codes of LWM's VQGAN. Smaller codebooks keep the same end marks.
+_LWM_CODEBOOK_SIZE = 8192
+# LWM rounds the number of vision ids up to a multiple of this.
+_VOCAB_MULTIPLE = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionLayout:
+  """How frames are laid out in vision ids: codes in [0, end_of_frame), then the two end marks.
+
+  Vision ids count from 0; in the model's id space they follow the text ids. See
+  lwm/data/vision_tokens.py.
+  """
+
+  # The grid of a frame, row by row.
+  codes_per_frame: int
+  # The id <eof>, after every frame but the last of a clip.
+  end_of_frame: int
+
+  @property
+  def end_of_vision(self) -> int:
+    """The id <eov>, after the last frame of a clip."""
+    return self.end_of_frame + 1
+
+  @property
+  def tokens_per_frame(self) -> int:
+    return self.codes_per_frame + 1
+
+  @property
+  def vocab_size(self) -> int:
+    """Vision ids, rounded up; ids above `end_of_vision` are never used."""
+    return -(-(self.end_of_vision + 1) // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
 
 
 @dataclasses.dataclass
@@ -17,7 +50,7 @@ class VQGANConfig:
   channel_multipliers: tuple[int, ...] = (1, 2, 2, 4, 6)
   num_res_blocks: int = 2
   latent_channels: int = 64
-  codebook_size: int = 8192
+  codebook_size: int = _LWM_CODEBOOK_SIZE
   codebook_width: int = 64
   norm_groups: int = 32
 
@@ -35,6 +68,11 @@ class VQGANConfig:
     """Codes per frame along one side."""
     return self.resolution // self.downsampling
 
+  @property
+  def layout(self) -> VisionLayout:
+    """The layout of this VQGAN's frames; every codebook of up to 8192 codes has LWM's end marks."""
+    return VisionLayout(self.grid**2, max(self.codebook_size, _LWM_CODEBOOK_SIZE))
+
   def validate(self) -> None:
     """Raises ValueError naming the settings that do not go together."""
     if self.resolution % self.downsampling:
@@ -47,6 +85,10 @@ class VQGANConfig:
         f"norm_groups={self.norm_groups} does not divide the channels of every level: "
         f"{self.level_channels}. Change hidden_channels or norm_groups."
       )
+
+
+# 256 codes per frame, <eof> 8192, <eov> 8193, 8448 ids.
+LWM_LAYOUT = VQGANConfig().layout
 
 
 @dataclasses.dataclass

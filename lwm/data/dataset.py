@@ -1,15 +1,19 @@
 """A prepared dataset: token documents in ArrayRecord files, a manifest, and an index of lengths.
 
-L tokens of a document, D documents of a split, two modalities (0 text, 1 vision).
+D documents of a split, R runs of targets; a trailing 2 is the modality (lwm/config/batch.py).
 
 The directory is a TensorFlow Datasets directory (`tfds.builder_from_directory(path)`), with
 
-  tokens-SPLIT.array_record-*   records of at most `chunk_tokens` tokens of one document, so that a
-                                slice of a long one reads only the records that it meets; fields
-                                document, offset, tokens (int32), loss_mask (uint8)
+  tokens-SPLIT.array_record-*   records of at most `chunk_tokens` tokens of one document, so that
+                                reading a slice of a long document reads only the records that
+                                overlap it; fields document, offset, tokens (int32), loss_mask
+                                (uint8)
   SPLIT_lengths.npy             int64 [D], tokens of each document
-  SPLIT_targets.npy             int64 [D, 2], targets that count in the loss, by modality
-  manifest.json                 what it was made with and what is in it; see `DatasetWriter`
+  SPLIT_targets.npy             int64 [D, 2], tokens that count in the loss, by modality
+  SPLIT_target_runs.npy         int64 [R, 3], where they are: see lwm/data/target_runs.py; datasets
+                                prepared by older versions have none
+  manifest.json                 what the dataset was made with and what it holds; see
+                                `DatasetWriter`
   bad_records.jsonl             the records that were skipped: where, and why
 """
 
@@ -22,6 +26,8 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow_datasets as tfds
 
+from lwm.config.vqgan import LWM_LAYOUT, VisionLayout
+from lwm.data.target_runs import TargetRuns
 from lwm.data.tokenizer import Tokenizer
 from lwm.errors import UserError
 
@@ -29,7 +35,7 @@ FORMAT_VERSION = 1
 TRAIN = "train"
 VALIDATION = "validation"
 
-_MEND = "put the file back from a copy, or prepare the dataset again"
+_FIX = "restore the file from a copy, or prepare the dataset again"
 
 
 class Split:
@@ -39,7 +45,9 @@ class Split:
     self,
     path: pathlib.Path,
     name: str,
+    *,
     chunk_tokens: int,
+    has_target_runs: bool,
     source: Sequence[dict],
     files: Sequence[tuple[str, int]],
   ):
@@ -47,33 +55,39 @@ class Split:
     Args:
       path: of the dataset.
       name: of the split.
-      chunk_tokens: tokens of a record, at most.
+      chunk_tokens: tokens per record, at most.
+      has_target_runs: whether the split was written with its runs of targets.
       source: its records.
-      files: their files, and how many records are in each.
+      files: the files of the records, each with its number of records.
 
     Raises:
-      UserError: the index of lengths is damaged or missing.
+      UserError: the index is damaged or missing.
     """
+    self.path = path
     self.name = name
     self._files = files
     self.lengths = _load_index(path / f"{name}_lengths.npy")
     self.targets = _load_index(path / f"{name}_targets.npy")
+    # None if the dataset was prepared by an older version.
+    self.target_runs = None
+    if has_target_runs:
+      self.target_runs = TargetRuns(self.lengths, _load_index(path / f"{name}_target_runs.npy"))
     self._chunk_tokens = chunk_tokens
     self._source = source
     records = -(-self.lengths // chunk_tokens)
     self._first_record = np.cumsum(records) - records
 
   def __len__(self) -> int:
-    """Documents."""
+    """The number of documents."""
     return len(self.lengths)
 
   def read(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [start, stop) of a document (start < stop): int32 and bool [stop - start].
 
-    Only the records that hold some of them are read.
+    Only the records that overlap the slice are read.
 
     Raises:
-      UserError: one of them is damaged, or its file is missing.
+      UserError: one of these records is damaged, or its file is missing.
     """
     first, last = start // self._chunk_tokens, (stop - 1) // self._chunk_tokens
     records = [self._record(document, chunk) for chunk in range(first, last + 1)]
@@ -89,10 +103,10 @@ class Split:
     try:
       record = self._source[index]
       belongs_to = record["document"], record["offset"]
-    except Exception as error:  # ArrayRecord and TFDS raise all kinds, none of which names it.
+    except Exception as error:  # ArrayRecord and TFDS raise all kinds, and none names the record.
       raise self._bad_record(index, str(error).partition("\n")[0]) from error
     if belongs_to != (document, chunk * self._chunk_tokens):
-      raise self._bad_record(index, f"it is of document {belongs_to[0]}, not {document}")
+      raise self._bad_record(index, f"it belongs to document {belongs_to[0]}, not {document}")
     return record
 
   def _bad_record(self, index: int, reason: str) -> UserError:
@@ -101,8 +115,8 @@ class Split:
         break
       index -= records
     return UserError(
-      f"Record {index} of {file} cannot be read ({reason}): {_MEND}; the same command then goes "
-      "on from the last checkpoint."
+      f"Record {index} of {file} cannot be read ({reason}): {_FIX}; then run the same command "
+      "again to resume from the last checkpoint."
     )
 
 
@@ -111,28 +125,28 @@ def _load_index(path: pathlib.Path) -> np.ndarray:
     return np.load(path)
   except (OSError, EOFError, ValueError) as error:
     reason = getattr(error, "strerror", None) or error
-    raise UserError(f"{path} cannot be read ({reason}): {_MEND}.") from error
+    raise UserError(f"{path} cannot be read ({reason}): {_FIX}.") from error
 
 
 class Dataset:
   """A prepared dataset on disk, opened for reading."""
 
   def __init__(self, path: str | os.PathLike):
-    """Raises UserError if there is no complete dataset at `path`."""
+    """Raises UserError unless `path` is a complete dataset."""
     self.path = pathlib.Path(path)
     try:
       self.manifest = json.loads((self.path / "manifest.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
       raise UserError(
-        f"There is no prepared dataset at {path} (no manifest.json): make it with "
+        f"There is no prepared dataset at {path} (no manifest.json): make one with "
         "`python -m experiments.prepare_data`."
       ) from None
     except json.JSONDecodeError as error:
-      raise UserError(f"{path}/manifest.json is damaged ({error}): prepare it again.") from None
+      raise UserError(f"{path}/manifest.json is damaged ({error}): {_FIX}.") from None
     if self.manifest.get("format_version") != FORMAT_VERSION:
       raise UserError(
-        f"Dataset {path} has format {self.manifest.get('format_version')}, this program reads "
-        f"{FORMAT_VERSION}: prepare it again."
+        f"Dataset {path} has format {self.manifest.get('format_version')}, but this program reads "
+        f"format {FORMAT_VERSION}: prepare the dataset again."
       )
 
   @property
@@ -140,21 +154,26 @@ class Dataset:
     return self.manifest["text_vocab_size"]
 
   @property
-  def vision_vocab_size(self) -> int:
-    return self.manifest["vision_vocab_size"]
-
-  @property
   def has_vision(self) -> bool:
     return any(split["vision_tokens"] for split in self.manifest["splits"].values())
+
+  @property
+  def vision_layout(self) -> VisionLayout | None:
+    """The layout of the vision tokens; None if the dataset has none."""
+    if not self.has_vision:
+      return None
+    # Manifests of older versions record no layout: all datasets had LWM's.
+    recorded = self.manifest.get("vision_layout")
+    return VisionLayout(**recorded) if recorded else LWM_LAYOUT
 
   @functools.cached_property
   def _builder(self) -> tfds.core.DatasetBuilder:
     try:
       return tfds.builder_from_directory(str(self.path))
-    except Exception as error:  # As above.
+    except Exception as error:  # TFDS raises all kinds.
       raise UserError(
         f"{self.path}/dataset_info.json or features.json cannot be read "
-        f"({str(error).partition('\n')[0]}): {_MEND}."
+        f"({str(error).partition('\n')[0]}): {_FIX}."
       ) from error
 
   def has_split(self, name: str) -> bool:
@@ -165,27 +184,28 @@ class Dataset:
     if not self.has_split(name):
       raise UserError(
         f"Dataset {self.path} has no {name} documents, only "
-        f"{', '.join(self.manifest['splits'])}: prepare it with some."
+        f"{', '.join(self.manifest['splits'])}: prepare the dataset again with some."
       )
     info = self._builder.info.splits[name]
     return Split(
       self.path,
       name,
-      self.manifest["chunk_tokens"],
-      self._builder.as_data_source(name),
-      list(zip(map(str, info.filepaths), info.shard_lengths)),
+      chunk_tokens=self.manifest["chunk_tokens"],
+      has_target_runs="target_runs" in self.manifest["splits"][name],
+      source=self._builder.as_data_source(name),
+      files=list(zip(map(str, info.filepaths), info.shard_lengths)),
     )
 
   def unigram_entropy(self, split: str) -> dict[str, float]:
-    """Nats per target of each modality present: the loss of the best model without context."""
+    """Nats per target, by modality: the loss of the best model that sees no context."""
     return self.manifest["splits"][split]["unigram_entropy"]
 
   def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-    """Raises UserError unless the dataset was prepared with this very tokenizer."""
+    """Raises UserError unless the dataset was prepared with this tokenizer file."""
     made_with = self.manifest["tokenizer"]
     if made_with["sha256"] != tokenizer.sha256:
       raise UserError(
         f"Dataset {self.path} was prepared with tokenizer {made_with['path']} (sha256 "
         f"{made_with['sha256'][:12]}), not with {tokenizer.path} (sha256 "
-        f"{tokenizer.sha256[:12]}): prepare it again, or use its tokenizer."
+        f"{tokenizer.sha256[:12]}): prepare the dataset again, or use its tokenizer."
       )

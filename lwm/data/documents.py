@@ -1,54 +1,61 @@
 """Documents as tokens: text and frames joined into one sequence of ids, with a loss mask.
 
-L tokens of a document, N frames of P = 256 codes.
+L tokens of a document, N frames, P codes per frame.
 """
 
 import hashlib
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from lwm.config.vqgan import LWM_LAYOUT, VisionLayout
 from lwm.data.tokenizer import Tokenizer
-from lwm.data.vision_tokens import CODES_PER_FRAME, VISION_END, VISION_START, frame_tokens
+from lwm.data.vision_tokens import VISION_END, VISION_START, frame_tokens
 
 
 class BadDocument(ValueError):
-  """A record that cannot be made a document; the message is the reason, for the report."""
+  """A record that cannot become a document. The message is the reason, for the report."""
 
 
 class Document(NamedTuple):
-  """Ids of one document, and which of them count in the loss when they are the target."""
+  """The ids of one document, and which of them count in the loss when they are the target."""
 
-  # int32 [L]: text ids, and vision ids offset by the text vocabulary.
+  # int32 [L]: text ids, and vision ids offset by the number of text ids.
   tokens: np.ndarray
   # bool [L]
   loss_mask: np.ndarray
 
 
 class DocumentBuilder:
-  """Joins pieces into a Document. `loss` says whether the piece's tokens count as targets."""
+  """Joins pieces into a Document. `loss` says whether a piece's tokens count as targets."""
 
-  def __init__(self, tokenizer: Tokenizer):
+  def __init__(self, tokenizer: Tokenizer, layout: VisionLayout = LWM_LAYOUT):
+    """
+    Args:
+      tokenizer: encodes the text.
+      layout: of the VQGAN that the vision codes come from.
+    """
     self._tokenizer = tokenizer
-    self._tokens = []
-    self._loss = []
+    self._layout = layout
+    self._tokens: list[np.ndarray] = []
+    self._loss: list[np.ndarray] = []
 
-  def _append(self, ids: Sequence[int] | np.ndarray, loss: bool) -> "DocumentBuilder":
-    ids = np.asarray(ids, np.int32)
-    self._tokens.append(ids)
-    self._loss.append(np.full(len(ids), loss))
+  def _append(self, ids: Sequence[int] | np.ndarray, loss: bool) -> Self:
+    tokens = np.asarray(ids, np.int32)
+    self._tokens.append(tokens)
+    self._loss.append(np.full(len(tokens), loss))
     return self
 
-  def bos(self, loss: bool = False) -> "DocumentBuilder":
+  def bos(self, loss: bool = False) -> Self:
     return self._append([self._tokenizer.bos_id], loss)
 
-  def eos(self, loss: bool = True) -> "DocumentBuilder":
+  def eos(self, loss: bool = True) -> Self:
     return self._append([self._tokenizer.eos_id], loss)
 
-  def text(self, text: str, loss: bool = True) -> "DocumentBuilder":
-    """Raises BadDocument for half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+  def text(self, text: str, loss: bool = True) -> Self:
+    """Raises BadDocument for half of a surrogate pair, which JSON can spell but UTF-8 cannot."""
     try:
       text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -57,14 +64,20 @@ class DocumentBuilder:
 
   def vision(
     self, codes_NxP: np.ndarray, loss: bool = True, marks_loss: bool | None = None
-  ) -> "DocumentBuilder":
-    """<vision>, the frames (see `frame_tokens`), </vision>; `marks_loss` is `loss` unless given.
+  ) -> Self:
+    """Appends <vision>, the frames (see `frame_tokens`) and </vision>.
 
-    Raises BadDocument for bad codes.
+    Args:
+      codes_NxP: integers.
+      loss: whether the tokens of the frames count as targets.
+      marks_loss: whether <vision> and </vision> do; the same as `loss` if None.
+
+    Raises:
+      BadDocument: the codes do not fit the layout.
     """
     marks_loss = loss if marks_loss is None else marks_loss
     try:
-      frames = frame_tokens(codes_NxP)
+      frames = frame_tokens(codes_NxP, self._layout)
     except ValueError as error:
       raise BadDocument(str(error)) from error
     self.text(VISION_START, marks_loss)
@@ -82,13 +95,18 @@ def text_document(tokenizer: Tokenizer, text: str) -> Document:
   return DocumentBuilder(tokenizer).bos().text(text).eos().build()
 
 
-def video_document(tokenizer: Tokenizer, codes_NxP: np.ndarray, caption: str = "") -> Document:
+def video_document(
+  tokenizer: Tokenizer, codes_NxP: np.ndarray, caption: str = "", layout: VisionLayout = LWM_LAYOUT
+) -> Document:
   """<bos> caption <vision> frames </vision> <eos>; only the frames count in the loss.
 
-  Where a clip begins and ends is for the sampler to say; and the few marks of a batch of films
-  would otherwise make up all of its text loss.
+  The marks do not: the sampler decides where a clip begins and ends, and in a batch of films the
+  few marks would otherwise be the whole text loss.
+
+  Raises:
+    BadDocument: the codes do not fit the layout.
   """
-  builder = DocumentBuilder(tokenizer).bos()
+  builder = DocumentBuilder(tokenizer, layout).bos()
   if caption:
     builder.text(caption, loss=False)
   return builder.vision(codes_NxP, marks_loss=False).eos(loss=False).build()
@@ -97,16 +115,17 @@ def video_document(tokenizer: Tokenizer, codes_NxP: np.ndarray, caption: str = "
 def record_document(tokenizer: Tokenizer, record: dict[str, Any], fields: str) -> Document:
   """A JSON record as a document, by LWM's fields specification (LWM, `lwm/data.py`).
 
-  `fields` is a comma-separated list, put between a <bos> without loss and an <eos> with:
+  `fields` is a comma-separated list. The document is a <bos> without loss, the listed fields in
+  order, and an <eos> with loss:
 
     name             the text of that field of the record
-    a+b              both texts joined by one space and tokenised together
+    a+b              both texts, joined by one space and tokenised together
     [name], [a+b]    the same without loss
     <|bos|> <|eos|>  that mark (in brackets: without loss)
     name with the word `vision` in it
-                     codes, a list of ints [256 N] or of lists [N, 256] in [0, 8192), surrounded by
-                     <vision> and </vision>, frames ended as `frame_tokens` says; it may also be
-                     joined by `+` to texts, which then stand before or after it
+                     codes of LWM's VQGAN, a list of ints [N P] or of lists [N, P], surrounded by
+                     <vision> and </vision>, with end marks as in `frame_tokens`; `+` may join it to
+                     texts, which then come before or after it
 
   Raises:
     BadDocument: a field is missing or of the wrong type, a code is out of range, or all is blank.
@@ -124,7 +143,7 @@ def record_document(tokenizer: Tokenizer, record: dict[str, Any], fields: str) -
     if field == "<|eos|>":
       builder.eos(loss)
       continue
-    texts = []
+    texts: list[str] = []
     for name in field.split("+"):
       if "vision" in name:
         if texts:
@@ -144,7 +163,7 @@ def record_document(tokenizer: Tokenizer, record: dict[str, Any], fields: str) -
 
 
 def choose(alternatives: Sequence[str], seed: int, where: str) -> str:
-  """One of the alternatives, evenly, by a hash of the seed and of where the record stands."""
+  """One of the alternatives, chosen evenly by a hash of the seed and the record's place."""
   digest = hashlib.blake2b(os.fsencode(f"{seed}/{where}"), digest_size=8).digest()
   return alternatives[int.from_bytes(digest) % len(alternatives)]
 
@@ -164,8 +183,8 @@ def _codes(record: dict[str, Any], name: str) -> np.ndarray:
     codes = np.asarray(record[name])
   except ValueError as error:
     raise BadDocument(f"field {name!r} is a ragged list, not frames of codes") from error
-  if codes.ndim == 1 and codes.size % CODES_PER_FRAME == 0:
-    codes = codes.reshape(-1, CODES_PER_FRAME)
+  if codes.ndim == 1 and codes.size % LWM_LAYOUT.codes_per_frame == 0:
+    codes = codes.reshape(-1, LWM_LAYOUT.codes_per_frame)
   if codes.dtype.kind not in "iu" or not codes.size:
-    raise BadDocument(f"field {name!r} is no list of vision codes")
+    raise BadDocument(f"field {name!r} is not a list of vision codes")
   return codes

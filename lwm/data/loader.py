@@ -4,7 +4,10 @@ B rows of a batch, S sequence_length.
 """
 
 import collections
-from collections.abc import Iterator, Sequence
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, cast
 
 import grain
 import jax
@@ -14,28 +17,30 @@ from jax.sharding import Mesh
 from kernels.ring.layout import Layout
 from lwm.config.experiment import Experiment
 from lwm.config.model import ModelConfig
+from lwm.data.coverage import check_learnable, coverage
 from lwm.data.dataset import TRAIN, VALIDATION, Dataset
 from lwm.data.packing import derived_seed
 from lwm.data.placement import Placement, Shards
 from lwm.data.rows import Rows
 from lwm.data.tokenizer import load_tokenizer
 from lwm.errors import UserError
+from lwm.parallel.sharding import ShardingRules
 
-# Held-out rows are the same ones in every experiment.
+# Every experiment evaluates the same held-out rows.
 _EVALUATION_SEED = 0
 
-# More than any stage reads of a dataset.
+# More rows than any stage reads of a dataset.
 _ROWS_OF_STREAM = 1 << 48
 
 
 class Loader:
-  """Batches of one stage of an experiment: dicts of the FIELDS of lwm/data/rows.py, [B, S] each.
+  """Batches of one stage of an experiment: dicts of the FIELDS of lwm/config/batch.py, [B, S] each.
 
-  The rows of each dataset come in an order shuffled anew each epoch; the mixture interleaves the
-  datasets in proportion to their weights; batch s takes rows [s B, (s + 1) B) of that stream, and
-  is that of step s unless some were passed over. Arrays are sharded by PartitionSpec(("data",
-  "fsdp"), ("ring", "ulysses")) with columns in the order of the stage's layout, and each process
-  reads only what its own devices hold.
+  The rows of each dataset come in an order that is shuffled again in each epoch. The mixture
+  interleaves the datasets in proportion to their weights. Batch b holds the rows [b B, (b + 1) B)
+  of this stream; it is the batch of step b unless batches were skipped. Arrays are sharded as
+  (batch, sequence), with columns in the order of the stage's layout, and each process reads only
+  what its own devices hold.
   """
 
   def __init__(self, experiment: Experiment, stage: int, mesh: Mesh):
@@ -43,40 +48,44 @@ class Loader:
     Args:
       experiment: a validated experiment whose datasets are prepared.
       stage: index of the stage.
-      mesh: with axes data, fsdp, ring and ulysses (others replicate).
+      mesh: made by `lwm.parallel.mesh.make_mesh`.
 
     Raises:
-      UserError: a dataset is missing, or does not go with the experiment's tokenizer or model.
+      UserError: a dataset is missing, does not fit the experiment's tokenizer or model or the
+        stage's other datasets, or has nothing to learn from in rows of this length.
     """
     self._experiment = experiment
     self._stage = experiment.stages[stage]
-    layout = Layout(self._stage.layout, mesh.shape["ring"])
+    # `validate` allows no other layouts.
+    kind = cast(Literal["contiguous", "zigzag"], self._stage.layout)
+    layout = Layout(kind, mesh.shape[ShardingRules().ring])
     rows, length = self._stage.rows_per_batch, self._stage.sequence_length
     self._placement = Placement(mesh, layout, rows, length)
     self._evaluation_placement = Placement(
       mesh, layout, rows // self._stage.accumulation_steps, length
     )
-    weights = collections.Counter()
+    weights: dict[str, float] = collections.defaultdict(float)
     for entry in self._stage.mixture:
       if entry.weight > 0:
         weights[entry.dataset] += entry.weight
-    configs = {config.name: config for config in experiment.datasets}
+    self._configs = {config.name: config for config in experiment.datasets}
     # The datasets of this stage, by name.
-    self.datasets = {name: Dataset(configs[name].path) for name in weights}
+    self.datasets = {name: Dataset(self._configs[name].path) for name in weights}
     tokenizer = load_tokenizer(experiment.tokenizer)
     for dataset in self.datasets.values():
       dataset.check_tokenizer(tokenizer)
-      _check_model(dataset, experiment.model)
+    _check_model(self.datasets.values(), experiment.model)
 
     streams = []
     self._rows = []
     for index, (name, dataset) in enumerate(self.datasets.items()):
       seed = derived_seed(experiment.seed, stage, name)
       source = Rows(
-        dataset.split(TRAIN), dataset.text_vocab_size, length, configs[name].weighting, seed
+        dataset.split(TRAIN), dataset.text_vocab_size, length, self._configs[name], seed
       )
+      check_learnable(experiment, self._stage, name, source)
       self._rows.append(source)
-      # Not endless: grain could not count the rows of a mixture of such.
+      # Not endless, because grain could not count the rows of a mixture of endless streams.
       streams.append(
         grain.MapDataset.range(len(source))
         .shuffle(seed=seed)
@@ -87,11 +96,22 @@ class Loader:
     self._batches = mixed.batch(rows, batch_fn=list).map(self._read)
 
   def _read(self, picks: Sequence[tuple[int, int]]) -> Shards:
-    def read_row(row, runs, out):
+    def read_row(row: int, runs: Sequence[tuple[int, int]], out: dict[str, np.ndarray]) -> None:
       source, row_of_source = picks[row]
       self._rows[source].read(row_of_source, runs, out)
 
     return self._placement.read(read_row)
+
+  def report(self) -> list[str]:
+    """What the stage's rows hold of each dataset, as lines of text."""
+    lines = []
+    for name, rows in zip(self.datasets, self._rows):
+      where, policy = f"{self._stage.name}, {name}", self._configs[name].long_documents
+      lines.append(f"{where}: {coverage(rows, np.arange(len(rows)), policy)}")
+      if self.datasets[name].has_split(VALIDATION):
+        line = f"{where}, held out: {coverage(*self._held_out(name), policy)}"
+        lines.append(line if name in self.evaluation_datasets else f"{line}; no held-out loss")
+    return lines
 
   def batch(self, index: int) -> dict[str, jax.Array]:
     """A batch, counted from 0 at the start of the stage."""
@@ -107,50 +127,78 @@ class Loader:
     for shards in self._batches.slice(slice(start, stop)).to_iter_dataset(options):
       yield self._placement.to_arrays(shards)
 
-  @property
+  @functools.cached_property
   def evaluation_datasets(self) -> list[str]:
-    """Names of the stage's datasets that have validation documents."""
-    return [name for name, dataset in self.datasets.items() if dataset.has_split(VALIDATION)]
+    """Names of the stage's datasets whose held-out rows have targets."""
+    names = []
+    for name, dataset in self.datasets.items():
+      if dataset.has_split(VALIDATION):
+        rows, picked = self._held_out(name)
+        holds_R = rows.hold_targets()
+        if holds_R is None or holds_R[picked].any():
+          names.append(name)
+    return names
 
-  def evaluation_batches(self, dataset: str) -> Iterator[dict[str, jax.Array]]:
-    """Held-out rows of one of the stage's datasets: `evaluation.rows` of them, or all if fewer.
-
-    The rows and their order are fixed, and every target that counts has weight 1, so that losses
-    compare with `Dataset.unigram_entropy`. B is that of one accumulation step, the last batch is
-    filled up with empty rows.
-
-    Raises:
-      UserError: the dataset has no validation documents.
-    """
+  def _held_out(self, dataset: str) -> tuple[Rows, np.ndarray]:
+    """The rows of the validation documents, and which of them are evaluated."""
     opened = self.datasets[dataset]
     rows = Rows(
       opened.split(VALIDATION),
       opened.text_vocab_size,
       self._stage.sequence_length,
-      "token",
+      dataclasses.replace(self._configs[dataset], weighting="token"),
       _EVALUATION_SEED,
     )
     order = np.random.default_rng(_EVALUATION_SEED).permutation(len(rows))
-    order = order[: self._experiment.evaluation.rows].tolist()
-    batch_rows = self._evaluation_placement.shape[0]
-    for first in range(0, len(order), batch_rows):
-      picks = order[first : first + batch_rows]
+    return rows, order[: self._experiment.evaluation.rows]
 
-      def read_row(row, runs, out, picks=picks):
+  def evaluation_batches(self, dataset: str) -> Iterator[dict[str, jax.Array]]:
+    """Held-out rows of one of the stage's datasets: `evaluation.rows` of them, or all if fewer.
+
+    The rows and their order are fixed, and every target that counts has weight 1, so that losses
+    compare with `Dataset.unigram_entropy`. B is the number of rows of one accumulation step; empty
+    rows fill up the last batch.
+
+    Raises:
+      UserError: the dataset has no validation documents.
+    """
+    rows, picked = self._held_out(dataset)
+    batch_rows = self._evaluation_placement.shape[0]
+    for first in range(0, len(picked), batch_rows):
+      picks = picked[first : first + batch_rows].tolist()
+
+      def read_row(
+        row: int,
+        runs: Sequence[tuple[int, int]],
+        out: dict[str, np.ndarray],
+        picks: list[int] = picks,
+      ) -> None:
         if row < len(picks):
           rows.read(picks[row], runs, out)
 
       yield self._evaluation_placement.to_arrays(self._evaluation_placement.read(read_row))
 
 
-def _check_model(dataset: Dataset, model: ModelConfig) -> None:
-  if dataset.text_vocab_size != model.text_vocab_size:
-    raise UserError(
-      f"Dataset {dataset.path} has {dataset.text_vocab_size} text ids, but "
-      f"config.model.text_vocab_size is {model.text_vocab_size}: set it to the tokenizer's size."
-    )
-  if dataset.has_vision and dataset.vision_vocab_size != model.vision_vocab_size:
-    raise UserError(
-      f"Dataset {dataset.path} has vision tokens of {dataset.vision_vocab_size} ids, but "
-      f"config.model.vision_vocab_size is {model.vision_vocab_size}: make them the same."
-    )
+def _check_model(datasets: Iterable[Dataset], model: ModelConfig) -> None:
+  """Raises UserError unless the datasets' ids fit the model, and each other."""
+  first = None
+  for dataset in datasets:
+    if dataset.text_vocab_size != model.text_vocab_size:
+      raise UserError(
+        f"Dataset {dataset.path} has {dataset.text_vocab_size} text ids, but "
+        f"config.model.text_vocab_size is {model.text_vocab_size}: set it to the tokenizer's size."
+      )
+    layout = dataset.vision_layout
+    if layout is None:
+      continue
+    if layout.vocab_size != model.vision_vocab_size:
+      raise UserError(
+        f"Dataset {dataset.path} has vision tokens of {layout.vocab_size} ids, but "
+        f"config.model.vision_vocab_size is {model.vision_vocab_size}: make them the same."
+      )
+    first = first or dataset
+    if layout != first.vision_layout:
+      raise UserError(
+        f"Datasets {first.path} and {dataset.path} have different layouts of vision tokens "
+        f"({first.vision_layout} and {layout}): a stage needs codes of one VQGAN."
+      )

@@ -1,4 +1,4 @@
-"""Which part of a batch this process holds, and how it becomes a global array.
+"""The part of a batch that this process holds, and the global arrays made of all parts.
 
 B rows of a batch, S sequence_length, C columns of a row that this process holds.
 """
@@ -8,37 +8,36 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from kernels.ring.layout import Layout
 from lwm.config.batch import FIELDS
+from lwm.parallel.sharding import ShardingRules
 
-# Fills the columns in some runs of global columns of a row; see Rows.read.
+# (row, runs, out): fills `out` with the columns of the row that lie in `runs`; see Rows.read.
 ReadRow = Callable[[int, Sequence[tuple[int, int]], dict[str, np.ndarray]], None]
-# (first row, last, first column, last) of a device's shard -> its fields.
+# (first row, last row, first column, last column) of a device's shard, each last one excluded, ->
+# its fields.
 Shards = dict[tuple[int, int, int, int], dict[str, np.ndarray]]
 
 
 @dataclasses.dataclass
 class _RowGroup:
-  """Rows of which some local devices hold columns; each column is read once for all of them."""
+  """Rows that local devices share; each column is read once for all devices that hold it."""
 
   rows: tuple[int, int]
   # Ranges of global columns, increasing.
   runs: list[tuple[int, int]]
-  # For each range of laid-out columns on a device, where they are among the C read.
+  # For each range of laid-out columns on a device, their places among the C columns read.
   gathers: dict[tuple[int, int], np.ndarray]
 
 
 class Placement:
-  """Batches [B, S] over a mesh.
-
-  Rows lie over (data, fsdp), columns, in the layout's order, over (ring, ulysses).
-  """
+  """Batches [B, S] sharded over a mesh as (batch, sequence), columns in the layout's order."""
 
   def __init__(self, mesh: Mesh, layout: Layout, num_rows: int, sequence_length: int):
     self.shape = (num_rows, sequence_length)
-    self.sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), ("ring", "ulysses")))
+    self.sharding = NamedSharding(mesh, ShardingRules().spec("batch", "sequence"))
     permutation_S = layout.permutation(sequence_length)
     indices = self.sharding.addressable_devices_indices_map(self.shape).values()
     shards = {self._key(index) for index in indices}
@@ -59,12 +58,14 @@ class Placement:
         )
       )
 
-  def _key(self, index: tuple[slice, slice]) -> tuple[int, int, int, int]:
-    return tuple(bound for part, size in zip(index, self.shape) for bound in part.indices(size)[:2])
+  def _key(self, index: tuple[slice, ...] | None) -> tuple[int, int, int, int]:
+    assert index is not None  # JAX gives None to devices outside the sharding only.
+    rows, columns = (part.indices(size)[:2] for part, size in zip(index, self.shape))
+    return *rows, *columns
 
   def read(self, read_row: ReadRow) -> Shards:
-    """The shards of this process's devices; `read_row` is asked for no other row or column."""
-    shards = {}
+    """Reads the shards of this process's devices, and no other rows or columns."""
+    shards: Shards = {}
     for group in self._groups:
       num_rows = group.rows[1] - group.rows[0]
       num_columns = sum(stop - start for start, stop in group.runs)
@@ -78,9 +79,11 @@ class Placement:
 
   def to_arrays(self, shards: Shards) -> dict[str, jax.Array]:
     """The global arrays of a batch, [B, S] each."""
-    return {
-      name: jax.make_array_from_callback(
-        self.shape, self.sharding, lambda index, name=name: shards[self._key(index)][name]
-      )
-      for name in FIELDS
-    }
+    arrays: dict[str, jax.Array] = {}
+    for name in FIELDS:
+
+      def shard(index: tuple[slice, ...] | None, name: str = name) -> np.ndarray:
+        return shards[self._key(index)][name]
+
+      arrays[name] = jax.make_array_from_callback(self.shape, self.sharding, shard)
+    return arrays

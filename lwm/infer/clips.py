@@ -1,13 +1,13 @@
-"""A held-out clip, cut: its first frames are given, those after them are to be predicted.
+"""A held-out clip, cut in two: its first frames are given, the frames after them are predicted.
 
-N frames of P = 256 codes.
+N frames, P codes per frame.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from lwm.data.vision_tokens import CODES_PER_FRAME, END_OF_FRAME, TOKENS_PER_FRAME
+from lwm.config.vqgan import VisionLayout
 from lwm.errors import UserError
 from lwm.infer.sampling import FREE
 
@@ -16,8 +16,8 @@ class Clip(NamedTuple):
   """A video document, cut.
 
   Attributes:
-    prompt: int32; the document up to the <eof> of the last given frame.
-    forced: int32; for each token to come, <eof> where a frame ends, FREE elsewhere.
+    prompt: int32; the document up to and including the <eof> of the last given frame.
+    forced: int32; for each token to predict, <eof> where a frame ends and FREE elsewhere.
     codes_NxP: int32; the codes of all true frames, given ones first.
   """
 
@@ -26,34 +26,36 @@ class Clip(NamedTuple):
   codes_NxP: np.ndarray
 
 
-def cut_clip(tokens: np.ndarray, text_vocab_size: int, given: int, predicted: int) -> Clip:
-  """Cuts a document behind its `given`-th frame.
+def cut_clip(
+  tokens: np.ndarray, text_vocab_size: int, layout: VisionLayout, given: int, predicted: int
+) -> Clip:
+  """Cuts a document after its `given`-th frame.
 
   Args:
     tokens: int32 ids of the document; its first vision ids, up to the next text, are the clip.
-    text_vocab_size: vision ids follow these.
+    text_vocab_size: number of text ids; vision ids follow them.
+    layout: of the clip's frames.
     given: frames in the prompt, at least 1.
-    predicted: frames to come.
+    predicted: frames to predict.
 
   Raises:
     UserError: the clip has fewer frames.
   """
-  # Where text and vision change: a document may hold other clips and images behind the first.
+  # Where text and vision change. The document may hold other clips and images after the first.
   first, end = np.flatnonzero(np.diff(tokens >= text_vocab_size, prepend=False, append=False))[:2]
-  frames = (end - first) // TOKENS_PER_FRAME
+  frames = (end - first) // layout.tokens_per_frame
   if frames < given + predicted:
     raise UserError(
       f"The clip has {frames} frames, fewer than {given} given + {predicted} predicted: set "
       "--given_frames and --frames so that they fit, or take another --clip."
     )
-  stop = first + given * TOKENS_PER_FRAME
-  ids = tokens[first : first + (given + predicted) * TOKENS_PER_FRAME] - text_vocab_size
-  forced = np.full((predicted, TOKENS_PER_FRAME), FREE, np.int32)
-  forced[:, -1] = text_vocab_size + END_OF_FRAME
-  codes_NxP = ids.reshape(-1, TOKENS_PER_FRAME)[:, :CODES_PER_FRAME]
-  return Clip(tokens[:stop], forced.reshape(-1), codes_NxP)
+  stop = first + given * layout.tokens_per_frame
+  ids = tokens[first : first + (given + predicted) * layout.tokens_per_frame]
+  forced = np.full((predicted, layout.tokens_per_frame), FREE, np.int32)
+  forced[:, -1] = text_vocab_size + layout.end_of_frame
+  return Clip(tokens[:stop], forced.reshape(-1), sampled_codes(ids, text_vocab_size, layout))
 
 
-def sampled_codes(tokens: np.ndarray, text_vocab_size: int) -> np.ndarray:
-  """Codes [N, P] of sampled frames, from ids [257 N]."""
-  return tokens.reshape(-1, TOKENS_PER_FRAME)[:, :CODES_PER_FRAME] - text_vocab_size
+def sampled_codes(tokens: np.ndarray, text_vocab_size: int, layout: VisionLayout) -> np.ndarray:
+  """Codes [N, P] of sampled frames, from ids [N (P + 1)]; the end marks are left out."""
+  return tokens.reshape(-1, layout.tokens_per_frame)[:, :-1] - text_vocab_size

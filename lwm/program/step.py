@@ -99,7 +99,7 @@ def train_step(
     "vision_loss": normaliser_2[1] * nll_2[1],
     "gradient_norm": gradient_norm,
     "learning_rate": learning_rate(state.step),
-    "tokens": jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32),
+    "tokens": jnp.sum(pairs_BxS > 0).astype(jnp.float32),
     "attended_pairs": jnp.sum(pairs_BxS),
     "text_targets": targets_2[0],
     "vision_targets": targets_2[1],

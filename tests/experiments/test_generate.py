@@ -14,7 +14,7 @@ import sentencepiece
 from flax import nnx
 from PIL import Image
 
-from experiments.generate import decode_behind
+from experiments.generate import decode_after
 from lwm import data, model as model_lib
 from lwm.checkpoint.checkpoints import Checkpoints, Identity
 from lwm.checkpoint.position import Position
@@ -151,4 +151,4 @@ def test_a_space_between_prompt_and_continuation_stays(tmp_path):
   tokenizer = data.load_tokenizer(tmp_path / "llama.model")
   prompt, tokens = [tokenizer.bos_id, *tokenizer.encode("the cat")], tokenizer.encode("sees a")
   assert tokenizer.decode(tokens) == "sees a"
-  assert decode_behind(tokenizer, prompt, tokens) == " sees a"
+  assert decode_after(tokenizer, prompt, tokens) == " sees a"

@@ -13,6 +13,7 @@ from lwm.config.experiment import (
   Stage,
 )
 from lwm.config.model import ModelConfig
+from lwm.config.vqgan import LWM_LAYOUT
 from lwm.data import (
   DatasetWriter,
   Document,
@@ -21,6 +22,7 @@ from lwm.data import (
   train_sentencepiece,
   video_document,
 )
+from lwm.parallel.sharding import AXES
 
 _SENTENCE = "the quick brown fox jumps over a lazy dog while 42 owls watch from the old barn"
 WORDS = _SENTENCE.split()
@@ -72,7 +74,9 @@ def experiment(tokenizer, datasets) -> Experiment:
   """A stage of 10 steps on half text, half video, rows of 64 tokens, 8 rows a batch."""
   return Experiment(
     tokenizer=str(tokenizer.path),
-    model=ModelConfig(text_vocab_size=tokenizer.vocab_size, vision_vocab_size=8448),
+    model=ModelConfig(
+      text_vocab_size=tokenizer.vocab_size, vision_vocab_size=LWM_LAYOUT.vocab_size
+    ),
     data=DataConfig(threads=2, prefetch_batches=2),
     datasets=[DatasetConfig(name, path) for name, path in datasets.items()],
     stages=[
@@ -90,8 +94,7 @@ def experiment(tokenizer, datasets) -> Experiment:
 @pytest.fixture
 def make_mesh():
   def make(**sizes: int) -> jax.sharding.Mesh:
-    axes = ("data", "fsdp", "ring", "ulysses", "tensor")
-    shape = tuple(sizes.get(axis, 1) for axis in axes)
-    return jax.make_mesh(shape, axes, devices=jax.devices()[: int(np.prod(shape))])
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    return jax.make_mesh(shape, AXES, devices=jax.devices()[: int(np.prod(shape))])
 
   return make

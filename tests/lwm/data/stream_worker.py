@@ -18,6 +18,8 @@ def main(experiment_path, out, num_devices, port, num_processes, rank, start_ste
 
   from lwm.data import Loader
   from lwm.data.dataset import Split
+  from lwm.parallel.mesh import make_mesh
+  from lwm.parallel.sharding import MeshConfig
 
   if int(num_processes) > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", int(num_processes), int(rank))
@@ -33,9 +35,13 @@ def main(experiment_path, out, num_devices, port, num_processes, rank, start_ste
   Split.read = counting_read
   result = {}
   experiment = pickle.loads(pathlib.Path(experiment_path).read_bytes())
-  shapes = {"rows": (4, 1, 2, 1, 1), "ring": (1, 1, 8, 1, 1), "both": (1, 2, 2, 1, 2)}
-  for name, shape in shapes.items():
-    mesh = jax.make_mesh(shape, ("data", "fsdp", "ring", "ulysses", "tensor"))
+  meshes = {
+    "rows": MeshConfig(data=4, fsdp=1, ring=2),
+    "ring": MeshConfig(fsdp=1, ring=8),
+    "both": MeshConfig(fsdp=2, ring=2, tensor=2),
+  }
+  for name, config in meshes.items():
+    mesh = make_mesh(config)
     read.clear()
     hashes = {}
     batches = Loader(experiment, 0, mesh).iterate(int(start_step))

@@ -59,7 +59,7 @@ def test_names_file_and_record(dataset, damage):
       split.read(document, 0, 1)
   message = str(error.value)
   assert message.startswith("Record ") and f" of {path} cannot be read (" in message
-  assert "\n" not in message and "goes on" in message
+  assert "\n" not in message and "to resume" in message
   # Documents of other files are read as ever.
   assert 16 <= document < 24
   assert message.startswith(f"Record {document - 16} ")
@@ -68,7 +68,14 @@ def test_names_file_and_record(dataset, damage):
 
 @pytest.mark.parametrize("damage", (truncate, empty, pathlib.Path.unlink))
 @pytest.mark.parametrize(
-  "name", ("train_lengths.npy", "train_targets.npy", "dataset_info.json", "features.json")
+  "name",
+  (
+    "train_lengths.npy",
+    "train_targets.npy",
+    "train_target_runs.npy",
+    "dataset_info.json",
+    "features.json",
+  ),
 )
 def test_a_damaged_index_is_named(dataset, name, damage):
   damage(dataset / name)

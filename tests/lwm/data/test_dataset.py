@@ -1,3 +1,5 @@
+import json
+import shutil
 import subprocess
 import sys
 
@@ -5,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from lwm.config.vqgan import LWM_LAYOUT, VisionLayout
 from lwm.data import (
   BadDocument,
   Dataset,
@@ -28,6 +31,20 @@ def test_documents_come_back(datasets, documents, tokenizer):
       np.testing.assert_array_equal(loss_mask, document.loss_mask)
     assert dataset.text_vocab_size == tokenizer.vocab_size
   assert Dataset(datasets["video"]).has_vision and not Dataset(datasets["text"]).has_vision
+
+
+def test_a_manifest_without_a_layout_means_that_of_lwm(datasets, tmp_path):
+  assert Dataset(datasets["text"]).vision_layout is None
+  assert Dataset(datasets["video"]).vision_layout == LWM_LAYOUT
+  path = shutil.copytree(datasets["video"], tmp_path / "video")
+  manifest = json.loads((path / "manifest.json").read_text())
+  recorded = {"codes_per_frame": 256, "end_of_frame": 8192}
+  assert manifest.pop("vision_layout") == recorded
+  (path / "manifest.json").write_text(json.dumps(manifest))
+  assert Dataset(path).vision_layout == LWM_LAYOUT
+  manifest["vision_layout"] = recorded | {"codes_per_frame": 64}
+  (path / "manifest.json").write_text(json.dumps(manifest))
+  assert Dataset(path).vision_layout == VisionLayout(64, 8192)
 
 
 def test_a_slice_reads_only_the_records_that_it_meets(datasets, documents):

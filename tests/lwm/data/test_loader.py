@@ -6,8 +6,17 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from kernels.ring.layout import Layout
-from lwm.config.experiment import MixtureEntry
-from lwm.data import Dataset, Loader, train_sentencepiece
+from lwm.config.batch import FIELDS
+from lwm.config.experiment import DatasetConfig, MixtureEntry
+from lwm.config.vqgan import LWM_LAYOUT, VisionLayout
+from lwm.data import (
+  Dataset,
+  DatasetWriter,
+  Loader,
+  load_tokenizer,
+  train_sentencepiece,
+  video_document,
+)
 from lwm.data.dataset import Split
 from lwm.errors import UserError
 
@@ -33,10 +42,10 @@ def _starts(documents):
 
 def _check_row(row, documents, places, text_vocab_size, weight_of, seen):
   """A row is slices of documents, each field as its definition says; counts them in `seen`."""
-  num_segments = row["segment_ids"].max()
+  is_token = row["key_stop"] > row["key_start"]
   at = 0
-  for segment in range(1, num_segments + 1):
-    columns = np.flatnonzero(row["segment_ids"] == segment)
+  for start in np.unique(row["key_start"][is_token]):
+    columns = np.flatnonzero(is_token & (row["key_start"] == start))
     n = len(columns)
     np.testing.assert_array_equal(columns, np.arange(at, at + n))
     name, d, offset = places[tuple(row["tokens"][columns].tolist())][0]
@@ -132,16 +141,7 @@ def test_example_weights_of_two_modalities(experiment, documents, make_mesh, tok
 def test_batches_are_sharded_and_typed_as_training_expects(experiment, make_mesh):
   mesh = make_mesh(data=2, fsdp=2, ring=2)
   batch = Loader(experiment, 0, mesh).batch(0)
-  assert set(batch) == {
-    "tokens",
-    "targets",
-    "loss_weights",
-    "segment_ids",
-    "positions",
-    "modality",
-    "key_start",
-    "key_stop",
-  }
+  assert set(batch) == set(FIELDS)
   for name, array in batch.items():
     assert array.shape == (8, S)
     assert array.dtype == (np.float32 if name == "loss_weights" else np.int32)
@@ -214,13 +214,13 @@ def test_evaluation_rows_are_fixed_and_padded(experiment, make_mesh):
   batches = [_host(b, "zigzag", 2) for b in loader.evaluation_batches("text")]
   validation = Dataset(experiment.datasets[0].path).split("validation")
   rows = len(batches) * 4
-  used = np.concatenate([b["segment_ids"].any(1) for b in batches])
+  used = np.concatenate([b["key_stop"].any(1) for b in batches])
   assert batches[0]["tokens"].shape == (4, S)
   # Fewer rows than asked for: all of them, each target counting 1, and empty rows at the end.
   assert used[: used.sum()].all() and rows - 4 < used.sum() < rows
   assert sum(b["loss_weights"].sum() for b in batches) == validation.targets.sum()
   for b in batches:
-    assert not b["loss_weights"][b["segment_ids"] == 0].any()
+    assert not b["loss_weights"][b["key_stop"] == 0].any()
 
   experiment.seed = 3
   experiment.evaluation.rows = 2
@@ -238,9 +238,19 @@ def test_what_does_not_go_together_is_an_error(experiment, make_mesh, tmp_path):
   with pytest.raises(UserError, match="text_vocab_size is 291"):
     Loader(experiment, 0, mesh)
   experiment.model.text_vocab_size -= 1
-  experiment.model.vision_vocab_size = 0
+  right, experiment.model.vision_vocab_size = experiment.model.vision_vocab_size, 0
   with pytest.raises(UserError, match="vision_vocab_size is 0"):
     Loader(experiment, 0, mesh)
+  experiment.model.vision_vocab_size = right
+  other = VisionLayout(64, LWM_LAYOUT.end_of_frame)
+  tokenizer = load_tokenizer(experiment.tokenizer)
+  with DatasetWriter(tmp_path / "small", tokenizer, layout=other) as writer:
+    writer.write("train", video_document(tokenizer, np.zeros((1, 64), int), layout=other))
+  experiment.datasets.append(DatasetConfig("small", str(tmp_path / "small")))
+  experiment.stages[0].mixture.append(MixtureEntry("small"))
+  with pytest.raises(UserError, match="video and .*small have different layouts.*=64.*one VQGAN"):
+    Loader(experiment, 0, mesh)
+  experiment.stages[0].mixture.pop()
   train_sentencepiece(["other"], tmp_path / "other.model", 270)
   right, experiment.tokenizer = experiment.tokenizer, str(tmp_path / "other.model")
   with pytest.raises(UserError, match="prepared with tokenizer") as error:
