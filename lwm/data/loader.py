@@ -20,6 +20,7 @@ from lwm.data.placement import Placement, Shards
 from lwm.data.rows import Rows
 from lwm.data.tokenizer import load_tokenizer
 from lwm.errors import UserError
+from lwm.parallel.sharding import ShardingRules
 
 # Held-out rows are the same ones in every experiment.
 _EVALUATION_SEED = 0
@@ -33,9 +34,9 @@ class Loader:
 
   The rows of each dataset come in an order shuffled anew each epoch; the mixture interleaves the
   datasets in proportion to their weights; batch s takes rows [s B, (s + 1) B) of that stream, and
-  is that of step s unless some were passed over. Arrays are sharded by PartitionSpec(("data",
-  "fsdp"), ("ring", "ulysses")) with columns in the order of the stage's layout, and each process
-  reads only what its own devices hold.
+  is that of step s unless some were passed over. Arrays are sharded by
+  `ShardingRules().spec("batch", "sequence")` with columns in the order of the stage's layout, and
+  each process reads only what its own devices hold.
   """
 
   def __init__(self, experiment: Experiment, stage: int, mesh: Mesh):
@@ -43,14 +44,14 @@ class Loader:
     Args:
       experiment: a validated experiment whose datasets are prepared.
       stage: index of the stage.
-      mesh: with axes data, fsdp, ring and ulysses (others replicate).
+      mesh: of `lwm.parallel.mesh`.
 
     Raises:
       UserError: a dataset is missing, or does not go with the experiment's tokenizer or model.
     """
     self._experiment = experiment
     self._stage = experiment.stages[stage]
-    layout = Layout(self._stage.layout, mesh.shape["ring"])
+    layout = Layout(self._stage.layout, mesh.shape[ShardingRules().ring])
     rows, length = self._stage.rows_per_batch, self._stage.sequence_length
     self._placement = Placement(mesh, layout, rows, length)
     self._evaluation_placement = Placement(

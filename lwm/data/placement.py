@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from kernels.ring.layout import Layout
 from lwm.config.batch import FIELDS
+from lwm.parallel.sharding import ShardingRules
 
 # Fills the columns in some runs of global columns of a row; see Rows.read.
 ReadRow = Callable[[int, Sequence[tuple[int, int]], dict[str, np.ndarray]], None]
@@ -33,12 +34,13 @@ class _RowGroup:
 class Placement:
   """Batches [B, S] over a mesh.
 
-  Rows lie over (data, fsdp), columns, in the layout's order, over (ring, ulysses).
+  Rows are divided over the axes of `batch`, columns, in the order of the layout, over those of
+  `sequence` (see lwm/parallel/sharding.py).
   """
 
   def __init__(self, mesh: Mesh, layout: Layout, num_rows: int, sequence_length: int):
     self.shape = (num_rows, sequence_length)
-    self.sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), ("ring", "ulysses")))
+    self.sharding = NamedSharding(mesh, ShardingRules().spec("batch", "sequence"))
     permutation_S = layout.permutation(sequence_length)
     indices = self.sharding.addressable_devices_indices_map(self.shape).values()
     shards = {self._key(index) for index in indices}

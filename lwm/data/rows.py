@@ -50,7 +50,6 @@ class Rows:
         begin, end = max(start[piece], run_start), min(stop[piece], run_stop)
         at = filled + begin - run_start
         columns = {name: array[at : at + end - begin] for name, array in out.items()}
-        columns["segment_ids"][:] = piece + 1
         columns["positions"][:] = np.arange(begin - start[piece], end - start[piece])
         columns["key_start"][:] = start[piece]
         columns["key_stop"][:] = np.arange(begin + 1, end + 1)
