@@ -17,14 +17,24 @@ class RopeScaling:
 
 
 @dataclasses.dataclass
+class Stretch:
+  """Consecutive layers of one kind, a key of `lwm.model.block.KINDS`."""
+
+  kind: str = "dense"
+  num_layers: int = 1
+
+
+@dataclasses.dataclass
 class ModelConfig:
   """A decoder of the Llama family over one id space: text ids, then vision ids.
 
   Text ids are [0, text_vocab_size); vision code c is id text_vocab_size + c, c in
-  [0, vision_vocab_size). Parameters are float32; `compute_dtype` is what matrix products run in.
+  [0, vision_vocab_size). Parameters are float32; matrix products run in `compute_dtype`.
   """
 
   num_layers: int = 2
+  # From the first layer to the last; their sizes add up to num_layers. Empty: all layers are dense.
+  stretches: list[Stretch] = dataclasses.field(default_factory=list)
   width: int = 64
   num_heads: int = 4
   num_kv_heads: int = 2
@@ -35,13 +45,19 @@ class ModelConfig:
   norm_epsilon: float = 1e-5
   tied_head: bool = False
   rope_scaling: RopeScaling | None = None
+  # A token attends to itself and the `sliding_window` - 1 tokens before it (Mistral 7B, arXiv
+  # 2310.06825). None: to all earlier tokens of its document.
+  sliding_window: int | None = None
+  # Attention scores become cap * tanh(score / cap) (Gemma 2, arXiv 2408.00118). None: no cap.
+  attention_soft_cap: float | None = None
   initializer_std: float = 0.02
   compute_dtype: str = "bfloat16"
-  # What the backward pass finds of a block beside its input: everything, matrix products, attention
-  # outputs, nothing. "offload" keeps the input in the host's memory and nothing else,
-  # "offload_attention" the input and attention outputs.
+  # Activations of a block that are kept for the backward pass in addition to its input. "none":
+  # all; "dots": results of matrix products and of attention; "attention": results of attention;
+  # "full": none. "offload" keeps only the input, in host memory; "offload_attention" keeps the
+  # input and the results of attention there. Everything else is recomputed.
   remat: str = "full"
-  # Heads attend in so many groups, one after the other, each in that part of the memory.
+  # Number of head groups processed in turn; each group needs 1/head_groups of the attention memory.
   head_groups: int = 1
   # Tokens per chunk of the blockwise feed-forward and of the cross-entropy.
   feed_forward_chunk: int = 2048
@@ -50,3 +66,19 @@ class ModelConfig:
   @property
   def vocab_size(self) -> int:
     return self.text_vocab_size + self.vision_vocab_size
+
+  @property
+  def table_shapes(self) -> dict[str, tuple[int, int]]:
+    """Shapes of the parameters with one row or column per id, by name.
+
+    "embedding", and "output" unless the head is tied to the embedding.
+    """
+    shapes = {"embedding": (self.vocab_size, self.width)}
+    if not self.tied_head:
+      shapes["output"] = (self.width, self.vocab_size)
+    return shapes
+
+  @property
+  def resolved_stretches(self) -> list[Stretch]:
+    """`stretches`, or the one stretch of dense layers that an empty list stands for."""
+    return self.stretches or [Stretch("dense", self.num_layers)]

@@ -1,7 +1,7 @@
 """The one check of an Experiment, before anything is built from it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from lwm.config import experiment as experiment_lib
 from lwm.config.experiment import Experiment, Stage
@@ -9,7 +9,7 @@ from lwm.config.model import COMPUTE_DTYPES, REMAT_POLICIES, ModelConfig
 from lwm.errors import ConfigError
 from lwm.parallel.sharding import ShardingRules
 
-# Of the model's settings, the dimension that each one is.
+# The logical axis of `ShardingRules` that each setting of the model is the size of.
 _DIMENSIONS = {
   "width": "model",
   "num_heads": "heads",
@@ -22,7 +22,7 @@ _DIMENSIONS = {
 def validate(experiment: Experiment) -> None:
   """Raises ConfigError, one sentence that names the settings, unless the experiment makes sense.
 
-  This needs no devices: `check_devices` holds a stage against those there are.
+  This needs no devices; `check_devices` compares the stages with the devices that exist.
   """
   _check_model(experiment.model)
   _check_optimizer(experiment)
@@ -30,7 +30,7 @@ def validate(experiment: Experiment) -> None:
   for field in ("text_weight", "vision_weight", "z_loss"):
     _not_negative(f"loss.{field}", getattr(experiment.loss, field))
   if experiment.loss.text_weight + experiment.loss.vision_weight <= 0:
-    raise ConfigError("config.loss: text_weight and vision_weight are both 0; nothing would train.")
+    raise ConfigError("config.loss: text_weight and vision_weight are both 0: make one positive.")
   for setting in (
     "checkpoint.every_steps",
     "checkpoint.keep",
@@ -46,7 +46,9 @@ def validate(experiment: Experiment) -> None:
   _one_of("faults.bad_step", experiment.faults.bad_step, experiment_lib.BAD_STEP_POLICIES)
   factor = experiment.faults.spike_factor
   if not (factor == 0 or (factor > 1 and math.isfinite(factor))):
-    raise ConfigError(f"config.faults.spike_factor={factor} must be more than 1, or 0 for none.")
+    raise ConfigError(
+      f"config.faults.spike_factor={factor} must be more than 1, or 0 for no limit."
+    )
 
   names = [dataset.name for dataset in experiment.datasets]
   _unique("datasets", names)
@@ -56,67 +58,75 @@ def validate(experiment: Experiment) -> None:
       f"datasets[{index}].long_documents", dataset.long_documents, experiment_lib.LONG_DOCUMENTS
     )
   if not experiment.stages:
-    raise ConfigError("config.stages is empty; an experiment needs at least one stage.")
+    raise ConfigError("config.stages is empty: an experiment needs at least one stage.")
   _unique("stages", [stage.name for stage in experiment.stages])
   for index, stage in enumerate(experiment.stages):
     _check_stage(f"stages[{index}]", stage, names)
 
 
 def check_devices(experiment: Experiment, num_devices: int) -> None:
-  """Raises ConfigError unless every stage's mesh, batch and model fit `num_devices` devices."""
+  """Raises ConfigError unless every stage's mesh, batch and sequence fit `num_devices` devices."""
+  rules = ShardingRules()
   for index, stage in enumerate(experiment.stages):
     where = f"config.stages[{index}]"
     sizes = stage.mesh.resolve(num_devices)
-    shards = sizes["data"] * sizes["fsdp"]
     rows = stage.rows_per_batch // stage.accumulation_steps
-    if rows % shards:
+    if rows % _product(rules.batch, sizes):
       raise ConfigError(
-        f"{where}: {rows} rows a step (tokens_per_batch {stage.tokens_per_batch} / "
+        f"{where}: {rows} rows per microbatch (tokens_per_batch {stage.tokens_per_batch} / "
         f"sequence_length {stage.sequence_length} / accumulation_steps "
-        f"{stage.accumulation_steps}) do not divide over mesh data x fsdp = "
-        f"{sizes['data']} x {sizes['fsdp']}."
+        f"{stage.accumulation_steps}) do not divide over mesh {_by_axis(rules.batch, sizes)}: "
+        "change one of them."
       )
-    _check_sequence(where, stage, sizes)
+    _check_sequence(where, stage, sizes, rules)
 
 
 def check_model_fits_mesh(
   model: ModelConfig, sizes: Mapping[str, int], rules: ShardingRules = ShardingRules()
 ) -> None:
-  """Raises ConfigError, naming setting and axis, if a dimension does not divide its mesh axis.
+  """Raises ConfigError, naming setting and axes, if a dimension does not divide over its mesh axes.
 
   Args:
     model: the decoder.
     sizes: devices along each mesh axis (`MeshConfig.resolve` or `Mesh.shape`).
-    rules: which axis carries which dimension.
+    rules: which axes carry which dimension.
   """
   for setting, logical_axis in _DIMENSIONS.items():
     axes = getattr(rules, logical_axis) or ()
     axes = (axes,) if isinstance(axes, str) else axes
     size = getattr(model, setting)
-    if size % math.prod(sizes[axis] for axis in axes) == 0:
+    if size % _product(axes, sizes) == 0:
       continue
     name = f"config.model.{setting}"
     if setting == "vocab_size":
       name = "config.model.text_vocab_size + vision_vocab_size"
     raise ConfigError(
-      f"{name} = {size} does not divide over mesh.{' x '.join(axes)} = "
-      f"{' x '.join(str(sizes[axis]) for axis in axes)}: change one of them."
+      f"{name} = {size} does not divide over mesh.{_by_axis(axes, sizes)}: change one of them."
     )
   if rules.sequence is None:
     return
-  # Key/value heads are repeated where there are too few of them.
-  ulysses, groups = rules.ulysses, model.head_groups
-  if model.num_heads // groups % (sizes[rules.tensor] * sizes[ulysses]):
+  # Key/value heads are repeated if they do not divide over `ulysses`.
+  groups, exchanging = model.head_groups, (rules.tensor, rules.ulysses)
+  if model.num_heads // groups % _product(exchanging, sizes):
     raise ConfigError(
       f"config.model.num_heads = {model.num_heads}{_groups(model)} does not divide over "
-      f"mesh.{rules.tensor} x {ulysses} = {sizes[rules.tensor]} x {sizes[ulysses]}: change one of "
-      f"them, or use a larger mesh.{rules.ring} instead."
+      f"mesh.{_by_axis(exchanging, sizes)}: change one of them, or use a larger mesh.{rules.ring} "
+      "instead."
     )
   if model.num_kv_heads // groups % sizes[rules.tensor]:
     raise ConfigError(
       f"config.model.num_kv_heads = {model.num_kv_heads}{_groups(model)} does not divide over "
       f"mesh.{rules.tensor} = {sizes[rules.tensor]}: change one of them."
     )
+
+
+def _product(axes: Iterable[str], sizes: Mapping[str, int]) -> int:
+  return math.prod(sizes[axis] for axis in axes)
+
+
+def _by_axis(axes: Iterable[str], sizes: Mapping[str, int]) -> str:
+  """Names and sizes of mesh axes, like "data x fsdp = 2 x 4"."""
+  return f"{' x '.join(axes)} = {' x '.join(str(sizes[axis]) for axis in axes)}"
 
 
 def _groups(model: ModelConfig) -> str:
@@ -138,20 +148,32 @@ def _check_model(model: ModelConfig) -> None:
   ):
     _at_least(f"model.{field}", getattr(model, field), 1)
   _at_least("model.vision_vocab_size", model.vision_vocab_size, 0)
+  for index, stretch in enumerate(model.stretches):
+    _at_least(f"model.stretches[{index}].num_layers", stretch.num_layers, 1)
+  layers = sum(stretch.num_layers for stretch in model.resolved_stretches)
+  if layers != model.num_layers:
+    raise ConfigError(
+      f"config.model.stretches have {layers} layers together, but config.model.num_layers="
+      f"{model.num_layers}: make them the same."
+    )
+  if model.sliding_window is not None:
+    _at_least("model.sliding_window", model.sliding_window, 1)
+  if model.attention_soft_cap is not None:
+    _positive("model.attention_soft_cap", model.attention_soft_cap)
   _one_of("model.compute_dtype", model.compute_dtype, COMPUTE_DTYPES)
   _one_of("model.remat", model.remat, REMAT_POLICIES)
   if model.num_heads % model.num_kv_heads:
     raise ConfigError(
-      f"config.model.num_heads={model.num_heads} is no multiple of "
+      f"config.model.num_heads={model.num_heads} must be a multiple of "
       f"config.model.num_kv_heads={model.num_kv_heads}."
     )
   if model.num_kv_heads % model.head_groups:
     raise ConfigError(
-      f"config.model.num_kv_heads={model.num_kv_heads} is no multiple of "
+      f"config.model.num_kv_heads={model.num_kv_heads} must be a multiple of "
       f"config.model.head_groups={model.head_groups}."
     )
   if model.head_dim % 2:
-    raise ConfigError(f"config.model.head_dim={model.head_dim} must be even: RoPE turns pairs.")
+    raise ConfigError(f"config.model.head_dim={model.head_dim} must be even: RoPE rotates pairs.")
 
 
 def _check_optimizer(experiment: Experiment) -> None:
@@ -180,16 +202,16 @@ def _check_stage(where: str, stage: Stage, datasets: list[str]) -> None:
     _not_negative(f"{where}.end_learning_rate", stage.end_learning_rate)
   if not 0 <= stage.warmup_steps <= stage.steps:
     raise ConfigError(
-      f"config.{where}.warmup_steps={stage.warmup_steps} is not between 0 and steps={stage.steps}."
+      f"config.{where}.warmup_steps={stage.warmup_steps} must be between 0 and steps={stage.steps}."
     )
   if stage.tokens_per_batch % stage.sequence_length:
     raise ConfigError(
-      f"config.{where}.tokens_per_batch={stage.tokens_per_batch} is no multiple of "
+      f"config.{where}.tokens_per_batch={stage.tokens_per_batch} must be a multiple of "
       f"sequence_length={stage.sequence_length}."
     )
   if stage.rows_per_batch % stage.accumulation_steps:
     raise ConfigError(
-      f"config.{where}.accumulation_steps={stage.accumulation_steps} does not divide the "
+      f"config.{where}.accumulation_steps={stage.accumulation_steps} must divide the "
       f"{stage.rows_per_batch} rows of a batch (tokens_per_batch / sequence_length)."
     )
   if not stage.mixture:
@@ -198,29 +220,31 @@ def _check_stage(where: str, stage: Stage, datasets: list[str]) -> None:
     _one_of(f"{where}.mixture[{index}].dataset", entry.dataset, datasets)
     _not_negative(f"{where}.mixture[{index}].weight", entry.weight)
   if sum(entry.weight for entry in stage.mixture) <= 0:
-    raise ConfigError(f"config.{where}.mixture: all weights are 0.")
-  # A size of -1 is known once the devices are.
-  _check_sequence(
-    f"config.{where}", stage, {axis: max(n, 1) for axis, n in stage.mesh.axis_sizes().items()}
-  )
+    raise ConfigError(f"config.{where}.mixture: all weights are 0; make one positive.")
+  # The number of devices decides a size of -1, so it counts as 1 until then.
+  sizes = {axis: max(n, 1) for axis, n in stage.mesh.axis_sizes().items()}
+  _check_sequence(f"config.{where}", stage, sizes, ShardingRules())
 
 
-def _check_sequence(where: str, stage: Stage, sizes: dict[str, int]) -> None:
-  ring, ulysses, tensor = (sizes[axis] for axis in ("ring", "ulysses", "tensor"))
+def _check_sequence(
+  where: str, stage: Stage, sizes: Mapping[str, int], rules: ShardingRules
+) -> None:
+  ring = sizes[rules.ring]
   chunks = 2 * ring if stage.layout == "zigzag" and ring > 1 else ring
   if stage.sequence_length % chunks:
     raise ConfigError(
       f"{where}.sequence_length={stage.sequence_length} does not divide into the {chunks} chunks "
-      f"of mesh.ring={ring} with layout={stage.layout!r}."
+      f"of mesh.{rules.ring}={ring} with layout={stage.layout!r}: change one of them."
     )
-  if stage.sequence_length % (ring * ulysses * tensor):
+  axes = rules.residual or ()
+  if stage.sequence_length % _product(axes, sizes):
     raise ConfigError(
-      f"{where}.sequence_length={stage.sequence_length} does not divide over mesh ring x ulysses "
-      f"x tensor = {ring} x {ulysses} x {tensor}."
+      f"{where}.sequence_length={stage.sequence_length} does not divide over mesh "
+      f"{_by_axis(axes, sizes)}: change one of them."
     )
 
 
-def _one_of(setting: str, value: str, allowed) -> None:
+def _one_of(setting: str, value: str, allowed: Sequence[str]) -> None:
   if value not in allowed:
     choices = ", ".join(repr(name) for name in allowed) or "nothing: config.datasets is empty"
     raise ConfigError(f"config.{setting}={value!r} must be one of {choices}.")
@@ -230,7 +254,7 @@ def _unique(setting: str, names: list[str]) -> None:
   for name in names:
     if not name or names.count(name) > 1:
       raise ConfigError(
-        f"config.{setting}: each needs a name of its own, not {name!r} twice or empty."
+        f"config.{setting}: every entry needs its own name, but {name!r} is empty or used twice."
       )
 
 
@@ -246,4 +270,4 @@ def _positive(setting: str, value: float) -> None:
 
 def _not_negative(setting: str, value: float) -> None:
   if not (value >= 0 and math.isfinite(value)):
-    raise ConfigError(f"config.{setting}={value} must not be negative, and a finite number.")
+    raise ConfigError(f"config.{setting}={value} must be a finite number and not negative.")

@@ -140,7 +140,7 @@ def to_hugging_face(params: Params, config: ModelConfig) -> dict[str, np.ndarray
 def _shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
   """Of each of our weights, without the axis of layers: its shape, and torch's transposed."""
   M, F, D = config.width, config.feed_forward_width, config.head_dim
-  H, G, V = config.num_heads, config.num_kv_heads, config.vocab_size
+  H, G = config.num_heads, config.num_kv_heads
   plain = {
     "attention_norm.scale": (M,),
     "feed_forward_norm.scale": (M,),
@@ -148,7 +148,8 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, 
     "feed_forward.gate": (M, F),
     "feed_forward.up": (M, F),
     "feed_forward.down": (F, M),
-    "output": (M, V),
+    # A tied head is the embedding, transposed.
+    "output": config.table_shapes["embedding"][::-1],
   }
   return {name: (shape, shape) for name, shape in plain.items()} | {
     "attention.query": ((M, H, D), (M, H * D)),

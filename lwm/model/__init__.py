@@ -1,5 +1,6 @@
-"""The decoder."""
+"""The decoder and its loss."""
 
 from lwm.config.model import ModelConfig, RopeScaling
 from lwm.model.cache import Cache
-from lwm.model.model import LossSums, Model, Params, build
+from lwm.model.loss import LossSums, sums_by_modality
+from lwm.model.model import Model, Params, build

@@ -1,8 +1,8 @@
 """Grouped-query attention with rotary positions, over sharded tokens and heads.
 
-Every parameter has a leading axis of layers while it is stored; `lax.scan` removes it before the
-layer is called. Shapes: L layers, B batch, S sequence, M model width, H query heads,
-G key/value heads, h/g of them in one of N groups, D head_dim, P = D/2 pairs.
+Stored parameters have a leading axis of layers; `lax.scan` removes it before the layer is called.
+Shapes: L layers of a stretch, B batch, S sequence, M model width, H query heads, G key/value heads,
+h/g query and key/value heads of one of N groups, D head_dim, P = D/2 pairs.
 """
 
 import functools
@@ -13,40 +13,55 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels.attention import SAVED_NAMES
+from kernels.attention import SAVED_NAMES, KeyIntervals, windowed
 from kernels.neighbours import gather_tokens, scatter_tokens
 from kernels.varying import vary_alike
 from lwm.config.model import ModelConfig
 from lwm.model import rope
-from lwm.model.parameters import matrix
+from lwm.model.parameters import matrix, residual_std
 from lwm.parallel.sharding import LogicalAxes, ShardingRules
 
-# A remat policy that keeps what attention's backward pass would compute again.
+# A remat policy that keeps what the backward pass of attention would otherwise recompute.
 SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
 
-# (query [B, S, H, D], key, value [B, S, G, D]) -> (out [B, S, H, D], anything to carry out).
+# (query [B, S, H, D], key, value [B, S, G, D]) -> (out [B, S, H, D], what the caller carries on:
+# a cache, or None).
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+def attended(config: ModelConfig, intervals: KeyIntervals) -> KeyIntervals:
+  """The keys that the model attends to: each interval, cut to the model's sliding window."""
+  if config.sliding_window is None:
+    return intervals
+  return windowed(intervals, config.sliding_window)
 
 
 class Attention(nnx.Module):
   """Grouped-query attention (arXiv 2305.13245) with rotary positions."""
 
-  def __init__(self, config: ModelConfig, rules: ShardingRules, rngs: nnx.Rngs):
-    L, M, D = config.num_layers, config.width, config.head_dim
+  def __init__(self, config: ModelConfig, num_layers: int, rules: ShardingRules, rngs: nnx.Rngs):
+    L, M, D = num_layers, config.width, config.head_dim
     H, G, std = config.num_heads, config.num_kv_heads, config.initializer_std
     self.rules = rules
     declare = functools.partial(matrix, rngs, rules)
     self.query = declare((L, M, H, D), ("layers", "model", "heads", "head_dim"), std)
     self.key = declare((L, M, G, D), ("layers", "model", "kv_heads", "head_dim"), std)
     self.value = declare((L, M, G, D), ("layers", "model", "kv_heads", "head_dim"), std)
-    # Each block adds two results to the residual stream (GPT-2, section 2.3).
-    self.out = declare((L, H, D, M), ("layers", "heads", "head_dim", "model"), std / (2 * L) ** 0.5)
+    out_axes = ("layers", "heads", "head_dim", "model")
+    self.out = declare((L, H, D, M), out_axes, residual_std(config))
 
-  def __call__(self, x_BxSxM, cosine_BxSxP, sine_BxSxP, attend: Attend, head_groups: int = 1):
-    """Attention of the block's input, [B, S, M], and whatever `attend` carries.
+  def __call__(
+    self,
+    x_BxSxM: jax.Array,
+    cosine_BxSxP: jax.Array,
+    sine_BxSxP: jax.Array,
+    attend: Attend,
+    head_groups: int = 1,
+  ) -> tuple[jax.Array, Any]:
+    """Attention of the block's input, [B, S, M], and what `attend` carries on.
 
-    With several groups of heads, one after the other, queries, keys, values and their gradients
-    exist for one of them at a time; `attend` must then carry nothing.
+    With several head groups, processed in turn, the queries, keys, values and gradients of only one
+    group exist at a time; `attend` must then carry nothing on.
     """
     rules = self.rules
     weights = [
@@ -80,16 +95,16 @@ class Attention(nnx.Module):
     return [("model", heads, "head_dim") for heads in ("heads", "kv_heads", "kv_heads")]
 
   def _project(self, x_BxSxM, weights, index, head_groups: int):
-    """Query, key and value of all tokens for the heads of this device that are in a group."""
+    """Query, key and value of all tokens, for this device's heads in one group."""
     rules = self.rules
 
     def local(x_BxSxM, index, *weights):
       if rules.residual:
         x_BxSxM = gather_tokens(x_BxSxM, rules.tensor)
-      x_BxSxM, index, *weights = vary_alike(x_BxSxM, index, *weights)
+      x_BxSxM, index, *varying = vary_alike(x_BxSxM, index, *weights)
       return tuple(
         jnp.einsum("bsm,mhd->bshd", x_BxSxM, _group_of(weight_MxHxD, index, head_groups))
-        for weight_MxHxD in weights
+        for weight_MxHxD in varying
       )
 
     return jax.shard_map(
@@ -103,7 +118,7 @@ class Attention(nnx.Module):
     )(x_BxSxM, index, *weights)
 
   def _project_back(self, out_NxBxSxhxD: jax.Array) -> jax.Array:
-    """The sum over the heads of all groups, each device's part of the residual stream."""
+    """Sums over the heads of all groups; each device gets its part of the residual stream."""
     rules, axes = self.rules, ("heads", "head_dim", "model")
 
     def local(out_NxBxSxhxD, weight_HxDxM):

@@ -1,13 +1,21 @@
-"""One decoder block: attention and feed-forward around the residual stream.
+"""The kinds of decoder blocks: layers around the residual stream.
+
+A kind is an NNX module with the constructor and the call of `Block`. To add one, write its layers
+in a file of their own and enter it in KINDS; `ModelConfig.stretches` then names it.
 
 B batch, S sequence, M model width, P = D/2 pairs of a head.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import nnx
 
 from lwm.config.model import ModelConfig
+from lwm.model import extras as extras_lib
 from lwm.model.attention import Attend, Attention
+from lwm.model.extras import Extras
 from lwm.model.feed_forward import FeedForward
 from lwm.model.parameters import RMSNorm
 from lwm.parallel.sharding import ShardingRules
@@ -16,17 +24,33 @@ from lwm.parallel.sharding import ShardingRules
 class Block(nnx.Module):
   """Pre-norm attention and feed-forward, each added to the residual stream."""
 
-  def __init__(self, config: ModelConfig, rules: ShardingRules, rngs: nnx.Rngs):
-    stack = (config.num_layers,)
-    self.attention_norm = RMSNorm(config, stack)
-    self.attention = Attention(config, rules, rngs)
-    self.feed_forward_norm = RMSNorm(config, stack)
-    self.feed_forward = FeedForward(config, rules, rngs)
+  def __init__(self, config: ModelConfig, num_layers: int, rules: ShardingRules, rngs: nnx.Rngs):
+    """Declares the parameters of a stretch of `num_layers` blocks, stacked along the first axis."""
+    self.attention_norm = RMSNorm(config, (num_layers,))
+    self.attention = Attention(config, num_layers, rules, rngs)
+    self.feed_forward_norm = RMSNorm(config, (num_layers,))
+    self.feed_forward = FeedForward(config, num_layers, rules, rngs)
 
-  def __call__(self, x_BxSxM: jax.Array, cosine_BxSxP, sine_BxSxP, attend: Attend, head_groups=1):
-    """The residual stream after the block, [B, S, M], and whatever `attend` carries."""
+  def __call__(
+    self,
+    x_BxSxM: jax.Array,
+    cosine_BxSxP: jax.Array,
+    sine_BxSxP: jax.Array,
+    attend: Attend,
+    head_groups: int = 1,
+  ) -> tuple[jax.Array, Any, Extras]:
+    """One layer of the stretch; its parameters have no axis of layers here.
+
+    Returns:
+      The residual stream after the block, [B, S, M]; what `attend` carries on; and the extras.
+    """
     mixed_BxSxM, carried = self.attention(
       self.attention_norm(x_BxSxM), cosine_BxSxP, sine_BxSxP, attend, head_groups
     )
     x_BxSxM += mixed_BxSxM
-    return x_BxSxM + self.feed_forward(self.feed_forward_norm(x_BxSxM)), carried
+    x_BxSxM += self.feed_forward(self.feed_forward_norm(x_BxSxM))
+    return x_BxSxM, carried, extras_lib.nothing()
+
+
+# Kinds of layers by the name that `Stretch.kind` gives them.
+KINDS: dict[str, Callable[..., nnx.Module]] = {"dense": Block}

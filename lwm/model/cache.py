@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that a sampler has seen.
+"""Keys and values of the tokens that a sampler has processed.
 
 L layers, B batch, Q new tokens, K cached tokens, G key/value heads, D head_dim.
 """
@@ -12,15 +12,15 @@ from kernels.attention import KeyIntervals
 
 
 class Cache(NamedTuple):
-  """Keys, already turned to their positions, and values.
+  """Keys, already rotated to their positions, and values.
 
-  Rows shorter than others are padded on the left.
+  Shorter rows are padded on the left.
 
   Attributes:
     key_LxBxKxGxD: in the compute dtype; columns from `length` on are not yet written.
     value_LxBxKxGxD: likewise.
-    start_B: int32, the column of each row's first token; those before it are padding.
-    length: int32 scalar, columns written.
+    start_B: int32, the column of each row's first token; earlier columns are padding.
+    length: int32 scalar, the number of columns written.
   """
 
   key_LxBxKxGxD: jax.Array
@@ -31,7 +31,7 @@ class Cache(NamedTuple):
   def columns(self, num_tokens: int) -> jax.Array:
     """Columns of the next tokens, int32 [B, Q]."""
     column_Q = self.length + jnp.arange(num_tokens, dtype=jnp.int32)
-    # Added to zeros that are sharded as the rows are.
+    # The zeros carry the sharding of the rows.
     return jnp.zeros_like(self.start_B)[:, None] + column_Q[None]
 
   def positions(self, num_tokens: int) -> jax.Array:
@@ -39,10 +39,10 @@ class Cache(NamedTuple):
     return jnp.maximum(self.columns(num_tokens) - self.start_B[:, None], 0)
 
   def intervals(self, num_tokens: int) -> KeyIntervals:
-    """What each of the next tokens sees: its row up to itself."""
+    """The columns up to and including each of the next tokens, without padding."""
     stop_BxQ = self.columns(num_tokens) + 1
     return KeyIntervals(jnp.broadcast_to(self.start_B[:, None], stop_BxQ.shape), stop_BxQ)
 
   def advance(self, num_tokens: int) -> "Cache":
-    """The cache once all layers have written the next tokens."""
+    """The cache after all layers have written the next tokens."""
     return self._replace(length=self.length + num_tokens)

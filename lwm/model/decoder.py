@@ -1,10 +1,14 @@
 """A decoder of the Llama family (arXiv 2302.13971) as a Flax NNX module.
 
+Its layers come in stretches of one kind; each stretch is one `lax.scan` over stacked parameters.
+
 Shapes: L layers, B batch, S sequence, Q new tokens, K cached tokens, M model width, H query heads,
 G key/value heads, D head_dim, V vocabulary.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +21,19 @@ from kernels.ring import Layout
 from kernels.ulysses import ulysses_attention
 from kernels.varying import vary_alike
 from lwm.config.model import ModelConfig
-from lwm.model import rope
-from lwm.model.attention import SAVE_ATTENTION, Attend
-from lwm.model.block import Block
+from lwm.errors import ConfigError
+from lwm.model import extras as extras_lib, rope
+from lwm.model.attention import SAVE_ATTENTION, Attend, attended
+from lwm.model.block import KINDS
 from lwm.model.cache import Cache
+from lwm.model.extras import Extras
 from lwm.model.parameters import RMSNorm, matrix
 from lwm.parallel.sharding import ShardingRules
 
 _BLOCK_INPUT = "block_input"
 
 
-def _offload(*names: str):
+def _offload(*names: str) -> Callable[..., Any]:
   return jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
     names_which_can_be_offloaded=names,
@@ -36,7 +42,7 @@ def _offload(*names: str):
   )
 
 
-# What the backward pass finds again of a block; the rest is computed a second time.
+# What each remat policy keeps of a block for the backward pass; the rest is recomputed.
 _SAVED = {
   "none": jax.checkpoint_policies.everything_saveable,
   "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -50,66 +56,104 @@ _SAVED = {
 
 
 class Decoder(nnx.Module):
-  """Embedding, stacked blocks, final norm and head. Ids of text come before those of vision."""
+  """Embedding, stretches of stacked blocks, final norm and head; text ids precede vision ids."""
 
   def __init__(self, config: ModelConfig, rules: ShardingRules, rngs: nnx.Rngs):
-    V, M, std = config.vocab_size, config.width, config.initializer_std
+    """Declares the parameters.
+
+    Those of the first stretch are `blocks`, those of stretch i from 1 on `blocks_i`.
+
+    Raises:
+      ConfigError: a stretch names a kind that is not in KINDS.
+    """
+    tables, std = config.table_shapes, config.initializer_std
     self.config = config
     self.rules = rules
-    self.embedding = matrix(rngs, rules, (V, M), ("vocab", "model"), std)
-    self.blocks = Block(config, rules, rngs)
+    self.embedding = matrix(rngs, rules, tables["embedding"], ("vocab", "model"), std)
+    for index, stretch in enumerate(config.resolved_stretches):
+      if stretch.kind not in KINDS:
+        raise ConfigError(
+          f"config.model.stretches[{index}].kind={stretch.kind!r} must be one of "
+          f"{', '.join(repr(kind) for kind in KINDS)}."
+        )
+      setattr(self, _name(index), KINDS[stretch.kind](config, stretch.num_layers, rules, rngs))
     self.norm = RMSNorm(config, stack=())
-    if not config.tied_head:
-      self.output = matrix(rngs, rules, (M, V), ("model", "vocab"), std)
+    if "output" in tables:
+      self.output = matrix(rngs, rules, tables["output"], ("model", "vocab"), std)
 
-  def hidden(self, tokens_BxS, positions_BxS, intervals, rope_theta, layout) -> jax.Array:
-    """Hidden states after the final norm, [B, S, M] in the compute dtype."""
-    attend = _attend_over_mesh(self.rules, intervals, layout)
-    graph, stacked_layers = nnx.split(self.blocks)
+  def hidden(
+    self,
+    tokens_BxS: jax.Array,
+    positions_BxS: jax.Array,
+    intervals: KeyIntervals,
+    rope_theta: float | jax.Array,
+    layout: Layout,
+  ) -> tuple[jax.Array, Extras]:
+    """Hidden states after the final norm, [B, S, M] in the compute dtype, and the extras."""
+    attend = _attend_over_mesh(self.config, self.rules, intervals, layout)
     cosine, sine = self._rotations(positions_BxS, rope_theta)
+    x_BxSxM = self._embed(tokens_BxS)
+    reported = []
+    for blocks in self._stretches:
+      graph, stacked_layers = nnx.split(blocks)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False, policy=_SAVED[self.config.remat])
-    def block(x_BxSxM, layer):
-      x_BxSxM = checkpoint_name(x_BxSxM, _BLOCK_INPUT)
-      return nnx.merge(graph, layer)(x_BxSxM, cosine, sine, attend, self.config.head_groups)
+      @functools.partial(jax.checkpoint, prevent_cse=False, policy=_SAVED[self.config.remat])
+      def block(x_BxSxM, layer):
+        x_BxSxM = checkpoint_name(x_BxSxM, _BLOCK_INPUT)
+        x_BxSxM, _, extras = nnx.merge(graph, layer)(
+          x_BxSxM, cosine, sine, attend, self.config.head_groups
+        )
+        return x_BxSxM, extras
 
-    x_BxSxM, _ = jax.lax.scan(
-      block, self._embed(tokens_BxS), stacked_layers, unroll=_meets_over_gloo()
-    )
-    return self.norm(x_BxSxM)
+      x_BxSxM, extras = jax.lax.scan(block, x_BxSxM, stacked_layers, unroll=_meets_over_gloo())
+      reported.append(extras)
+    return self.norm(x_BxSxM), extras_lib.of_decoder(reported)
 
-  def decode(self, tokens_BxQ: jax.Array, cache: Cache, rope_theta) -> tuple[jax.Array, Cache]:
-    """Hidden states of the tokens that follow the cache's, [B, Q, M], and the cache with them."""
-    graph, stacked_layers = nnx.split(self.blocks)
-    cosine, sine = self._rotations(cache.positions(tokens_BxQ.shape[1]), rope_theta)
-
-    def block(carry, layer_and_index):
-      x_BxQxM, cache = carry
-      layer, index = layer_and_index
-      attend = functools.partial(_attend_to_cache, self.rules, cache, index)
-      return nnx.merge(graph, layer)(x_BxQxM, cosine, sine, attend), None
-
-    index_L = jnp.arange(self.config.num_layers)
+  def decode(
+    self, tokens_BxQ: jax.Array, cache: Cache, rope_theta: float | jax.Array
+  ) -> tuple[jax.Array, Cache]:
+    """Hidden states of tokens that follow the cached ones, [B, Q, M], and the extended cache."""
+    num_tokens = tokens_BxQ.shape[1]
+    cosine, sine = self._rotations(cache.positions(num_tokens), rope_theta)
+    intervals = attended(self.config, cache.intervals(num_tokens))
     carry = self._embed(tokens_BxQ), cache
-    (x_BxQxM, cache), _ = jax.lax.scan(block, carry, (stacked_layers, index_L))
-    return self.norm(x_BxQxM), cache.advance(tokens_BxQ.shape[1])
+    first_layer = 0
+    for blocks, stretch in zip(self._stretches, self.config.resolved_stretches):
+      graph, stacked_layers = nnx.split(blocks)
+
+      def block(carry, layer_and_index):
+        x_BxQxM, cache = carry
+        layer, index = layer_and_index
+        attend = _attend_to_cache(self.config, self.rules, intervals, cache, index)
+        x_BxQxM, cache, _ = nnx.merge(graph, layer)(x_BxQxM, cosine, sine, attend)
+        return (x_BxQxM, cache), None
+
+      index_L = jnp.arange(first_layer, first_layer + stretch.num_layers)
+      carry, _ = jax.lax.scan(block, carry, (stacked_layers, index_L))
+      first_layer += stretch.num_layers
+    x_BxQxM, cache = carry
+    return self.norm(x_BxQxM), cache.advance(num_tokens)
 
   def head(self, whole: bool = False) -> jax.Array:
-    """The output projection, float32 [M, V], whole along M: transposed embedding if tied.
+    """The output projection, float32 [M, V], whole along M: the transposed embedding if tied.
 
     Args:
-      whole: along V as well, for tokens that are divided over `tensor`.
+      whole: the projection is whole along V too, for tokens that are divided over `tensor`.
     """
     if self.config.tied_head:
       return self._embedding(whole).T
     return self.rules.gather(self.output[...], jnp.float32, "model", "vocab", whole=whole)
+
+  @property
+  def _stretches(self) -> list[nnx.Module]:
+    return [getattr(self, _name(index)) for index in range(len(self.config.resolved_stretches))]
 
   def _embedding(self, whole: bool) -> jax.Array:
     return self.rules.gather(self.embedding[...], jnp.float32, "vocab", "model", whole=whole)
 
   def _embed(self, tokens_BxS: jax.Array) -> jax.Array:
     rules = self.rules
-    # The table comes to the tokens: where contexts are long it is the smaller of the two.
+    # With divided sequences the table is gathered, because it is smaller than long contexts.
     whole = rules.residual is not None
 
     def local(table_VxM, tokens_BxS):
@@ -127,72 +171,96 @@ class Decoder(nnx.Module):
     )(self._embedding(whole), jax.reshard(tokens_BxS, rules.spec("batch", "residual")))
     return x_BxSxM.astype(self.config.compute_dtype)
 
-  def _rotations(self, positions_BxS, rope_theta):
+  def _rotations(
+    self, positions_BxS: jax.Array, rope_theta: float | jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
     frequency_P = rope.frequencies(self.config.head_dim, rope_theta, self.config.rope_scaling)
     return rope.rotations(positions_BxS, frequency_P)
 
 
-def _meets_over_gloo() -> bool:
-  """Whether devices are CPUs of several processes.
+def _name(stretch: int) -> str:
+  """The attribute that holds a stretch, which names its parameters in checkpoints."""
+  return f"blocks_{stretch}" if stretch else "blocks"
 
-  XLA lets what a loop over layers gathers run beside what is gathered outside of it, and gloo takes
-  the one for the other; without a loop they keep their order.
+
+def _meets_over_gloo() -> bool:
+  """Whether the devices are CPUs of several processes.
+
+  XLA may run a gather inside a loop over layers at the same time as a gather outside of it, and
+  gloo confuses the two. Without a loop they stay in order.
   """
   platform = jax.sharding.get_abstract_mesh().abstract_device.platform
   return platform == "cpu" and jax.process_count() > 1
 
 
-def _attend_over_mesh(rules: ShardingRules, intervals: KeyIntervals, layout: Layout) -> Attend:
-  rows = rules.spec("batch", "sequence")
+def _attend_over_mesh(
+  config: ModelConfig, rules: ShardingRules, intervals: KeyIntervals, layout: Layout
+) -> Attend:
+  intervals = attended(config, intervals)
   query_spec = rules.spec("batch", "sequence", "heads", "head_dim")
   key_spec = rules.spec("batch", "sequence", "kv_heads", "head_dim")
-  ring_axis, ulysses_axis = rules.sequence
+
+  def local(query, key, value, intervals):
+    out, _ = ulysses_attention(
+      query,
+      key,
+      value,
+      intervals,
+      layout=layout,
+      ring_axis=rules.ring,
+      ulysses_axis=rules.ulysses,
+      soft_cap=config.attention_soft_cap,
+    )
+    return out
+
   attend = jax.shard_map(
-    lambda *arguments: ulysses_attention(
-      *arguments, layout=layout, ring_axis=ring_axis, ulysses_axis=ulysses_axis
-    )[0],
-    in_specs=(query_spec, key_spec, key_spec, KeyIntervals(rows, rows)),
+    local,
+    in_specs=(query_spec, key_spec, key_spec, rules.spec("batch", "sequence")),
     out_specs=query_spec,
   )
   return lambda query, key, value: (attend(query, key, value, intervals), None)
 
 
-def _attend_to_cache(rules: ShardingRules, cache: Cache, layer: jax.Array, query, key, value):
-  """Writes the new keys and values where they belong, each device its part, and attends to all."""
-  rows = rules.spec("batch", None)
+def _attend_to_cache(
+  config: ModelConfig, rules: ShardingRules, intervals: KeyIntervals, cache: Cache, layer: jax.Array
+) -> Attend:
+  """Writes new keys and values to the devices that hold their positions, and attends to all."""
   query_spec = rules.spec("batch", None, "heads", "head_dim")
   key_spec = rules.spec("batch", None, "kv_heads", "head_dim")
   cache_spec = rules.spec("layers", "batch", "cache", "kv_heads", "head_dim")
 
-  def local(query, key, value, keys, values, intervals, layer, length):
-    keys = decode.write(keys, key, layer, length, rules.cache)
-    values = decode.write(values, value, layer, length, rules.cache)
-    out, _ = decode.decode_attention(
-      query, keys, values, intervals, layer=layer, axis_names=rules.cache
-    )
-    return out, keys, values
-
-  out, keys, values = jax.shard_map(
-    local,
+  @functools.partial(
+    jax.shard_map,
     in_specs=(
       query_spec,
       key_spec,
       key_spec,
       cache_spec,
       cache_spec,
-      KeyIntervals(rows, rows),
+      rules.spec("batch", None),
       rules.spec(),
       rules.spec(),
     ),
     out_specs=(query_spec, cache_spec, cache_spec),
-  )(
-    query,
-    key,
-    value,
-    cache.key_LxBxKxGxD,
-    cache.value_LxBxKxGxD,
-    cache.intervals(query.shape[1]),
-    layer,
-    cache.length,
   )
-  return out, cache._replace(key_LxBxKxGxD=keys, value_LxBxKxGxD=values)
+  def local(query, key, value, keys, values, intervals, layer, length):
+    keys = decode.write(keys, key, layer, length, rules.cache)
+    values = decode.write(values, value, layer, length, rules.cache)
+    out, _ = decode.decode_attention(
+      query,
+      keys,
+      values,
+      intervals,
+      layer=layer,
+      axis_names=rules.cache,
+      soft_cap=config.attention_soft_cap,
+    )
+    return out, keys, values
+
+  def attend(query, key, value):
+    out, keys, values = local(
+      query, key, value, cache.key_LxBxKxGxD, cache.value_LxBxKxGxD, intervals, layer, cache.length
+    )
+    return out, cache._replace(key_LxBxKxGxD=keys, value_LxBxKxGxD=values)
+
+  return attend

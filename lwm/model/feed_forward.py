@@ -1,8 +1,7 @@
 """The feed-forward layer of a block.
 
-Every parameter has a leading axis of layers while it is stored; `lax.scan` removes it before the
-layer is called. Shapes: L layers, B batch, S sequence, M model width, F feed-forward
-width.
+Stored parameters have a leading axis of layers; `lax.scan` removes it before the layer is called.
+Shapes: L layers of a stretch, B batch, S sequence, M model width, F feed-forward width.
 """
 
 import functools
@@ -12,28 +11,25 @@ from flax import nnx
 
 from kernels.feed_forward import feed_forward
 from lwm.config.model import ModelConfig
-from lwm.model.parameters import matrix
+from lwm.model.parameters import matrix, residual_std
 from lwm.parallel.sharding import ShardingRules
 
 
 class FeedForward(nnx.Module):
   """SwiGLU (arXiv 2002.05202)."""
 
-  def __init__(self, config: ModelConfig, rules: ShardingRules, rngs: nnx.Rngs):
-    L, M, F, std = (
-      config.num_layers,
-      config.width,
-      config.feed_forward_width,
-      config.initializer_std,
-    )
+  def __init__(self, config: ModelConfig, num_layers: int, rules: ShardingRules, rngs: nnx.Rngs):
+    L, M, F = num_layers, config.width, config.feed_forward_width
+    std = config.initializer_std
     self.rules = rules
     self.chunk = config.feed_forward_chunk
     declare = functools.partial(matrix, rngs, rules)
     self.gate = declare((L, M, F), ("layers", "model", "feed_forward"), std)
     self.up = declare((L, M, F), ("layers", "model", "feed_forward"), std)
-    self.down = declare((L, F, M), ("layers", "feed_forward", "model"), std / (2 * L) ** 0.5)
+    self.down = declare((L, F, M), ("layers", "feed_forward", "model"), residual_std(config))
 
   def __call__(self, x_BxSxM: jax.Array) -> jax.Array:
+    """The feed-forward of each token, [B, S, M]; the caller adds it to the residual stream."""
     wide, narrow = ("model", "feed_forward"), ("feed_forward", "model")
     spec = self.rules.spec("batch", "residual", None)
     run = jax.shard_map(

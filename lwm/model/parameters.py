@@ -1,6 +1,6 @@
 """How parameters are declared, and the norm.
 
-B batch, S sequence, M model width.
+B batch, S sequence, M model width, L layers of a stretch.
 """
 
 import jax
@@ -15,6 +15,7 @@ class RMSNorm(nnx.Module):
   """Root-mean-square normalisation (arXiv 1910.07467), computed in float32."""
 
   def __init__(self, config: ModelConfig, stack: tuple[int, ...]):
+    """Declares scales [M], or [L, M] if `stack` is (L,)."""
     self.epsilon = config.norm_epsilon
     axes = ("layers",) * len(stack) + (None,)
     self.scale = nnx.Param(jnp.ones((*stack, config.width)), logical_axes=axes)
@@ -33,8 +34,24 @@ def matrix(
   logical_axes: LogicalAxes,
   standard_deviation: float,
 ) -> nnx.Param:
-  """A float32 parameter drawn from a normal distribution, each device drawing its own shard."""
+  """A float32 parameter from a normal distribution; each device draws only its own shard.
+
+  Args:
+    rngs: its `params` stream gives one key per parameter, in the order of declaration.
+    rules: which mesh axes carry the dimensions.
+    shape: of the parameter, with the leading axis of layers if it has one.
+    logical_axes: the name of each dimension, a field of `rules`.
+    standard_deviation: of the distribution.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   spec = None if mesh.empty else rules.spec(*logical_axes)
   value = jax.random.normal(rngs.params(), shape, out_sharding=spec)
   return nnx.Param(standard_deviation * value, logical_axes=logical_axes)
+
+
+def residual_std(config: ModelConfig) -> float:
+  """Standard deviation of the weights whose results are added to the residual stream.
+
+  Each block adds two results, so the stream keeps its scale over the layers (GPT-2, section 2.3).
+  """
+  return config.initializer_std / (2 * config.num_layers) ** 0.5

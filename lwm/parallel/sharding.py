@@ -1,18 +1,22 @@
-"""The mesh axes, and which of them carries which dimension. Nothing else names an axis.
+"""The mesh axes, and which of them carries which dimension. No other file names a mesh axis.
 
 Parameters and activations name their dimensions by logical axes ("model", "heads", "sequence");
 `ShardingRules` maps those to mesh axes. All mesh axes are explicit: JAX keeps the sharding in the
 type of every array and refuses to guess.
+
+To add a mesh axis, add a field to `MeshConfig`, in the order of the mesh, and name it in the rules
+of the dimensions that it carries.
 """
 
 import dataclasses
 import functools
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from lwm.errors import ConfigError
 
@@ -21,37 +25,43 @@ LogicalAxes = tuple[str | None, ...]
 
 @dataclasses.dataclass
 class MeshConfig:
-  """Devices along each mesh axis; one axis may be -1: all that remain."""
+  """Devices along each mesh axis; one axis may be -1: all remaining devices."""
 
   data: int = 1
   fsdp: int = -1
   ring: int = 1
-  # Inside a ring: neighbours that exchange heads for tokens; sequences divide over ring x ulysses.
+  # Neighbours inside a ring shard that exchange heads for tokens: sequences are divided over
+  # ring x ulysses.
   ulysses: int = 1
   tensor: int = 1
 
   def axis_sizes(self) -> dict[str, int]:
+    """Sizes by axis, in the order of the mesh, as configured."""
     return dataclasses.asdict(self)
 
   def resolve(self, num_devices: int) -> dict[str, int]:
-    """Axis sizes with -1 filled in. Raises ConfigError if they do not use `num_devices` exactly."""
+    """Sizes by axis, with -1 filled in.
+
+    Raises:
+      ConfigError: the sizes are wrong or do not use exactly `num_devices` devices.
+    """
     sizes = self.axis_sizes()
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     text = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-      raise ConfigError(f"mesh ({text}): sizes must be at least 1, and one axis at most may be -1.")
+      raise ConfigError(f"mesh ({text}): sizes must be at least 1, and at most one axis may be -1.")
     if num_devices % fixed or (not free and fixed != num_devices):
       raise ConfigError(
-        f"mesh ({text}) does not divide the {num_devices} devices here: its fixed axes multiply "
-        f"to {fixed}. Change config.stages[i].mesh or the number of devices."
+        f"mesh ({text}) does not divide the {num_devices} devices here, because its fixed axes "
+        f"multiply to {fixed}: change config.stages[i].mesh or the number of devices."
       )
     if free:
       sizes[free[0]] = num_devices // fixed
     return sizes
 
 
-# The mesh axes, in the order of the mesh: devices that differ in the last one only are neighbours.
+# The mesh axes, in the order of the mesh: devices that differ only in the last one are neighbours.
 AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
 
 
@@ -59,16 +69,17 @@ AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
 class ShardingRules:
   """The mesh axes of each logical axis; None means replicated.
 
-  `model` is the width of the model in a parameter, which is stored in shards and gathered for use.
-  The width of an activation has no logical axis: it is never sharded.
+  `model` is the width of the model in a parameter: parameters are stored in shards of it and
+  gathered for use. The width of an activation has no logical axis, because it is never sharded.
 
   Attributes:
     model: axes over which parameters are stored in shards.
     batch: axes over which the rows of a batch are divided.
-    sequence: the ring and, inside it, the group of neighbours that exchange heads for tokens
-      (kernels/ulysses). None keeps sequences whole.
+    sequence: (ring, ulysses), the axes over which sequences are divided: the ring and, inside it,
+      the neighbours that exchange heads for tokens (kernels/ulysses). None keeps sequences whole.
     tensor: the axis over which heads, feed-forward widths and vocabularies are divided.
     cache: axes over which the positions of a sampler's key/value cache are divided.
+    slices: the only axis that may cross from one TPU slice to the next, over the slower network.
   """
 
   model: tuple[str, ...] = ("fsdp", "ring", "ulysses")
@@ -76,7 +87,6 @@ class ShardingRules:
   sequence: tuple[str, str] | None = ("ring", "ulysses")
   tensor: str = "tensor"
   cache: tuple[str, ...] = ()
-  # Crosses from one TPU slice to the next: what it sums once a step goes over the slower network.
   slices: str = "data"
 
   # Logical axes that are never sharded.
@@ -85,11 +95,13 @@ class ShardingRules:
 
   @property
   def ring(self) -> str:
+    """The axis of the ring, if sequences are divided."""
     assert self.sequence is not None
     return self.sequence[0]
 
   @property
   def ulysses(self) -> str:
+    """The axis along which heads are exchanged for tokens, if sequences are divided."""
     assert self.sequence is not None
     return self.sequence[1]
 
@@ -111,10 +123,11 @@ class ShardingRules:
 
   @property
   def residual(self) -> tuple[str, ...] | None:
-    """The sequence of the residual stream, between the parts of a block.
+    """The axes of the sequence of the residual stream, between the layers of a block.
 
-    Divided over `tensor` too (Megatron's sequence parallelism, arXiv 2205.05198), where attention
-    and feed-forward divide their heads and widths. None where the sequence is whole.
+    The residual stream is divided over `tensor` too (Megatron's sequence parallelism, arXiv
+    2205.05198), over which attention and feed-forward divide their heads and widths. None if
+    sequences are whole.
     """
     return self.sequence and (*self.sequence, self.tensor)
 
@@ -124,38 +137,38 @@ class ShardingRules:
     return (*self.batch, *(self.sequence or ()))
 
   def spec(self, *logical_axes: str | None) -> PartitionSpec:
-    """The partition of an array whose dimensions are these."""
+    """The partition of an array with these dimensions."""
     return PartitionSpec(*(axis and getattr(self, axis) for axis in logical_axes))
 
   def gathered(self, *logical_axes: str | None, whole: bool = False) -> PartitionSpec:
     """The partition of a parameter in use: whole along `model`, still sharded over `tensor`.
 
-    `reduced`: every shard of the tokens uses the same copy, and the copy's gradient is a sum over
-    them that has not been taken yet.
+    The axes of the tokens are `reduced`: all shards of the tokens use the same copy, and its
+    gradient is a sum over them that has not been taken yet.
 
     Args:
-      *logical_axes: of the parameter.
-      whole: not sharded over `tensor` either, and used by tokens that are.
+      *logical_axes: the dimensions of the parameter.
+      whole: whether the parameter is whole along `tensor` too, for tokens that are divided over it.
     """
     axes = (None if whole or axis == "model" else axis for axis in logical_axes)
     shared = {*self.token_axes, *((self.tensor,) if whole else ())}
-    # jax 0.11.2 fails to lower a shard_map with untaken sums on a mesh of one device.
+    # jax 0.11.2 cannot lower a shard_map with sums not yet taken on a mesh of one device.
     alone = jax.sharding.get_abstract_mesh().size == 1
     return PartitionSpec(*self.spec(*axes), reduced=set() if alone else shared)
 
   def gather(
-    self, weight: jax.Array, dtype: str, *logical_axes: str | None, whole: bool = False
+    self, weight: jax.Array, dtype: DTypeLike, *logical_axes: str | None, whole: bool = False
   ) -> jax.Array:
-    """A float32 parameter made ready for use: cast, and then gathered, see `gathered`.
+    """Casts a float32 parameter and gathers it for use, see `gathered`.
 
-    Said in the program, since XLA might otherwise gather the activations instead. The gradient is
-    reduce-scattered over the axes that were gathered and summed over the other ones of the tokens,
-    in float32 whatever `dtype` is.
+    The program states this explicitly, because XLA might otherwise gather the activations instead.
+    The gradient is reduce-scattered over the gathered axes and summed over the other axes of the
+    tokens, in float32 for every `dtype`.
     """
     return _gather(weight, jnp.dtype(dtype), self, logical_axes, whole)
 
-  def tree_shardings(self, logical_axes, mesh: Mesh):
-    """NamedShardings of a tree whose leaves are tuples of logical axes."""
+  def tree_shardings(self, logical_axes: Any, mesh: Mesh) -> Any:
+    """Maps a tree whose leaves are tuples of logical axes to a tree of NamedShardings."""
     return jax.tree.map(
       lambda axes: NamedSharding(mesh, self.spec(*axes)),
       logical_axes,
@@ -177,7 +190,7 @@ def _gather_backward(dtype, rules, logical_axes, whole, _, gradient):
   if not gathered.reduced:
     return (jax.reshard(gradient.astype(jnp.float32), spec),)
 
-  # The transpose of `reshard` would be an all-reduce, twice the traffic, in `dtype`.
+  # The transpose of `reshard` would be an all-reduce in `dtype`, with twice the traffic.
   scattered = {"model": rules.model, **({"vocab": rules.vocab} if whole else {})}
   summed = tuple(axis for axis in rules.token_axes if axis not in rules.model)
 

@@ -1,10 +1,10 @@
-"""Adam's moments in fewer bytes: bfloat16, or eight bits and a scale for each row.
+"""Adam's moments in fewer bytes: bfloat16, or eight bits and a scale per row.
 
-Eight bits follow 8-bit optimizers (arXiv 2110.02861) in that a number is a code times the largest
-of its neighbours, here those along its last axis. First moments are linear codes. Second moments
-are codes of their logarithm: in linear ones the small would become 0, and their updates without
-bound. They are rounded up or down at random, in proportion: a second moment moves by less than a
-code in most steps, and rounding to nearest would leave it where it is.
+The eight-bit format follows 8-bit optimizers (arXiv 2110.02861): a number is a code times the
+largest magnitude among its neighbours, here those along the last axis. First moments have linear
+codes. Second moments have codes of their logarithm, because linear codes would round small ones to
+0 and make their updates unbounded. Second moments are rounded up or down at random, in proportion:
+most steps move them by less than one code, and rounding to nearest would never change them.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Codes of second moments in a factor of two; 255 codes reach down to 2^-32 of the row's largest.
+# Codes of second moments per factor of two; 255 codes reach down to 2^-32 of the row's largest.
 _CODES_PER_OCTAVE = 8
 _TOP_CODE = 255
 
@@ -35,7 +35,7 @@ def scale_by_adam(
 ) -> optax.GradientTransformation:
   """`optax.scale_by_adam` with moments in `dtype`, one of `experiment.MOMENT_DTYPES`.
 
-  They are computed in float32 and rounded once a step.
+  They are computed in float32 and rounded once per step.
   """
   adam = optax.scale_by_adam(beta1, beta2, epsilon)
   if dtype == "float32":
@@ -59,7 +59,9 @@ def _encode(state: optax.ScaleByAdamState, dtype: str) -> optax.ScaleByAdamState
   key = jax.random.fold_in(jax.random.key(0), state.count)
   leaves, structure = jax.tree.flatten(state.nu)
   nu = [encode_second(leaf, jax.random.fold_in(key, n)) for n, leaf in enumerate(leaves)]
-  return state._replace(mu=jax.tree.map(encode_first, state.mu), nu=structure.unflatten(nu))
+  return state._replace(
+    mu=jax.tree.map(encode_first, state.mu), nu=jax.tree.unflatten(structure, nu)
+  )
 
 
 def _decode(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
@@ -74,20 +76,21 @@ def _decode(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
 
 
 def encode_first(moment: jax.Array) -> Coded:
-  """A float32 array in int8 codes; no element is off by more than 1/254 of its row's largest."""
+  """A float32 array in int8 codes; errors are at most 1/254 of the largest element of the row."""
   scale = jnp.max(jnp.abs(moment), axis=-1, keepdims=True)
   code = jnp.round(moment * (127 / jnp.where(scale > 0, scale, 1)))
   return Coded(code.astype(jnp.int8), scale)
 
 
 def decode_first(coded: Coded) -> jax.Array:
+  """The float32 array of first moments that the codes stand for."""
   return coded.code.astype(jnp.float32) * (coded.scale / 127)
 
 
 def encode_second(moment: jax.Array, key: jax.Array) -> Coded:
-  """A float32 array >= 0 in codes of its logarithm, off by less than a factor of 2^(1/8).
+  """A float32 array >= 0 in codes of its logarithm; the error is less than a factor of 2^(1/8).
 
-  What is less than 2^-31.9 of its row's largest becomes that.
+  Elements below 2^-31.9 of their row's largest are raised to that.
   """
   scale = jnp.max(moment, axis=-1, keepdims=True)
   octaves = jnp.log2(moment / jnp.where(scale > 0, scale, 1))
@@ -97,5 +100,6 @@ def encode_second(moment: jax.Array, key: jax.Array) -> Coded:
 
 
 def decode_second(coded: Coded) -> jax.Array:
+  """The float32 array of second moments that the codes stand for."""
   octaves = (coded.code.astype(jnp.float32) - _TOP_CODE) / _CODES_PER_OCTAVE
   return coded.scale * jnp.exp2(octaves)

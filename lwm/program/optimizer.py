@@ -13,10 +13,10 @@ from lwm.program.moments import scale_by_adam
 
 
 def learning_rate(optimizer: OptimizerConfig, stage: Stage) -> Callable[[jax.Array], jax.Array]:
-  """The stage's schedule: from the number of updates done, int32, to a learning rate, float32.
+  """The stage's schedule: maps the number of updates done, int32, to a learning rate, float32.
 
-  The n-th update of a stage (n from 1) takes n / warmup_steps of the peak during the warm-up. After
-  it `constant` stays at the peak, and `cosine` falls to the end rate, reached at the last step.
+  During the warm-up, update n of a stage (n from 1) uses n / warmup_steps of the peak. After the
+  warm-up, `constant` stays at the peak, and `cosine` falls to the end rate at the last step.
   """
   schedule = optimizer.schedule if stage.schedule is None else stage.schedule
   peak = optimizer.peak_learning_rate
@@ -42,14 +42,14 @@ def adamw(
 ) -> optax.GradientTransformationExtraArgs:
   """The stage's optimizer.
 
-  Its `update` takes `applied`, a bool scalar: if false the state stays as it was, and what the
-  updates are does not matter.
+  Its `update` takes `applied`, a bool scalar: if it is false, the state does not change and the
+  caller must not use the updates.
 
   Args:
     optimizer: moments, decay and clipping.
-    stage: whose schedule to follow; it counts the stage's own updates from 0.
-    logical_axes: the parameters' logical axis names, a tuple of names for each: weights are
-      decayed, norm scales, which have one axis beside that of the stacked layers, are not.
+    stage: the stage whose schedule to follow; the schedule counts the stage's own updates from 0.
+    logical_axes: a tuple of logical axis names per parameter. Parameters with at least two axes in
+      addition to the axis of layers are decayed; norm scales have one and are not.
   """
   decayed = jax.tree.map(
     lambda axes: sum(axis != "layers" for axis in axes) > 1,
@@ -72,9 +72,10 @@ def adamw(
 def kept_unless_applied(
   optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-  """The same, its state as it was where `applied` is false.
+  """The same optimizer, except that its state does not change where `applied` is false.
 
-  Elementwise, like the update that it joins: it needs no memory, and works in donated buffers.
+  The choice is elementwise, like the update itself: it needs no memory and works in donated
+  buffers.
   """
 
   def update(gradients, state, params=None, *, applied=True, **unused):
@@ -88,7 +89,7 @@ def kept_unless_applied(
 def in_host_memory(
   optimizer: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-  """The same, its state's arrays in the host's memory but for the time of an update."""
+  """The same optimizer; its state's arrays are in host memory except during an update."""
 
   def move(state, space):
     return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, state)

@@ -1,7 +1,7 @@
 """A stage as programs: its mesh, its shardings and its compiled steps.
 
-Nothing here touches data or files, and devices may be those of an ahead-of-time topology: a planner
-compiles what a run would.
+Nothing here touches data or files. The devices may belong to an ahead-of-time topology, so that a
+planner compiles exactly what a run would.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from lwm.config.validate import check_model_fits_mesh
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import ShardingRules
 from lwm.program import optimizer as optimizer_lib, state as state_lib, step as step_lib
+from lwm.program.objective import Objective
 from lwm.program.state import TrainState
 
 
@@ -27,8 +28,8 @@ from lwm.program.state import TrainState
 class StageProgram:
   """What a stage runs, under `jax.set_mesh(program.mesh)`.
 
-  `train_step(state, batch) -> (state, metrics)`, its state donated, and
-  `evaluation_step(params, batch) -> (nll sums [2], targets [2])` are jitted: see
+  `train_step(state, batch, loss_limit) -> (state, metrics)`, which donates its state, and
+  `evaluation_step(params, batch) -> (nll sums [2], weights [2])` are jitted; see
   lwm/program/step.py.
   """
 
@@ -42,12 +43,12 @@ class StageProgram:
   evaluation_step: Any
 
   def initial_params(self, seed: int) -> Any:
-    """Random parameters, each made where it lives."""
+    """Random parameters, each shard made on its own device."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state.params)
     return jax.jit(self.model.init, out_shardings=shardings)(jax.random.key(seed))
 
   def place_params(self, params: Any) -> Any:
-    """The parameters of another stage's mesh, on this one; the others are given up."""
+    """Moves the parameters of another stage to this mesh; donates the given ones."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state.params)
     return jax.device_put(params, shardings, donate=True)
 
@@ -56,7 +57,7 @@ class StageProgram:
     return state_lib.fresh_state(params, self.optimizer, self.state)
 
   def abstract_batch(self, rows: int, sequence_length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the steps are compiled for."""
+    """Shapes, dtypes and shardings of the batches that the steps are compiled for."""
     return {
       name: jax.ShapeDtypeStruct((rows, sequence_length), dtype, sharding=self.batch_sharding)
       for name, dtype in FIELDS.items()
@@ -71,15 +72,16 @@ def build_program(
   Args:
     experiment: validated.
     stage: one of its stages.
-    devices: all of the run's devices unless given.
+    devices: default: all devices of the run.
 
   Raises:
-    ConfigError: the mesh does not use the devices, or the model does not divide over the mesh.
+    ConfigError: the mesh does not use the devices, the model does not divide over the mesh, or one
+      of its stretches names a kind of layers that does not exist.
   """
   mesh = make_mesh(stage.mesh, devices)
   rules = ShardingRules()
   check_model_fits_mesh(experiment.model, mesh.shape, rules)
-  model = model_lib.build(experiment.model)
+  model = model_lib.build(experiment.model, rules)
   layout = Layout(stage.layout, mesh.shape[rules.ring])
   abstract_params = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -90,23 +92,19 @@ def build_program(
   replicated = NamedSharding(mesh, rules.spec())
   state = state_lib.abstract_state(abstract_params, optimizer, mesh, experiment.optimizer.offload)
 
-  losses = functools.partial(
-    model.losses, rope_theta=stage.rope_theta, layout=layout, loss=experiment.loss
-  )
+  objective = Objective(model, experiment.loss, stage.rope_theta, layout, stage.accumulation_steps)
   train_step = jax.jit(
     functools.partial(
       step_lib.train_step,
-      losses=losses,
-      loss=experiment.loss,
+      objective=objective,
       optimizer=optimizer,
       learning_rate=optimizer_lib.learning_rate(experiment.optimizer, stage),
-      accumulation_steps=stage.accumulation_steps,
     ),
     out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated),
     donate_argnums=0,
   )
   evaluation_step = jax.jit(
-    functools.partial(step_lib.evaluation_step, losses=losses), out_shardings=replicated
+    functools.partial(step_lib.evaluation_step, objective=objective), out_shardings=replicated
   )
   return StageProgram(
     model=model,

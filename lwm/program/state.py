@@ -1,8 +1,8 @@
 """What a step changes: parameters, the optimizer's moments, and the step count.
 
-Everything is born where it lives: arrays are made by jitted functions with the final shardings, so
-no device ever holds more than its shard. A stage starts from the parameters of the one before, with
-fresh moments, a count from 0 and its own warm-up: LWM, too, loads parameters only between stages.
+Jitted functions make all arrays with their final shardings, so that no device ever holds more than
+its shard. A stage starts from the parameters of the stage before it, with fresh moments, a count
+from 0 and its own warm-up. LWM also loads only parameters between stages.
 """
 
 from typing import Any, NamedTuple
@@ -14,11 +14,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 class TrainState(NamedTuple):
-  """Parameters (float32), the optimizer's state, and the stage's steps done (int32 scalar)."""
+  """Parameters (float32), the optimizer's state, and the stage's steps done (int32 scalar).
+
+  The leaves are arrays, or ShapeDtypeStructs of an abstract state.
+  """
 
   params: Any
   optimizer_state: Any
-  step: jax.Array
+  step: Any
 
 
 def abstract_state(
@@ -31,9 +34,9 @@ def abstract_state(
 
   Args:
     abstract_params: the parameters' ShapeDtypeStructs with their shardings.
-    optimizer: its moments are sharded as their parameters are.
-    mesh: of those shardings.
-    offload: the moments are kept in the host's memory.
+    optimizer: its moments are sharded like their parameters.
+    mesh: the mesh of those shardings.
+    offload: whether the moments are kept in host memory.
   """
   host = "pinned_host" if offload else None
 
@@ -53,7 +56,7 @@ def abstract_state(
 def fresh_state(
   params: Any, optimizer: optax.GradientTransformation, abstract: TrainState
 ) -> TrainState:
-  """The state at step 0 around `params`, which must already be sharded as `abstract` says."""
+  """The state at step 0 with `params`, which must already have the shardings of `abstract`."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   moments, step = jax.jit(
     lambda params: (optimizer.init(params), jnp.zeros((), jnp.int32)),

@@ -8,7 +8,7 @@ import pytest
 
 from configs import laptop, lwm_text_7b, lwm_vision_7b, models
 from lwm.config import experiment as experiment_lib
-from lwm.config.model import ModelConfig
+from lwm.config.model import ModelConfig, Stretch
 from lwm.config.validate import check_devices, validate
 from lwm.errors import ConfigError
 
@@ -79,6 +79,10 @@ def _experiment(**changes):
     ({"model__num_kv_heads": 3}, ["num_heads=4", "num_kv_heads=3"]),
     ({"model__remat": "some"}, ["remat='some'", "'full'"]),
     ({"model__head_dim": 7}, ["head_dim=7"]),
+    ({"model__stretches": [Stretch("dense", 3)]}, ["stretches", "3 layers", "num_layers=4"]),
+    ({"model__stretches": [Stretch("dense", 4), Stretch("dense", 0)]}, ["stretches[1]", "=0"]),
+    ({"model__sliding_window": 0}, ["sliding_window=0"]),
+    ({"model__attention_soft_cap": 0.0}, ["attention_soft_cap=0.0"]),
     ({"stages__0__mixture__0__dataset": "txt"}, ["stages[0].mixture[0]", "'text'"]),
     ({"stages__1__tokens_per_batch": 1500}, ["stages[1]", "1500", "1024"]),
     ({"stages__1__layout": "striped"}, ["'striped'", "'zigzag'"]),

@@ -1,15 +1,16 @@
 """A tiny model, packed batches for it, and its losses and gradients on any mesh."""
 
 import dataclasses
-import functools
 import math
 import types
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from kernels.ring import Layout
+from lwm.config.batch import FIELDS
 from lwm.config.experiment import LossConfig
 from lwm.model import ModelConfig, build
 from lwm.parallel.mesh import make_mesh
@@ -63,18 +64,15 @@ def document(rng, length, modality, config=tiny_config()):
 def pack(rows, sequence_length):
   """A batch in global order of rows, which are lists of documents; what is left is padding."""
   shape = len(rows), sequence_length
-  names = ("tokens", "targets", "segment_ids", "positions", "modality", "key_start", "key_stop")
-  batch = {name: np.zeros(shape, np.int32) for name in names}
-  batch["loss_weights"] = np.zeros(shape, np.float32)
+  batch = {name: np.zeros(shape, dtype) for name, dtype in FIELDS.items()}
   for r, documents in enumerate(rows):
     begin = 0
-    for n, (tokens, targets, weights, modality) in enumerate(documents):
+    for tokens, targets, weights, modality in documents:
       own = slice(begin, begin + len(tokens))
       batch["tokens"][r, own] = tokens
       batch["targets"][r, own] = targets
       batch["loss_weights"][r, own] = weights
       batch["modality"][r, own] = modality
-      batch["segment_ids"][r, own] = n + 1
       batch["positions"][r, own] = np.arange(len(tokens))
       batch["key_start"][r, own] = begin
       batch["key_stop"][r, own] = np.arange(begin, own.stop) + 1
@@ -94,18 +92,18 @@ def compile_quickly(function, **options):
   return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
 
 
-@functools.cache
-def _params_on_one_device(config_fields):
-  with jax.set_mesh(mesh_of()):
-    init = build(ModelConfig(**dict(config_fields))).init
-    return jax.tree.map(np.asarray, compile_quickly(init)(jax.random.key(0)))
+_params_on_one_device: dict[str, Any] = {}
 
 
 def init(model, mesh):
   """The parameters of seed 0 on the mesh."""
-  # The number of layers and the like fix the parameters; what is only computed with does not.
-  fields = dataclasses.asdict(model.config) | {"remat": "full", "compute_dtype": "float32"}
-  params = _params_on_one_device(tuple(fields.items()))
+  # Settings that do not change the parameters share one initialisation.
+  config = dataclasses.replace(model.config, remat="full", compute_dtype="float32")
+  if repr(config) not in _params_on_one_device:
+    with jax.set_mesh(mesh_of()):
+      drawn = compile_quickly(build(config).init)(jax.random.key(0))
+    _params_on_one_device[repr(config)] = jax.tree.map(np.asarray, drawn)
+  params = _params_on_one_device[repr(config)]
   return jax.device_put(params, model.rules.tree_shardings(model.logical_axes, mesh))
 
 
@@ -114,8 +112,10 @@ def half_each(sums):
   return 0.5 * (sums.loss / sums.weight).sum()
 
 
-def loss_and_gradients(config, mesh, kind, batch, loss=LossConfig(), combine=half_each):
-  """(LossSums, gradients of `combine` of them) as NumPy arrays, of parameters from seed 0."""
+def loss_and_gradients(
+  config, mesh, kind, batch, loss=LossConfig(), combine=half_each, params=None
+):
+  """(LossSums, gradients of `combine` of them) as NumPy arrays; default: parameters of seed 0."""
   model = build(config)
   layout = Layout(kind, mesh.shape["ring"])
 
@@ -124,7 +124,10 @@ def loss_and_gradients(config, mesh, kind, batch, loss=LossConfig(), combine=hal
     return combine(sums), sums
 
   with jax.set_mesh(mesh):
-    params = init(model, mesh)
+    if params is None:
+      params = init(model, mesh)
+    else:
+      params = jax.device_put(params, model.rules.tree_shardings(model.logical_axes, mesh))
     gradients, sums = compile_quickly(jax.grad(objective, has_aux=True))(
       params, place(batch, layout, mesh, model.rules)
     )

@@ -14,9 +14,12 @@ LAYOUT = Layout("contiguous", 1)
 LENGTHS = (11, 8)
 
 
-def full_logits(tiny, tokens):
+OPTIONS = [{}, dict(sliding_window=4, attention_soft_cap=0.5)]
+
+
+def full_logits(tiny, config, tokens):
   """Logits of every token of a row [S] alone."""
-  model, mesh = build(tiny.config()), tiny.mesh()
+  model, mesh = build(config), tiny.mesh()
 
   @tiny.jit
   def logits(params, tokens):
@@ -31,17 +34,20 @@ def full_logits(tiny, tokens):
     return np.asarray(logits(tiny.init(model, mesh), tokens[None]))[0]
 
 
+@pytest.mark.parametrize("prompt", [6, 9])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(
   "sizes", [dict(), dict(data=2, fsdp=1, tensor=2), dict(ring=2, ulysses=2, tensor=2)], ids=str
 )
-def test_cached_decode_equals_full_forward(tiny, sizes):
+def test_cached_decode_equals_full_forward(tiny, sizes, options, prompt):
   """Rows of different length, padded on the left: a prompt at once, then a token at a time."""
+  config = tiny.config(**options)
   rng = np.random.default_rng(4)
   rows = [rng.integers(0, 64, length).astype(np.int32) for length in LENGTHS]
   padding = max(LENGTHS) - np.array(LENGTHS, np.int32)
   tokens = np.stack([np.pad(row, (pad, 0)) for row, pad in zip(rows, padding)])
   rules = ShardingRules(sequence=None, cache=("ring", "ulysses") if "ring" in sizes else ())
-  model, mesh = build(tiny.config(), rules), tiny.mesh(**sizes)
+  model, mesh = build(config, rules), tiny.mesh(**sizes)
   decode = tiny.jit(
     lambda params, tokens, cache: model.decode(params, tokens, cache, rope_theta=tiny.rope_theta)
   )
@@ -49,12 +55,12 @@ def test_cached_decode_equals_full_forward(tiny, sizes):
     params = tiny.init(model, mesh)
     cache = model.init_cache(2, 16, padding)
     steps, at = [], 0
-    for count in (6, 1, 1, 1, 1, 1):
+    for count in (prompt, *[1] * (max(LENGTHS) - prompt)):
       logits, cache = decode(params, tokens[:, at : at + count], cache)
       at += count
       steps.append((at, np.asarray(logits)))
   assert at == max(LENGTHS) and int(cache.length) == at
   for r, row in enumerate(rows):
-    expected = full_logits(tiny, row)
+    expected = full_logits(tiny, config, row)
     for column, logits in steps:
       np.testing.assert_allclose(logits[r], expected[column - 1 - padding[r]], rtol=1e-5, atol=1e-5)

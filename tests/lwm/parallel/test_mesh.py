@@ -44,8 +44,8 @@ def test_data_crosses_slices_and_nothing_else_does():
 
 def test_an_axis_that_would_cross_slices_is_named():
   message = (
-    "mesh.data=1 is no multiple of the 2 slices, so mesh.fsdp=4 x mesh.ring=2 would cross from "
-    "one to the next: only data may. Set mesh.data to a multiple of 2."
+    "mesh.data=1 is not a multiple of the 2 slices, so mesh.fsdp=4 x mesh.ring=2 would cross "
+    "slices, which only data may: set mesh.data to a multiple of 2."
   )
   with pytest.raises(ConfigError, match=re.escape(message)):
     make_mesh(MeshConfig(fsdp=4, ring=2), two_slices())

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from kernels.ring import Layout
 from lwm.config.experiment import LossConfig
-from lwm.model import LossSums
+from lwm.model import LossSums, ModelConfig, build, extras
 from lwm.parallel.sharding import MeshConfig
+from lwm.program.objective import Objective, split_rows
 from lwm.program.stage import build_program
 from lwm.program.state import TrainState
-from lwm.program.step import split_rows, train_step
+from lwm.program.step import train_step
 
 
 def batch_of(weights_BxS, modality_BxS):
@@ -19,34 +21,33 @@ def batch_of(weights_BxS, modality_BxS):
   return {
     "loss_weights": weights_BxS,
     "modality": modality_BxS,
-    "segment_ids": one,
     "key_start": 0 * one,
     "key_stop": 3 * one,
   }
 
 
-def run_toy_step(batch, loss):
+def run_toy_step(batch, loss, config=ModelConfig()):
   """One step of SGD-like bookkeeping: every target's loss is the parameter of its modality."""
 
-  def losses(params, batch):
+  def losses(params, batch, **unused):
     sums = [
       jnp.sum(jnp.where(batch["modality"] == m, batch["loss_weights"] * params[m], 0))
       for m in (0, 1)
     ]
     weights = [jnp.sum(jnp.where(batch["modality"] == m, batch["loss_weights"], 0)) for m in (0, 1)]
-    return LossSums(jnp.stack(sums), jnp.stack(sums), jnp.stack(weights))
+    return LossSums(jnp.stack(sums), jnp.stack(sums), jnp.stack(weights), extras.nothing())
 
+  model = build(config)
+  model.losses = losses
   optimizer = optax.sgd(1.0)
   params = jnp.array([2.0, 5.0])
   state = TrainState(params, optimizer.init(params), jnp.int32(0))
   return train_step(
     state,
     batch,
-    losses=losses,
-    loss=loss,
+    objective=Objective(model, loss, rope_theta=1e4, layout=Layout("contiguous", 1)),
     optimizer=optimizer,
     learning_rate=lambda step: jnp.float32(1),
-    accumulation_steps=1,
   )
 
 
@@ -74,6 +75,19 @@ def test_a_batch_without_targets_changes_nothing():
   np.testing.assert_allclose(state.params, [2, 5])
 
 
+def test_pairs_outside_the_sliding_window_are_not_counted():
+  batch = batch_of([[1.0, 1.0, 1.0, 1.0]], [[0, 0, 0, 0]])
+  _, metrics = run_toy_step(batch, LossConfig(), ModelConfig(sliding_window=2))
+  assert metrics["tokens"] == 4 and metrics["attended_pairs"] == 8
+
+
+def test_padding_is_not_counted():
+  batch = batch_of([[1.0, 1.0, 0.0]], [[0, 0, 0]])
+  batch["key_stop"] = jnp.array([[1, 2, 0]])
+  _, metrics = run_toy_step(batch, LossConfig())
+  assert metrics["tokens"] == 2 and metrics["attended_pairs"] == 3
+
+
 def test_split_rows_moves_nothing_between_devices(experiment):
   stage = experiment.stages[0]
   stage.mesh = MeshConfig(data=2, fsdp=2, ring=2)
@@ -81,7 +95,7 @@ def test_split_rows_moves_nothing_between_devices(experiment):
   array_BxS = np.arange(8 * 64).reshape(8, 64)
   with jax.set_mesh(program.mesh):
     batch = {"tokens": jax.device_put(array_BxS, program.batch_sharding)}
-    split = jax.jit(lambda batch: split_rows(batch, 2))
+    split = jax.jit(lambda batch: split_rows(batch, 2, program.model.rules))
     parts_AxBxS = split(batch)["tokens"]
     text = split.lower(batch).compile().as_text()
   assert not any(name in text for name in ("all-gather", "all-to-all", "collective-permute"))
