@@ -42,6 +42,10 @@ class ModelConfig:
   feed_forward_width: int = 128
   text_vocab_size: int = 256
   vision_vocab_size: int = 0
+  # The embedding and the head are padded with ids to a multiple of this number, so that they divide
+  # over the mesh's tensor axis. Padding is never a target, never sampled and never exported.
+  # 0: the multiple that the meshes of all stages need.
+  vocab_multiple: int = 0
   norm_epsilon: float = 1e-5
   tied_head: bool = False
   rope_scaling: RopeScaling | None = None
@@ -68,14 +72,20 @@ class ModelConfig:
     return self.text_vocab_size + self.vision_vocab_size
 
   @property
+  def padded_vocab_size(self) -> int:
+    """Number of ids including padding, which comes after the vision ids."""
+    multiple = max(self.vocab_multiple, 1)
+    return -(-self.vocab_size // multiple) * multiple
+
+  @property
   def table_shapes(self) -> dict[str, tuple[int, int]]:
     """Shapes of the parameters with one row or column per id, by name.
 
     "embedding", and "output" unless the head is tied to the embedding.
     """
-    shapes = {"embedding": (self.vocab_size, self.width)}
+    shapes = {"embedding": (self.padded_vocab_size, self.width)}
     if not self.tied_head:
-      shapes["output"] = (self.width, self.vocab_size)
+      shapes["output"] = (self.width, self.padded_vocab_size)
     return shapes
 
   @property

@@ -15,7 +15,7 @@ _DIMENSIONS = {
   "num_heads": "heads",
   "num_kv_heads": "kv_heads",
   "feed_forward_width": "feed_forward",
-  "vocab_size": "vocab",
+  "padded_vocab_size": "vocab",
 }
 
 
@@ -94,12 +94,15 @@ def check_model_fits_mesh(
   for setting, logical_axis in _DIMENSIONS.items():
     axes = getattr(rules, logical_axis) or ()
     axes = (axes,) if isinstance(axes, str) else axes
+    # Without a configured multiple, the tables are padded to what the meshes need.
+    if setting == "padded_vocab_size" and not model.vocab_multiple:
+      continue
     size = getattr(model, setting)
     if size % _product(axes, sizes) == 0:
       continue
     name = f"config.model.{setting}"
-    if setting == "vocab_size":
-      name = "config.model.text_vocab_size + vision_vocab_size"
+    if setting == "padded_vocab_size":
+      name = f"the number of ids with config.model.vocab_multiple={model.vocab_multiple}"
     raise ConfigError(
       f"{name} = {size} does not divide over mesh.{_by_axis(axes, sizes)}: change one of them."
     )
@@ -147,7 +150,8 @@ def _check_model(model: ModelConfig) -> None:
     "loss_chunk",
   ):
     _at_least(f"model.{field}", getattr(model, field), 1)
-  _at_least("model.vision_vocab_size", model.vision_vocab_size, 0)
+  for field in ("vision_vocab_size", "vocab_multiple"):
+    _at_least(f"model.{field}", getattr(model, field), 0)
   for index, stretch in enumerate(model.stretches):
     _at_least(f"model.stretches[{index}].num_layers", stretch.num_layers, 1)
   layers = sum(stretch.num_layers for stretch in model.resolved_stretches)

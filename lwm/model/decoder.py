@@ -27,7 +27,7 @@ from lwm.model.attention import SAVE_ATTENTION, Attend, attended
 from lwm.model.block import KINDS
 from lwm.model.cache import Cache
 from lwm.model.extras import Extras
-from lwm.model.parameters import RMSNorm, matrix
+from lwm.model.parameters import RMSNorm, table
 from lwm.parallel.sharding import ShardingRules
 
 _BLOCK_INPUT = "block_input"
@@ -66,10 +66,10 @@ class Decoder(nnx.Module):
     Raises:
       ConfigError: a stretch names a kind that is not in KINDS.
     """
-    tables, std = config.table_shapes, config.initializer_std
+    tables = config.table_shapes
     self.config = config
     self.rules = rules
-    self.embedding = matrix(rngs, rules, tables["embedding"], ("vocab", "model"), std)
+    self.embedding = table(rngs, rules, tables["embedding"], ("vocab", "model"), config)
     for index, stretch in enumerate(config.resolved_stretches):
       if stretch.kind not in KINDS:
         raise ConfigError(
@@ -79,7 +79,7 @@ class Decoder(nnx.Module):
       setattr(self, _name(index), KINDS[stretch.kind](config, stretch.num_layers, rules, rngs))
     self.norm = RMSNorm(config, stack=())
     if "output" in tables:
-      self.output = matrix(rngs, rules, tables["output"], ("model", "vocab"), std)
+      self.output = table(rngs, rules, tables["output"], ("model", "vocab"), config)
 
   def hidden(
     self,

@@ -177,13 +177,18 @@ class Model:
     return jax.tree.map(lambda array: jax.reshard(array, spec), rows_BxS)
 
   def _logits(self, decoder: Decoder, hidden_BxSxM: jax.Array) -> jax.Array:
-    return jnp.einsum(
+    spec = self.rules.spec("batch", "sequence", "vocab")
+    logits_BxSxV = jnp.einsum(
       "bsm,mv->bsv",
       jax.reshard(hidden_BxSxM, self.rules.spec("batch", "sequence", None)),
       decoder.head().astype(hidden_BxSxM.dtype),
       preferred_element_type=jnp.float32,
-      out_sharding=self.rules.spec("batch", "sequence", "vocab"),
+      out_sharding=spec,
     )
+    if self.config.padded_vocab_size == self.config.vocab_size:
+      return logits_BxSxV
+    id_BxSxV = jax.lax.broadcasted_iota(jnp.int32, logits_BxSxV.shape, 2, out_sharding=spec)
+    return jnp.where(id_BxSxV < self.config.vocab_size, logits_BxSxV, -jnp.inf)
 
 
 def build(config: ModelConfig, rules: ShardingRules = ShardingRules()) -> Model:

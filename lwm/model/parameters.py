@@ -49,6 +49,31 @@ def matrix(
   return nnx.Param(standard_deviation * value, logical_axes=logical_axes)
 
 
+def table(
+  rngs: nnx.Rngs,
+  rules: ShardingRules,
+  shape: tuple[int, ...],
+  logical_axes: LogicalAxes,
+  config: ModelConfig,
+) -> nnx.Param:
+  """A `matrix` with one row or column per id; those of padding are zero.
+
+  The numbers do not depend on the padding, and so not on the mesh.
+  """
+  std, ids = config.initializer_std, config.vocab_size
+  axis = logical_axes.index("vocab")
+  padding = shape[axis] - ids
+  if not padding:
+    return matrix(rngs, rules, shape, logical_axes, std)
+  # The ids alone may not divide over the mesh.
+  whole = tuple(None if name == "vocab" else name for name in logical_axes)
+  drawn = matrix(rngs, rules, (*shape[:axis], ids, *shape[axis + 1 :]), whole, std)[...]
+  value = jnp.pad(drawn, [(0, padding * (name == "vocab")) for name in logical_axes])
+  if not jax.sharding.get_abstract_mesh().empty:
+    value = jax.reshard(value, rules.spec(*logical_axes))
+  return nnx.Param(value, logical_axes=logical_axes)
+
+
 def residual_std(config: ModelConfig) -> float:
   """Standard deviation of the weights whose results are added to the residual stream.
 

@@ -6,6 +6,7 @@ planner compiles exactly what a run would.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from kernels.ring import Layout
 from lwm import model as model_lib
 from lwm.config.batch import FIELDS
 from lwm.config.experiment import Experiment, Stage
+from lwm.config.model import ModelConfig
 from lwm.config.validate import check_model_fits_mesh
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import ShardingRules
@@ -80,8 +82,9 @@ def build_program(
   """
   mesh = make_mesh(stage.mesh, devices)
   rules = ShardingRules()
-  check_model_fits_mesh(experiment.model, mesh.shape, rules)
-  model = model_lib.build(experiment.model, rules)
+  config = _with_padded_tables(experiment, stage, mesh.size, rules)
+  check_model_fits_mesh(config, mesh.shape, rules)
+  model = model_lib.build(config, rules)
   layout = Layout(stage.layout, mesh.shape[rules.ring])
   abstract_params = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -116,3 +119,16 @@ def build_program(
     train_step=train_step,
     evaluation_step=evaluation_step,
   )
+
+
+def _with_padded_tables(
+  experiment: Experiment, stage: Stage, num_devices: int, rules: ShardingRules
+) -> ModelConfig:
+  """The model, its tables padded so that they divide over `tensor` in all stages."""
+  if experiment.model.vocab_multiple:
+    return experiment.model
+  sizes = []
+  for mesh in (stage.mesh, *(other.mesh for other in experiment.stages)):
+    size = mesh.axis_sizes()[rules.tensor]
+    sizes.append(mesh.resolve(num_devices)[rules.tensor] if size == -1 else size)
+  return dataclasses.replace(experiment.model, vocab_multiple=math.lcm(*sizes))

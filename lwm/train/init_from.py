@@ -14,7 +14,7 @@ from lwm.errors import UserError
 from lwm.program.stage import StageProgram
 
 # Settings of the model that may differ from the other run's. Rows for vision are added.
-_MAY_DIFFER = ("vision_vocab_size", "initializer_std", "compute_dtype")
+_MAY_DIFFER = ("vision_vocab_size", "initializer_std", "compute_dtype", "vocab_multiple")
 
 
 def initial_params(
@@ -55,10 +55,11 @@ def initial_params(
     )
   rows = theirs["text_vocab_size"] + theirs["vision_vocab_size"]
   origin = f"initial parameters: {stored.path}"
-  if rows == experiment.model.vocab_size:
-    return stored.params(program.state.params), origin
-  params = _fill(program, stored.params(program.state.params, may_grow=True), rows, experiment.seed)
+  params = stored.params(program.state.params)
   new = experiment.model.vocab_size - rows
+  if not new:
+    return params, origin
+  params = _fill(program, params, rows, experiment.seed)
   tables = " and ".join(jax.tree_util.keystr(path, simple=True) for path in _tables(program))
   return params, f"{origin}; {new} new rows for vision ids in {tables} are drawn at random"
 
