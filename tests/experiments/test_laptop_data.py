@@ -75,12 +75,12 @@ def test_videos_are_a_caption_and_15_frames_within_4096_tokens(output):
     assert frame_codes(tokens[vision] - tokenizer.vocab_size).shape == (15, 256)
 
 
-def test_the_same_command_again_makes_nothing_anew(output):
+def test_the_same_command_again_makes_nothing_again(output):
   files = [file for file in output.rglob("*") if file.is_file()]
   before = {file: file.stat().st_mtime_ns for file in files}
   ended = run(output)
   assert ended.returncode == 0, ended.stderr
-  assert ended.stdout.count("is there") == 4
+  assert ended.stdout.count("exists already") == 4
   assert {file: file.stat().st_mtime_ns for file in files} == before
 
 
