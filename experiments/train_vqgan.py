@@ -19,8 +19,10 @@ from lwm.errors import UserError
 from lwm.vision.fit import fit, split_by_time
 from lwm.vision.video import read_clip
 
-_VIDEO = flags.DEFINE_multi_string("video", None, "A video file; repeat the flag for more files.")
-_OUTPUT = flags.DEFINE_string("output", None, "The .npz file to write.")
+_VIDEO = flags.DEFINE_multi_string(
+  "video", None, "A video file; repeat the flag for more files.", required=True
+)
+_OUTPUT = flags.DEFINE_string("output", None, "The .npz file to write.", required=True)
 _FRAMES_PER_SECOND = flags.DEFINE_float(
   "frames_per_second", None, "Frames to take per second of video [all]."
 )
@@ -28,7 +30,6 @@ _HELD_OUT = flags.DEFINE_float("held_out", 0.15, "Share of each clip to hold out
 _SEED = flags.DEFINE_integer("seed", 0, "Seeds everything random.")
 _VQGAN = experiment_flags.define_settings("vqgan", laptop_vqgan())
 _TRAINING = experiment_flags.define_settings("training", VQGANTrainingConfig())
-flags.mark_flags_as_required(["video", "output"])
 
 
 def main(argv: list[str]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from lwm.data.vision_tokens import CODES_PER_FRAME, END_OF_FRAME, TOKENS_PER_FRAME
 from lwm.errors import UserError
-from lwm.infer.sampling import FREE
+from lwm.infer.sampling import SAMPLED
 
 
 class Clip(NamedTuple):
@@ -17,7 +17,7 @@ class Clip(NamedTuple):
 
   Attributes:
     prompt: int32; the document up to the <eof> of the last given frame.
-    forced: int32; for each token to come, <eof> where a frame ends, FREE elsewhere.
+    forced: int32; for each token to come, <eof> where a frame ends, SAMPLED elsewhere.
     codes_NxP: int32; the codes of all true frames, given ones first.
   """
 
@@ -48,7 +48,7 @@ def cut_clip(tokens: np.ndarray, text_vocab_size: int, given: int, predicted: in
     )
   stop = first + given * TOKENS_PER_FRAME
   ids = tokens[first : first + (given + predicted) * TOKENS_PER_FRAME] - text_vocab_size
-  forced = np.full((predicted, TOKENS_PER_FRAME), FREE, np.int32)
+  forced = np.full((predicted, TOKENS_PER_FRAME), SAMPLED, np.int32)
   forced[:, -1] = text_vocab_size + END_OF_FRAME
   codes_NxP = ids.reshape(-1, TOKENS_PER_FRAME)[:, :CODES_PER_FRAME]
   return Clip(tokens[:stop], forced.reshape(-1), codes_NxP)

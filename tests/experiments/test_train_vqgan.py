@@ -1,4 +1,4 @@
-"""`python -m experiments.train_vqgan`, as a person runs it."""
+"""`python -m experiments.train_vqgan`, as a user runs it."""
 
 import pathlib
 import subprocess
@@ -113,7 +113,7 @@ def test_a_codebook_that_the_frames_cannot_fill_is_said_before_training(clip, tm
   )
 
 
-def test_a_file_that_is_no_video_and_sizes_that_do_not_fit(clip, tmp_path):
+def test_a_file_that_is_not_a_video_and_steps_that_do_not_fit(clip, tmp_path):
   notes = tmp_path / "notes.txt"
   notes.write_text("hello")
   output = tmp_path / "vqgan.npz"

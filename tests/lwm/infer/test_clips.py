@@ -5,7 +5,7 @@ import pytest
 
 from lwm.data.vision_tokens import frame_codes, frame_tokens
 from lwm.errors import UserError
-from lwm.infer import FREE, cut_clip, sampled_codes
+from lwm.infer import SAMPLED, cut_clip, sampled_codes
 
 TEXT = 100
 
@@ -21,8 +21,8 @@ def test_prompt_and_forced_marks_rebuild_the_document():
   clip = cut_clip(tokens, TEXT, given=2, predicted=2)
   true_T = tokens[len(clip.prompt) : len(clip.prompt) + len(clip.forced)]
   np.testing.assert_array_equal(clip.prompt, tokens[: 3 + 2 * 257])
-  np.testing.assert_array_equal(np.nonzero(clip.forced != FREE)[0], [256, 513])
-  np.testing.assert_array_equal(clip.forced[clip.forced != FREE], true_T[[256, 513]])
+  np.testing.assert_array_equal(np.nonzero(clip.forced != SAMPLED)[0], [256, 513])
+  np.testing.assert_array_equal(clip.forced[clip.forced != SAMPLED], true_T[[256, 513]])
   np.testing.assert_array_equal(clip.codes_NxP, codes_NxP[:4])
   np.testing.assert_array_equal(sampled_codes(true_T, TEXT), codes_NxP[2:4])
 

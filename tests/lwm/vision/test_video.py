@@ -16,7 +16,7 @@ RATE = 10
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-  """Two seconds of 96 x 64 pixels: grey that grows by 10 a frame, left edge red, right blue."""
+  """Two seconds of 96 x 64 pixels: grey that grows by 10 per frame, left edge red, right blue."""
   path = tmp_path_factory.mktemp("video") / "clip.mp4"
   with av.open(str(path), "w") as container:
     stream = container.add_stream("mpeg4", rate=RATE)
@@ -166,7 +166,7 @@ def test_tall_images_are_cut_from_top_to_bottom():
   assert (crop_and_resize(image, 8, 1.0) == 0).all()
 
 
-def test_what_is_no_video_is_said_in_a_sentence(clip, tmp_path):
+def test_unreadable_files_end_in_one_sentence(clip, tmp_path):
   with pytest.raises(UserError, match="no video file .*none.mp4"):
     read_clip(tmp_path / "none.mp4", 32)
   text = tmp_path / "notes.mp4"
