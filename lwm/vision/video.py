@@ -45,7 +45,7 @@ def read_frames(
   Raises:
     UserError: the file does not exist, has no video, or cannot be decoded to its end.
   """
-  if frames_per_second is not None and frames_per_second <= 0:
+  if frames_per_second is not None and not 0 < frames_per_second < math.inf:
     raise UserError(f"frames_per_second={frames_per_second} is not a rate: use a positive number.")
   # Frames yielded, and the multiple that the next one is for.
   count = due = 0
