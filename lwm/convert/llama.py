@@ -1,22 +1,23 @@
-"""Parameters from and to the names and layouts of Hugging Face's LlamaForCausalLM.
+"""Conversion of parameters from and to Hugging Face's LlamaForCausalLM.
 
-Both turn pairs (i, i + D/2) in RoPE, so that only shapes change: torch keeps a linear layer as
-[out, in], and all layers apart. M model width, H heads (G of keys and values), D head_dim,
-F feed-forward width, V vocabulary.
+Both codebases rotate the pairs (i, i + D/2) in RoPE, so only names and shapes change: torch stores
+linear layers as [out, in], and every layer of the model separately.
+
+M model width, H query heads, G key/value heads, D head_dim, F feed-forward width, V vocabulary.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from lwm.config.model import ModelConfig, RopeScaling
 from lwm.errors import UserError
-from lwm.model.model import Params
 
 _EMBEDDING = "model.embed_tokens.weight"
 _NORM = "model.norm.weight"
 _HEAD = "lm_head.weight"
-# Of a block: (our module, our name, theirs).
+# A block's weights: (our module, our name, their name).
 _BLOCK = (
   ("attention_norm", "scale", "input_layernorm"),
   ("attention", "query", "self_attn.q_proj"),
@@ -31,29 +32,29 @@ _BLOCK = (
 
 
 def config_from_hugging_face(config: Mapping) -> tuple[ModelConfig, float]:
-  """The model of a `config.json` and its RoPE theta. All ids are text.
+  """Converts a `config.json` to a model and its RoPE theta; all ids are text.
 
   Raises:
-    UserError: it is not a Llama, or has a RoPE, an activation or biases that ours lacks.
+    UserError: it is not a Llama, or its RoPE, activation or biases are not supported here.
   """
   if config.get("model_type") != "llama" or config.get("hidden_act", "silu") != "silu":
     raise UserError(
       f"config.json: model_type {config.get('model_type')!r} with hidden_act "
-      f"{config.get('hidden_act')!r} is no Llama with SwiGLU; convert such a model only."
+      f"{config.get('hidden_act')!r} is not a Llama with SwiGLU: convert such a model."
     )
   biases = [name for name in ("attention_bias", "mlp_bias") if config.get(name)]
   if biases:
     raise UserError(
-      f"config.json: a Llama with {' and '.join(biases)} is not supported; convert one without."
+      f"config.json: a Llama with {' and '.join(biases)} is not supported: convert one without."
     )
-  # transformers 5 has rope_parameters; before, rope_theta stood beside rope_scaling, whose
-  # rope_type was type at first.
+  # transformers 5 writes rope_parameters. Older versions write rope_theta and rope_scaling, and the
+  # oldest call its rope_type just type.
   rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
   theta = rope.get("rope_theta", config.get("rope_theta", 1e4))
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind not in ("default", "llama3"):
     raise UserError(
-      f"config.json: rope_type {kind!r} is not supported; convert a model with default or llama3."
+      f"config.json: rope_type {kind!r} is not supported: convert a model with default or llama3."
     )
   scaling = None
   if kind == "llama3":
@@ -79,17 +80,17 @@ def config_from_hugging_face(config: Mapping) -> tuple[ModelConfig, float]:
   return model, theta
 
 
-def from_hugging_face(weights: Mapping[str, np.ndarray], config: ModelConfig) -> Params:
-  """Our float32 parameters (NumPy) of a state dict.
+def from_hugging_face(weights: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, Any]:
+  """Converts a state dict to our tree of parameters, as float32 NumPy arrays.
 
   Raises:
-    UserError: a weight is missing or has another shape than `config` gives it.
+    UserError: a weight is missing, or its shape differs from what `config` makes it.
   """
   shapes = _shapes(config)
 
   def take(name: str, ours: str) -> np.ndarray:
     if name not in weights:
-      raise UserError(f"The Llama state dict lacks {name!r}: is it the whole model, unsharded?")
+      raise UserError(f"The Llama state dict lacks {name!r}: give the whole model, unsharded.")
     weight = np.asarray(weights[name], np.float32)
     shape, transposed = shapes[ours]
     expected = transposed[::-1]
@@ -100,14 +101,14 @@ def from_hugging_face(weights: Mapping[str, np.ndarray], config: ModelConfig) ->
       )
     return weight.T.reshape(shape)
 
-  blocks = {}
+  blocks: dict[str, dict[str, np.ndarray]] = {}
   for module, ours, theirs in _BLOCK:
     layers = [
       take(f"model.layers.{i}.{theirs}.weight", f"{module}.{ours}")
       for i in range(config.num_layers)
     ]
     blocks.setdefault(module, {})[ours] = np.stack(layers)
-  params = {
+  params: dict[str, Any] = {
     "embedding": np.ascontiguousarray(take(_EMBEDDING, "output").T),
     "blocks": blocks,
     "norm": {"scale": take(_NORM, "norm.scale")},
@@ -117,8 +118,8 @@ def from_hugging_face(weights: Mapping[str, np.ndarray], config: ModelConfig) ->
   return params
 
 
-def to_hugging_face(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
-  """The float32 state dict of our parameters; `lm_head.weight` is left out where it is tied."""
+def to_hugging_face(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
+  """Converts our parameters to a float32 state dict; a tied head has no `lm_head.weight`."""
   shapes = _shapes(config)
 
   def give(value, ours: str) -> np.ndarray:
@@ -138,7 +139,7 @@ def to_hugging_face(params: Params, config: ModelConfig) -> dict[str, np.ndarray
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-  """Of each of our weights, without the axis of layers: its shape, and torch's transposed."""
+  """For each of our weights, without the layer axis: its shape, and torch's shape transposed."""
   M, F, D = config.width, config.feed_forward_width, config.head_dim
   H, G = config.num_heads, config.num_kv_heads
   plain = {

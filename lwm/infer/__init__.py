@@ -2,4 +2,4 @@
 
 from lwm.infer.clips import Clip, cut_clip, sampled_codes
 from lwm.infer.load import TrainedModel, load_trained
-from lwm.infer.sampling import FREE, Choice, sample
+from lwm.infer.sampling import SAMPLED, Choice, sample

@@ -1,4 +1,4 @@
-"""Sampling: one compiled program reads a prompt and writes tokens after it.
+"""Sampling: one compiled program reads a prompt and generates the tokens after it.
 
 B batch, P prompt tokens, T new tokens, V vocabulary, C ids to choose from.
 """
@@ -14,19 +14,19 @@ import jax.numpy as jnp
 from kernels.decode import whole_length
 from lwm.model import Model
 
-# In `forced_T`: this token is free.
-FREE = -1
+# Marks, among forced tokens, one that is to be sampled.
+SAMPLED = -1
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """How a free token is drawn.
+  """How tokens are sampled, from the ids in [start, stop).
 
   Attributes:
-    start: first of the ids that may come.
-    stop: behind the last of them.
-    temperature: logits are divided by it; 0 takes the likeliest id.
-    top_k: draws among that many of the likeliest; None draws among all.
+    start: first id that may be sampled.
+    stop: one past the last.
+    temperature: divides the logits; 0 takes the likeliest id.
+    top_k: samples from this many of the likeliest ids; None samples from all.
   """
 
   start: int
@@ -36,7 +36,7 @@ class Choice:
 
 
 def draw(logits_BxV: jax.Array, key: jax.Array, choice: Choice) -> jax.Array:
-  """One id for each row, int32 [B], from float32 logits over all ids."""
+  """Samples one id per row, int32 [B], from float32 logits over all ids."""
   logits_BxC = logits_BxV[:, choice.start : choice.stop]
   if choice.temperature == 0:
     return choice.start + jnp.argmax(logits_BxC, axis=-1).astype(jnp.int32)
@@ -61,17 +61,17 @@ def sample(
   """Continues prompts by T tokens. Call it under `jax.set_mesh`.
 
   Args:
-    model: hashable: the program is compiled once for each model, choice and shape.
-    params: of the model.
-    prompt_BxP: int32 ids, P >= 1, no padding.
-    forced_T: int32; the id that each new token must have, or FREE. An <eof> is forced after the
-      codes of a frame (LWM, arXiv 2402.08268, generates frames so).
-    key: same key, same tokens.
-    choice: how free tokens are drawn.
+    model: hashable, since the program is compiled once per model, choice and shape.
+    params: the model's parameters.
+    prompt_BxP: int32 ids, P >= 1, without padding.
+    forced_T: int32; the id that each new token must have, or SAMPLED. Frames are generated with an
+      <eof> forced after their codes, as LWM does (arXiv 2402.08268).
+    key: the same key gives the same tokens.
+    choice: how tokens are sampled.
     rope_theta: base of RoPE.
 
   Returns:
-    int32 [B, T].
+    The new tokens, int32 [B, T].
   """
   batch_size, prompt_length = prompt_BxP.shape
   devices = jax.sharding.get_abstract_mesh().shape
@@ -85,7 +85,7 @@ def sample(
     logits_BxV, cache = carry
     forced, key = inputs
     whole_BxV = jax.reshard(logits_BxV, model.rules.spec("batch", None))
-    token_B = jnp.where(forced == FREE, draw(whole_BxV, key, choice), forced)
+    token_B = jnp.where(forced == SAMPLED, draw(whole_BxV, key, choice), forced)
     carry = model.decode(params, token_B[:, None], cache, rope_theta=rope_theta)
     return carry, token_B
 

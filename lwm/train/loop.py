@@ -89,7 +89,7 @@ class StageLoop:
     # Batches from the current position on, or None where the position has moved.
     self._batches: Iterator[dict[str, jax.Array]] | None = None
     for line in self.loader.report():
-      run.reporter.say(f"{self.stage.name}: {line}")
+      run.reporter.say(line)
     with run.reporter.account.spend("compile"):
       self.train_step = self._compile()
 

@@ -1,4 +1,4 @@
-"""Frames to codes and back: video files, the VQGAN, its training and its file."""
+"""Frames to codes and back: reading video files, the VQGAN, its training and its file."""
 
 from lwm.config.vqgan import VQGANConfig, VQGANTrainingConfig
 from lwm.vision.codec import Codec, save_vqgan

@@ -1,6 +1,6 @@
-"""A trained VQGAN as one file, and frames to codes and back with it.
+"""The file of a trained VQGAN, and frames to codes and back with it.
 
-Legend: N frames, H height, W width in pixels; h, w height and width of the grid; B frames a batch.
+Legend: N frames; H, W height and width in pixels; h, w height and width of the grid.
 """
 
 import dataclasses
@@ -28,17 +28,17 @@ def to_pixels(frames_NxHxWx3: np.ndarray | jax.Array) -> jax.Array:
 
 
 def to_frames(pixels_NxHxWx3: jax.Array) -> jax.Array:
-  """Pixels in [-1, 1] as uint8 frames, rounded."""
+  """Pixels in [-1, 1] as uint8 frames, clipped and rounded."""
   return jnp.round((jnp.clip(pixels_NxHxWx3, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
 def save_vqgan(path: str | os.PathLike, config: VQGANConfig, state: nnx.State) -> None:
-  """Writes weights and config to one .npz file, which is there whole or not at all.
+  """Writes weights and config to one .npz file, which exists complete or not at all.
 
   Args:
-    path: the file; its folder is made.
-    config: the sizes that `state` was made with.
-    state: all of the model's variables, as `nnx.state(model)` gives them.
+    path: the file; its folder is created.
+    config: the sizes of the model.
+    state: all variables of the model, as `nnx.state(model)` returns them.
   """
   arrays = {
     ".".join(str(key) for key in keys): np.asarray(value[...])
@@ -48,17 +48,18 @@ def save_vqgan(path: str | os.PathLike, config: VQGANConfig, state: nnx.State) -
   path.parent.mkdir(parents=True, exist_ok=True)
   unfinished = path.with_name(path.name + ".unfinished")
   with open(unfinished, "wb") as file:
-    np.savez(file, **{_CONFIG: np.array(json.dumps(dataclasses.asdict(config)))}, **arrays)
+    arrays[_CONFIG] = np.array(json.dumps(dataclasses.asdict(config)))
+    np.savez(file, **arrays)  # type: ignore[arg-type]  # no array is named allow_pickle
   unfinished.rename(path)
 
 
 class Codec:
-  """Frames to codes and back with the weights in one file.
+  """Frames to codes and back with the VQGAN in one file.
 
   Attributes:
     config: the VQGAN's sizes.
-    state: all of the variables.
-    sha256: of the file, hexadecimal; datasets made with it name it.
+    state: all of its variables.
+    sha256: hash of the file, hexadecimal; datasets record it to name their VQGAN.
   """
 
   def __init__(self, path: str | os.PathLike, batch_size: int = 32):
@@ -66,15 +67,15 @@ class Codec:
 
     Args:
       path: the file.
-      batch_size: frames that one call of the compiled program takes. The last batch is padded, so
-        there is one program, and a frame's codes do not depend on how many come with it.
+      batch_size: frames per call of the compiled program. The last batch is padded, so one program
+        serves all, and a frame's codes do not depend on how many other frames come with it.
 
     Raises:
-      UserError: no such file, or it is not one of these.
+      UserError: the file does not exist or is not a VQGAN's.
     """
     path = pathlib.Path(path)
     if not path.is_file():
-      raise UserError(f"There is no VQGAN file {path}: experiments.train_vqgan makes one.")
+      raise UserError(f"There is no VQGAN file {path}: make one with experiments.train_vqgan.")
     try:
       with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
@@ -101,10 +102,10 @@ class Codec:
     self._decode = jax.jit(lambda state, codes: to_frames(nnx.merge(graph, state).decode(codes)))
 
   def encode(self, frames_NxHxWx3: np.ndarray) -> np.ndarray:
-    """Codes int32 [N, h, w] of uint8 frames, N >= 1.
+    """Returns codes, int32 [N, h, w], of uint8 frames; N >= 1.
 
     Raises:
-      ValueError: frames are not uint8 of the VQGAN's resolution.
+      ValueError: the frames are not uint8 of the VQGAN's resolution.
     """
     frames_NxHxWx3 = np.asarray(frames_NxHxWx3)
     side = self.config.resolution
@@ -116,10 +117,10 @@ class Codec:
     return self._in_batches(self._encode, frames_NxHxWx3)
 
   def decode(self, codes_Nxhxw: np.ndarray) -> np.ndarray:
-    """Frames uint8 [N, H, W, 3] of codes, N >= 1; rows of h * w codes will do.
+    """Returns frames, uint8 [N, H, W, 3], of codes [N, h, w] or [N, h w]; N >= 1.
 
     Raises:
-      ValueError: the wrong number of codes in a frame, or a code out of range.
+      ValueError: a frame has another number of codes, or a code is out of range.
     """
     codes_Nxhxw = np.asarray(codes_Nxhxw)
     side = self.config.grid

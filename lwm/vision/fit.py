@@ -1,4 +1,4 @@
-"""Trains a VQGAN on clips and judges it on held-out frames: weights, PSNR, and a picture.
+"""Trains a VQGAN on clips and evaluates it on held-out frames: weights, PSNR, and a picture.
 
 Legend: N frames, H height, W width in pixels.
 """
@@ -19,7 +19,7 @@ _FRAMES_IN_PICTURE = 6
 
 
 def split_by_time(frames_NxHxWx3: np.ndarray, held_out: float) -> tuple[np.ndarray, np.ndarray]:
-  """The first frames, to train on, and the last `held_out` share of them; no frame is in both."""
+  """Splits frames into the first, for training, and the last `held_out` share of them."""
   cut = len(frames_NxHxWx3) - round(len(frames_NxHxWx3) * held_out)
   return frames_NxHxWx3[:cut], frames_NxHxWx3[cut:]
 
@@ -33,19 +33,23 @@ def fit(
   seed: int,
   log: Callable[[str], None] = print,
 ) -> Codec:
-  """Trains, writes `path` and beside it a .png of held-out frames, truth above reconstruction.
+  """Trains, then writes the weights and a picture of held-out frames above their reconstructions.
 
   Args:
-    path: of the weights (.npz), written last: if it is there, everything is.
+    path: file of the weights (.npz), written last, so that everything is complete if it exists. The
+      picture has the same name and ends in .png.
     train_frames_NxHxWx3: uint8.
     held_out: uint8 frames [N, H, W, 3] of each clip, by name; not trained on.
     config: sizes.
     training: steps and rates.
-    seed: of everything drawn.
-    log: takes lines of progress, and the PSNR of each held-out clip.
+    seed: seeds everything random.
+    log: called with lines of progress and the PSNR of each held-out clip.
 
   Returns:
     The codec with these weights.
+
+  Raises:
+    ValueError, UserError: see `lwm.vision.train.train`.
   """
   every = max(1, training.steps // _REPORTS)
 

@@ -1,4 +1,4 @@
-"""Pictures for people: contact sheets of frames, and how far a reconstruction is from the truth.
+"""Contact sheets of frames, and how far a reconstruction is from the truth.
 
 Legend: N frames, H height, W width in pixels.
 """
@@ -6,6 +6,7 @@ Legend: N frames, H height, W width in pixels.
 import math
 import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -14,14 +15,14 @@ _GAP = 4
 
 
 def save_contact_sheet(
-  path: str | os.PathLike, rows: list[list[np.ndarray]] | list[np.ndarray], scale: int = 2
+  path: str | os.PathLike, rows: Sequence[np.ndarray | list[np.ndarray]], scale: int = 2
 ) -> None:
-  """Writes frames as one PNG: one row for each entry, frames of a row from left to right.
+  """Writes rows of frames as one PNG; each row shows its frames from left to right.
 
   Args:
-    path: of the PNG; its folder is made.
-    rows: each uint8 [N, H, W, 3] of the same H and W; N may differ.
-    scale: whole pixels shown for each pixel.
+    path: the PNG; its folder is created.
+    rows: uint8 [N, H, W, 3] per row, with the same H and W; N may differ.
+    scale: pixels along each side that show one pixel of a frame.
   """
   height, width = rows[0][0].shape[:2]
   columns = max(len(row) for row in rows)
@@ -42,6 +43,6 @@ def save_contact_sheet(
 
 
 def peak_signal_to_noise(truth: np.ndarray, other: np.ndarray) -> float:
-  """PSNR in decibels of two uint8 arrays of the same shape; infinite if they are equal."""
+  """PSNR in decibels between two uint8 arrays of the same shape; infinite if they are equal."""
   error = np.square(truth.astype(np.float64) - other.astype(np.float64)).mean()
   return math.inf if error == 0.0 else 10.0 * math.log10(255.0**2 / error)

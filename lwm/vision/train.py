@@ -2,10 +2,10 @@
 
 The loss is L1 + L2 of the pixels and the commitment of the encoder to its codes. The code vectors
 are moving averages of the latents that they win (van den Oord et al., arXiv 1711.00937, appendix
-A.1), start from clusters of the latents after a stretch without quantization, and start anew from a
-latent when they win none, so that no code stays dead. Left out, against the VQGAN of LWM: the
-discriminator and the perceptual loss, which need more steps, and pretrained weights, than the small
-size here is given. What comes out is recognisable and somewhat blurred.
+A.1). Training starts without quantization; the code vectors then start from clusters of the
+latents. A code that wins hardly any latents is replaced by a latent, so no code stays unused. LWM's
+discriminator and perceptual loss are left out: they need more steps than the small size here is
+given, and pretrained weights. Reconstructions are recognisable and somewhat blurred.
 
 Legend: N frames, B frames in a batch, H, W pixels; h, w grid; L latents; V codes; E codebook width.
 """
@@ -20,24 +20,25 @@ import optax
 from flax import nnx
 
 from lwm.config.vqgan import VQGANConfig, VQGANTrainingConfig
+from lwm.errors import UserError
 from lwm.vision.codec import to_pixels
 from lwm.vision.vqgan import VQGAN, Codebook, nearest_codes, straight_through
 
-# Latents that the codebook's first clusters are made of, and rounds of k-means over them.
+# k-means, which makes the first code vectors: latents per code, and rounds.
 _CLUSTER_LATENTS_PER_CODE = 64
 _CLUSTER_ROUNDS = 10
 
 
 class TrainState(NamedTuple):
   params: nnx.State
-  # Moving averages, over batches, of the latents won by each code: their number and their sum.
+  # Moving averages over batches, for each code: how many latents it wins, and their sum.
   counts_V: jax.Array
   sums_VxE: jax.Array
   optimizer: optax.OptState
 
 
 class Metrics(NamedTuple):
-  """Of one batch: losses as scalars, and the number of latents won by each code."""
+  """One batch's losses (scalars) and the number of latents that each code wins."""
 
   reconstruction: jax.Array
   commitment: jax.Array
@@ -52,7 +53,7 @@ def losses(
   Args:
     model: the VQGAN.
     pixels_BxHxWx3: float32 in [-1, 1].
-    quantize: bool scalar; False passes the latents on as they are.
+    quantize: bool scalar; False decodes the latents without quantization.
   """
   latents_BxhxwxE = model.latents(pixels_BxHxWx3)
   codebook_VxE = model.codebook[...]
@@ -70,7 +71,7 @@ def losses(
 def cluster(latents_LxE: jax.Array, num_codes: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
   """k-means from random latents; returns the latents won by each code [V] and the centres [V, E].
 
-  A code that wins nothing keeps its place.
+  A code that wins nothing keeps its centre.
   """
   chosen = jax.random.choice(key, len(latents_LxE), (num_codes,), replace=False)
 
@@ -95,46 +96,54 @@ def tally(
   return wins_V, jax.ops.segment_sum(latents_LxE, codes_L, num_codes)
 
 
-def train(
-  frames_NxHxWx3: np.ndarray,
-  config: VQGANConfig,
-  training: VQGANTrainingConfig,
-  seed: int,
-  report: Callable[[int, Metrics], None] = lambda step, metrics: None,
-) -> nnx.State:
-  """Trains a VQGAN on frames, each batch drawn at random and half of it mirrored.
+class Programs:
+  """What devices run to train one VQGAN.
 
-  Args:
-    frames_NxHxWx3: uint8, of the config's resolution.
-    config: sizes.
-    training: steps and rates.
-    seed: of everything drawn. Same frames, configs, seed and machine: same result.
-    report: called after every step with its number from 1 and its metrics.
-
-  Returns:
-    All variables of the model, for `save_vqgan`.
-
-  Raises:
-    ValueError: settings that do not go together.
+  Attributes:
+    latents: (params, uint8 frames [B, H, W, 3]) -> latents [B h w, E].
+    first_codebook: (state, latents [L, E], key) -> state whose codes are clusters of the latents.
+    step: (state, uint8 frames [B, H, W, 3], quantize, key) -> (state, Metrics).
   """
-  config.validate()
-  training.validate()
-  model = VQGAN(config, rngs=nnx.Rngs(seed))
-  graph, params, codebook = nnx.split(model, nnx.Param, Codebook)
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, training.peak_learning_rate, training.warmup_steps, training.steps
-  )
-  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
-  num_codes = config.codebook_size
 
-  def assemble(params, state_sums_VxE, state_counts_V):
-    vectors_VxE = state_sums_VxE / state_counts_V[:, None]
-    return nnx.merge(graph, params, jax.tree.map(lambda _: vectors_VxE, codebook))
+  def __init__(self, config: VQGANConfig, training: VQGANTrainingConfig):
+    self._config, self._training = config, training
+    model = nnx.eval_shape(lambda: VQGAN(config, rngs=nnx.Rngs(0)))
+    self._graph = nnx.graphdef(model)
+    self._codebook = nnx.state(model, Codebook)
+    schedule = optax.warmup_cosine_decay_schedule(
+      0.0, training.peak_learning_rate, training.warmup_steps, training.steps
+    )
+    self._optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+    self.latents = jax.jit(self._latents)
+    self.first_codebook = jax.jit(self._first_codebook)
+    self.step = jax.jit(self._step)
 
-  @jax.jit
-  def step(state: TrainState, frames_BxHxWx3, quantize, key) -> tuple[TrainState, Metrics]:
+  def start(self, seed: int) -> TrainState:
+    """The state before the first step."""
+    model = VQGAN(self._config, rngs=nnx.Rngs(seed))
+    params = nnx.state(model, nnx.Param)
+    counts_V = jnp.ones(self._config.codebook_size)
+    return TrainState(params, counts_V, model.codebook[...], self._optimizer.init(params))
+
+  def model(self, params: nnx.State, vectors_VxE: jax.Array) -> VQGAN:
+    """The VQGAN of these parameters and code vectors."""
+    return nnx.merge(self._graph, params, jax.tree.map(lambda _: vectors_VxE, self._codebook))
+
+  def _latents(self, params, frames_BxHxWx3):
+    model = nnx.merge(self._graph, params, self._codebook)
+    return model.latents(to_pixels(frames_BxHxWx3)).reshape(-1, self._config.codebook_width)
+
+  def _first_codebook(self, state: TrainState, latents_LxE, key) -> TrainState:
+    wins_V, centres_VxE = cluster(latents_LxE, self._config.codebook_size, key)
+    frames = len(latents_LxE) // self._config.grid**2
+    counts_V = (wins_V + 1.0) * (self._training.batch_size / frames)
+    return state._replace(counts_V=counts_V, sums_VxE=centres_VxE * counts_V[:, None])
+
+  def _step(self, state: TrainState, frames_BxHxWx3, quantize, key) -> tuple[TrainState, Metrics]:
+    training, num_codes = self._training, self._config.codebook_size
+
     def objective(params):
-      model = assemble(params, state.sums_VxE, state.counts_V)
+      model = self.model(params, code_vectors(state))
       reconstruction, commitment, codes, latents = losses(
         model, to_pixels(frames_BxHxWx3), quantize
       )
@@ -144,7 +153,7 @@ def train(
     gradients, (reconstruction, commitment, codes, latents) = jax.grad(objective, has_aux=True)(
       state.params
     )
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer)
+    updates, optimizer_state = self._optimizer.update(gradients, state.optimizer)
     params = optax.apply_updates(state.params, updates)
 
     latents_LxE = latents.reshape(-1, latents.shape[-1])
@@ -165,32 +174,67 @@ def train(
     )
     return state, Metrics(reconstruction, commitment, wins_V)
 
-  @jax.jit
-  def first_codebook(state: TrainState, frames_BxHxWx3, key) -> TrainState:
-    model = nnx.merge(graph, state.params, codebook)
-    latents_BxhxwxE = model.latents(to_pixels(frames_BxHxWx3))
-    latents_LxE = latents_BxhxwxE.reshape(-1, latents_BxhxwxE.shape[-1])
-    wins_V, centres_VxE = cluster(latents_LxE, num_codes, key)
-    counts_V = (wins_V + 1.0) * (training.batch_size / len(frames_BxHxWx3))
-    return state._replace(counts_V=counts_V, sums_VxE=centres_VxE * counts_V[:, None])
 
+def code_vectors(state: TrainState) -> jax.Array:
+  """The code vectors [V, E]: means of the latents that each code wins."""
+  return state.sums_VxE / state.counts_V[:, None]
+
+
+def train(
+  frames_NxHxWx3: np.ndarray,
+  config: VQGANConfig,
+  training: VQGANTrainingConfig,
+  seed: int,
+  report: Callable[[int, Metrics], None] = lambda step, metrics: None,
+) -> nnx.State:
+  """Trains a VQGAN on frames; each batch is drawn at random and half of it mirrored.
+
+  Args:
+    frames_NxHxWx3: uint8, of the config's resolution.
+    config: sizes.
+    training: steps and rates.
+    seed: seeds everything random. Same frames, configs, seed and machine: same result.
+    report: called after every step with its number, from 1, and its metrics.
+
+  Returns:
+    All variables of the model, for `save_vqgan`.
+
+  Raises:
+    ValueError: settings that contradict each other.
+    UserError: the frames have fewer latents than there are codes.
+  """
+  config.validate()
+  training.validate()
+  codes_per_frame, num_codes = config.grid**2, config.codebook_size
+  needed = -(-num_codes // codes_per_frame)
+  if len(frames_NxHxWx3) < needed:
+    raise UserError(
+      f"codebook_size={num_codes} needs at least {needed} frames of {codes_per_frame} codes to "
+      f"train on, but there are {len(frames_NxHxWx3)}: give more video or a smaller codebook_size."
+    )
+  programs = Programs(config, training)
   random = np.random.default_rng(seed)
   key = jax.random.key(seed)
-  state = TrainState(
-    params, jnp.ones(num_codes), jax.tree.leaves(codebook)[0], optimizer.init(params)
-  )
-  cluster_frames = -(-_CLUSTER_LATENTS_PER_CODE * num_codes // config.grid**2)
+  state = programs.start(seed)
+  batch_size = training.batch_size
+  cluster_frames = -(-_CLUSTER_LATENTS_PER_CODE * num_codes // codes_per_frame)
   for number in range(training.steps):
     if number == training.continuous_steps:
       chosen = random.choice(len(frames_NxHxWx3), cluster_frames)
-      state = first_codebook(state, frames_NxHxWx3[chosen], jax.random.fold_in(key, training.steps))
-    batch_BxHxWx3 = frames_NxHxWx3[random.integers(len(frames_NxHxWx3), size=training.batch_size)]
-    mirrored = random.random(training.batch_size) < 0.5
+      latents = [
+        programs.latents(state.params, frames_NxHxWx3[chosen[begin : begin + batch_size]])
+        for begin in range(0, cluster_frames, batch_size)
+      ]
+      state = programs.first_codebook(
+        state, jnp.concatenate(latents), jax.random.fold_in(key, training.steps)
+      )
+    batch_BxHxWx3 = frames_NxHxWx3[random.integers(len(frames_NxHxWx3), size=batch_size)]
+    mirrored = random.random(batch_size) < 0.5
     batch_BxHxWx3 = np.where(
       mirrored[:, None, None, None], batch_BxHxWx3[:, :, ::-1], batch_BxHxWx3
     )
-    state, metrics = step(
+    state, metrics = programs.step(
       state, batch_BxHxWx3, number >= training.continuous_steps, jax.random.fold_in(key, number)
     )
     report(number + 1, metrics)
-  return nnx.state(assemble(state.params, state.sums_VxE, state.counts_V))
+  return nnx.state(programs.model(state.params, code_vectors(state)))

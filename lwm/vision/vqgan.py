@@ -1,12 +1,12 @@
 """The VQGAN that turns frames into codes and back: MUSE's, as LWM uses it (arXiv 2402.08268).
 
-The architecture is LWM's: a 3x3 stem, residual blocks of [GroupNorm, swish, 3x3 convolution] twice
-at each level, strided convolutions down, two blocks in the middle without attention, 1x1
-convolutions around the codebook, and the mirror of it with nearest-neighbour upsampling. How it is
-trained here, and what that leaves out, stands in `lwm.vision.train`.
+The architecture is LWM's. The encoder is a 3x3 stem, levels of residual blocks (GroupNorm, swish,
+3x3 convolution, twice) with strided convolutions between them, and two blocks at the end without
+attention. The decoder mirrors it with nearest-neighbour upsampling. The codebook is between 1x1
+convolutions. `lwm.vision.train` describes the training.
 
-Legend: B frames, H height, W width in pixels; h, w height and width of the grid; C channels of the
-tensor at hand; V codes; E codebook width.
+Legend: B frames; H, W height and width in pixels; h, w height and width of the grid; C channels;
+L latents, in a block of the search too; V codes, in a block of the search too; E codebook width.
 """
 
 import jax
@@ -15,13 +15,17 @@ from flax import nnx
 
 from lwm.config.vqgan import VQGANConfig
 
+# Distances of one block of the nearest-code search: 32 MiB in float32.
+_LATENTS_PER_BLOCK = 8192
+_CODES_PER_BLOCK = 1024
+
 
 class Codebook(nnx.Variable):
-  """The code vectors: a type of their own, as moving averages set them and gradients do not."""
+  """The code vectors. A separate type, because moving averages set them and gradients do not."""
 
 
 class ResidualBlock(nnx.Module):
-  """Two pre-activated 3x3 convolutions beside a shortcut, which is 1x1 if the channels change."""
+  """Two pre-activated 3x3 convolutions and a shortcut, which is 1x1 if the channels change."""
 
   def __init__(self, in_channels: int, out_channels: int, groups: int, *, rngs: nnx.Rngs):
     self.norm1 = nnx.GroupNorm(in_channels, groups, rngs=rngs)
@@ -69,7 +73,7 @@ class Encoder(nnx.Module):
     channels = config.hidden_channels
     groups = config.norm_groups
     self.stem = nnx.Conv(3, channels, (3, 3), rngs=rngs)
-    layers = []
+    layers: list[nnx.Module] = []
     for level, level_channels in enumerate(config.level_channels):
       for _ in range(config.num_res_blocks):
         layers.append(ResidualBlock(channels, level_channels, groups, rngs=rngs))
@@ -89,13 +93,15 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-  """Latents on the grid to pixels, about [-1, 1]; a level has one block more than the encoder's."""
+  """Latents on the grid to pixels, about [-1, 1]; levels have one block more than the encoder's."""
 
   def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs):
     channels = config.level_channels[-1]
     groups = config.norm_groups
     self.stem = nnx.Conv(config.latent_channels, channels, (3, 3), rngs=rngs)
-    layers = [ResidualBlock(channels, channels, groups, rngs=rngs) for _ in range(2)]
+    layers: list[nnx.Module] = [
+      ResidualBlock(channels, channels, groups, rngs=rngs) for _ in range(2)
+    ]
     for level, level_channels in reversed(list(enumerate(config.level_channels))):
       for _ in range(config.num_res_blocks + 1):
         layers.append(ResidualBlock(channels, level_channels, groups, rngs=rngs))
@@ -114,11 +120,51 @@ class Decoder(nnx.Module):
 
 
 def nearest_codes(latents_BxhxwxE: jax.Array, codebook_VxE: jax.Array) -> jax.Array:
-  """Index of the code vector nearest to each latent in Euclidean distance; int32 [B, h, w]."""
-  # The latent's own square is the same for every code, so it is left out.
-  products_BxhxwxV = jnp.einsum("bhwe,ve->bhwv", latents_BxhxwxE, codebook_VxE)
-  squares_V = jnp.square(codebook_VxE).sum(-1)
-  return jnp.argmin(squares_V - 2.0 * products_BxhxwxV, axis=-1).astype(jnp.int32)
+  """Index of the code vector nearest to each latent in Euclidean distance; int32 [B, h, w].
+
+  The lowest index wins a tie. Distances exist for one block of latents and codes at a time, so the
+  memory of the search does not grow with their numbers. No gradient passes.
+  """
+  *grid, width = latents_BxhxwxE.shape
+  latents_LxE = jax.lax.stop_gradient(latents_BxhxwxE).reshape(-1, width)
+  codebook_VxE = jax.lax.stop_gradient(codebook_VxE)
+  codes_per_block = min(len(codebook_VxE), _CODES_PER_BLOCK)
+  code_blocks = (
+    jnp.arange(0, len(codebook_VxE), codes_per_block, dtype=jnp.int32),
+    _blocks(codebook_VxE, codes_per_block),
+    # The padding is infinitely far away.
+    _blocks(jnp.square(codebook_VxE).sum(-1), codes_per_block, jnp.inf),
+  )
+
+  def nearest(latents_LxE: jax.Array) -> jax.Array:
+    def search(best, block):
+      distances_L, codes_L = best
+      first, vectors_VxE, squares_V = block
+      # The latent's own square is the same for every code, so it is left out.
+      block_LxV = squares_V - 2.0 * jnp.einsum("le,ve->lv", latents_LxE, vectors_VxE)
+      closest_L = block_LxV.min(-1)
+      closer_L = closest_L < distances_L
+      block_codes_L = first + jnp.argmin(block_LxV, axis=-1).astype(jnp.int32)
+      best = (
+        jnp.where(closer_L, closest_L, distances_L),
+        jnp.where(closer_L, block_codes_L, codes_L),
+      )
+      return best, None
+
+    start = jnp.full(len(latents_LxE), jnp.inf), jnp.zeros(len(latents_LxE), jnp.int32)
+    (_, codes_L), _ = jax.lax.scan(search, start, code_blocks)
+    return codes_L
+
+  latent_blocks = _blocks(latents_LxE, min(len(latents_LxE), _LATENTS_PER_BLOCK))
+  codes_L = jax.lax.map(nearest, latent_blocks).reshape(-1)[: len(latents_LxE)]
+  return codes_L.reshape(grid)
+
+
+def _blocks(array: jax.Array, size: int, padding: float = 0.0) -> jax.Array:
+  """Splits the first axis into [blocks, size], with the last block padded."""
+  missing = -len(array) % size
+  padded = jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1), constant_values=padding)
+  return padded.reshape(-1, size, *array.shape[1:])
 
 
 def straight_through(latents_BxhxwxE: jax.Array, quantized_BxhxwxE: jax.Array) -> jax.Array:

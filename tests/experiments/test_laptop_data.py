@@ -1,4 +1,4 @@
-"""`python -m experiments.laptop_data` on the real clips and text, with a VQGAN given to it."""
+"""`python -m experiments.laptop_data` on the real clips and text, with an existing VQGAN."""
 
 import json
 import pathlib
@@ -13,7 +13,7 @@ from lwm.data import Dataset, frame_codes, load_tokenizer
 from lwm.vision import VQGAN, Codec, VQGANConfig, save_vqgan
 
 ROOT = pathlib.Path(__file__).parents[2]
-# The laptop's frames, as fast as can be; what the codes mean does not matter here.
+# Takes the laptop's frames and is as fast as possible; what the codes mean does not matter here.
 UNTRAINED = VQGANConfig(
   resolution=64,
   hidden_channels=4,
@@ -50,7 +50,7 @@ def test_datasets_name_their_tokenizer_and_vqgan(output):
   assert manifest["bad_records"] == 0
 
 
-def test_there_is_text_to_train_on_and_to_judge_by(output):
+def test_text_for_training_and_validation(output):
   splits = Dataset(output / "text").manifest["splits"]
   assert splits["train"]["tokens"] > 1_000_000
   assert 20_000 < splits["validation"]["tokens"] < 0.15 * splits["train"]["tokens"]
@@ -75,16 +75,16 @@ def test_videos_are_a_caption_and_15_frames_within_4096_tokens(output):
     assert frame_codes(tokens[vision] - tokenizer.vocab_size).shape == (15, 256)
 
 
-def test_the_same_command_again_makes_nothing_anew(output):
+def test_the_same_command_again_makes_nothing_again(output):
   files = [file for file in output.rglob("*") if file.is_file()]
   before = {file: file.stat().st_mtime_ns for file in files}
   ended = run(output)
   assert ended.returncode == 0, ended.stderr
-  assert ended.stdout.count("is there") == 4
+  assert ended.stdout.count("exists already") == 4
   assert {file: file.stat().st_mtime_ns for file in files} == before
 
 
-def test_another_vqgan_than_the_videos_were_made_with_is_said(output):
+def test_another_vqgan_than_the_videos_were_made_with_is_an_error(output):
   weights = output / "vqgan.npz"
   kept = weights.read_bytes()
   try:

@@ -1,4 +1,4 @@
-"""`python -m experiments.train_vqgan`, as a person runs it."""
+"""`python -m experiments.train_vqgan`, as a user runs it."""
 
 import pathlib
 import subprocess
@@ -7,6 +7,7 @@ import sys
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from lwm.vision.codec import Codec
 
@@ -54,7 +55,65 @@ def test_trains_on_a_clip_and_overwrites_nothing(clip, tmp_path):
   assert ended.stderr.strip().endswith("exists already: delete it, or name another --output.")
 
 
-def test_a_file_that_is_no_video_and_sizes_that_do_not_fit(clip, tmp_path):
+def test_a_rotated_film_and_two_joined_transport_streams(tmp_path):
+  """The picture shows held-out frames: upright, and from the film whose time stamps go back."""
+
+  def write(name, codec, top, bottom, turn=False):
+    with av.open(str(tmp_path / name), "w") as container:
+      stream = container.add_stream(codec, rate=10)
+      stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+      if turn:
+        stream.set_display_rotation(90)
+      pixels = np.full((48, 64, 3), bottom, np.uint8)
+      # The right half is at the top once the film is turned counterclockwise.
+      pixels[:, 32:] = top
+      for _ in range(20):
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+      container.mux(stream.encode())
+    return tmp_path / name
+
+  turned = write("turned.mp4", "mpeg4", 200, 40, turn=True)
+  first, second = (
+    write("first.ts", "mpeg2video", 60, 60),
+    write("second.ts", "mpeg2video", 180, 180),
+  )
+  joined = tmp_path / "joined.ts"
+  joined.write_bytes(first.read_bytes() + second.read_bytes())
+  output = tmp_path / "vqgan.npz"
+  films = [f"--video={turned}", f"--video={joined}", "--frames_per_second=5", "--held_out=0.5"]
+  ended = run(["-m", "experiments.train_vqgan", *films, f"--output={output}", *TINY])
+  assert ended.returncode == 0, ended.stderr
+  with Image.open(output.with_suffix(".png")) as image:
+    picture = np.asarray(image.convert("L"))
+  # Rows of 32 pixels, twice their size, 4 apart: a film, its reconstruction, the other film.
+  upper, lower, other = picture[4:24, :60], picture[40:60, :60], picture[140:200]
+  np.testing.assert_allclose([upper.mean(), lower.mean()], [200, 40], atol=8)
+  # All held-out frames are of the second stream: its 10 frames, of 20, were not lost.
+  assert other[:, :60].mean() == pytest.approx(180, abs=8)
+  assert other[:, 340:400].mean() == pytest.approx(180, abs=8)
+
+
+def test_a_codebook_of_several_blocks(clip, tmp_path):
+  output = tmp_path / "vqgan.npz"
+  settings = ["--vqgan.resolution=64", "--vqgan.codebook_size=1500", "--training.batch_size=25"]
+  command = ["-m", "experiments.train_vqgan", f"--video={clip}", f"--output={output}"]
+  ended = run([*command, *TINY, *settings])
+  assert ended.returncode == 0, ended.stderr
+  assert Codec(output).config.codebook_size == 1500
+
+
+def test_a_codebook_that_the_frames_cannot_fill_is_said_before_training(clip, tmp_path):
+  output = tmp_path / "vqgan.npz"
+  command = ["-m", "experiments.train_vqgan", f"--video={clip}", f"--output={output}"]
+  ended = run([*command, *TINY, "--vqgan.codebook_size=16384"])
+  assert ended.returncode == 1 and not ended.stdout
+  assert ended.stderr == (
+    "error: codebook_size=16384 needs at least 256 frames of 64 codes to train on, but there are "
+    "17: give more video or a smaller codebook_size.\n"
+  )
+
+
+def test_a_file_that_is_not_a_video_and_steps_that_do_not_fit(clip, tmp_path):
   notes = tmp_path / "notes.txt"
   notes.write_text("hello")
   output = tmp_path / "vqgan.npz"
@@ -80,6 +139,7 @@ def test_a_file_that_is_no_video_and_sizes_that_do_not_fit(clip, tmp_path):
     ("--vqgan.codebook_size=x", "--vqgan.codebook_size=x: this setting takes a whole number."),
     ("--vqgan=9", "--vqgan=9: --vqgan is a group of settings; override one of them."),
     ("--training.batch_size=0", "--training: batch_size=0 must be at least 1."),
+    ("--vqgan.codebook_size=0", "--vqgan: codebook_size=0: sizes are whole numbers of at least 1."),
   ],
 )
 def test_a_wrong_setting_is_one_sentence(tmp_path, flag, message):

@@ -1,11 +1,11 @@
 """Writes tests/golden/llama_*.npz: tiny random LlamaForCausalLM models and their logits.
 
-Run by hand, where torch and transformers are installed, from the root of the repository:
+Run it by hand from the root of the repository, in an environment with torch and transformers:
 
   python tests/golden/make_llama.py
 
-Written with Python 3.11, torch 2.13.0 (CPU) and transformers 5.23.0. Weights are
-float16 numbers, so that half the bytes hold them exactly; the logits are computed in float32.
+The files were written with Python 3.11, torch 2.13.0 (CPU) and transformers 5.23.0. Weights are
+rounded to float16, so that the files are half as large and exact; logits are computed in float32.
 """
 
 import json
@@ -50,14 +50,14 @@ def main():
     model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
       for weight in model.parameters():
-        # Larger than at initialisation, so that attention is far from uniform; norms are not ones.
+        # Larger than at initialisation, so that attention is far from uniform and norms are not 1.
         noise = torch.randn_like(weight) * 0.2
         weight.copy_((noise + (weight.ndim == 1)).half().float())
       ids = torch.randint(0, config.vocab_size, (1, 48))
       logits = model(ids).logits
     weights = {f"weights/{key}": value.half().numpy() for key, value in model.state_dict().items()}
     if config.tie_word_embeddings:
-      del weights["weights/lm_head.weight"]  # As in a saved model.
+      del weights["weights/lm_head.weight"]  # A saved model lacks it too.
     path = pathlib.Path(__file__).parent / f"llama_{name}.npz"
     np.savez_compressed(
       path,

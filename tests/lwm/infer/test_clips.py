@@ -11,7 +11,7 @@ from lwm.config.model import ModelConfig
 from lwm.config.vqgan import LWM_LAYOUT, VisionLayout, VQGANConfig
 from lwm.data.vision_tokens import frame_codes, frame_tokens
 from lwm.errors import UserError
-from lwm.infer import FREE, cut_clip, sampled_codes
+from lwm.infer import SAMPLED, cut_clip, sampled_codes
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig
 from lwm.vision.codec import Codec, save_vqgan
@@ -35,8 +35,8 @@ def test_prompt_and_forced_marks_rebuild_the_document(layout):
   clip = cut_clip(tokens, TEXT, layout, given=2, predicted=2)
   true_T = tokens[len(clip.prompt) : len(clip.prompt) + len(clip.forced)]
   np.testing.assert_array_equal(clip.prompt, tokens[: 3 + 2 * (P + 1)])
-  np.testing.assert_array_equal(np.nonzero(clip.forced != FREE)[0], [P, 2 * P + 1])
-  np.testing.assert_array_equal(clip.forced[clip.forced != FREE], true_T[[P, 2 * P + 1]])
+  np.testing.assert_array_equal(np.nonzero(clip.forced != SAMPLED)[0], [P, 2 * P + 1])
+  np.testing.assert_array_equal(clip.forced[clip.forced != SAMPLED], true_T[[P, 2 * P + 1]])
   np.testing.assert_array_equal(clip.codes_NxP, codes_NxP[:4])
   np.testing.assert_array_equal(sampled_codes(true_T, TEXT, layout), codes_NxP[2:4])
 

@@ -1,4 +1,4 @@
-"""The decode loop against the model's own forward pass, and how tokens are drawn.
+"""The decode loop against the model's forward pass, and how tokens are sampled.
 
 B batch, P prompt tokens, T new tokens, V vocabulary.
 """
@@ -12,7 +12,7 @@ import scipy.special
 from kernels.attention import KeyIntervals
 from kernels.ring import Layout
 from lwm import model as model_lib
-from lwm.infer import FREE, Choice, sample
+from lwm.infer import SAMPLED, Choice, sample
 from lwm.infer.sampling import draw
 from lwm.model import ModelConfig
 from lwm.parallel.mesh import make_mesh
@@ -42,7 +42,7 @@ def build():
 
 
 def run(model, params, num_tokens=7, choice=GREEDY, seed=0, forced_T=None):
-  forced_T = jnp.full(num_tokens, FREE, jnp.int32) if forced_T is None else forced_T
+  forced_T = jnp.full(num_tokens, SAMPLED, jnp.int32) if forced_T is None else forced_T
   return np.asarray(
     sample(
       model, params, PROMPT_BxP, forced_T, jax.random.key(seed), choice=choice, rope_theta=THETA
@@ -74,7 +74,7 @@ def test_greedy_tokens_are_those_of_the_full_forward_pass(mesh):
 
 def test_forced_tokens_come_and_are_read(mesh):
   model, params = build()
-  forced_T = jnp.full(7, FREE, jnp.int32).at[2].set(33)
+  forced_T = jnp.full(7, SAMPLED, jnp.int32).at[2].set(33)
   tokens_BxT = run(model, params, forced_T=forced_T)
   free_BxT = run(model, params)
   assert (tokens_BxT[:, 2] == 33).all()

@@ -1,4 +1,4 @@
-"""A VQGAN's file, and frames to codes and back."""
+"""The file of a VQGAN, and frames to codes and back."""
 
 import jax
 import numpy as np
@@ -91,7 +91,7 @@ def test_wrong_frames_and_codes_are_refused(path):
     codec.decode(np.full((1, 8, 8), TINY.codebook_size))
 
 
-def test_files_that_are_no_vqgan(path, tmp_path):
+def test_files_that_are_not_a_vqgan(path, tmp_path):
   with pytest.raises(UserError, match="no VQGAN file"):
     Codec(tmp_path / "none.npz")
   (tmp_path / "text.npz").write_text("hello")

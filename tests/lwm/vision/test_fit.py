@@ -1,4 +1,4 @@
-"""Training on clips, judged on held-out frames."""
+"""Training on clips, evaluated on held-out frames."""
 
 import re
 
@@ -21,7 +21,7 @@ TINY = VQGANConfig(
 )
 
 
-def test_the_last_frames_are_held_out_and_only_they():
+def test_only_the_last_frames_are_held_out():
   frames = np.arange(132)
   first, last = split_by_time(frames, 0.15)
   assert len(last) == 20

@@ -1,5 +1,7 @@
 """The VQGAN's sizes, its straight-through gradient, and its training on a few frames."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import nnx
 
 from configs.models import laptop_vqgan
 from lwm.config.vqgan import VQGANConfig, VQGANTrainingConfig
+from lwm.errors import UserError
 from lwm.vision import train as vqgan_train
 from lwm.vision.vqgan import VQGAN, Codebook, nearest_codes, straight_through
 
@@ -99,12 +102,106 @@ def test_settings_that_do_not_go_together_are_named():
     VQGANTrainingConfig(steps=10, continuous_steps=0).validate()
 
 
+@pytest.mark.parametrize(
+  "setting, value",
+  [
+    ("codebook_size", 0),
+    ("norm_groups", 0),
+    ("num_res_blocks", -1),
+    ("channel_multipliers", ()),
+    ("channel_multipliers", (1, 0.5)),
+    ("channel_multipliers", (1, "x")),
+  ],
+)
+def test_sizes_are_checked(setting, value):
+  with pytest.raises(ValueError, match=f"{setting}=.*whole numbers"):
+    VQGANConfig(**{setting: value}).validate()
+  VQGANConfig(num_res_blocks=0).validate()
+
+
+@pytest.mark.parametrize(
+  "setting, value",
+  [
+    ("batch_size", 0),
+    ("peak_learning_rate", float("nan")),
+    ("commitment_weight", -1.0),
+    ("codebook_decay", 1.0),
+    ("restart_share", -0.1),
+    ("steps", 0),
+  ],
+)
+def test_training_settings_are_checked(setting, value):
+  with pytest.raises(ValueError, match=f"{setting}="):
+    VQGANTrainingConfig(**{setting: value}).validate()
+
+
+def test_more_codes_than_the_frames_have_latents():
+  frames = moving_square(3, TINY.resolution)
+  config = dataclasses.replace(TINY, codebook_size=3 * TINY.grid**2 + 1)
+  with pytest.raises(UserError, match="codebook_size=193 needs at least 4 frames .* there are 3"):
+    vqgan_train.train(frames, config, VQGANTrainingConfig(), seed=0)
+
+
 def test_nearest_codes_are_the_nearest():
   random = np.random.default_rng(0)
   latents = random.normal(size=(2, 3, 3, 4)).astype(np.float32)
   codebook = random.normal(size=(7, 4)).astype(np.float32)
   distances = np.square(latents[..., None, :] - codebook).sum(-1)
   np.testing.assert_array_equal(nearest_codes(latents, codebook), distances.argmin(-1))
+
+
+def test_search_in_blocks_finds_the_lowest_of_equal_codes():
+  """Whole numbers, so that distances are exact; many codes are equal, across blocks too."""
+  random = np.random.default_rng(0)
+  latents = random.integers(-3, 4, (2, 80, 60, 2)).astype(np.float32)
+  codebook = random.integers(-4, 5, (2500, 2)).astype(np.float32)
+  # The first block of codes has neighbours for a quarter of the latents alone.
+  codebook[:1200] = np.abs(codebook[:1200])
+  distances = np.square(latents.reshape(-1, 1, 2) - codebook).sum(-1)
+  expected = distances.argmin(-1)
+  assert (np.diff(np.sort(distances, axis=-1)[:, :2]) == 0).mean() > 0.9
+  assert (expected >= 1024).any()
+  np.testing.assert_array_equal(nearest_codes(latents, codebook), expected.reshape(2, 80, 60))
+
+
+def peak_bytes(function, *arguments) -> int:
+  """Memory of a compiled program: arguments, results, and what it uses in between."""
+  memory = function.lower(*arguments).compile().memory_analysis()
+  return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+
+@pytest.fixture(scope="module")
+def lwm_size():
+  """The programs of LWM's sizes, 8192 codes at 256 pixels; arguments as shapes alone."""
+  programs = vqgan_train.Programs(VQGANConfig(), VQGANTrainingConfig())
+  state = jax.eval_shape(lambda: programs.start(0))
+  frames = jax.ShapeDtypeStruct((8, 256, 256, 3), jnp.uint8)
+  return programs, state, frames, jax.eval_shape(lambda: jax.random.key(0))
+
+
+def test_memory_of_the_search():
+  """131072 latents, of 512 frames, to 16384 codes: 8 GiB as one matrix."""
+  latents = jax.ShapeDtypeStruct((512, 16, 16, 64), jnp.float32)
+  codebook = jax.ShapeDtypeStruct((16384, 64), jnp.float32)
+  inputs = 4 * 64 * (512 * 256 + 16384)
+  assert peak_bytes(jax.jit(nearest_codes), latents, codebook) - inputs < 2**26
+
+
+def test_memory_of_the_first_codebook_at_lwms_size(lwm_size):
+  """1.8 GiB, mostly parameters and optimizer state, to encode a batch, 0.2 GiB more to cluster."""
+  programs, state, frames, key = lwm_size
+  assert peak_bytes(programs.latents, state.params, frames) < 1.2 * 2**30
+  latents = jax.ShapeDtypeStruct((64 * 8192, 64), jnp.float32)
+  state = state._replace(params=None, optimizer=None)
+  assert peak_bytes(programs.first_codebook, state, latents, key) < 0.25 * 2**30
+
+
+@pytest.mark.slow
+def test_memory_of_a_step_at_lwms_size(lwm_size):
+  """23.9 GiB for 8 frames: activations of the convolutions, and next to nothing for 8192 codes."""
+  programs, state, frames, key = lwm_size
+  quantize = jax.ShapeDtypeStruct((), jnp.bool_)
+  assert peak_bytes(programs.step, state, frames, quantize, key) < 24.5 * 2**30
 
 
 def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other():
