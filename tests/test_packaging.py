@@ -1,4 +1,4 @@
-"""What is pinned, what is installed, and what the packages promise of their imports."""
+"""Pins, installed versions, and which packages may import which."""
 
 import ast
 import importlib.metadata
@@ -54,12 +54,12 @@ def test_a_plain_install_needs_neither_tensorflow_nor_pytorch():
 
 
 def test_our_kernels_and_transformers_live_side_by_side():
-  """A PyPI package of that name exists, and transformers looks for it."""
+  """PyPI has a package named `kernels`, and transformers looks for it."""
   program = (
     "import kernels, transformers, pathlib; from transformers import LlamaConfig; LlamaConfig(); "
     f"assert pathlib.Path(kernels.__file__).parent.parent == pathlib.Path({str(ROOT)!r})"
   )
-  # Not from the checkout: there an import of `kernels` could not fail.
+  # Run outside the checkout, where importing `kernels` cannot fail.
   subprocess.run([sys.executable, "-c", program], cwd=ROOT.parent, check=True)
 
 
