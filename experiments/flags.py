@@ -75,7 +75,7 @@ def run(main: Callable[[list[str]], None], takes_arguments: bool = False) -> Non
     except UserError as error:
       sys.exit(f"error: {error}")
 
-  app.run(checked_main, flags_parser=_parse)
+  app.run(checked_main, flags_parser=parse)
 
 
 def _list_in_help(name: str) -> None:
@@ -96,7 +96,8 @@ def _unraisablehook(unraisable: Any) -> None:
     sys.__unraisablehook__(unraisable)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str]) -> list[str]:
+  """Parses the flags; a wrong one ends the program in one sentence. Returns the other arguments."""
   try:
     kinds = _override_types(argv)
     try:

@@ -6,8 +6,8 @@
 #       --config=configs/lwm_text_7b.py --workdir=/mnt/shared/runs/text
 #
 # Several names are the slices of one queued resource, which train together. The hosts run the
-# commit that is checked out. Workdir and data must be on a disk that all hosts share. --dry_run only
-# prints the commands.
+# commit that is checked out. Workdir and data must be on a disk that all hosts share. --dry_run
+# only prints the commands.
 set -u -o pipefail
 cd "$(dirname "$0")/../.."
 
