@@ -1,9 +1,9 @@
 """Pages that cannot rot: their examples run, and the flags, targets and files they name exist.
 
-A page may have four kinds of blocks, named after the opening fence. `python` and `sh run` blocks run,
-in one namespace and one temporary directory per page. Nothing runs in a `sh` block: its flags are
-parsed by the programs that it calls, and its make targets exist. A `text` block is a picture, or what
-a program prints.
+A page may have four kinds of blocks, named after the opening fence. `python` and `sh run` blocks
+run, in one namespace and one temporary directory per page. Nothing runs in a `sh` block: its flags
+are parsed by the programs that it calls, and its make targets exist. A `text` block is a picture,
+or what a program prints.
 """
 
 import os

@@ -9,6 +9,7 @@ import sys
 import tomllib
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -47,6 +48,16 @@ def test_installed_versions_are_the_pinned_ones():
     if name in installed and installed[name] != pin
   }
   assert not wrong, "installed, pinned"
+
+
+def test_hooks_run_the_tools_of_make_lint():
+  config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+  lint = (ROOT / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
+  tools = set(re.findall(r"\$\(BIN\)/(\w+)", lint))
+  assert {repository["repo"] for repository in config["repos"]} == {"local"}
+  hooks = [hook for repository in config["repos"] for hook in repository["hooks"]]
+  assert {hook["entry"].split()[0] for hook in hooks} == {f".venv/bin/{tool}" for tool in tools}
+  assert tools <= set(PINS)
 
 
 def test_a_plain_install_needs_neither_tensorflow_nor_pytorch():
