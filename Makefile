@@ -1,6 +1,6 @@
 # make train  the laptop experiment, end to end
 # make lint   linter, formatter and type checker
-# make quick  tests of every area, for use while you work
+# make quick  one case of each test, without slow tests
 # make test   all tests
 PYTHON ?= $(shell command -v python3.12 || command -v python3 || echo python3)
 WORKDIR ?= runs/laptop
@@ -25,7 +25,7 @@ lint: .venv/.test
 	$(BIN)/mypy
 
 quick: .venv/.test
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --quick
 
 test: .venv/.test
 	$(BIN)/python -m pytest -n 2
