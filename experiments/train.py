@@ -1,14 +1,15 @@
-"""Trains an experiment, or goes on with it: the same command resumes where its workdir stands.
+"""Trains an experiment; the same command resumes it from the newest checkpoint in its workdir.
 
     python -m experiments.train --config=configs/laptop.py --workdir=runs/laptop
 
-Any setting is a flag: --config.optimizer.peak_learning_rate=1e-3, --config.stages[0].steps=10.
-Started on every host of a TPU pod, by SLURM or in an indexed Kubernetes job (experiments/launch/),
-the processes find each other; elsewhere, each is told:
+Every setting is a flag: --config.optimizer.peak_learning_rate=1e-3, --config.stages[0].steps=10.
+On several hosts, start the same command on each. On a TPU pod, under SLURM or in an indexed
+Kubernetes job (experiments/launch/) the processes find each other; elsewhere, tell each process:
 
     python -m experiments.train ... --coordinator=HOST:PORT --num_processes=2 --process_id=0
 
-All see the same workdir and data. Exit status 75 asks for the same command again on all hosts.
+All processes need the same workdir and data. A run that exits with status 75 resumes when all hosts
+start the same command again.
 """
 
 import pathlib
@@ -25,18 +26,24 @@ from lwm.train import loop
 
 _CONFIG = experiment_flags.define_config()
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Where checkpoints, metrics and curves go, and are taken up again."
+  "workdir",
+  None,
+  "Directory for checkpoints, metrics and curves; a run resumes from what it contains.",
+  required=True,
 )
 _PROFILE_STEPS = flags.DEFINE_string(
-  "profile_steps", None, "Steps to trace for xprof, as in 10:13: total steps 10, 11 and 12."
+  "profile_steps",
+  None,
+  "Steps to trace for xprof, counted over all stages: 10:13 traces steps 10, 11 and 12.",
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-_PEER_TIMEOUT = flags.DEFINE_integer(
-  "peer_timeout", 60, "Seconds without a sign of life after which a process is lost.", 10
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "Number of processes that train together."
 )
-flags.mark_flag_as_required("workdir")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+_PEER_TIMEOUT = flags.DEFINE_integer(
+  "peer_timeout", 60, "Seconds without a heartbeat after which a process is lost.", 10
+)
 
 
 def main(argv: list[str]) -> None:
@@ -45,8 +52,8 @@ def main(argv: list[str]) -> None:
   validate(experiment)
   if "://" in _WORKDIR.value:
     raise UserError(
-      f"--workdir={_WORKDIR.value} is no directory: name one on a disk that all hosts see, a "
-      "bucket where it is mounted."
+      f"--workdir={_WORKDIR.value} is not a directory: name one on a disk that all hosts share; "
+      "for a bucket, name the directory where it is mounted."
     )
   profile_steps = parse_steps(_PROFILE_STEPS.value) if _PROFILE_STEPS.value else range(0)
   steps = sum(stage.steps for stage in experiment.stages)

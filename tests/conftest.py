@@ -1,4 +1,4 @@
-"""Eight CPU devices in every test process, and JAX's compilation cache."""
+"""Eight CPU devices in every test process, JAX's compilation cache, and the option --quick."""
 
 import os
 import pathlib
@@ -7,15 +7,36 @@ import tempfile
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
   + " --xla_force_host_platform_device_count=8"
-  # With it, jaxlib 0.11.2 computes wrong gradients of a ring with a program from the cache.
+  # With this scheduler, jaxlib 0.11.2 computes wrong gradients of a ring with a cached program.
   + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
-# Fewer threads may all wait in collectives: see lwm/parallel/xla_flags.py.
+# With fewer threads, all of them can wait in collectives: see lwm/parallel/xla_flags.py.
 os.environ.setdefault("PJRT_NPROC", "128")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "lwm-test-jax-cache")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-# Test processes side by side compile for TPUs with libtpu, which no one here runs on.
+# Several test processes compile for TPUs at the same time; none of them runs on a TPU.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    "--quick", action="store_true", help="Run the first case of each test, and no slow tests."
+  )
+
+
+def pytest_collection_modifyitems(config, items):
+  """With --quick, keeps one case of each parametrised test, so that every area keeps its tests."""
+  if not config.getoption("--quick"):
+    return
+  kept, left_out, seen = [], [], set()
+  for item in items:
+    name = item.nodeid.partition("[")[0]
+    is_needed = name not in seen and item.get_closest_marker("slow") is None
+    (kept if is_needed else left_out).append(item)
+    if is_needed:
+      seen.add(name)
+  items[:] = kept
+  config.hook.pytest_deselected(items=left_out)

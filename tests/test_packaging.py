@@ -1,4 +1,4 @@
-"""What is pinned, what is installed, and what the packages promise of their imports."""
+"""Pins, installed versions, and which packages may import which."""
 
 import ast
 import importlib.metadata
@@ -9,6 +9,7 @@ import sys
 import tomllib
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -49,17 +50,27 @@ def test_installed_versions_are_the_pinned_ones():
   assert not wrong, "installed, pinned"
 
 
+def test_hooks_run_the_tools_of_make_lint():
+  config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+  lint = (ROOT / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
+  tools = set(re.findall(r"\$\(BIN\)/(\w+)", lint))
+  assert {repository["repo"] for repository in config["repos"]} == {"local"}
+  hooks = [hook for repository in config["repos"] for hook in repository["hooks"]]
+  assert {hook["entry"].split()[0] for hook in hooks} == {f".venv/bin/{tool}" for tool in tools}
+  assert tools <= set(PINS)
+
+
 def test_a_plain_install_needs_neither_tensorflow_nor_pytorch():
   assert not {"tensorflow", "torch"} & {requirement.name for requirement in _requirements()}
 
 
 def test_our_kernels_and_transformers_live_side_by_side():
-  """A PyPI package of that name exists, and transformers looks for it."""
+  """PyPI has a package named `kernels`, and transformers looks for it."""
   program = (
     "import kernels, transformers, pathlib; from transformers import LlamaConfig; LlamaConfig(); "
     f"assert pathlib.Path(kernels.__file__).parent.parent == pathlib.Path({str(ROOT)!r})"
   )
-  # Not from the checkout: there an import of `kernels` could not fail.
+  # Run outside the checkout, where importing `kernels` cannot fail.
   subprocess.run([sys.executable, "-c", program], cwd=ROOT.parent, check=True)
 
 

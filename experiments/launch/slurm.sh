@@ -1,32 +1,33 @@
 #!/bin/bash
-# Trains on the GPUs of a SLURM cluster. From a checkout that all nodes see, with a .venv in which
-# pip install --constraint pins.txt '.[gpu]' has been run:
+# Trains on the GPUs of a SLURM cluster. Run it from a checkout on a disk that all nodes share, with
+# a .venv in which pip install --constraint pins.txt '.[gpu]' has been run:
 #
 #   sbatch --nodes=4 --time=24:00:00 experiments/launch/slurm.sh \
 #       --config=configs/lwm_text_7b.py --workdir=/shared/runs/text
 #
-# Arguments of sbatch come before the script, those of experiments.train behind it. The processes
-# find each other by SLURM's own variables.
+# Arguments of sbatch come before the script, arguments of experiments.train after it. The processes
+# find each other by SLURM's variables.
 #
-# One process a GPU. JAX shows each process the GPU of its number on the node, so that no
-# --gpus-per-task or --gpu-bind may hide the others.
+# One process runs per GPU. JAX gives each process the GPU with its number on the node, so do not
+# hide the other GPUs with --gpus-per-task or --gpu-bind.
 #SBATCH --job-name=lwm
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=8
 #SBATCH --exclusive
-# A lost node, and exit status 75 below, put the job back into the queue; it resumes.
+# After a lost node, and after exit status 75 (below), SLURM queues the job again and it resumes.
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# Before the time is over, time for the two steps that may be in flight and a checkpoint: longer for
-# steps of more than five minutes.
+# SIGTERM comes this many seconds before the time limit: enough for the two steps that may be in
+# flight and for a checkpoint. Raise it for steps of more than five minutes.
 #SBATCH --signal=TERM@900
 set -u
 
-# The others name a lost process and end by themselves: SLURM is to wait for that.
+# The other processes name a lost one and end by themselves: let SLURM wait for that.
 srun --kill-on-bad-exit=0 --wait=300 .venv/bin/python -m experiments.train "$@"
 status=$?
 
-# srun returns the highest status of all: above 128 a signal killed one, and the others said 75.
+# srun returns the highest of all statuses. Above 128, a signal killed a process, and the others
+# exited with 75.
 if [ "$status" -eq 75 ] || [ "$status" -gt 128 ]; then
   if [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ]; then
     scontrol requeue "$SLURM_JOB_ID"

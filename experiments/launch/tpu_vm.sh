@@ -1,13 +1,13 @@
 #!/bin/bash
-# Trains on all hosts of a Cloud TPU slice, over ssh, and starts them again after a loss. From a
-# checkout, on any machine with gcloud:
+# Trains on all hosts of a Cloud TPU slice over ssh, and restarts them after a loss. Run it from a
+# checkout on any machine with gcloud:
 #
 #   experiments/launch/tpu_vm.sh [--dry_run] ZONE NAME[,NAME...] \
 #       --config=configs/lwm_text_7b.py --workdir=/mnt/shared/runs/text
 #
-# Several names are the slices of one queued resource, which train together. The commit that is
-# checked out is what runs. Workdir and data lie where all hosts see them. --dry_run prints the
-# commands.
+# Several names are the slices of one queued resource, which train together. The hosts run the
+# commit that is checked out. Workdir and data must be on a disk that all hosts share. --dry_run
+# only prints the commands.
 set -u -o pipefail
 cd "$(dirname "$0")/../.."
 
@@ -24,7 +24,8 @@ zone=$1
 IFS=, read -r -a names <<< "$2"
 shift 2
 
-# tpu SUBCOMMAND ARGUMENT...: on every host of every slice (@SLICE@), at the same time.
+# tpu SUBCOMMAND ARGUMENT... runs the subcommand on all hosts of all slices at the same time, with
+# @SLICE@ replaced by the name of the slice.
 tpu() {
   local name pids=() failed=0
   for name in "${names[@]}"; do
@@ -52,8 +53,8 @@ tpu ssh @SLICE@ --command="mkdir -p lwm && tar -xzf lwm.tar.gz -C lwm && cd lwm 
   { [ -d .venv ] || python3.12 -m venv .venv; } &&
   .venv/bin/python -m pip install --quiet --constraint pins.txt --editable '.[tpu]'" || exit 1
 
-# A TPU serves one process: what an interrupted launch left behind goes first. The status is told in
-# the output, for ssh to many hosts has but one.
+# A TPU serves one process, so first end what an interrupted launch left running. Each host prints
+# its exit status, because ssh to several hosts returns only one.
 printf -v arguments ' %q' "$@"
 python='.venv/bin/python -m experiments.train'
 train="pkill -KILL -f '^$python' && sleep 5; cd lwm && $python$arguments
@@ -67,12 +68,12 @@ fi
 for restart in {1..100}; do
   statuses=$(tpu ssh @SLICE@ --command="$train" 2>&1 | tee >(cat >&2) \
       | sed -n 's/.*exit status \([0-9]*\) on .*/\1/p' | sort -nu | tr '\n' ' ')
-  # 75 asks for another start; a signal, or a host that says nothing, is what others saw as a loss.
+  # Restart after 75, a signal, or a host that printed nothing: the others saw that host as lost.
   case " $statuses" in
     " 0 ") exit 0 ;;
     *" 1 "*) exit 1 ;;
   esac
-  echo "starting again ($restart of 100): the exit statuses were ${statuses:-not told}" >&2
+  echo "restarting ($restart of 100): the exit statuses were ${statuses:-not printed}" >&2
   sleep "${RESTART_SECONDS:-30}"
 done
 exit 75

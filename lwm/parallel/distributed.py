@@ -1,10 +1,11 @@
 """Processes that train together: how they find each other, and how they end when one is lost.
 
-JAX's coordination service, which lives in process 0, introduces the processes to each other. What
-it does about a loss is not enough: collectives wait for the lost process for ever, and after a
-while the service aborts the others with a stack trace. So every process also writes a beat into the
-service's table of keys, process 0 reads them all, and the others watch process 0. Whoever loses a
-peer says which, and ends with RESUME_EXIT_CODE: start all processes again, and they resume.
+JAX's coordination service runs in process 0 and introduces the processes to each other. What it
+does about a lost process is not enough: collectives wait for that process forever, and after a
+while the service aborts the others with a stack trace. So every process also writes a heartbeat
+into the service's key-value store. Process 0 reads all heartbeats, and the others watch process 0.
+A process that loses a peer names it and ends with RESUME_EXIT_CODE: start all processes again to
+resume.
 """
 
 import contextlib
@@ -22,28 +23,29 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import jax
-from jax._src import distributed
 
 from lwm.errors import RESUME_EXIT_CODE, ResumeError, UserError
+from lwm.parallel import coordination
 
-# Flags of experiments/, and the variables that stand in for them.
+# Flags of experiments/train.py, and the environment variables that replace them.
 _EXPLICIT = {
   "coordinator": "JAX_COORDINATOR_ADDRESS",
   "num_processes": "JAX_NUM_PROCESSES",
   "process_id": "JAX_PROCESS_ID",
 }
 
-# A peer is lost after this many beats of one's own without a new one of its; the time-out has room
-# for two more. Beats, not seconds: a process that was itself suspended blames no one.
+# A peer is lost when it has sent no heartbeat during this many of our own; the time-out leaves room
+# for two more. We count heartbeats and not seconds, so that a process that was suspended itself
+# blames no other process.
 _SILENT_BEATS = 10
 _BEAT_KEY = "lwm/beat/"
 _END_KEY = "lwm/end"
 _GOOD_END = "{}"
 _DAY_MS = 24 * 3600 * 1000
 
-# Seconds for an error of a process's own, or JAX's log, to come first; and for process 0, whose end
-# takes the service with it, to be heard.
+# Seconds to wait so that a process's own error, or JAX's log, is printed first.
 _PATIENCE = 1
+# Seconds for which process 0 stays, so that the others hear its message: the service ends with it.
 _LINGER = 3
 
 
@@ -55,32 +57,31 @@ def joined(
   peer_timeout: float = 60,
   start_timeout: int = 600,
 ) -> Iterator[None]:
-  """Joins the other processes of the run, if there are any, for what runs inside.
+  """Context manager that joins the other processes of the run, if the run has any.
 
-  A coordinator that is given, by argument or environment, comes first; then what JAX detects:
-  SLURM, TPU pods of one slice or several, indexed Kubernetes jobs. Without any of it nothing is
-  done.
+  Settings from the arguments or the environment take precedence over what JAX detects: SLURM, TPU
+  pods of one or several slices, and indexed Kubernetes jobs. With neither, this does nothing.
 
-  Inside, a process that loses another prints one sentence that names it, and ends with
-  RESUME_EXIT_CODE; an error in one process ends all, with its message and exit status 1. Must be
-  entered before anything touches devices.
+  Inside the context, a process that loses another one prints a sentence that names it and ends
+  with RESUME_EXIT_CODE. An error in one process ends all of them with its message and exit status
+  1. Enter the context before anything uses devices.
 
   Args:
-    coordinator: HOST:PORT of process 0, or else JAX_COORDINATOR_ADDRESS.
-    num_processes: or else JAX_NUM_PROCESSES.
-    process_id: of this process, from 0, or else JAX_PROCESS_ID.
-    peer_timeout: seconds without a sign of life after which a process is lost.
+    coordinator: HOST:PORT of process 0; JAX_COORDINATOR_ADDRESS if None.
+    num_processes: number of processes; JAX_NUM_PROCESSES if None.
+    process_id: number of this process, from 0; JAX_PROCESS_ID if None.
+    peer_timeout: seconds without a heartbeat after which a process is lost.
     start_timeout: seconds within which all processes must have started.
 
   Raises:
-    UserError: the settings are given halfway, or cannot be.
+    UserError: the settings are incomplete or make no sense.
   """
   settings = explicit_settings(coordinator, num_processes, process_id)
   _initialize(settings, peer_timeout, start_timeout)
-  if distributed.global_state.num_processes == 1:
+  if coordination.state.num_processes == 1:
     yield
     return
-  watch = Watch(distributed.global_state, peer_timeout)
+  watch = Watch(coordination.state, peer_timeout)
   try:
     yield
     watch.finish(_DAY_MS)
@@ -94,28 +95,31 @@ def joined(
 def explicit_settings(
   coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> dict[str, Any]:
-  """Arguments of jax.distributed.initialize, empty if neither arguments nor environment say any.
+  """Arguments of jax.distributed.initialize, empty if neither arguments nor environment give any.
 
   Raises:
     UserError: one of the three is missing, or makes no sense.
   """
-  given = dict(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
-  for name, variable in _EXPLICIT.items():
-    if given[name] is None:
-      given[name] = os.environ.get(variable)
+  arguments = dict(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
+  given: dict[str, Any] = {
+    name: os.environ.get(_EXPLICIT[name]) if value is None else value
+    for name, value in arguments.items()
+  }
   missing = [name for name, value in given.items() if value is None]
   if len(missing) == 3:
     return {}
   if missing:
-    there = " and ".join(f"--{name}={value}" for name, value in given.items() if value is not None)
+    present = " and ".join(
+      f"--{name}={value}" for name, value in given.items() if value is not None
+    )
     absent = " and ".join(f"--{name} ({_EXPLICIT[name]})" for name in missing)
     raise UserError(
-      f"{there} without {absent}: give all three, or none where SLURM, a TPU pod or an indexed "
-      "Kubernetes job tells them."
+      f"{present} without {absent}: give all three, or none where SLURM, a TPU pod or an indexed "
+      "Kubernetes job provides them."
     )
   host, _, port = given["coordinator"].rpartition(":")
   if not host or not port.isdigit():
-    raise UserError(f"--coordinator={given['coordinator']}: this takes HOST:PORT of process 0.")
+    raise UserError(f"--coordinator={given['coordinator']} must be HOST:PORT of process 0.")
   try:
     count, index = int(given["num_processes"]), int(given["process_id"])
   except ValueError:
@@ -129,19 +133,19 @@ def explicit_settings(
 
 
 def _initialize(settings: dict[str, Any], peer_timeout: float, start_timeout: int) -> None:
-  """Calls jax.distributed.initialize, unless this process is alone."""
-  if not settings and _told_to_be_alone():
+  """Calls jax.distributed.initialize, unless this process is the only one."""
+  if not settings and _is_known_to_be_alone():
     return
   if settings and settings["process_id"] == 0:
-    _see_that_port_is_free(settings["coordinator_address"])
+    _check_port_is_free(settings["coordinator_address"])
 
   def give_up() -> None:
-    state = distributed.global_state
+    state = coordination.state
     who = f"process {state.process_id} of {state.num_processes}"
     where = state.coordinator_address or "the coordinator"
     _exit(
-      f"{who} has waited {start_timeout} s for the others at {where}: see that all of them run "
-      "and reach it, and start the same command again.",
+      f"{who} has waited {start_timeout} s for the others at {where}: check that all of them run "
+      "and can reach it, and start the same command again.",
       RESUME_EXIT_CODE,
     )
 
@@ -151,11 +155,11 @@ def _initialize(settings: dict[str, Any], peer_timeout: float, start_timeout: in
   try:
     jax.distributed.initialize(
       **settings,
-      # JAX ends a process whose time-outs have passed with abort(): ours come first.
+      # When one of JAX's time-outs passes, JAX calls abort(): ours must pass first.
       initialization_timeout=2 * start_timeout,
       heartbeat_timeout_seconds=int(4 * peer_timeout),
-      # None: what JAX detects. Empty: all devices of the host.
-      local_device_ids=[] if settings or _one_task_a_node() else None,
+      # None takes what JAX detects, an empty list takes all devices of the host.
+      local_device_ids=[] if settings or _has_one_task_per_node() else None,
       cluster_detection_method="deactivate" if settings else None,
     )
   except ValueError as error:
@@ -167,14 +171,14 @@ def _initialize(settings: dict[str, Any], peer_timeout: float, start_timeout: in
         f"find the others: set {', '.join(_EXPLICIT.values())}, or pip install 'jax[k8s]'."
       ) from error
   except jax.errors.JaxRuntimeError as error:
-    # The only one that JAX raises here; a client that does not get through aborts.
-    raise _port_is_taken(distributed.global_state.coordinator_address) from error
+    # JAX raises this only in process 0; a client that cannot connect aborts.
+    raise _port_is_taken(str(coordination.state.coordinator_address)) from error
   finally:
     timer.cancel()
 
 
-def _see_that_port_is_free(address: str) -> None:
-  """Raises a UserError if not: there jaxlib 0.11.2 now and then ends with a segmentation fault."""
+def _check_port_is_free(address: str) -> None:
+  """Raises a UserError if the port is in use: jaxlib 0.11.2 sometimes crashes on such a port."""
   dual = socket.has_dualstack_ipv6()
   family = socket.AF_INET6 if dual else socket.AF_INET
   port = int(address.rpartition(":")[2])
@@ -187,45 +191,46 @@ def _see_that_port_is_free(address: str) -> None:
 def _port_is_taken(address: str) -> UserError:
   return UserError(
     f"process 0 cannot listen on the port of {address}: another program, or an earlier start, "
-    "has it; end that, or take another port."
+    "uses it; end that program, or choose another port."
   )
 
 
-def _told_to_be_alone() -> bool:
-  """Whether this is SLURM's only task, or a Kubernetes pod of no job: JAX would ask in vain."""
+def _is_known_to_be_alone() -> bool:
+  """Whether this is SLURM's only task or a Kubernetes pod outside a job: JAX would find no peer."""
   job = ("JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
   pod = "KUBERNETES_SERVICE_HOST" in os.environ and not any(name in os.environ for name in job)
   return pod or os.environ.get("SLURM_NTASKS") == "1"
 
 
-def _one_task_a_node() -> bool:
-  """Whether SLURM has one task on each node: JAX would give it the first GPU and no other."""
+def _has_one_task_per_node() -> bool:
+  """Whether SLURM runs one task per node: JAX would give that task only the node's first GPU."""
   return bool(re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")))
 
 
 class Watch:
-  """Ends this process, with a sentence, when another is lost or has ended with an error."""
+  """Ends this process, with a sentence, when another one is lost or has ended with an error."""
 
-  def __init__(self, state: distributed.State, timeout: float):
-    """Starts to watch, and to be watched.
+  def __init__(self, state: coordination.State, timeout: float):
+    """Starts the threads that send this process's heartbeat and watch its peers.
 
     Args:
-      state: of jax.distributed.initialize.
-      timeout: seconds.
+      state: this process's view of the coordination service, initialized.
+      timeout: seconds without a heartbeat after which a peer is lost.
     """
+    assert state.client is not None and state.coordinator_address is not None
     self._client = state.client
     host, _, port = state.coordinator_address.rpartition(":")
-    # The address, not the name: that of a pod is gone with it.
-    self._service = socket.getaddrinfo(host.strip("[]"), int(port))[0][4][:2]
+    # The address and not the name: the name of a pod disappears with the pod.
+    self._service: Any = socket.getaddrinfo(host.strip("[]"), int(port))[0][4][:2]
     self._timeout = timeout
     self._beat_seconds = (timeout - _PATIENCE - _LINGER) / (_SILENT_BEATS + 2)
     self._process = state.process_id
     self._processes = state.num_processes
     self._finished = threading.Event()
     self._last_words = threading.RLock()
-    # Of each peer that this process watches: host, last beat, and own beats since then.
+    # For each peer that this process watches: host, last heartbeat, and our own heartbeats since.
     self._hosts = {self._process: socket.gethostname()}
-    self._beats = {}
+    self._beats: dict[int, str] = {}
     self._silence = dict.fromkeys(range(1, self._processes) if self._process == 0 else [0], 0)
     _sleep_before_aborting()
     self._beat(0)
@@ -236,26 +241,26 @@ class Watch:
       thread.start()
 
   def finish(self, timeout_ms: int) -> None:
-    """Returns when all processes are here. Raises JaxRuntimeError after `timeout_ms`."""
+    """Returns when all processes call this. Raises JaxRuntimeError after `timeout_ms`."""
     self._client.wait_at_barrier("lwm/finish", timeout_ms)
     self._finished.set()
     if self._process == 0:
       self._client.key_value_set(_END_KEY, _GOOD_END)
-    # A thread in one of JAX's calls must not outlive Python.
+    # A thread inside one of JAX's calls must not outlive Python.
     for thread in self._threads[:2]:
       thread.join()
 
   def stop(self, error: ResumeError) -> None:
-    """Returns when all processes stop; ends them all if some do not within the time-out."""
+    """Returns when all processes stop; ends them all if one does not stop within the time-out."""
     try:
       self.finish(int(1000 * self._timeout))
     except jax.errors.JaxRuntimeError:
       self._end_all(str(error), RESUME_EXIT_CODE)
 
   def fail(self, error: BaseException) -> NoReturn:
-    """Ends this process, and the others, because of `error`; unless it comes from a lost peer."""
+    """Ends this process and all others because of `error`, unless a lost peer caused it."""
     if isinstance(error, jax.errors.JaxRuntimeError):
-      # What a collective says when a peer is gone names no one; the watch soon does.
+      # A collective that fails because a peer is gone does not name the peer; the watch soon does.
       time.sleep(self._timeout)
     if not isinstance(error, UserError):
       traceback.print_exception(error)
@@ -272,11 +277,11 @@ class Watch:
       self._silence[process] = 0
 
   def _beat_on(self) -> None:
-    """Thread: beats; in process 0, reads the beats of all; in others, sees that it answers."""
+    """Thread that sends heartbeats; process 0 also reads them, the others note that it answers."""
     count = 0
     while not self._finished.wait(self._beat_seconds):
       count += 1
-      # Whether the service is reached is for `_watch_service` to judge.
+      # `_watch_service` decides whether the service can still be reached.
       with contextlib.suppress(jax.errors.JaxRuntimeError):
         self._beat(count)
         if self._process:
@@ -290,7 +295,7 @@ class Watch:
             self._tell(**self._lost(process))
 
   def _watch_service(self) -> None:
-    """Thread: notices that process 0 is gone or no longer answers."""
+    """Thread that notices when process 0 is gone or no longer answers."""
     while not self._finished.is_set():
       self._silence[0] += 1
       if self._silence[0] > _SILENT_BEATS or self._service_is_gone():
@@ -299,9 +304,10 @@ class Watch:
           self._end(**self._lost(0))
 
   def _service_is_gone(self) -> bool:
-    """Waits for a beat, less if process 0 ends; whether it has ended.
+    """Waits for the time of one heartbeat, or until process 0 ends; returns whether it has ended.
 
-    Its sockets know. Calls to the service do not: none returns while JAX's client aborts.
+    This asks the sockets of process 0. Calls to the service return nothing while JAX's client
+    aborts.
     """
     try:
       with socket.create_connection(self._service, self._beat_seconds) as connection:
@@ -317,7 +323,7 @@ class Watch:
     return False
 
   def _listen(self) -> None:
-    """Thread: waits for what a peer has told."""
+    """Thread that waits for the message with which a peer ends all processes."""
     words = None
     while words is None:
       try:
@@ -330,17 +336,17 @@ class Watch:
       self._end(**json.loads(words))
 
   def _tell(self, message: str, status: int) -> None:
-    """Has all processes end with this message, this one included, unless they end anyway."""
+    """Tells all processes, this one included, to end with a message, unless they already end."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       self._client.key_value_set(_END_KEY, json.dumps(dict(message=message, status=status)))
 
   def _end(self, message: str, status: int) -> NoReturn:
-    """Ends this process; whoever comes later waits for that."""
+    """Ends this process; other threads that want to end it wait meanwhile."""
     with self._last_words:
       _exit(message, status, linger=_LINGER if self._process == 0 else 0)
 
   def _end_all(self, message: str, status: int) -> NoReturn:
-    """Ends this process with its own error, and the others with word of it."""
+    """Ends this process with its own error, and tells the others to end because of it."""
     with self._last_words:
       self._tell(f"{self._name(self._process)} has ended with an error: {message}", status)
       self._end(message, status)
@@ -358,12 +364,12 @@ class Watch:
 
 
 def _sleep_before_aborting() -> None:
-  """Has abort() wait six seconds.
+  """Makes abort() wait six seconds, so that `Watch` can print its message first.
 
-  When process 0 is gone, JAX's client calls abort() from a thread of its own, at once, and no hook
-  comes between (its missed_heartbeat_callback fails in jaxlib 0.11.2, with std::bad_cast). A thread
-  that aborts calls the handler below with the number of the signal, 6: meanwhile `Watch` has its
-  say. No Python runs in the handler, so that nothing can go wrong in a process that is broken.
+  When process 0 is gone, JAX's client calls abort() from a thread of its own at once, and offers no
+  hook before it (in jaxlib 0.11.2 its missed_heartbeat_callback fails with std::bad_cast). This
+  installs libc's sleep() as the signal handler: abort() calls it with the number of the signal, 6.
+  The handler runs no Python, so it is safe in a broken process.
   """
   libc = ctypes.CDLL(None)
   libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
@@ -372,7 +378,7 @@ def _sleep_before_aborting() -> None:
 
 
 def _exit(message: str, status: int, linger: float = 0) -> NoReturn:
-  """Ends at once: after a loss, the usual way out would wait for the collectives in flight."""
+  """Ends at once: after a loss, a normal exit would wait for the collectives in flight."""
   sys.stdout.flush()
   print(f"error: {message}", file=sys.stderr, flush=True)
   time.sleep(linger)

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax._src import distributed
 
+from lwm.parallel import coordination
 from lwm.report.goodput import wall_clock
 
 # Steps between two checks, and the share of their time from which on input is reported as slow.
@@ -97,7 +97,7 @@ def shared_waits(starved: float) -> dict[str, float]:
   index = jax.process_index()
   name = f"process {index} ({socket.gethostname()})"
   waits = {name: starved}
-  client = distributed.global_state.client
+  client = coordination.state.client
   if client is not None:
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       client.key_value_set(f"{_KEYS}{index}", f"{starved} {name}", allow_overwrite=True)

@@ -37,7 +37,7 @@ def test_settings_are_flags():
 
 def test_help_names_the_config():
   done = _run("--help")
-  assert "--config: A Python file whose get_config()" in done.stdout, done.stdout
+  assert "--config: Python file whose get_config()" in done.stdout, done.stdout
 
 
 def test_a_group_that_is_none_is_built():
@@ -68,11 +68,11 @@ def test_a_group_that_is_none_is_built():
     ("--config.model.tied_head=maybe", ["tied_head=maybe", "true or false"]),
     ("--config.stages[7].steps=5", ["config.stages[7]", "4 entries"]),
     ("--config.stages=5", ["group of settings"]),
-    ("--config.model.rope_scaling=8", ["rope_scaling=8", "build or none"]),
-    ("--config.model.rope_scaling.factor=8", ["say --config.model.rope_scaling=build before"]),
+    ("--config.model.rope_scaling=8", ["rope_scaling=8", "`build` or `none`"]),
+    ("--config.model.rope_scaling.factor=8", ["give --config.model.rope_scaling=build before"]),
     ("--config.model=build", ["config.model is a group of settings"]),
     ("--confg=5", ["confg"]),
-    ("config.seed=3", ["'config.seed=3' is no flag"]),
+    ("config.seed=3", ["'config.seed=3' is not a flag"]),
     ("--config.seed=99", ["the seed is 99."]),
   ],
 )
@@ -90,7 +90,7 @@ def test_a_mistake_is_one_sentence(flag, named):
     (["--config=configs/lapto.py"], ["there is no file 'configs/lapto.py'"]),
     (["--config=configs"], ["there is no file 'configs'"]),
     (["--config=configs/models.py"], ["configs/models.py", "get_config"]),
-    (["--config=README.md"], ["cannot use this file", "README.md, line"]),
+    (["--config=README.md"], ["this file cannot be used", "README.md, line"]),
     (["--config=configs/laptop.py:big"], ["too many positional arguments of get_config()"]),
     ([], ["--config"]),
   ],

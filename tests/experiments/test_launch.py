@@ -1,4 +1,4 @@
-"""The launchers, with stand-ins for the clusters' programs."""
+"""The launchers, with stand-ins for the programs of the clusters."""
 
 import os
 import pathlib
@@ -16,7 +16,7 @@ ARGUMENTS = ["--config=configs/lwm_text_7b.py", "--workdir=/shared/a run"]
 
 @pytest.fixture
 def launch(tmp_path):
-  """Runs a script with stand-ins first in PATH; each call of one becomes a line of `calls`."""
+  """Runs a script with stand-ins first in PATH; each call to a stand-in adds a line to `calls`."""
 
   def launch(script, *arguments, stand_ins, output=subprocess.PIPE, **variables):
     for name, body in stand_ins.items():
@@ -49,7 +49,7 @@ def test_scripts_parse(script):
   "status,restarts,requeued",
   [(0, 0, False), (1, 0, False), (RESUME_EXIT_CODE, 0, True), (137, 3, True), (75, 100, False)],
 )
-def test_slurm_puts_a_job_back_that_asks_for_it(launch, status, restarts, requeued):
+def test_slurm_requeues_a_job_that_asks_for_it(launch, status, restarts, requeued):
   process, calls = launch(
     "slurm.sh",
     *ARGUMENTS,
@@ -63,7 +63,7 @@ def test_slurm_puts_a_job_back_that_asks_for_it(launch, status, restarts, requeu
 
 
 def tpu_vm(directory, *starts):
-  """Stand-ins: gcloud runs what it is given, here; the hosts of each start end as told."""
+  """Stand-ins: gcloud runs its command here; `starts` are the exit statuses of the hosts."""
   python = directory / "lwm" / ".venv" / "bin" / "python"
   python.parent.mkdir(parents=True)
   python.write_text('#!/bin/bash\n[ "$1 $2" = "-m experiments.train" ] && exit $STATUS\n')
@@ -92,12 +92,12 @@ done
   "starts,status",
   [
     ([(0, 0)], 0),
-    # A process killed, a host that says nothing, a resume: it goes on.
+    # A killed process, a host that prints nothing and a run that asks to be resumed: restart.
     ([(75, 137), (75,), (), (75, 75), (0, 0)], 0),
     ([(75, 75), (1, 1)], 1),
   ],
 )
-def test_tpu_vms_are_started_again_until_they_are_done(launch, tmp_path, starts, status):
+def test_tpu_vms_are_restarted_until_they_are_done(launch, tmp_path, starts, status):
   stand_ins = tpu_vm(tmp_path, *starts)
   process, calls = launch("tpu_vm.sh", "zone-a", "slice", *ARGUMENTS, stand_ins=stand_ins)
   assert process.returncode == status, process.stderr
@@ -110,15 +110,15 @@ def test_tpu_vms_are_started_again_until_they_are_done(launch, tmp_path, starts,
     assert "-m experiments.train --config=configs/lwm_text_7b.py --workdir=/shared/a\\ run" in call
 
 
-def test_tpu_vm_keeps_what_it_said_before_a_restart(launch, tmp_path):
-  """In a file too, as with nohup: /dev/stderr opened anew would cut it short."""
+def test_tpu_vm_keeps_its_output_from_before_a_restart(launch, tmp_path):
+  """Also in a file, as with nohup, which opening /dev/stderr again would truncate."""
   stand_ins = tpu_vm(tmp_path, (75,), (0,))
   with (tmp_path / "log").open("w") as log:
     launch("tpu_vm.sh", "zone-a", "slice", *ARGUMENTS, stand_ins=stand_ins, output=log)
   lines = (tmp_path / "log").read_text().splitlines()
   statuses = [line.split(" on ")[0] for line in lines if line.startswith("exit status")]
   assert statuses == ["exit status 75", "exit status 0"]
-  assert "starting again (1 of 100): the exit statuses were 75 " in lines
+  assert "restarting (1 of 100): the exit statuses were 75 " in lines
 
 
 def test_tpu_vm_dry_run_prints_the_commands_and_runs_none(launch):
@@ -130,12 +130,12 @@ def test_tpu_vm_dry_run_prints_the_commands_and_runs_none(launch):
   printed = subprocess.run(
     ["bash"], text=True, input="gcloud() { echo call; }\n" + process.stdout, capture_output=True
   )
-  # Two slices are copied to, set up and started.
+  # Copy, set up and start, on each of two slices.
   assert printed.stdout == "call\n" * 6 and not printed.stderr
   assert all(f" {name}" in process.stdout for name in ("one", "two"))
 
 
-def test_tpu_vm_says_how_it_is_called(launch):
+def test_tpu_vm_prints_its_usage(launch):
   process, _ = launch("tpu_vm.sh", stand_ins={})
   assert process.returncode == 1
   assert "experiments/launch/tpu_vm.sh [--dry_run] ZONE NAME" in process.stderr
@@ -148,7 +148,7 @@ def test_xpk_passes_the_flags_and_restarts_on_the_resume_code(launch):
   assert "experiments.train --config=configs/lwm_text_7b.py --workdir=/shared/a\\ run" in calls[0]
 
 
-def test_jobset_restarts_on_all_but_errors():
+def test_jobset_restarts_after_everything_but_errors():
   jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
   assert jobset["kind"] == "JobSet"
   (replicated,) = jobset["spec"]["replicatedJobs"]

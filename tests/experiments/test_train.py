@@ -1,4 +1,4 @@
-"""Mistakes in the flags of the program that trains."""
+"""Mistakes in the flags of experiments.train."""
 
 import os
 import pathlib
@@ -23,7 +23,7 @@ def run(*arguments, **variables):
 @pytest.mark.parametrize(
   "arguments, message",
   [
-    (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is no directory: "),
+    (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is not a directory: "),
     (["--workdir=runs/x", "--profile_steps=761:763"], "--profile_steps=761:763: the run has 760"),
   ],
 )
@@ -37,4 +37,4 @@ def test_devices_that_are_not_here_are_one_sentence(tmp_path):
   done = run(f"--workdir={tmp_path}", JAX_PLATFORMS="abacus")
   last = done.stderr.strip().splitlines()[-1]
   assert done.returncode == 1 and "Traceback" not in done.stderr
-  assert last.startswith("error: JAX cannot start, JAX_PLATFORMS being abacus (")
+  assert last.startswith("error: JAX cannot start with JAX_PLATFORMS=abacus (")

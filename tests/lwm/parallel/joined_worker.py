@@ -1,8 +1,9 @@
-"""One process of test_distributed.py: joins the others, and does what it is told.
+"""One process of test_distributed.py: joins the others, then does what ACTION says.
 
     python joined_worker.py PROCESS NUM_PROCESSES START_TIMEOUT COORDINATOR ACTION
 
-PROCESS and so on are empty where the environment tells. Prints how many processes there are.
+An empty PROCESS, NUM_PROCESSES or COORDINATOR is taken from the environment. Prints the number of
+processes and the number of this one.
 """
 
 import sys

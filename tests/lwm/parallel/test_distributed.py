@@ -1,4 +1,4 @@
-"""How processes find each other, and how they end together; train/test_processes.py loses one."""
+"""Processes find each other and end together; tests/lwm/train/test_processes.py loses one."""
 
 import os
 import pathlib
@@ -36,7 +36,7 @@ def start(process="", num_processes="", coordinator="", action="", start_timeout
 
 
 def results(processes):
-  """(exit status, last line of the output, last line of the errors) of each."""
+  """(exit status, last line of the output, last line of the errors) per process."""
   try:
     ends = [process.communicate(timeout=300) for process in processes]
   finally:
@@ -62,8 +62,8 @@ def test_one_task_of_slurm_is_alone():
   assert results([start(**variables, SLURM_LOCALID="0", SLURM_PROCID="0")]) == [(0, "1 0", "")]
 
 
-def test_slurm_tells_all():
-  # JAX makes the port from the number of the job: 65535 - 4095 + number.
+def test_slurm_provides_all_settings():
+  # JAX computes the port from the number of the job: 65535 - 4095 + number.
   job = free_port() % 4096
   variables = dict(
     SLURM_JOB_ID=str(job), SLURM_STEP_NODELIST="localhost", SLURM_NTASKS="2", SLURM_LOCALID="0"
@@ -88,12 +88,12 @@ def test_processes_stop_together():
   assert [end[2] for end in ends] == ["stopped by SIGTERM."] * 2
 
 
-def test_a_process_that_never_starts_is_missed():
+def test_a_process_that_never_starts_is_reported():
   (end,) = results([start(1, 2, "127.0.0.1:1", start_timeout=2)])
   assert end[0] == RESUME_EXIT_CODE
   assert end[2] == (
-    "error: process 1 of 2 has waited 2 s for the others at 127.0.0.1:1: see that all of them "
-    "run and reach it, and start the same command again."
+    "error: process 1 of 2 has waited 2 s for the others at 127.0.0.1:1: check that all of "
+    "them run and can reach it, and start the same command again."
   )
 
 
@@ -113,7 +113,7 @@ def test_a_job_whose_pods_cannot_be_found_is_an_error():
   assert end[2].startswith("error: this is pod 3 of an indexed job, and JAX cannot find the others")
 
 
-def test_the_environment_stands_in_for_flags(monkeypatch):
+def test_environment_variables_replace_flags(monkeypatch):
   assert explicit_settings(None, None, None) == {}
   monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "node-0:1234")
   monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
@@ -127,10 +127,10 @@ def test_the_environment_stands_in_for_flags(monkeypatch):
   [
     (("node:1", 2, None), "--coordinator=node:1 and --num_processes=2 without --process_id"),
     ((None, None, 0), "--process_id=0 without --coordinator (JAX_COORDINATOR_ADDRESS) and"),
-    (("node", 2, 1), "--coordinator=node: this takes HOST:PORT"),
+    (("node", 2, 1), "--coordinator=node must be HOST:PORT"),
     (("node:1", 2, 2), "--process_id=2 and --num_processes=2: processes are numbered from 0"),
   ],
 )
-def test_settings_halfway_are_one_sentence(settings, message):
+def test_incomplete_settings_are_one_sentence(settings, message):
   with pytest.raises(UserError, match=re.escape(message)):
     explicit_settings(*settings)

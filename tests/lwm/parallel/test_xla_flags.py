@@ -1,4 +1,4 @@
-"""XLA's flags: the compilers of these versions know each, and the user's own come first."""
+"""XLA's flags: the compilers of these versions know each one, and the user's own come first."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from lwm.parallel import xla_flags
 from lwm.plan import load
 from tests.kernels.compile_for_tpu import not_cached
 
-# What a program does, with the flags set after `import jax`, as in experiments/train.py.
+# Sets the flags after `import jax`, as experiments/train.py does.
 PROGRAM = """
 import jax
 from lwm.parallel import xla_flags
@@ -71,7 +71,7 @@ def test_gpus_give_jax_the_memory_that_the_planner_counts_on(monkeypatch, given)
   monkeypatch.setenv("XLA_FLAGS", "")
   monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
   for name in FRACTIONS:
-    # So that what is set below goes when the test ends.
+    # monkeypatch then also removes, when the test ends, what `apply` sets.
     monkeypatch.setenv(name, "0.5")
     if name != given:
       monkeypatch.delenv(name)
@@ -95,3 +95,19 @@ def test_several_cpu_devices_get_threads_to_wait_in(monkeypatch, given, num_proc
   monkeypatch.delenv("PJRT_NPROC", raising=False)
   xla_flags.apply(num_processes)
   assert os.environ.pop("PJRT_NPROC", None) == threads
+
+
+def test_several_cpu_devices_by_the_setting_of_jax_get_threads_too():
+  program = (
+    "import os\nfrom lwm.parallel import xla_flags\n"
+    "xla_flags.apply()\nprint(os.environ['PJRT_NPROC'])"
+  )
+  environment = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
+  done = subprocess.run(
+    [sys.executable, "-c", program],
+    env=environment | {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "8"},
+    text=True,
+    capture_output=True,
+    timeout=300,
+  )
+  assert done.stdout == f"{xla_flags.CPU_THREADS}\n", done.stderr
