@@ -2,5 +2,5 @@
 
 from kernels.attention.api import attention
 from kernels.attention.backend import SAVED_NAMES, Backend
-from kernels.attention.intervals import KeyIntervals, causal, mask, packed, within
+from kernels.attention.intervals import KeyIntervals, causal, mask, packed, windowed, within
 from kernels.attention.merge import merge

@@ -43,6 +43,16 @@ def packed(segment_ids_BxS: jax.Array) -> KeyIntervals:
   )
 
 
+def windowed(intervals: KeyIntervals, window: int) -> KeyIntervals:
+  """Keeps the last `window` keys of each interval (sliding window, arXiv 2310.06825).
+
+  After `causal` or `packed`, query i sees the keys (i - window, i] of its document.
+  """
+  return KeyIntervals(
+    jnp.maximum(intervals.start_BxQ, intervals.stop_BxQ - window), intervals.stop_BxQ
+  )
+
+
 def within(intervals: KeyIntervals, offset: jax.Array | int, length: int) -> KeyIntervals:
   """The part of each interval inside keys [offset, offset + length), in indices of that chunk."""
   return KeyIntervals(

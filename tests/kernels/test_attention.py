@@ -169,6 +169,17 @@ def test_interval_constructors():
   np.testing.assert_array_equal(attention_lib.mask(attention_lib.packed(ids), 48), same)
 
 
+@pytest.mark.parametrize("window", (1, 5, 48))
+def test_windowed_intervals_keep_the_last_keys_of_each_document(window):
+  ids = attention_cases.segment_ids(4, 48)
+  intervals = attention_lib.windowed(attention_lib.packed(ids), window)
+  query, key = np.arange(48)[:, None], np.arange(48)[None]
+  same = (ids[:, :, None] == ids[:, None, :]) & (ids > 0)[:, :, None]
+  seen = same & (query - window < key) & (key <= query)
+  np.testing.assert_array_equal(attention_lib.mask(intervals, 48), seen)
+  assert int(intervals.start_BxQ.min()) >= 0
+
+
 @pytest.mark.parametrize(
   "change, message",
   (
