@@ -11,7 +11,7 @@ against the planner's estimate. `attention` compares
 attention with the peers that JAX has on this machine, and decoding with a plain copy. `ring`
 measures what balance and skipping save in a ring of eight devices; of eight CPU devices without
 others. `tune` times block sizes of each kernel that runs here: `row` of a record is the best, to be
-written into kernels/attention/block_sizes_gpu.py or block_sizes_tpu.py beside its head_dim.
+written into kernels/attention/BACKEND/block_sizes.py beside its head_dim.
 """
 
 import contextlib

@@ -12,13 +12,9 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.attention import (
-  backend as backend_lib,
-  mosaic_gpu,
-  mosaic_gpu_backward,
-  mosaic_gpu_forward,
-)
+from kernels.attention import backend as backend_lib
 from kernels.attention.intervals import KeyIntervals
+from kernels.attention.mosaic_gpu import MOSAIC_GPU, backend as mosaic_gpu, parts
 from tests.kernels import attention_cases
 from tests.kernels.attention_cases import Case
 
@@ -51,8 +47,7 @@ def interpreted(monkeypatch):
       for (total, left, _), right in zip(terms, rights)
     ]
 
-  for module in (mosaic_gpu_forward, mosaic_gpu_backward):
-    monkeypatch.setattr(module, "accumulate", accumulate)
+  monkeypatch.setattr(parts, "accumulate", accumulate)
   blocks = {name: {64: (64, 2), 128: (64, 2), 256: (32, 2)} for name in mosaic_gpu.BLOCKS}
   monkeypatch.setattr(mosaic_gpu, "BLOCKS", blocks)
   yield
@@ -76,7 +71,7 @@ def check(case, dtype):
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
     results = mosaic_gpu.forward(*arrays, pairs, **options, out_dtype=arrays[0].dtype)
     delta = backend_lib.delta(*results, *cotangents)
-    grads = mosaic_gpu.backward(*arrays, pairs, results[1], delta, cotangents[0], **options)
+    grads = MOSAIC_GPU.gradients(*arrays, pairs, results[1], delta, cotangents[0], **options)
     actual = [np.asarray(array, "float64") for array in (*results, *grads)]
   exact = [np.asarray(array, "float64") for array in (*arrays, *cotangents)]
   expected = attention_cases.judge(*exact[:3], intervals, *exact[3:], soft_cap=case.soft_cap)

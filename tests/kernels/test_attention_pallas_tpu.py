@@ -15,14 +15,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
 from kernels import attention as attention_lib
-from kernels.attention import (
-  KeyIntervals,
-  pallas_tpu,
-  pallas_tpu_forward,
-  pallas_tpu_tiles as tiles,
-)
-from kernels.attention.block_sizes_tpu import BlockSizes
-from kernels.attention.pallas_tpu import PALLAS_TPU
+from kernels.attention import KeyIntervals
+from kernels.attention.block_tables import FIRST, FULL_FIRST, FULL_STOP, STOP
+from kernels.attention.pallas_tpu import PALLAS_TPU, backend, forward, parts, tiles
+from kernels.attention.pallas_tpu.block_sizes import BlockSizes
 from kernels.ring import Layout, ring_attention
 from tests.kernels import attention_cases
 from tests.kernels.attention_cases import Case
@@ -45,8 +41,8 @@ BY_NAME = {case.name: case for case in CASES}
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
   """Tiles of 128 queries of two heads, in parts of one head, and blocks of 128 keys."""
-  monkeypatch.setattr(pallas_tpu_forward, "PART_ROWS", 128)
-  monkeypatch.setattr(pallas_tpu, "block_sizes", lambda *_: BlockSizes(rows=256, keys=128))
+  monkeypatch.setattr(forward, "PART_ROWS", 128)
+  monkeypatch.setattr(backend, "block_sizes", lambda *_: BlockSizes(rows=256, keys=128))
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +72,7 @@ def test_bfloat16():
 
 def test_two_cores_share_the_tiles_of_one_row_without_races(monkeypatch, capfd):
   """As on v4 and v5p, whose chips are two cores: one batch row, one key head, three tiles."""
-  monkeypatch.setattr(pallas_tpu, "num_cores", lambda: 2)
+  monkeypatch.setattr(parts, "num_cores", lambda: 2)
   case = dataclasses.replace(BY_NAME["packed"], B=1, H=2, G=1)
   arrays, exact = rounded(case.arrays(), "float32")
   parameters = pltpu.InterpretParams(num_cores_or_threads=2, detect_races=True, random_seed=1)
@@ -129,16 +125,16 @@ TILING = tiles.Tiling(
 
 
 def visits(mask, tiling=TILING):
-  """Per query tile and key block: what the kernels visit, visit unmasked, and what they have to."""
+  """Per query tile and key block: visited by the kernels, visited unmasked, needed, and full."""
   Q, K, N, M = tiling.query_length, tiling.key_length, tiling.num_query_tiles, tiling.num_key_blocks
-  start, stop = (np.clip(bound, 0, K) for bound in mask(2, Q, K))
-  intervals = KeyIntervals(jnp.asarray(start), jnp.asarray(stop))
+  bounds = (np.clip(bound, 0, K) for bound in mask(2, Q, K))
+  intervals = KeyIntervals(*map(jnp.asarray, bounds))
   interval_tiles = tiles.interval_tiles(intervals, tiling)
   key_spans = tiles.key_spans(interval_tiles, tiling)
   spans = np.asarray(key_spans).reshape(2, N, 1, 4)
   block = np.arange(M)
-  visited = (spans[..., tiles.FIRST] <= block) & (block < spans[..., tiles.STOP])
-  full = (spans[..., tiles.FULL_FIRST] <= block) & (block < spans[..., tiles.FULL_STOP])
+  visited = (spans[..., FIRST] <= block) & (block < spans[..., STOP])
+  full = (spans[..., FULL_FIRST] <= block) & (block < spans[..., FULL_STOP])
   dense = np.zeros((2, N * tiling.queries, M * tiling.keys), bool)
   dense[:, :Q, :K] = attention_lib.mask(intervals, K)
   dense[:, Q : -(-Q // tiling.queries) * tiling.queries] = dense[:, Q - 1 : Q]

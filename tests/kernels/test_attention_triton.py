@@ -10,9 +10,10 @@ import jax_triton
 import numpy as np
 import pytest
 
-from kernels.attention import backend as backend_lib, triton as triton_backend
-from kernels.attention.block_sizes_gpu import Blocks
+from kernels.attention import backend as backend_lib
 from kernels.attention.intervals import KeyIntervals
+from kernels.attention.triton import TRITON, backend as triton_backend
+from kernels.attention.triton.block_sizes import Blocks
 from tests.kernels import attention_cases
 from tests.kernels.attention_cases import CASES, Case
 
@@ -45,7 +46,7 @@ def results_and_gradients(case, dtype):
   options = dict(scale=case.D**-0.5, soft_cap=case.soft_cap)
   results = triton_backend.forward(*arrays, pairs, **options, out_dtype=arrays[0].dtype)
   delta = backend_lib.delta(*results, *cotangents)
-  grads = triton_backend.backward(*arrays, pairs, results[1], delta, cotangents[0], **options)
+  grads = TRITON.gradients(*arrays, pairs, results[1], delta, cotangents[0], **options)
   exact = [np.asarray(array, "float64") for array in (*arrays, *cotangents)]
   expected = attention_cases.judge(*exact[:3], intervals, *exact[3:], soft_cap=case.soft_cap)
   return (*results, *grads), expected
@@ -89,12 +90,12 @@ def test_part_of_the_keys_given_statistics_over_all():
   )
   delta = backend_lib.delta(out, log_sum_exp, out_cotangent, jnp.zeros_like(log_sum_exp))
   rest = log_sum_exp, delta, out_cotangent
-  wanted = triton_backend.backward(query, key, value, whole, *rest, **options)
+  wanted = TRITON.gradients(query, key, value, whole, *rest, **options)
   first = 20
   low = KeyIntervals(jnp.clip(start, 0, first), jnp.clip(stop, 0, first))
   high = KeyIntervals(jnp.clip(start - first, 0), jnp.clip(stop - first, 0))
-  left = triton_backend.backward(query, key[:, :first], value[:, :first], low, *rest, **options)
-  right = triton_backend.backward(query, key[:, first:], value[:, first:], high, *rest, **options)
+  left = TRITON.gradients(query, key[:, :first], value[:, :first], low, *rest, **options)
+  right = TRITON.gradients(query, key[:, first:], value[:, first:], high, *rest, **options)
   np.testing.assert_allclose(left[0] + right[0], wanted[0], atol=2e-6)
   for i in (1, 2):
     together = jnp.concatenate([left[i], right[i]], axis=1)

@@ -17,7 +17,7 @@ DOCUMENTS = benchmarks.Shape(64, 4, 4, 8, "float32", 16)
 
 @pytest.fixture(autouse=True)
 def short_rounds(monkeypatch):
-  monkeypatch.setattr(timing, "SECONDS_A_ROUND", 0.0)
+  monkeypatch.setattr(timing, "SECONDS_PER_ROUND", 0.0)
   monkeypatch.setattr(timing, "ROUNDS", 1)
 
 

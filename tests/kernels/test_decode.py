@@ -23,7 +23,7 @@ def backend():
 
 @pytest.fixture(autouse=True)
 def small_splits(monkeypatch):
-  monkeypatch.setattr(xla, "SPLIT", {"cpu": 16})
+  monkeypatch.setattr(xla, "KEY_BLOCK", {"cpu": 16})
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,10 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec as P
 
-from kernels.attention import KeyIntervals, pallas_tpu as attention_tpu
-from kernels.decode import decode_attention, dequantize, pallas_tpu, pallas_tpu_layouts, quantize
-from kernels.decode.pallas_tpu import PALLAS_TPU
+from kernels.attention import KeyIntervals
+from kernels.attention.pallas_tpu import parts
+from kernels.decode import decode_attention, dequantize, quantize
+from kernels.decode.pallas_tpu import PALLAS_TPU, backend as decode_backend, layouts
 from tests.kernels import test_decode
 from tests.kernels.test_decode import (
   LAYER,
@@ -40,8 +41,8 @@ def backend():
 @pytest.fixture(autouse=True)
 def sizes(monkeypatch):
   """Blocks of 128 positions, in parts of 128 rows."""
-  monkeypatch.setattr(pallas_tpu, "DECODE_BLOCK_BYTES", 1)
-  monkeypatch.setattr(pallas_tpu_layouts, "DECODE_COLUMNS", 128)
+  monkeypatch.setattr(decode_backend, "DECODE_BLOCK_BYTES", 1)
+  monkeypatch.setattr(layouts, "DECODE_COLUMNS", 128)
   monkeypatch.setattr(test_decode, "inputs", inputs)
 
 
@@ -60,7 +61,7 @@ def test_narrow_heads_have_their_positions_on_lanes(H, G, dtype):
 
 def test_the_last_block_reaches_back(monkeypatch):
   """Blocks of 256 of 384 positions: those that two blocks hold count once."""
-  monkeypatch.setattr(pallas_tpu, "block_positions", lambda *_: 256)
+  monkeypatch.setattr(decode_backend, "block_positions", lambda *_: 256)
   case = inputs()
   assert_close(decode(*case), reference(*case), 2e-6)
 
@@ -90,7 +91,7 @@ def test_int8_heads_that_alternate(G, dtype, tolerance):
 
 def test_two_cores_take_turns_without_races(monkeypatch, capfd):
   """As on v4 and v5p; the second core finds nothing in a row of one block."""
-  monkeypatch.setattr(attention_tpu, "num_cores", lambda: 2)
+  monkeypatch.setattr(parts, "num_cores", lambda: 2)
   case = inputs(mask=lambda B, Q, K: (np.array([[2], [0]]), np.array([[K], [100]])))
   parameters = pltpu.InterpretParams(num_cores_or_threads=2, detect_races=True, random_seed=1)
   with pltpu.force_tpu_interpret_mode(parameters):

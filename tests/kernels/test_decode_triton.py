@@ -13,17 +13,12 @@ import numpy as np
 import pytest
 
 from kernels import benchmarks
-from kernels.attention import KeyIntervals, attention
-from kernels.attention.block_sizes_gpu import Blocks, decode_programs, decode_splits
+from kernels.attention import KeyIntervals, reference as attention_reference
+from kernels.attention.triton import backend as attention_backend
+from kernels.attention.triton.block_sizes import Blocks, decode_programs, decode_splits
 from kernels.benchmarks import timing
-from kernels.decode import (
-  api,
-  decode_attention,
-  dequantize,
-  quantize,
-  triton as triton_backend,
-  triton_partial,
-)
+from kernels.decode import api, decode_attention, dequantize, quantize
+from kernels.decode.triton import backend as triton_backend, kernel
 from tests.kernels import attention_cases
 from tests.kernels.test_decode import (
   LAYER,
@@ -109,7 +104,7 @@ def test_a_cache_of_more_than_two_to_the_31_elements():
   options = dict(GROUP=2, HEAD_DIM=D, ROW_BLOCK=16, KEY_BLOCK=8, IS_QUANTIZED=True, PRECISION=None)
   results = triton_interpreter.triton_call(
     *(query, key, key, scale, scale, np.ones(1, np.int32), stop - 4, stop, 1, K, 1),
-    kernel=triton_partial.partial,
+    kernel=kernel.partial,
     out_type=(jax.ShapeDtypeStruct((1, 1, 1, 2, D), "float32"),) * 2,
     grid=(1, 1, 1),
     num_warps=4,
@@ -121,7 +116,7 @@ def test_a_cache_of_more_than_two_to_the_31_elements():
   )
   exact = jnp.asarray(key[1, :, -4:] * np.float32(0.1))
   whole = KeyIntervals(*(jnp.full((1, 1), i, jnp.int32) for i in (0, 4)))
-  expected, _ = attention(query, exact, exact, whole, scale=1.0, backend="reference")
+  expected, _ = attention_reference.attention(query, exact, exact, whole, scale=1.0, soft_cap=None)
   np.testing.assert_allclose(results[0][0], expected, atol=1e-5)
 
 
@@ -153,10 +148,10 @@ def test_its_sizes_are_measured(monkeypatch):
     return triton_interpreter.triton_call(*args, grid=grid, **options)
 
   monkeypatch.setattr(jax_triton, "triton_call", triton_call)
-  monkeypatch.setattr(timing, "SECONDS_A_ROUND", 0.0)
+  monkeypatch.setattr(timing, "SECONDS_PER_ROUND", 0.0)
   monkeypatch.setattr(timing, "ROUNDS", 1)
   hopper = types.SimpleNamespace(compute_capability=90)
-  monkeypatch.setattr(triton_backend.pallas_triton, "get_gpu_info", lambda: hopper)
+  monkeypatch.setattr(attention_backend.pallas_triton, "get_gpu_info", lambda: hopper)
   here = triton_backend.TRITON._replace(unsupported=lambda *_: None)
   monkeypatch.setattr(api, "BACKENDS", (here,))
   caches = [benchmarks.Cache(128, 2, 1, 64, "float32", is_int8) for is_int8 in (False, True)]

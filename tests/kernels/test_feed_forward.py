@@ -84,11 +84,12 @@ def test_sharded_equals_reference(shape, has_part_of_tokens):
   specs = tokens, P(None, "tensor"), P(None, "tensor"), P("tensor", None)
   with jax.set_mesh(mesh):
     sharded = jax.shard_map(
-        functools.partial(
-            feed_forward, chunk=4, axis_name="tensor", has_part_of_tokens=has_part_of_tokens
-        ),
-        in_specs=specs, out_specs=tokens,
-    )  # fmt: skip
+      functools.partial(
+        feed_forward, chunk=4, axis_name="tensor", has_part_of_tokens=has_part_of_tokens
+      ),
+      in_specs=specs,
+      out_specs=tokens,
+    )
     place = lambda array, spec: jax.device_put(array, jax.NamedSharding(mesh, spec))
     placed = [place(array, spec) for array, spec in zip(inputs, specs)]
     actual = gradients(sharded, placed, place(weights_BxSxM, tokens))

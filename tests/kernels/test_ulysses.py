@@ -175,5 +175,5 @@ def test_another_document_changes_no_bit(ring_size, ulysses):
 
 
 def test_heads_that_do_not_divide_are_refused():
-  with pytest.raises(ValueError, match="6 query heads a device do not divide over the 4 devices"):
+  with pytest.raises(ValueError, match="6 query heads per device do not divide over the 4 devices"):
     run(inputs(case_of(H=6)), "contiguous", 1, 4)

@@ -18,8 +18,8 @@ interpreter = pytest.importorskip("triton.runtime.interpreter", exc_type=ImportE
 # All that defines kernels. Then the choice is over: programs that tests start have the compiler.
 import jax_triton
 
-from kernels.attention import triton_backward, triton_forward
-from kernels.decode import triton_partial
+from kernels.attention.triton import backward, forward
+from kernels.decode.triton import kernel as decode_kernel
 
 del os.environ["TRITON_INTERPRET"]
 
