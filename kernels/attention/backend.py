@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels.attention.intervals import KeyIntervals
 
-# A rematerialization policy that saves these names needs no second attention forward in the
+# A rematerialisation policy that saves these names needs no second attention forward in the
 # backward pass: `jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)`.
 SAVED_NAMES = ("attention_out", "attention_log_sum_exp")
 

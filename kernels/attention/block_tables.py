@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from kernels.attention.intervals import KeyIntervals
 
-# The rows of a table: blocks [first, stop) meet, and blocks [full_first, full_stop) of them are
-# full.
+# The rows of a table. All blocks that meet are in [first, stop), and those in
+# [full_first, full_stop), within that range, are full.
 FIRST, STOP, FULL_FIRST, FULL_STOP = range(4)
 # Key blocks that `of_keys` compares with all query blocks at a time.
 KEY_BLOCKS_AT_ONCE = 128

@@ -29,7 +29,7 @@ def feed_forward(
   """silu(x gate) * (x up), projected down, for at most `chunk` tokens of each row at a time.
 
   The backward pass recomputes the intermediate of each chunk. A sequence of at most `chunk` tokens
-  uses the plain expression, whose intermediate the caller's rematerialization may save.
+  uses the plain expression, whose intermediate the caller's rematerialisation may save.
 
   On a mesh, call it inside `jax.shard_map(..., check_vma=True)`, with x sharded over batch and
   sequence, and the weights sharded over F along `axis_name`, over which the results are summed.
@@ -37,7 +37,7 @@ def feed_forward(
   axes of the tokens once, not in every chunk. With `has_part_of_tokens`, the sequence of x and of
   the result is also sharded over `axis_name` (Megatron's sequence parallelism, arXiv 2205.05198).
   Each chunk is gathered before its products and their sums are scattered after them, so that no
-  device ever holds the whole sequence of its neighbours.
+  device ever holds all tokens of its neighbours.
 
   Args:
     x_BxSxM: float. Products run in its dtype.

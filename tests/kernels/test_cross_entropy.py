@@ -1,6 +1,6 @@
-"""Linear cross-entropy: against SciPy in float64, the reference, shards, and its memory.
+"""Linear cross-entropy against SciPy in float64 and the reference, sharded, and its memory.
 
-Shapes: N tokens, M model width, V vocabulary.
+N tokens, M model width, V vocabulary.
 """
 
 import functools
@@ -45,7 +45,7 @@ def judge(hidden_NxM, head_MxV, targets_N, ranges):
 
 
 def weighted(inputs, weights_N, ranges, **options):
-  """A scalar that all outputs enter with different weights, and its gradients."""
+  """A weighted sum of all outputs, and its gradients."""
   hidden_NxM, head_MxV, targets_N = inputs
 
   def scalar(hidden_NxM, head_MxV):
@@ -130,7 +130,7 @@ def test_large_logits_do_not_overflow():
   "text, vision, expected", [(0, 0, 0), (33, 0, 3), (0, 16, 2), (17, 1, 2 + 2)], ids=str
 )
 def test_work_is_that_of_the_tokens_and_ranges_present(text, vision, expected):
-  """Chunks of 16 tokens; one block covers the text columns, two cover those of vision."""
+  """Chunks of 16 tokens; one block covers the text columns, two cover the vision columns."""
   targets_N = np.full(64, -1)
   places = np.random.default_rng(0).permutation(64)
   targets_N[places[:text]] = TEXT - 1

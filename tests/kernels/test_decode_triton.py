@@ -1,4 +1,4 @@
-"""The suite of `test_decode` on the Triton backend, whose kernel Triton's interpreter runs."""
+"""The suite of `test_decode` on the Triton kernel, in Triton's interpreter."""
 
 # isort: off
 from tests.kernels import triton_interpreter  # First: it chooses the interpreter.
@@ -44,15 +44,15 @@ def backend():
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-  """Blocks and splits so small that a cache of 52 positions has several of both."""
+  """Makes blocks and splits so small that a cache of 52 positions has several of both."""
   monkeypatch.setattr(jax_triton, "triton_call", triton_interpreter.triton_call)
   monkeypatch.setattr(triton_backend, "_sizes", lambda *_: (Blocks(16, 8, 4, 2), SPLITS))
 
 
 def test_rows_beyond_one_block_of_them(backend):
-  """Eight query tokens of a group of six heads, 48 rows in three programs; one sees nothing.
+  """Eight query tokens of a group of six heads are 48 rows in three programs; one sees nothing.
 
-  Its rows go through the blocks that lie inside the intervals of the others.
+  The rows of that token collect the blocks that are full for the others.
   """
 
   def one_empty(B, Q, K):
@@ -76,7 +76,7 @@ def test_int8_cache_in_half_precision(backend, dtype, tolerance):
 
 @pytest.mark.parametrize("is_quantized", (False, True))
 def test_no_key_outside_the_intervals_is_read(backend, is_quantized):
-  """A cache may hold anything where nothing was written yet."""
+  """Positions that are not yet written may hold anything."""
   query, key, value, intervals = inputs(mask=short_windows)
   expected = reference(query, key, value, intervals)
   start, stop = map(np.asarray, intervals)
@@ -94,7 +94,7 @@ def test_no_key_outside_the_intervals_is_read(backend, is_quantized):
 
 
 def test_a_cache_of_more_than_two_to_the_31_elements():
-  """NumPy reserves the memory, and what nobody writes or reads it never takes."""
+  """NumPy only reserves memory that is never written or read."""
   K, D = 1 << 27, 16
   key = np.zeros((2, 1, K, 1, D), np.int8)
   scale = np.zeros((2, 1, K, 1), np.float32)
@@ -121,7 +121,7 @@ def test_a_cache_of_more_than_two_to_the_31_elements():
 
 
 def test_work_is_spread_over_the_splits_wherever_it_lies(backend, monkeypatch):
-  """Products are counted by program: each row of the batch sees one or two blocks of eight keys."""
+  """Counts products by program. Each batch row sees one or two blocks of eight keys."""
   blocks = []
   load = triton_interpreter.interpreter.InterpreterBuilder.create_dot
 
@@ -139,7 +139,7 @@ def test_work_is_spread_over_the_splits_wherever_it_lies(backend, monkeypatch):
 
 
 def test_its_sizes_are_measured(monkeypatch):
-  """A tuner's candidates reach the kernel and its grid; interpreted, the times say nothing."""
+  """The tuner's candidates reach the kernel and its grid. Times mean nothing here."""
   monkeypatch.undo()  # The sizes of all other tests.
   grids = []
 
@@ -162,7 +162,7 @@ def test_its_sizes_are_measured(monkeypatch):
   kernels = ["decode", "decode_programs", "decode_int8", "decode_programs"]
   assert [record["kernel"] for record in records] == kernels
   assert all(not record["failed"] for record in records), records
-  # Four blocks are a split's least: of 8 keys, of 16, and of the table's 64.
+  # A split has at least four blocks: of 8 keys, of 16, or of the table's 64.
   expected = {(8, False, 4), (16, False, 2), (64, False, 1), (8, True, 4), (64, True, 1)}
   assert {(key_block, is_int8, grid[1]) for key_block, is_int8, grid in grids} == expected
 

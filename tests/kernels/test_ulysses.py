@@ -51,7 +51,7 @@ def with_grads(function):
 
 @functools.cache
 def program(layout, ulysses, tensor, soft_cap):
-  """Mesh and compiled out, log-sum-exp and gradients."""
+  """The mesh, and the compiled function of out, log-sum-exp and gradients."""
   shape = layout.ring_size, ulysses, tensor
   mesh = jax.make_mesh(
     shape, (*SEQUENCE, "tensor"), (AxisType.Explicit,) * 3, devices=jax.devices()[: np.prod(shape)]
@@ -89,7 +89,7 @@ def reference_program(soft_cap):
 
 
 def reference(case, dtype="float32"):
-  """From the unsharded reference, in float32 whatever the inputs were rounded to."""
+  """The results of the unsharded reference, in float32 also for rounded inputs."""
   exact = jax.tree.map(
     lambda array: array.astype("float32") if array.dtype == dtype else array, inputs(case, dtype)
   )
@@ -125,7 +125,7 @@ def test_every_mask_equals_the_whole(mask, kind):
   ((12, 6, 2, 4, 1, None), (12, 4, 1, 6, 1, None), (8, 2, 2, 2, 2, 1.5)),
 )
 def test_heads_that_neither_divides(H, G, ring_size, ulysses, tensor, soft_cap):
-  """Four devices for six key/value heads, six for four; and the heads sharded over `tensor` too."""
+  """Four devices for six key/value heads, six for four, and heads also sharded over `tensor`."""
   case = case_of(H=H, G=G, soft_cap=soft_cap)
   if ulysses == 6:
     case = Case("causal", attention_cases.causal, B=2, Q=60, K=60, H=H, G=G)
@@ -155,7 +155,7 @@ def test_bfloat16_error_does_not_grow_with_the_mesh(G):
 
 @pytest.mark.parametrize("ring_size, ulysses", ((1, 4), (2, 4)))
 def test_another_document_changes_no_bit(ring_size, ulysses):
-  """Perturb one token of a document: out and gradients of all the others stay as they are."""
+  """Changing one token of a document leaves out and gradients of all others unchanged."""
   case = case_of()
   before_inputs = inputs(case)
   segment_ids = attention_cases.segment_ids(case.B, case.Q)

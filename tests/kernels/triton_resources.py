@@ -1,4 +1,4 @@
-"""Compiles Triton attention kernels to machine code without a GPU and prints what they take.
+"""Compiles the Triton kernels to machine code, without a GPU, and prints the resources they use.
 
   python -m tests.kernels.triton_resources [--kernel=NAME] CAPABILITY DTYPE HEAD_DIM
 
@@ -32,7 +32,7 @@ INSTRUCTIONS = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync"
 
 
 def resources(name: str, capability: int, dtype: str, head_dim: int, blocks: Blocks) -> dict:
-  """Compiles one kernel for one kind of GPU; no soft cap, heads in fours, decode's most rows."""
+  """Compiles one kernel for one kind of GPU, without soft cap, for groups of four heads."""
   kernel = KERNELS[name]
   constants = dict(GROUP=4, HEAD_DIM=head_dim, QUERY_BLOCK=blocks.query, KEY_BLOCK=blocks.key)
   constants |= dict(SCALE=head_dim**-0.5, SOFT_CAP=None)

@@ -34,7 +34,7 @@ def num_cores() -> int:
 
 
 def compiler_params() -> pltpu.CompilerParams:
-  """For a grid of (independent rows, steps of `stream`)."""
+  """Compiler parameters for a grid of (independent rows, steps of `stream`)."""
   return pltpu.CompilerParams(
     dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes(device().device_kind)
   )

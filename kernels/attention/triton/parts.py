@@ -21,8 +21,8 @@ def meeting_blocks(
   """`kernels.attention.block_tables.of_queries` for one block of queries, inside a kernel.
 
   Returns:
-    (first, stop, full_first, full_stop): key blocks [first, stop) meet an interval, and blocks
-    [full_first, full_stop) of them lie inside all intervals that are not empty.
+    (first, stop, full_first, full_stop): all key blocks that meet an interval are in [first, stop),
+    and [full_first, full_stop) are inside all intervals that are not empty.
   """
   is_empty_q = stop_q <= start_q
   stop_key = tl.max(tl.where(is_empty_q, 0, stop_q), 0)

@@ -39,7 +39,7 @@ def partial(
   B, Q, H, _ = query_BxQxHxD.shape
   K, k = cache_length(key_LxBxKxGxD), block_positions(key_LxBxKxGxD, Q, H)
   layout = layout_of(key_LxBxKxGxD)
-  assert layout is not None  # `unsupported` says so.
+  assert layout is not None  # `unsupported` refuses such caches.
   group_H = jnp.arange(H, dtype=jnp.int32) // (H // layout.num_key_heads)
   facts = (*(bound_BxQ[..., None] for bound_BxQ in intervals), group_H[None, None])
   facts_BxQxHx3 = jnp.stack([jnp.broadcast_to(fact, (B, Q, H)) for fact in facts], axis=3)
