@@ -79,9 +79,9 @@ def test_equals_reference(Q, H, G, dtype, tolerance, backend):
 
 
 @pytest.mark.parametrize("mask", (some_empty, short_windows))
-@pytest.mark.parametrize("soft_cap", (None, 1.5))
-def test_masks_and_soft_cap_equal_reference(mask, soft_cap, backend):
-  case = inputs(2, mask=mask)
+@pytest.mark.parametrize("Q, soft_cap", ((2, None), (2, 1.5), (16, 1.5)))
+def test_masks_and_soft_cap_equal_reference(mask, Q, soft_cap, backend):
+  case = inputs(Q, mask=mask)
   actual = decode_attention(*case, layer=LAYER, soft_cap=soft_cap, backend=backend)
   assert_close(actual, reference(*case, soft_cap=soft_cap), 2e-6)
 

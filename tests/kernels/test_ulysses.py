@@ -120,6 +120,14 @@ def test_every_mask_equals_the_whole(mask, kind):
     assert error(array, expected) < 3e-6
 
 
+@pytest.mark.parametrize("ring_size, ulysses", ((1, 1), (2, 1), (1, 2)))
+def test_soft_cap_reaches_the_backend_on_every_path(ring_size, ulysses):
+  case = case_of(soft_cap=1.5)
+  actual = run(inputs(case), "zigzag", ring_size, ulysses, soft_cap=1.5)
+  for array, expected in zip(actual, reference(case)):
+    assert error(array, expected) < 3e-6
+
+
 @pytest.mark.parametrize(
   "H, G, ring_size, ulysses, tensor, soft_cap",
   ((12, 6, 2, 4, 1, None), (12, 4, 1, 6, 1, None), (8, 2, 2, 2, 2, 1.5)),
