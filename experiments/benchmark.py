@@ -11,7 +11,7 @@ compared with the planner's estimate. `attention` compares attention with JAX's 
 implementations on this machine, and decoding with a plain copy. `ring` measures what balance and
 skipping save in a ring of up to eight devices; a machine without accelerators uses eight CPU
 devices. `tune` times block sizes of each kernel that runs here. The `row` of a record is the
-fastest choice: write it into that backend's block_sizes file in kernels/attention/, under its
+fastest choice: write it into kernels/attention/BACKEND/block_sizes.py, under its
 head_dim.
 """
 

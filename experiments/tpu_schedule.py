@@ -1,12 +1,14 @@
-"""How well an attention kernel's blocks are scheduled on a TPU, without one.
+"""Shows how well the blocks of an attention kernel are scheduled on a TPU, without a TPU.
 
     python -m experiments.tpu_schedule --kernel=forward --device=v5p --rows=1024 --keys=512
 
-compiles the kernel with libtpu, reads the instruction bundles (one a cycle, if nothing stalls) of
-its two loop bodies, the one for full blocks and the one with a mask, and prints how many there are
-and what share of the slots of each unit they use. The sizes in `kernels.attention.block_sizes_tpu`
-were chosen this way. `--kernel=decode` has eight key/value heads, and its blocks that many rows for
-each key. Bodies so large that the compiler makes loops of their parts are not counted whole: their
+compiles the kernel with libtpu and reads the instruction bundles (one per cycle, if nothing stalls)
+of its two loop bodies: for full blocks, and for blocks with a mask. It prints the number of bundles
+and the share of each unit's slots that they use. The sizes in
+`kernels/attention/pallas_tpu/block_sizes.py` were chosen with it.
+
+`--kernel=decode` has eight key/value heads, so that its blocks have eight rows per position. If a
+body is so large that the compiler makes loops of its parts, it is not counted as a whole, and its
 bundles do not grow with the block.
 """
 
@@ -14,18 +16,19 @@ import os
 import pathlib
 import re
 import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
 from jax.experimental import topologies
 
-from kernels.attention import pallas_tpu_backward, pallas_tpu_forward
-from kernels.attention.block_sizes_tpu import vmem_bytes
-from kernels.attention.pallas_tpu_tiles import Tiling
-from kernels.decode import pallas_tpu as decode_tpu
+from kernels.attention.pallas_tpu import backward, forward
+from kernels.attention.pallas_tpu.tiles import Tiling
 from kernels.decode.cache import Quantized
-from kernels.decode.pallas_tpu_layouts import Rows
+from kernels.decode.pallas_tpu import kernel as decode_kernel
+from kernels.decode.pallas_tpu.layouts import Rows
 
 _KERNELS = ("forward", "query_grad", "key_grads", "decode")
 _TOPOLOGIES = {
@@ -36,26 +39,29 @@ _TOPOLOGIES = {
   "tpu7x": "tpu7x:2x2x1",
 }
 
-_KERNEL = flags.DEFINE_enum("kernel", "forward", _KERNELS, "Which kernel.")
-_DEVICE = flags.DEFINE_enum("device", "v5p", list(_TOPOLOGIES), "Which TPU.")
-_ROWS = flags.DEFINE_integer("rows", 1024, "Queries x heads in a tile.", lower_bound=16)
-_KEYS = flags.DEFINE_integer("keys", 512, "Positions in a block.", lower_bound=128)
+_KERNEL = flags.DEFINE_enum("kernel", "forward", _KERNELS, "The kernel to compile.")
+_DEVICE = flags.DEFINE_enum("device", "v5p", list(_TOPOLOGIES), "The TPU to compile for.")
+_ROWS = flags.DEFINE_integer("rows", 1024, "Queries x heads per tile.", lower_bound=16)
+_KEYS = flags.DEFINE_integer("keys", 512, "Positions per block.", lower_bound=128)
 _HEAD_DIM = flags.DEFINE_enum("head_dim", "128", ["64", "128", "256"], "Width of a head.")
 _DTYPE = flags.DEFINE_enum(
-  "dtype", "bfloat16", ["bfloat16", "float32", "int8"], "Of the operands; int8 of decode's cache."
+  "dtype",
+  "bfloat16",
+  ["bfloat16", "float32", "int8"],
+  "Dtype of the operands; int8 is for the cache of --kernel=decode.",
 )
-# Key/value heads of decode's cache: a block is of keys x heads.
+# Key/value heads of the cache of --kernel=decode; a block has positions x heads rows.
 _DECODE_HEADS = 8
 
-# The columns of the compiler's table, one row a bundle, and which of them to print.
+# The columns of the compiler's table, which has one row per bundle, and the columns to print.
 _UNITS = "matrix cross_lane vector pop exponential load refill store spill scalar".split()  # noqa: SIM905
 _PRINTED = ("matrix", "vector", "exponential", "load", "store")
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
   del argv
   with tempfile.TemporaryDirectory() as directory:
-    # Read when libtpu is loaded, at the first use below.
+    # libtpu reads this when it is loaded, at the first use below.
     os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
     jax.config.update("jax_platforms", "cpu")
     _compile(_TOPOLOGIES[_DEVICE.value])
@@ -66,39 +72,38 @@ def main(argv):
 
 
 def _compile(topology_name: str) -> None:
-  """Compiles the kernel alone, for its side effect: the compiler's reports."""
+  """Compiles only the kernel, for the reports that the compiler writes."""
   device = topologies.get_topology_desc(platform="tpu", topology_name=topology_name).devices[0]
   R, k, D, dtype = _ROWS.value, _KEYS.value, int(_HEAD_DIM.value), _DTYPE.value
   if dtype == "int8" and _KERNEL.value != "decode":
-    raise app.UsageError("--dtype=int8 is a kind of cache: give --kernel=decode, or bfloat16.")
-  tiling = Tiling(8 * R, 8 * k, 1, 1, heads=1, queries=R, keys=k, cores=1)
+    raise app.UsageError("--dtype=int8 is for caches: use --kernel=decode, or --dtype=bfloat16.")
   mesh = jax.sharding.Mesh([device], ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
   def array(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-  options = dict(scale=D**-0.5, soft_cap=None)
+  function: Callable
+  options: dict[str, Any] = dict(scale=D**-0.5, soft_cap=None)
   if _KERNEL.value == "decode":
-    function, operands = decode_tpu.call, _decode_operands(array, R, k, D, dtype)
-    tiling = Rows(_DECODE_HEADS, D)
-    options |= dict(positions=k, length=8 * k)
+    function, operands = decode_kernel.partial, _decode_operands(array, R, k, D, dtype)
+    options |= dict(layout=Rows(_DECODE_HEADS, D), positions=k, length=8 * k)
   else:
     query, key = array((1, 8, R, D), dtype), array((1, 8, k, D), dtype)
     cotangent = [query, array((1, 8, 2, R), jnp.float32)]
     tables = [array((1, 8, 2, R), jnp.int32), array((1, 1, 32), jnp.int32)]
-    options |= dict(vmem_limit=vmem_bytes(device.device_kind))
+    options |= dict(tiling=Tiling(8 * R, 8 * k, 1, 1, heads=1, queries=R, keys=k, cores=1))
     if _KERNEL.value == "forward":
-      function, operands = pallas_tpu_forward.forward, [query, key, key, *tables]
+      function, operands = forward.forward, [query, key, key, *tables]
       options |= dict(out_dtype=dtype)
     else:
-      function = getattr(pallas_tpu_backward, _KERNEL.value)
-      operands = [query, key, key, *cotangent, *tables]
+      function = getattr(backward, _KERNEL.value)
+      operands = [backward.Operands(query, key, key, *cotangent, *tables)]
   with jax.set_mesh(mesh):
-    jax.jit(lambda *arrays: function(*arrays, tiling, **options)).lower(*operands).compile()
+    jax.jit(lambda *arrays: function(*arrays, **options)).lower(*operands).compile()
 
 
-def _decode_operands(array, R: int, k: int, D: int, dtype: str) -> list:
+def _decode_operands(array: Callable, R: int, k: int, D: int, dtype: str) -> list:
   """One batch row and a cache of eight blocks of k positions."""
   cache = array((1, 1, 8 * k * _DECODE_HEADS, D), dtype)
   if dtype == "int8":
@@ -108,17 +113,17 @@ def _decode_operands(array, R: int, k: int, D: int, dtype: str) -> list:
 
 
 def _loop_bodies(directory: pathlib.Path) -> list[tuple[int, dict[str, float]]]:
-  """Bundles and the share of each unit's slots in use, of the two longest runs without a branch."""
+  """The bundles and the used share of each unit's slots, for the two longest branch-free runs."""
   name = f"*attention_{_KERNEL.value}*"
   (bundles,) = (
     path for path in directory.glob(f"{name}-final_bundles.txt") if "analysis" not in path.name
   )
   (table,) = directory.glob(f"{name}-final_hlo-static-per-bundle-utilization.txt")
-  capacity, use = table.read_text().split("== UTILIZATION:")
-  capacity = [int(slots) for slots in capacity.splitlines()[-1].split()]
-  use = [[int(slots) for slots in line.split()] for line in use.splitlines() if line.strip()]
+  head, body = table.read_text().split("== UTILIZATION:")
+  capacity = [int(slots) for slots in head.splitlines()[-1].split()]
+  use = [[int(slots) for slots in line.split()] for line in body.splitlines() if line.strip()]
 
-  runs = [[]]
+  runs: list[list[list[int]]] = [[]]
   for line in bundles.read_text().splitlines():
     if bundle := re.match(r"\s*(0x[0-9a-f]+|0)\s+(\w\w)?\s*:", line):
       runs[-1].append(use[int(bundle[1], 16)])

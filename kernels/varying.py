@@ -1,16 +1,24 @@
-"""Inside `jax.shard_map`: which mesh axes an array varies over (JAX's varying manual axes)."""
+"""Tracks which mesh axes an array varies over inside `jax.shard_map` (JAX's varying axes)."""
+
+from collections.abc import Sequence
+from typing import cast
 
 import jax
 
 
 def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """Inside `shard_map`, makes all arrays vary over the mesh axes that any of them varies over.
+  """Makes all arrays vary over every mesh axis that any of them varies over.
 
-  Outside it changes nothing. The transpose sums the cotangent over the axes added: where devices
-  shared a value, its gradient is the sum over them.
+  Outside `jax.shard_map` it changes nothing. Its transpose sums the cotangent over the added axes:
+  where devices shared a value, the gradient is the sum over those devices.
   """
   varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
   axes = frozenset().union(*varying)
   return tuple(
     jax.lax.pcast(array, tuple(axes - own), to="varying") for array, own in zip(arrays, varying)
   )
+
+
+def vary_as[T: tuple](arguments: Sequence[jax.Array], results: T) -> T:
+  """Makes the results of a kernel vary over its arguments' mesh axes, where JAX does not know."""
+  return cast(T, vary_alike(*arguments, *results)[len(arguments) :])

@@ -1,4 +1,4 @@
-"""Attention over key intervals."""
+"""Attention where each query row sees one interval of keys."""
 
 from kernels.attention.api import attention
 from kernels.attention.backend import SAVED_NAMES, Backend

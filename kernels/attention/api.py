@@ -1,4 +1,4 @@
-"""Attention over key intervals: picks a backend.
+"""The entry to attention over key intervals: checks the arguments and picks a backend.
 
 B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim.
 """
@@ -16,8 +16,8 @@ from kernels.attention.triton import TRITON
 from kernels.attention.xla import XLA
 from kernels.varying import vary_alike
 
-# The best first. XLA takes everything; what follows it has not been measured, and is taken only by
-# name.
+# The best first. XLA supports everything, so the backends after it, which have not been measured,
+# are chosen only by name.
 BACKENDS = (PALLAS_TPU, TRITON, XLA, MOSAIC_GPU)
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -28,48 +28,49 @@ def attention(
   value_BxKxGxD: jax.Array,
   intervals: KeyIntervals,
   *,
-  scale: float | None = None,
   soft_cap: float | None = None,
   backend: str | Backend | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Softmax attention where each query row sees one interval of keys.
 
-  Query head h reads key/value head h // (H / G) (grouped-query attention, arXiv 2305.13245).
-  Differentiable in query, key and value, through both results.
+  Scores are query . key / sqrt(D). Query head h reads key/value head h // (H / G) (grouped-query
+  attention, arXiv 2305.13245). Differentiable in query, key and value, through both results.
 
   Args:
     query_BxQxHxD: float32, bfloat16 or float16.
     key_BxKxGxD: same dtype; G divides H.
     value_BxKxGxD: same shape and dtype as the key.
     intervals: int32 key indices, `start` and `stop`, both [B, Q].
-    scale: multiplies the scores; 1 / sqrt(D) unless given.
-    soft_cap: scores become soft_cap * tanh(scores / soft_cap) if given (Gemma 2, arXiv 2408.00118).
-    backend: "pallas_tpu" (TPU kernels), "triton" (NVIDIA GPUs), "mosaic_gpu" (Hopper), "xla"
-      (blockwise), "reference" (materialises the scores), a Backend of your own, or None for the
-      best here.
+    soft_cap: if given, scores become soft_cap * tanh(scores / soft_cap) (Gemma 2, arXiv
+      2408.00118).
+    backend: "pallas_tpu" (TPU), "triton" (NVIDIA GPUs), "mosaic_gpu" (Hopper), "xla" (blockwise,
+      runs everywhere), "reference" (materialises the scores), your own `Backend`, or None for the
+      best on this platform.
 
   Returns:
     (out [B, Q, H, D] in the query's dtype, log_sum_exp [B, Q, H] float32). A row with an empty
     interval has out 0, log_sum_exp -inf and gradients 0.
 
   Raises:
-    ValueError: a shape, dtype or backend that is not supported; the message says what is.
+    ValueError: a shape, dtype or backend is not supported; the message says what is.
   """
   check(query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, intervals)
-  scale = query_BxQxHxD.shape[-1] ** -0.5 if scale is None else scale
+  scale = query_BxQxHxD.shape[-1] ** -0.5
   if backend == "reference":
     return reference.attention(
       query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, intervals, scale=scale, soft_cap=soft_cap
     )
   backend = choose(backend, query_BxQxHxD, key_BxKxGxD)
-  query, key, value, *intervals = vary_alike(query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, *intervals)
-  return differentiable(backend, scale, soft_cap, query, key, value, KeyIntervals(*intervals))
+  query, key, value, *bounds = vary_alike(query_BxQxHxD, key_BxKxGxD, value_BxKxGxD, *intervals)
+  return differentiable(backend, scale, soft_cap, query, key, value, KeyIntervals(*bounds))
 
 
 def choose(
-  backend: str | Backend | None, query_BxQxHxD: jax.Array, key_BxKxGxD: jax.Array
+  backend: str | Backend | None,
+  query_BxQxHxD: jax.Array | jax.ShapeDtypeStruct,
+  key_BxKxGxD: jax.Array | jax.ShapeDtypeStruct,
 ) -> Backend:
-  """The backend of that name, or the best for these shapes, dtypes and this platform.
+  """Returns the backend of that name, or the best for these shapes and dtypes on this platform.
 
   Raises:
     ValueError: no backend has this name, or it does not support the arguments.
@@ -79,7 +80,7 @@ def choose(
   return backends.choose("attention", BACKENDS, backend, query_BxQxHxD, key_BxKxGxD)
 
 
-def check(query, key, value, intervals) -> None:
+def check(query: jax.Array, key: jax.Array, value: jax.Array, intervals: KeyIntervals) -> None:
   """Raises a ValueError that names the first argument that does not fit the others."""
   B, _, H, D = query.shape
   if key.shape != value.shape or key.shape[0] != B or key.shape[3] != D or H % key.shape[2]:
@@ -94,6 +95,6 @@ def check(query, key, value, intervals) -> None:
     )
   if query.dtype not in DTYPES or {key.dtype, value.dtype} != {query.dtype}:
     raise ValueError(
-      "Attention takes query, key and value of one dtype out of float32, bfloat16 and float16, "
-      f"not {query.dtype}, {key.dtype} and {value.dtype}: cast them first."
+      "Attention takes query, key and value in one dtype, float32, bfloat16 or float16, not "
+      f"{query.dtype}, {key.dtype} and {value.dtype}: cast them first."
     )

@@ -1,6 +1,6 @@
-"""The one mask of this system: each query row attends to one contiguous interval of keys.
+"""The only kind of mask in this codebase: each query row sees one contiguous interval of keys.
 
-B batch, Q/K query/key length, S sequence, C keys in a chunk.
+B batch, Q/K query/key length, S sequence length.
 """
 
 from typing import NamedTuple
@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 
 class KeyIntervals(NamedTuple):
-  """Query row i of batch row b attends to keys [start[b, i], stop[b, i]).
+  """Query row i of batch row b attends to the keys [start[b, i], stop[b, i]).
 
-  Both arrays are int32 and hold indices of keys in the unpermuted sequence, within [0, K]. A row
-  with stop <= start attends to nothing: its output is 0, its log-sum-exp -inf, its gradient 0.
+  Both arrays are int32 and hold key indices of the unpermuted sequence, within [0, K]. A row with
+  stop <= start is empty: its output is 0, its log-sum-exp is -inf and its gradient is 0.
   """
 
   start_BxQ: jax.Array
@@ -21,17 +21,17 @@ class KeyIntervals(NamedTuple):
 
 
 def causal(batch_size: int, length: int) -> KeyIntervals:
-  """Query i sees keys [0, i + 1)."""
+  """Query i sees the keys [0, i + 1)."""
   stop_S = jnp.arange(1, length + 1, dtype=jnp.int32)
   stop_BxS = jnp.broadcast_to(stop_S, (batch_size, length))
   return KeyIntervals(jnp.zeros_like(stop_BxS), stop_BxS)
 
 
 def packed(segment_ids_BxS: jax.Array) -> KeyIntervals:
-  """Causal attention inside each document of a packed row.
+  """Causal attention within each document of a packed row.
 
   Args:
-    segment_ids_BxS: integers; equal neighbours are one document, 0 is padding.
+    segment_ids_BxS: integers; a run of equal ids is one document, and 0 is padding.
   """
   index_1xS = jnp.arange(segment_ids_BxS.shape[1], dtype=jnp.int32)[None]
   before_BxS = jnp.pad(segment_ids_BxS[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
@@ -54,7 +54,7 @@ def windowed(intervals: KeyIntervals, window: int) -> KeyIntervals:
 
 
 def within(intervals: KeyIntervals, offset: jax.Array | int, length: int) -> KeyIntervals:
-  """The part of each interval inside keys [offset, offset + length), in indices of that chunk."""
+  """Cuts each interval to the keys [offset, offset + length), counted from `offset`."""
   return KeyIntervals(
     jnp.clip(intervals.start_BxQ - offset, 0, length),
     jnp.clip(intervals.stop_BxQ - offset, 0, length),
@@ -62,7 +62,7 @@ def within(intervals: KeyIntervals, offset: jax.Array | int, length: int) -> Key
 
 
 def mask(intervals: KeyIntervals, num_keys: int) -> jax.Array:
-  """The same as a bool [B, Q, K] array; for references and tests, since it takes O(S^2) memory."""
+  """The intervals as a bool array [B, Q, K], for references and tests: it takes O(S^2) memory."""
   key_1x1xK = jnp.arange(num_keys)[None, None]
   start_BxQx1, stop_BxQx1 = (array_BxQ[..., None] for array_BxQ in intervals)
   return (key_1x1xK >= start_BxQx1) & (key_1x1xK < stop_BxQx1)

@@ -1,4 +1,4 @@
-"""Attention over a union of key sets, from attention over each of them.
+"""Merges attention over parts of the keys into attention over all of them.
 
 B batch, Q query length, H query heads, D head_dim, P partial results.
 """
@@ -10,18 +10,18 @@ import jax.numpy as jnp
 
 
 def merge(partials: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
-  """Merges partial attention results by their log-sum-exp, in float32.
+  """Merges partial results by their log-sum-exp, in float32.
 
-  Differentiable; rows where some or all partials are empty (log-sum-exp -inf) have exact values
-  and gradients without NaN. Nothing overflows, whatever the log-sum-exps.
+  Differentiable. Rows where some or all partial results are empty (log-sum-exp -inf) have exact
+  values and gradients without NaN. Nothing overflows, whatever the log-sum-exps are.
 
   Args:
-    partials: pairs (out [B, Q, H, D] any float dtype, log_sum_exp [B, Q, H] float32), over
+    partials: pairs (out [B, Q, H, D] in any float dtype, log_sum_exp [B, Q, H] float32) over
       disjoint sets of keys.
 
   Returns:
-    (out [B, Q, H, D] float32, log_sum_exp [B, Q, H] float32) over all the keys; the caller rounds
-    `out` once, after its last merge.
+    (out [B, Q, H, D] float32, log_sum_exp [B, Q, H] float32) over all keys; the caller rounds
+    `out` once, after the last merge.
   """
   log_sum_exp_PxBxQxH = jnp.stack([log_sum_exp for _, log_sum_exp in partials])
   weight_PxBxQxH, log_sum_exp_BxQxH = weights(log_sum_exp_PxBxQxH)
@@ -33,10 +33,10 @@ def merge(partials: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, j
 
 
 def weights(log_sum_exp_PxBxQxH: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """What `merge` multiplies each partial `out` by, and the log-sum-exp over all the keys.
+  """The weight of each partial `out` in `merge`, and the log-sum-exp over all keys.
 
   Args:
-    log_sum_exp_PxBxQxH: float32, -inf where a row sees none of a partial's keys.
+    log_sum_exp_PxBxQxH: float32, -inf where a row sees none of the keys of a partial result.
 
   Returns:
     ([P, B, Q, H], [B, Q, H]), both float32; a row without keys has weights 0.

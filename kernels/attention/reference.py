@@ -1,4 +1,4 @@
-"""The definition of attention over key intervals: short, and quadratic in memory.
+"""The definition of attention over key intervals. It is short and needs O(S^2) memory.
 
 B batch, Q/K query/key length, H query heads, G key/value heads, R = H / G, D head_dim.
 """
@@ -34,7 +34,7 @@ def attention(
   is_empty_BxGxRxQ = maximum_BxGxRxQ == -jnp.inf
   maximum_BxGxRxQ = jnp.where(is_empty_BxGxRxQ, 0.0, maximum_BxGxRxQ)
   weights_BxGxRxQxK = jnp.exp(scores_BxGxRxQxK - maximum_BxGxRxQ[..., None])
-  # A sum of 1 in an empty row keeps the division and the logarithm differentiable.
+  # A sum of 1 in empty rows keeps the division and the logarithm differentiable.
   sum_BxGxRxQ = jnp.where(is_empty_BxGxRxQ, 1.0, jnp.sum(weights_BxGxRxQxK, axis=-1))
   out_BxQxGxRxD = jnp.einsum(
     "BGRQK,BKGD->BQGRD",

@@ -1,13 +1,12 @@
-"""Blockwise attention in plain JAX: runs everywhere, memory O(S), work by the blocks that count.
+"""Blockwise attention in plain JAX. It runs everywhere and needs O(S) memory.
 
-For every batch row and block of queries, one loop runs over the key blocks that lie inside all
-intervals of those queries, without a mask, and another over those that cross one: blocks outside
-are neither loaded nor computed. Forward is the online softmax (arXiv 1805.02867, 2205.14135);
-backward is one pass that recomputes the scores and accumulates the gradients of key and value in
-place.
+For every batch row and query block, one loop runs over the full key blocks, which need no mask, and
+another over the other key blocks that meet an interval. The remaining blocks are neither loaded nor
+computed. Forward is the online softmax (arXiv 1805.02867, 2205.14135). Backward is one pass that
+recomputes the scores and accumulates the gradients of key and value in place.
 
 B batch, Q/K query/key length, H query heads, G key/value heads, R = H / G, D head_dim,
-N query blocks, q/k queries/keys in a block, T = B * N tiles.
+N query blocks, q/k queries/keys per block, T = B * N tiles.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,25 +23,26 @@ KEY_BLOCK = 256
 
 
 def forward(
-  query_BxQxHxD,
-  key_BxKxGxD,
-  value_BxKxGxD,
+  query_BxQxHxD: jax.Array,
+  key_BxKxGxD: jax.Array,
+  value_BxKxGxD: jax.Array,
   intervals: KeyIntervals,
   *,
   scale: float,
   soft_cap: float | None,
   out_dtype: jnp.dtype,
   sizes: Mapping[str, tuple[int, int]] = {},
-):
+) -> tuple[jax.Array, jax.Array]:
   """See `kernels.attention.backend.Forward`."""
   B, Q, H, D = query_BxQxHxD.shape
   G = key_BxKxGxD.shape[2]
   dtype = query_BxQxHxD.dtype
   q, k = sizes.get("forward", (QUERY_BLOCK, KEY_BLOCK))
   q, k = _block(Q, q), _block(key_BxKxGxD.shape[1], k)
-  # Many query blocks read a key block, so that it is transposed once. One block, as in decoding,
-  # reads what it needs once: a transpose of the whole cache would cost more than the attention.
-  key_rows, value_rows, load = (_pad(key_BxKxGxD, k), _pad(value_BxKxGxD, k), _load_transposed)
+  # With several query blocks, transposing all keys once is cheapest. A single query block, as in
+  # decoding, reads each key once, and transposing a whole cache would cost more than the attention.
+  key_rows, value_rows = _pad(key_BxKxGxD, k), _pad(value_BxKxGxD, k)
+  load: Callable = _load_transposed
   if q < Q:
     key_rows, value_rows, load = jnp.swapaxes(key_rows, 1, 2), jnp.swapaxes(value_rows, 1, 2), _load
   query_TxGxRqxD = _query_tiles(query_BxQxHxD, G, q)
@@ -73,12 +73,12 @@ def forward(
       return out_GxRqxD, new_maximum_GxRq, sum_GxRq
 
     zero_GxRq = jnp.zeros_like(query_GxRqxD[..., 0], jnp.float32)
-    # A finite start, since -inf - -inf is no number.
+    # Finite, because -inf - -inf is NaN.
     lowest_GxRq = jnp.full_like(zero_GxRq, jnp.finfo(jnp.float32).min)
     out_GxRqxD, maximum_GxRq, sum_GxRq = _over_key_blocks(
       table_4, key_block, (jnp.zeros_like(query_GxRqxD, jnp.float32), lowest_GxRq, zero_GxRq)
     )
-    # Full blocks have counted keys for empty rows too.
+    # Empty rows have collected the keys of full blocks.
     start_Rq, stop_Rq = intervals_Rq
     is_empty_Rq = stop_Rq <= start_Rq
     out_GxRqxD = jnp.where(is_empty_Rq[:, None], 0.0, out_GxRqxD)
@@ -94,22 +94,22 @@ def forward(
 
 
 def backward(
-  query_BxQxHxD,
-  key_BxKxGxD,
-  value_BxKxGxD,
+  query_BxQxHxD: jax.Array,
+  key_BxKxGxD: jax.Array,
+  value_BxKxGxD: jax.Array,
   intervals: KeyIntervals,
-  log_sum_exp_BxQxH,
-  delta_BxQxH,
-  out_cotangent_BxQxHxD,
+  log_sum_exp_BxQxH: jax.Array,
+  delta_BxQxH: jax.Array,
+  out_cotangent_BxQxHxD: jax.Array,
   *,
   scale: float,
   soft_cap: float | None,
   sizes: Mapping[str, tuple[int, int]] = {},
-):
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """See `kernels.attention.backend.Backward`.
 
-  Scores are held with keys first, [k, q]: three of the four other products then need no transposed
-  operand, and the fourth takes a key transposed once for all blocks.
+  Scores are stored keys first, [k, q]. Three of the four other products then need no transposed
+  operand, and the fourth takes a key that is transposed once for all blocks.
   """
   B, Q, H, D = query_BxQxHxD.shape
   K, G = key_BxKxGxD.shape[1:3]
@@ -119,10 +119,6 @@ def backward(
   key_BxGxKxD = jnp.swapaxes(_pad(key_BxKxGxD, k), 1, 2)
   value_BxGxKxD = jnp.swapaxes(_pad(value_BxKxGxD, k), 1, 2)
   key_BxGxDxK = jnp.swapaxes(key_BxGxKxD, 2, 3)
-  # An empty row gets weights exp(score - inf) = 0, in full blocks too. In a hop of a ring whose
-  # keys it does not see, its log_sum_exp is that of all hops, and finite.
-  is_empty_BxQx1 = (intervals.stop_BxQ <= intervals.start_BxQ)[..., None]
-  log_sum_exp_BxQxH = jnp.where(is_empty_BxQx1, jnp.inf, log_sum_exp_BxQxH)
   query_TxGxRqxD = _query_tiles(query_BxQxHxD, G, q)
   tiles = (
     _rows_of_tiles(query_TxGxRqxD, B),
@@ -193,12 +189,12 @@ def _block(length: int, target: int) -> int:
 
 
 def _pad(array, block: int):
-  """Pads axis 1 with zeros to whole blocks; padded queries are empty, padded keys are not seen."""
+  """Pads axis 1 with zeros to whole blocks: with empty queries, or with keys that no row sees."""
   return jnp.pad(array, [(0, 0), (0, -array.shape[1] % block)] + [(0, 0)] * (array.ndim - 2))
 
 
 def _query_tiles(array_BxQxHxD, G: int, q: int):
-  """[T, G, R * q, D], Q padded to whole blocks."""
+  """[T, G, R * q, D], with Q padded to whole blocks."""
   B, _, H, D = array_BxQxHxD.shape
   array_BxNxqxGxRxD = _pad(array_BxQxHxD, q).reshape(B, -1, q, G, H // G, D)
   return jnp.moveaxis(array_BxNxqxGxRxD, 2, 4).reshape(-1, G, H // G * q, D)
@@ -213,7 +209,7 @@ def _from_tiles(array_TxGxRqxD, B: int, Q: int, H: int):
 
 
 def _interval_tiles(intervals: KeyIntervals, q: int, R: int) -> KeyIntervals:
-  """Starts and stops [T, R * q], in the order of `_query_tiles`; padding rows are empty."""
+  """Starts and stops [T, R * q], in the order of `_query_tiles`. Padding rows are empty."""
   tiles = (jnp.tile(_pad(array, q).reshape(-1, q), (1, R)) for array in intervals)
   return KeyIntervals(*tiles)
 
@@ -225,28 +221,28 @@ def _rows_of_tiles(query_TxGxRqxD, B: int):
 
 
 def _tables_of_tiles(intervals: KeyIntervals, num_keys: int, q: int, k: int):
-  """Of each tile the ranges of key blocks that `block_tables.of_queries` says: int32 [T, 4]."""
+  """The ranges of key blocks of each tile, int32 [T, 4]; see `block_tables.of_queries`."""
   tables_Bx4xN = block_tables.of_queries(intervals, num_keys, q, k)
   return jnp.swapaxes(tables_Bx4xN, 1, 2).reshape(-1, 4)
 
 
 def _over_key_blocks(table_4, key_block: Callable, carry):
-  """Takes `carry` through `key_block(index, is_full, carry)` for each block of a tile's ranges."""
-  first, last, full_first, full_last = table_4
+  """Folds `key_block(index, is_full, carry)` over the key blocks of a tile."""
+  first, stop, full_first, full_stop = table_4
 
   def full(index, carry):
     return key_block(index, True, carry)
 
-  def crossed(number, carry):
-    index = jnp.where(number < full_first, number, number + full_last - full_first)
+  def masked(number, carry):
+    index = jnp.where(number < full_first, number, number + full_stop - full_first)
     return key_block(index, False, carry)
 
-  carry = jax.lax.fori_loop(full_first, full_last, full, carry)
-  return jax.lax.fori_loop(first, last - (full_last - full_first), crossed, carry)
+  carry = jax.lax.fori_loop(full_first, full_stop, full, carry)
+  return jax.lax.fori_loop(first, stop - (full_stop - full_first), masked, carry)
 
 
 def _is_seen(intervals_Rq: KeyIntervals, index, k: int, *, keys_first: bool):
-  """Which keys of block `index` each query sees: [k, R * q] if keys first, else [R * q, k]."""
+  """Which keys of block `index` each query sees: [k, R * q] if `keys_first`, else [R * q, k]."""
   key_k = index * k + jnp.arange(k, dtype=jnp.int32)
   key, (start, stop) = key_k[None, :], (array_Rq[:, None] for array_Rq in intervals_Rq)
   if keys_first:

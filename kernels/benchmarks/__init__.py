@@ -1,4 +1,4 @@
-"""What the kernels take on this machine, beside their peers in JAX."""
+"""The speed of the kernels on this machine, next to JAX's own implementations."""
 
 from kernels.benchmarks.attention import Shape, measure_attention, shapes
 from kernels.benchmarks.decode import Cache, caches, measure_decode

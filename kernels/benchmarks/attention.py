@@ -1,18 +1,19 @@
-"""Attention against every peer that this machine runs, at the same shapes, in one run.
+"""Compares attention with all other implementations that run on this machine, in one run.
 
-B batch, S sequence, H query heads, G key/value heads, D head_dim.
+B batch, S sequence length, H query heads, G key/value heads, D head_dim.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from kernels.attention import KeyIntervals, attention, packed
+from kernels.attention import Backend, KeyIntervals, attention, packed
 from kernels.attention.api import BACKENDS
 from kernels.benchmarks.timing import failure, seconds
 
@@ -22,7 +23,7 @@ Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """One causal row of documents; `document_length` is their mean, None is one document."""
+  """One causal row of documents of mean length `document_length`, or of one document if None."""
 
   length: int
   num_heads: int
@@ -32,7 +33,7 @@ class Shape:
   document_length: int | None = None
 
   def segment_ids(self) -> np.ndarray:
-    """Of a row [S] without padding, lengths uniform from 1/4 to 7/4 of the mean."""
+    """The segment ids [S] of a row without padding, with lengths from 1/4 to 7/4 of the mean."""
     if self.document_length is None:
       return np.ones(self.length, np.int32)
     random = np.random.default_rng(0)
@@ -42,7 +43,7 @@ class Shape:
     return (np.searchsorted(ends, np.arange(self.length), side="right") + 1).astype(np.int32)
 
   def arrays(self) -> list[jax.Array]:
-    """query, key, value and the cotangent of out."""
+    """Returns query, key, value and the cotangent of out."""
     random = np.random.default_rng(0)
     heads = self.num_heads, self.num_kv_heads, self.num_kv_heads, self.num_heads
     return [
@@ -52,7 +53,7 @@ class Shape:
 
 
 def shapes(platform: str) -> tuple[Shape, ...]:
-  """What is measured: FlashAttention-3's causal shapes, and documents of 4K in 32K tokens."""
+  """The shapes to measure: FlashAttention-3's causal ones, and documents of 4K in 32K tokens."""
   if platform == "cpu":
     return Shape(2048, 4, 4, 64, "float32"), Shape(2048, 4, 4, 64, "float32", 256)
   causal = tuple(Shape(length, 16, 16, 128, "bfloat16") for length in (16384, 32768))
@@ -60,14 +61,15 @@ def shapes(platform: str) -> tuple[Shape, ...]:
 
 
 def measure_attention(shape: Shape) -> list[dict]:
-  """One record a peer: milliseconds, TFLOP/s by the FLOPs of seen pairs, difference from the first.
+  """One record per implementation: milliseconds, TFLOP/s, and the difference from the first one.
 
-  A peer that stands here but fails has `error` instead. Its backward pass alone is `backward_*`.
+  TFLOP/s count the pairs of query and key that the mask keeps. `backward_*` is the backward pass
+  alone. An implementation that should run but fails has `error` instead.
   """
   segment_ids_1xS = jnp.asarray(shape.segment_ids())[None]
   intervals = packed(segment_ids_1xS)
   pairs = int(np.sum(np.asarray(intervals.stop_BxQ - intervals.start_BxQ), dtype=np.int64))
-  # Two matrix products forward, five backward, two FLOPs an element.
+  # Two matrix products forward, five backward, two FLOPs per element.
   flops = 4 * pairs * shape.num_heads * shape.head_dim
   *arrays, cotangent = shape.arrays()
   records, first = [], None
@@ -83,49 +85,45 @@ def measure_attention(shape: Shape) -> list[dict]:
       _, pull_back = jax.jit(functools.partial(jax.vjp, peer))(*arrays)
       taken = seconds(lambda pull_back, cotangent: pull_back(cotangent), pull_back, cotangent)
       record |= _speed("backward", taken, 2.5 * flops)
-    except Exception as error:  # pylint: disable=broad-exception-caught
-      # A peer may raise anything, out of memory included: the others are measured all the same.
+    except Exception as error:
+      # A peer may raise anything, also out of memory; the others are still measured.
       record["error"] = failure(error)
   return records
 
 
 def peers(shape: Shape, intervals: KeyIntervals) -> Iterator[tuple[str, Attention]]:
-  """Names and functions of what should run here, ours first."""
+  """Names and functions of the implementations that should run on this machine, ours first."""
   device = jax.devices()[0]
   query, key = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in shape.arrays()[:2])
   for backend in BACKENDS:
     if backend.unsupported(query, key) is None:
-      yield f"ours {backend.name}", lambda *qkv, b=backend: attention(*qkv, intervals, backend=b)[0]
+      yield f"ours {backend.name}", ours(backend, intervals)
   is_packed = shape.document_length is not None
-  # jax.nn takes documents only as a mask of S x S.
+  # jax.nn takes documents only as an S x S mask.
   if not is_packed:
-    yield (
-      "jax.nn xla",
-      functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla"),
-    )
+    causal = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    yield "jax.nn xla", functools.partial(causal, implementation="xla")
     if device.platform == "gpu":
-      yield (
-        "jax.nn cudnn",
-        functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"),
-      )
+      yield "jax.nn cudnn", functools.partial(causal, implementation="cudnn")
   elif shape.length <= 8192:
     ids_S = jnp.asarray(shape.segment_ids())
     mask_SxS = (ids_S[:, None] == ids_S[None]) & jnp.tri(shape.length, dtype=bool)
-    yield (
-      "jax.nn xla",
-      functools.partial(
-        jax.nn.dot_product_attention, mask=mask_SxS[None, None], implementation="xla"
-      ),
-    )
+    masked = functools.partial(jax.nn.dot_product_attention, mask=mask_SxS[None, None])
+    yield "jax.nn xla", functools.partial(masked, implementation="xla")
   if device.platform == "tpu":
     yield "jax splash", splash(shape)
   if device.platform == "gpu" and device.compute_capability == "9.0" and not is_packed:
     yield "jax attention_mgpu", mgpu(shape)
 
 
+def ours(backend: Backend, intervals: KeyIntervals) -> Attention:
+  """One of our backends."""
+  return lambda query, key, value: attention(query, key, value, intervals, backend=backend)[0]
+
+
 def splash(shape: Shape) -> Attention:
-  """jax's kernel for TPUs, in larger blocks than its own default."""
-  sizes = dict.fromkeys(
+  """JAX's kernel for TPUs, with larger blocks than its default."""
+  sizes: dict[str, Any] = dict.fromkeys(
     (
       "block_q",
       "block_kv",
@@ -158,9 +156,9 @@ def splash(shape: Shape) -> Attention:
 
 
 def mgpu(shape: Shape) -> Attention:
-  """jax's kernel for Hopper; its causal backward is not there yet."""
-  # Needs CUDA's libraries to be imported.
-  from jax.experimental.pallas.ops.gpu import attention_mgpu  # pylint: disable=g-import-not-at-top
+  """JAX's kernel for Hopper, which has no causal backward yet."""
+  # This import needs CUDA's libraries.
+  from jax.experimental.pallas.ops.gpu import attention_mgpu
 
   config = attention_mgpu.TuningConfig(
     block_q=64, block_kv=128, max_concurrent_steps=2, causal=True

@@ -1,4 +1,4 @@
-"""How close decode attention comes to the speed of a plain copy.
+"""Compares the speed of decode attention with that of a plain copy.
 
 K cached positions, H query heads, G key/value heads, D head_dim.
 """
@@ -15,7 +15,7 @@ from kernels.decode import api, quantize
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """One full cache of keys and of values, of the query's `dtype` or int8; one query token."""
+  """Full caches of keys and values, in the query's `dtype` or int8, and one query token."""
 
   positions: int
   num_heads: int
@@ -25,7 +25,7 @@ class Cache:
   is_int8: bool = False
 
   def arrays(self) -> tuple:
-    """query, caches of keys and values, intervals."""
+    """Returns the query, the caches of keys and values, and the intervals."""
     query = jnp.ones((1, 1, self.num_heads, self.head_dim), self.dtype)
     shape = (1, 1, self.positions, self.num_kv_heads, self.head_dim)
     key = jax.random.normal(jax.random.key(0), shape, self.dtype)
@@ -35,17 +35,17 @@ class Cache:
 
 
 def caches(platform: str) -> tuple[Cache, ...]:
-  """What is measured: a million positions, in floats and in int8."""
+  """The caches to measure: on accelerators a million positions, in floats and in int8."""
   length, dtype = (16384, "float32") if platform == "cpu" else (1 << 20, "bfloat16")
   cache = Cache(length, 32, 8, 128, dtype)
   return cache, dataclasses.replace(cache, is_int8=True)
 
 
 def measure_decode(cache: Cache) -> list[dict]:
-  """A record a backend: milliseconds, GB/s of cache read, and its share of a copy's.
+  """One record per backend: milliseconds, GB/s of cache read, and their share of a copy's GB/s.
 
-  The best of this machine first; the copy, which reads and writes, is of the keys in floats. A
-  backend that stands here but fails has `error` instead.
+  The best backend for this machine is first. The copy reads and writes as many floats as the cache
+  has keys. A backend that supports the arguments but fails has `error` instead.
   """
   query, key, value, intervals = cache.arrays()
   num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((key, value)))
@@ -66,7 +66,7 @@ def measure_decode(cache: Cache) -> list[dict]:
         value,
         intervals,
       )
-    except Exception as error:  # pylint: disable=broad-exception-caught
+    except Exception as error:
       record["error"] = failure(error)
       continue
     record |= {

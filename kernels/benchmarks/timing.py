@@ -1,20 +1,22 @@
-"""How long a compiled function takes, or how it fails."""
+"""Measures how long a compiled function takes, and describes how it fails."""
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
 ROUNDS = 3
-SECONDS_A_ROUND = 0.2
+SECONDS_PER_ROUND = 0.2
 
 
 def failure(error: Exception) -> str:
-  """What went wrong, on one line."""
+  """The type and the first line of an error."""
   return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:150]}"
 
 
-def seconds(function, *arguments) -> float:
-  """Of one call, in the best of some rounds of calls: what else the machine does only adds time."""
+def seconds(function: Callable, *arguments: Any) -> float:
+  """Seconds per call, in the best of several rounds: other load on the machine only adds time."""
   function = jax.jit(function)
 
   def run(calls: int) -> float:
@@ -25,5 +27,5 @@ def seconds(function, *arguments) -> float:
     return time.perf_counter() - start
 
   run(1)
-  calls = max(1, round(SECONDS_A_ROUND / run(1)))
+  calls = max(1, round(SECONDS_PER_ROUND / run(1)))
   return min(run(calls) for _ in range(ROUNDS)) / calls

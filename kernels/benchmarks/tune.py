@@ -1,6 +1,6 @@
-"""Times block sizes of the kernels that this machine runs, for the tables `block_sizes_*`.
+"""Times block sizes of the kernels that this machine runs, for the tables in `block_sizes.py`.
 
-Sizes of one kernel at a time; those of the others are the table's.
+It varies the sizes of one kernel at a time; the others keep those of the table.
 """
 
 import dataclasses
@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels.attention import api as attention_api, packed
-from kernels.attention.block_sizes_gpu import Blocks
-from kernels.attention.block_sizes_tpu import BlockSizes
+from kernels.attention.pallas_tpu.block_sizes import BlockSizes
+from kernels.attention.triton.block_sizes import Blocks
 from kernels.benchmarks.attention import Shape
 from kernels.benchmarks.decode import Cache
 from kernels.benchmarks.timing import failure, seconds
 from kernels.decode import api as decode_api
 
-# For each operation and backend: kernels and the sizes to try.
+# (operation, backend) -> kernel -> the sizes to try.
 Candidates = Mapping[tuple[str, str], Mapping[str, Sequence[Any]]]
 
 _TRITON = [
@@ -60,34 +60,34 @@ def measure_sizes(
   kernels: Sequence[str] = KERNELS,
   candidates: Candidates = CANDIDATES,
 ) -> Iterator[dict]:
-  """A record a kernel and shape: milliseconds of every candidate, the best first.
+  """One record per kernel and shape: milliseconds of every candidate, the best first.
 
-  `row` is what to write into the table, and `failed` names sizes that do not compile or fit and
-  says why. Milliseconds are those of a call: of the whole backward pass for a kernel of it.
+  `row` is the text for the table. `failed` holds the sizes that do not compile or fit, with the
+  reason. For a backward kernel, milliseconds are those of the whole backward pass.
   """
   is_cpu = jax.default_backend() == "cpu"
   for shape in shapes:
     arrays, intervals = shape.arrays(), packed(jnp.asarray(shape.segment_ids())[None])
     for backend in attention_api.BACKENDS:
       if backend.name == "xla" and not is_cpu:
-        continue  # Its sizes are those for CPUs; elsewhere it stands in for what is not there.
+        continue  # Its sizes are for CPUs; elsewhere it is only the fallback.
       if backend.unsupported(*arrays[:2]) is None:
         for kernel, choices in _chosen(candidates, "attention", backend, kernels):
           run = functools.partial(_attention, arrays, intervals, backend, kernel)
           yield _measured(backend.name, kernel, shape, choices, run)
   for cache in caches:
-    arrays = cache.arrays()
-    for backend in decode_api.BACKENDS:
-      if backend.unsupported(*arrays[:2]) is None:
-        for kernel, choices in _chosen(candidates, "decode", backend, kernels):
+    inputs = cache.arrays()
+    for reader in decode_api.BACKENDS:
+      if reader.unsupported(*inputs[:2]) is None:
+        for kernel, choices in _chosen(candidates, "decode", reader, kernels):
           if kernel == ("decode" if cache.is_int8 else "decode_int8"):
-            continue  # It reads the other kind of cache.
-          run = functools.partial(_decode, arrays, backend, kernel)
-          yield _measured(backend.name, kernel, cache, choices, run)
+            continue  # This kernel reads the other kind of cache.
+          run = functools.partial(_decode, inputs, reader, kernel)
+          yield _measured(reader.name, kernel, cache, choices, run)
 
 
 def _chosen(candidates: Candidates, operation: str, backend, kernels: Sequence[str]):
-  """Kernels of a backend and their candidates."""
+  """The kernels of a backend and their candidates."""
   of_backend = candidates.get((operation, backend.name), {})
   return [(kernel, of_backend[kernel]) for kernel in of_backend if kernel in kernels]
 
@@ -103,8 +103,8 @@ def _measured(
   for sizes in choices:
     try:
       taken.append((run(sizes) * 1e3, sizes))
-    except Exception as error:  # pylint: disable=broad-exception-caught
-      failed[str(sizes)] = failure(error)  # Too large for a chip in one of its many ways.
+    except Exception as error:  # Sizes that do not fit fail in many ways.
+      failed[str(sizes)] = failure(error)
   taken.sort(key=lambda pair: pair[0])
   return {
     "backend": backend,
@@ -120,8 +120,8 @@ def _attention(arrays, intervals, backend, kernel: str, sizes) -> float:
   *arrays, cotangent = arrays
   backend = backend.with_sizes({kernel: sizes})
 
-  def forward(*arrays):
-    return attention_api.attention(*arrays, intervals, backend=backend)[0]
+  def forward(query, key, value):
+    return attention_api.attention(query, key, value, intervals, backend=backend)[0]
 
   if kernel == "forward":
     return seconds(forward, *arrays)

@@ -1,31 +1,25 @@
-"""The definition of linear cross-entropy, with all logits materialised.
+"""The definition of linear cross-entropy, which materialises all logits.
 
-Shapes: N tokens, M model width, V vocabulary.
+N tokens, M model width, V vocabulary.
 """
 
 import jax
 import jax.numpy as jnp
 
-# Disjoint [start, stop) of vocabulary ids; a softmax runs over one of them.
+# Disjoint ranges [start, stop) of vocabulary ids. A softmax runs over one of them.
 Ranges = tuple[tuple[int, int], ...]
 
 
 def statistics(
-  hidden_NxM: jax.Array,
-  head_MxV: jax.Array,
-  targets_N: jax.Array,
-  ranges: Ranges,
-  soft_cap: float | None,
+  hidden_NxM: jax.Array, head_MxV: jax.Array, targets_N: jax.Array, ranges: Ranges
 ) -> tuple[jax.Array, jax.Array]:
-  """Log-sum-exp of the logits of each target's range, and the target's logit: float32 [N] each.
+  """The log-sum-exp of the logits in each target's range, and the target's logit, float32 [N] each.
 
-  Both are 0 for a target that lies in no range.
+  Both are 0 for a target outside all ranges.
   """
   logits_NxV = jnp.dot(
     hidden_NxM, head_MxV.astype(hidden_NxM.dtype), preferred_element_type=jnp.float32
   )
-  if soft_cap is not None:
-    logits_NxV = soft_cap * jnp.tanh(logits_NxV / soft_cap)
   log_sum_exp_N = jnp.zeros(targets_N.shape, jnp.float32)
   target_logit_N = jnp.zeros(targets_N.shape, jnp.float32)
   for start, stop in ranges:

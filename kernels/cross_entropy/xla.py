@@ -1,12 +1,12 @@
-"""Linear cross-entropy in blocks of tokens and vocabulary, in plain XLA, with its own backward.
+"""Linear cross-entropy in blocks of tokens and vocabulary, in plain JAX, with its own backward.
 
-Tokens are visited in the order of the range that their target lies in, those without a target not
-at all: a chunk of tokens pays for the columns of one range, and the work is proportional to the
-tokens that count. Only [chunk, block] logits exist at a time; the backward pass computes them again
-from the saved log-sum-exp. The loops hold no collectives: shards may differ in how often they run.
+Tokens are visited in the order of their target's range; tokens without a target are skipped. So a
+chunk of tokens pays for the columns of one range, and the work is proportional to the number of
+tokens with a loss. Only [chunk, block] logits exist at a time; the backward pass recomputes them.
+The loops contain no collectives, so that devices may run different numbers of iterations.
 
-Shapes: N tokens, M model width, V vocabulary (the local columns of a sharded head), C tokens of a
-chunk, W columns of a block, P = N + C.
+N tokens, M model width, V vocabulary (the local columns of a sharded head), C tokens per chunk,
+W columns per block, P = N + C.
 """
 
 import functools
@@ -17,11 +17,11 @@ import jax.numpy as jnp
 
 from kernels.cross_entropy.reference import Ranges
 
-# Widths of blocks are multiples of this, the lanes of a TPU register.
+# The width of a block is a multiple of this, the lanes of a TPU register.
 _LANES = 128
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def statistics(
   hidden_NxM: jax.Array,
   head_MxV: jax.Array,
@@ -30,34 +30,27 @@ def statistics(
   ranges: Ranges,
   chunk: int,
   vocab_block: int,
-  soft_cap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Log-sum-exp over the local columns of each target's range, and the target's logit.
+  """The log-sum-exp over the local columns of each target's range, and the target's logit.
 
-  Inside `jax.shard_map`, all arrays must vary over the same axes.
+  Inside `jax.shard_map`, all arrays must vary over the same axes. Arguments that are not listed are
+  those of `linear_cross_entropy`.
 
   Args:
-    hidden_NxM: float; matrix products run in its dtype and accumulate in float32.
-    head_MxV: float; the columns [first_column, first_column + V) of the whole head. Its gradient is
-      accumulated in float32 and returned in its own dtype.
+    head_MxV: the columns [first_column, first_column + V) of the whole head.
     targets_N: int32 ids of the whole vocabulary.
     first_column: int32 scalar.
-    ranges: disjoint [start, stop) of the whole vocabulary.
-    chunk: tokens at a time.
-    vocab_block: columns at a time, about.
-    soft_cap: see `linear_cross_entropy`.
+    ranges: disjoint ranges [start, stop) of the whole vocabulary.
 
   Returns:
-    Float32 [N] each, both differentiable. The log-sum-exp is -inf if no local column is in the
-    target's range; the logit is 0 if the target is no local column. Both are 0 if it lies in no
-    range.
+    Two float32 arrays [N], both differentiable. The log-sum-exp is -inf if no local column is in
+    the target's range. The logit is 0 if the target is not a local column. Both are 0 if the target
+    is outside all ranges.
   """
-  return _forward(
-    hidden_NxM, head_MxV, targets_N, first_column, ranges, chunk, vocab_block, soft_cap
-  )[0]
+  return _forward(hidden_NxM, head_MxV, targets_N, first_column, ranges, chunk, vocab_block)[0]
 
 
-def _forward(hidden_NxM, head_MxV, targets_N, first_column, ranges, chunk, vocab_block, soft_cap):
+def _forward(hidden_NxM, head_MxV, targets_N, first_column, ranges, chunk, vocab_block):
   compute_head_MxV = head_MxV.astype(hidden_NxM.dtype)
   vary = _vary_like(hidden_NxM)
 
@@ -68,7 +61,7 @@ def _forward(hidden_NxM, head_MxV, targets_N, first_column, ranges, chunk, vocab
     def add_block(number, carry):
       maximum_C, total_C, target_logit_C = carry
       block = blocks.block(number)
-      logits_CxW = block.logits(hidden_CxM, compute_head_MxV, soft_cap)
+      logits_CxW = block.logits(hidden_CxM, compute_head_MxV)
       new_maximum_C = jnp.maximum(maximum_C, logits_CxW.max(axis=1))
       total_C *= jnp.exp(maximum_C - new_maximum_C)
       total_C += jnp.exp(logits_CxW - new_maximum_C[:, None]).sum(axis=1)
@@ -78,7 +71,7 @@ def _forward(hidden_NxM, head_MxV, targets_N, first_column, ranges, chunk, vocab
       return new_maximum_C, total_C, jnp.where(found_C, logit_C, target_logit_C)
 
     zero_C = jnp.zeros(chunk, jnp.float32)
-    # Finite, since -inf less -inf is NaN.
+    # Finite, because -inf - -inf is NaN.
     lowest_C = jnp.full(chunk, jnp.finfo(jnp.float32).min)
     maximum_C, total_C, target_logit_C = jax.lax.fori_loop(
       0, blocks.count, add_block, vary((lowest_C, zero_C, zero_C))
@@ -99,14 +92,14 @@ def _forward(hidden_NxM, head_MxV, targets_N, first_column, ranges, chunk, vocab
   return (log_sum_exp_N, order.restore(target_logit_P)), residuals
 
 
-def _backward(ranges, chunk, vocab_block, soft_cap, residuals, cotangents):
+def _backward(ranges, chunk, vocab_block, residuals, cotangents):
   hidden_NxM, head_MxV, targets_N, first_column, log_sum_exp_N = residuals
   log_sum_exp_cotangent_N, target_logit_cotangent_N = cotangents
   compute_head_MxV = head_MxV.astype(hidden_NxM.dtype)
   vary = _vary_like(hidden_NxM)
 
   def visit(tokens, blocks, carry):
-    # Rows that are not of this chunk: 0 times what they hold might be NaN, and exp(0 - inf) is 0.
+    # Rows outside this chunk may hold NaN, which 0 weights do not remove. exp(0 - inf) is 0.
     hidden_CxM = jnp.where(tokens.valid_C[:, None], tokens.take(hidden_NxM), 0)
     targets_C = tokens.take(targets_N) - first_column
     log_sum_exp_C = jnp.where(tokens.valid_C, tokens.take(log_sum_exp_N), jnp.inf)
@@ -116,21 +109,16 @@ def _backward(ranges, chunk, vocab_block, soft_cap, residuals, cotangents):
     def add_block(number, carry):
       hidden_gradient_CxM, head_gradient_MxV = carry
       block = blocks.block(number)
-      logits_CxW = block.logits(hidden_CxM, compute_head_MxV, soft_cap)
+      logits_CxW = block.logits(hidden_CxM, compute_head_MxV)
       column_1xW = block.begin + jnp.arange(blocks.width)[None]
-      # Columns outside the block have logit -inf, so 0 here.
+      # Columns outside the block have logit -inf, so their gradient is 0.
       gradient_CxW = jnp.exp(logits_CxW - log_sum_exp_C[:, None]) * softmax_cotangent_C[:, None]
       is_target_CxW = (column_1xW == targets_C[:, None]) & (column_1xW >= block.lower)
       gradient_CxW += jnp.where(is_target_CxW, one_hot_cotangent_C[:, None], 0.0)
-      if soft_cap is not None:
-        # The derivative of the cap, 1 - tanh**2; outside the block the gradient is 0 already.
-        inside_CxW = jnp.where(logits_CxW == -jnp.inf, 0.0, logits_CxW)
-        gradient_CxW *= 1 - jnp.square(inside_CxW / soft_cap)
       gradient_CxW = gradient_CxW.astype(hidden_CxM.dtype)
       hidden_gradient_CxM += jnp.einsum(
-          "cw,mw->cm", gradient_CxW, block.slice(compute_head_MxV),
-          preferred_element_type=jnp.float32,
-      )  # fmt: skip
+        "cw,mw->cm", gradient_CxW, block.slice(compute_head_MxV), preferred_element_type=jnp.float32
+      )
       head_gradient_MxW = jnp.einsum(
         "cm,cw->mw", hidden_CxM, gradient_CxW, preferred_element_type=jnp.float32
       )
@@ -146,7 +134,7 @@ def _backward(ranges, chunk, vocab_block, soft_cap, residuals, cotangents):
     )
     return tokens.put(hidden_gradient_PxM, hidden_gradient_CxM), head_gradient_MxV
 
-  # A token whose loss has weight 0 costs nothing.
+  # Tokens whose loss has weight 0 are skipped.
   counts_N = (log_sum_exp_cotangent_N != 0) | (target_logit_cotangent_N != 0)
   order = _Order(jnp.where(counts_N, targets_N, -1), ranges, chunk)
   zero_PxM = jnp.zeros((order.padded_size, hidden_NxM.shape[1]), hidden_NxM.dtype)
@@ -161,7 +149,7 @@ statistics.defvjp(_forward, _backward)
 
 
 class _Order:
-  """Tokens sorted by the range of their target; range r fills slots [starts[r], starts[r + 1])."""
+  """Tokens sorted by their target's range; range r fills the slots [starts[r], starts[r + 1])."""
 
   def __init__(self, targets_N: jax.Array, ranges: Ranges, chunk: int):
     range_N = jnp.full(targets_N.shape, len(ranges), jnp.int32)
@@ -176,7 +164,7 @@ class _Order:
     self._inverse_N = jnp.argsort(order_N)
 
   def tokens(self, number: int, chunk_number: jax.Array) -> "_Tokens":
-    """The chunk_number-th chunk of the range `number`."""
+    """The chunk `chunk_number` of the range `number`."""
     slot = self.starts[number] + chunk_number * self.chunk
     index_C = jax.lax.dynamic_slice_in_dim(self._order_P, slot, self.chunk)
     return _Tokens(slot, index_C, slot + jnp.arange(self.chunk) < self.starts[number + 1])
@@ -186,7 +174,7 @@ class _Order:
 
 
 class _Tokens(NamedTuple):
-  """A chunk of sorted tokens: its first slot, their indices, and which are of its range."""
+  """A chunk of sorted tokens: its first slot, their indices, and which of them are in its range."""
 
   slot: jax.Array
   index_C: jax.Array
@@ -196,7 +184,7 @@ class _Tokens(NamedTuple):
     return values_Nx.at[self.index_C].get(mode="promise_in_bounds")
 
   def put(self, sorted_Px: jax.Array, values_Cx: jax.Array) -> jax.Array:
-    """Writes the chunk's rows; zeros after its end, where a later chunk may write."""
+    """Writes the chunk's rows, and zeros after its range ends, where a later chunk may write."""
     valid_Cx = self.valid_C.reshape((-1,) + (1,) * (values_Cx.ndim - 1))
     values_Cx = jnp.where(valid_Cx, values_Cx, 0).astype(sorted_Px.dtype)
     return jax.lax.dynamic_update_slice_in_dim(sorted_Px, values_Cx, self.slot, axis=0)
@@ -213,11 +201,9 @@ class _Block(NamedTuple):
   def slice(self, head_MxV: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(head_MxV, self.begin, self.width, axis=1)
 
-  def logits(self, hidden_CxM: jax.Array, head_MxV: jax.Array, soft_cap: float | None) -> jax.Array:
-    """Float32 logits, capped if so wanted, -inf outside the block."""
+  def logits(self, hidden_CxM: jax.Array, head_MxV: jax.Array) -> jax.Array:
+    """Float32 logits, -inf outside the block."""
     logits_CxW = jnp.dot(hidden_CxM, self.slice(head_MxV), preferred_element_type=jnp.float32)
-    if soft_cap is not None:
-      logits_CxW = soft_cap * jnp.tanh(logits_CxW / soft_cap)
     column_1xW = self.begin + jnp.arange(self.width)[None]
     inside_1xW = (column_1xW >= self.lower) & (column_1xW < self.upper)
     return jnp.where(inside_1xW, logits_CxW, -jnp.inf)
@@ -242,7 +228,7 @@ class _Blocks:
 
 
 def _visit_chunks(visit, carry, order: _Order, num_columns, first_column, vocab_block):
-  """Folds `visit(tokens, blocks, carry)` over every range's chunks, in order of their slots."""
+  """Folds `visit(tokens, blocks, carry)` over the chunks of all ranges, in the order of slots."""
   for number, (start, stop) in enumerate(order.ranges):
     blocks = _Blocks(start, stop, num_columns, first_column, vocab_block)
     num_tokens = order.starts[number + 1] - order.starts[number]
@@ -256,6 +242,6 @@ def _visit_chunks(visit, carry, order: _Order, num_columns, first_column, vocab_
 
 
 def _vary_like(array: jax.Array):
-  """A function that marks new arrays as varying over the `jax.shard_map` axes that `array` does."""
+  """Returns a function that marks arrays as varying over the same mesh axes as `array`."""
   axes = tuple(jax.typeof(array).manual_axis_type.varying)
   return lambda tree: jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), tree)

@@ -1,4 +1,4 @@
-"""Attention of one or a few query tokens to a long cache of keys and values."""
+"""Attention of a few query tokens to a long cache of keys and values."""
 
 from kernels.decode.api import decode_attention
 from kernels.decode.cache import Quantized, dequantize, quantize, whole_length, write

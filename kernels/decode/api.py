@@ -1,4 +1,4 @@
-"""Attention of a few query tokens to a cache: picks a backend, merges over devices.
+"""The entry to attention of a few query tokens to a cache: picks a backend, merges over devices.
 
 L layers, B batch, Q query length, K cached positions on this device, H query heads, G key/value
 heads, D head_dim.
@@ -18,11 +18,10 @@ from kernels.decode.triton import TRITON
 from kernels.decode.xla import XLA
 from kernels.varying import vary_alike
 
-# Query tokens; with more, as in reading a prompt, `attention` over one layer of the cache is best.
+# The most query tokens for a decode backend. For more, as when reading a prompt, `attention` over
+# one layer of the cache is faster.
 FEW = 8
-
-
-# The best first. XLA takes everything.
+# The best first. XLA supports everything.
 BACKENDS = (PALLAS_TPU, TRITON, XLA)
 
 
@@ -34,30 +33,29 @@ def decode_attention(
   *,
   layer: jax.Array | int = 0,
   axis_names: tuple[str, ...] = (),
-  scale: float | None = None,
   soft_cap: float | None = None,
   backend: str | Backend | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """`kernels.attention.attention` to one layer of a cache, without a copy of that layer.
+  """`kernels.attention.attention` to one layer of a cache, without copying that layer.
 
-  Reads only the parts of the cache that meet an interval, and each once for all queries of a group
-  (as in flash-decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Has no gradient.
+  Reads only the parts of the cache that meet an interval, each once for all query heads of a group
+  (as in flash-decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). It has no
+  gradient.
 
-  With `axis_names`, call it inside `jax.shard_map`: every device attends to the positions that it
-  holds, and three numbers of each query and head, not keys, are what merges (arXiv 2408.04093).
+  With `axis_names`, call it inside `jax.shard_map`. Every device then attends to the positions that
+  it holds, and the devices exchange results and statistics, never keys (arXiv 2408.04093).
 
   Args:
     query_BxQxHxD: float32, bfloat16 or float16; the same on all devices of `axis_names`.
-    key_LxBxKxGxD: of the query's dtype, or `Quantized`; G divides H.
+    key_LxBxKxGxD: in the query's dtype, or `Quantized`; G divides H.
     value_LxBxKxGxD: likewise.
     intervals: [B, Q], in global positions of the cache.
     layer: int32 scalar.
-    axis_names: mesh axes that the cache's positions are sharded over, in equal, contiguous parts.
-    scale: as in `attention`.
+    axis_names: the mesh axes that shard the positions of the cache, in equal, contiguous parts.
     soft_cap: as in `attention`.
-    backend: "pallas_tpu" (TPUs), "triton" (NVIDIA GPUs), "xla" (runs everywhere), a Backend of your
-      own, or None for the best here. More than a few query tokens take the best `attention`
-      instead.
+    backend: "pallas_tpu" (TPU), "triton" (NVIDIA GPUs), "xla" (runs everywhere), your own
+      `Backend`, or None for the best on this platform. More than FEW query tokens use the best
+      backend of `attention` instead.
 
   Returns:
     (out [B, Q, H, D] in the query's dtype, log_sum_exp [B, Q, H] float32), the same on all devices
@@ -67,32 +65,30 @@ def decode_attention(
     ValueError: no backend has this name, or it does not support the arguments.
   """
   if not isinstance(backend, Backend):
-    few_BxQxHxD = query_BxQxHxD[:, :FEW]  # A backend gets no more.
+    few_BxQxHxD = query_BxQxHxD[:, :FEW]  # A backend never gets more.
     backend = backends.choose("decode", BACKENDS, backend, few_BxQxHxD, key_LxBxKxGxD)
-  K, D = jax.tree.leaves(key_LxBxKxGxD)[0].shape[2], query_BxQxHxD.shape[3]
-  scale = D**-0.5 if scale is None else scale
-  offset = cache_lib.first_position(K, axis_names)
+  K, D = cache_lib.cache_length(key_LxBxKxGxD), query_BxQxHxD.shape[3]
   arguments = query_BxQxHxD, key_LxBxKxGxD, value_LxBxKxGxD, jnp.asarray(layer), intervals
   leaves, structure = jax.tree.flatten(arguments)
-  query, key, value, layer, intervals = structure.unflatten(vary_alike(*leaves))
-  intervals = within(intervals, offset, K)
+  query, key, value, index, intervals = jax.tree.unflatten(structure, vary_alike(*leaves))
+  intervals = within(intervals, cache_lib.first_position(K, axis_names), K)
   if query.shape[1] <= FEW:
     out, log_sum_exp = backend.partial(
-      query, key, value, layer, intervals, scale=scale, soft_cap=soft_cap
+      query, key, value, index, intervals, scale=D**-0.5, soft_cap=soft_cap
     )
   else:
     key, value = (
-      cache_lib.dequantize(cache_lib.layer_of(cached, layer), query.dtype)
+      cache_lib.dequantize(cache_lib.layer_of(cached, index), query.dtype)
       for cached in (key, value)
     )
-    out, log_sum_exp = attention(query, key, value, intervals, scale=scale, soft_cap=soft_cap)
+    out, log_sum_exp = attention(query, key, value, intervals, soft_cap=soft_cap)
   if axis_names:
     out, log_sum_exp = _merge_over(axis_names, out.astype(jnp.float32), log_sum_exp)
   return out.astype(query.dtype), log_sum_exp
 
 
 def _merge_over(axis_names, out_BxQxHxD, log_sum_exp_BxQxH):
-  """`kernels.attention.merge` over mesh axes: a maximum and one sum."""
+  """`kernels.attention.merge` over mesh axes, by one maximum and one sum."""
   maximum_BxQxH = jax.lax.pmax(log_sum_exp_BxQxH, axis_names)
   is_empty_BxQxH = maximum_BxQxH == -jnp.inf
   maximum_BxQxH = jnp.where(is_empty_BxQxH, 0.0, maximum_BxQxH)

@@ -6,7 +6,7 @@ heads, D head_dim.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 
@@ -32,16 +32,12 @@ class Partial(Protocol):
 
 
 class Backend(NamedTuple):
-  """One implementation of attention to a cache.
-
-  `unsupported(query, key)`, the key being a whole cache, is a clause saying what stands against
-  these shapes and dtypes on this platform and what would work, or None.
-  """
+  """One implementation of attention to a cache; see `kernels.backends.Backend`."""
 
   name: str
-  unsupported: Callable[[jax.Array, Cached], str | None]
+  unsupported: Callable[[Any, Any], str | None]
   partial: Partial
 
   def with_sizes(self, sizes: Mapping[str, Any]) -> "Backend":
-    """As `kernels.attention.backend.Backend.with_sizes`."""
-    return self._replace(partial=functools.partial(self.partial, sizes=sizes))
+    """See `kernels.attention.backend.Backend.with_sizes`."""
+    return self._replace(partial=functools.partial(cast(Any, self.partial), sizes=sizes))

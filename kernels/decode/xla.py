@@ -1,64 +1,64 @@
-"""Decode in plain JAX: runs everywhere and reads each cached key and value once, where it lies.
+"""Decode in plain JAX. It runs everywhere and reads each cached key and value once, in place.
 
-For every batch row a loop runs over the splits of the cache that meet an interval of its queries,
-a split being as many keys as keep the device busy; the splits merge by log-sum-exp. All queries of
-a group share a loaded key. Nothing is sliced, padded or transposed that is larger than a split:
-copying a layer of a cache of a million positions would cost more than the attention.
+For every batch row, a loop runs over the blocks of the cache that meet an interval of its queries.
+A block has enough keys to keep the device busy, and all queries of a group share a loaded key.
+Nothing larger than a block is sliced, padded or transposed, because copying one layer of a cache of
+a million positions would cost more than the attention.
 
 L layers, B batch, Q query length, K cached positions, H query heads, G key/value heads, R = H / G,
-D head_dim, k keys in a split.
+D head_dim, k keys per block.
 """
 
 import jax
 import jax.numpy as jnp
 
+from kernels.attention import block_tables
 from kernels.attention.intervals import KeyIntervals
 from kernels.decode.backend import Backend
 from kernels.decode.cache import Cached, Quantized
 
-# Keys in a split, by platform: on CPUs a split stays in the cache of a core.
-SPLIT = {"cpu": 512}
-SPLIT_ELSEWHERE = 32 * 1024
+# Keys per block, by platform. On CPUs a block fits into the cache of a core.
+KEY_BLOCK = {"cpu": 512}
+KEY_BLOCK_ELSEWHERE = 32 * 1024
 
 
 def partial(
-  query_BxQxHxD,
+  query_BxQxHxD: jax.Array,
   key_LxBxKxGxD: Cached,
   value_LxBxKxGxD: Cached,
-  layer,
+  layer: jax.Array,
   intervals: KeyIntervals,
   *,
   scale: float,
   soft_cap: float | None,
-):
+) -> tuple[jax.Array, jax.Array]:
   """See `kernels.decode.backend.Partial`."""
   B, Q, H, D = query_BxQxHxD.shape
   K, G = jax.tree.leaves(key_LxBxKxGxD)[0].shape[2:4]
-  k = min(K, SPLIT.get(jax.default_backend(), SPLIT_ELSEWHERE))
+  k = min(K, KEY_BLOCK.get(jax.default_backend(), KEY_BLOCK_ELSEWHERE))
   dtype = query_BxQxHxD.dtype
   query_BxGxRxQxD = jnp.moveaxis(query_BxQxHxD.reshape(B, Q, G, H // G, D), 1, 3)
+  blocks_Bx4 = block_tables.of_queries(intervals, K, Q, k)[..., 0]
 
   def row(_, inputs):
-    row_index, query_GxRxQxD, (start_Q, stop_Q) = inputs
-    is_empty_Q = stop_Q <= start_Q
-    stop = jnp.max(jnp.where(is_empty_Q, 0, stop_Q))
-    first = jnp.minimum(jnp.min(jnp.where(is_empty_Q, K, start_Q)), stop) // k
+    row_index, query_GxRxQxD, (start_Q, stop_Q), blocks_4 = inputs
 
     def load(cached, begin):
-      """A split as numbers [k, G, D] of the query's dtype; their scales float32 [G, 1, 1, k]."""
-      split = jax.tree.map(
+      """A block as numbers [k, G, D] in the query's dtype, and scales float32 [G, 1, 1, k]."""
+      block = jax.tree.map(
         lambda array: jax.lax.dynamic_slice(
           array, (layer, row_index, begin, *(0,) * (array.ndim - 3)), (1, 1, k, *array.shape[3:])
         )[0, 0],
         cached,
       )
-      if isinstance(split, Quantized):
-        return split.value.astype(dtype), split.scale.T[:, None, None]
-      return split, 1.0
+      if isinstance(block, Quantized):
+        return block.value.astype(dtype), block.scale.T[:, None, None]
+      return block, 1.0
 
-    def add_split(index, carry):
+    def add_block(index, carry):
       out_GxRxQxD, maximum_GxRxQ, sum_GxRxQ = carry
-      # The last split reaches back where K is no multiple of k; what it holds twice is not seen.
+      # If K is not a multiple of k, the last block starts earlier, to stay in bounds, and the mask
+      # hides the keys that the previous block has counted.
       begin = jnp.minimum(index * k, K - k)
       key_kxGxD, key_scale = load(key_LxBxKxGxD, begin)
       scores_GxRxQxk = scale * key_scale * _dot("GRQD,KGD->GRQK", query_GxRxQxD, key_kxGxD)
@@ -80,12 +80,12 @@ def partial(
       return out_GxRxQxD, new_maximum_GxRxQ, sum_GxRxQ
 
     zero_GxRxQ = jnp.zeros_like(query_GxRxQxD[..., 0], jnp.float32)
-    # A finite start, since -inf - -inf is no number: rows without a key keep a sum of 0.
+    # Finite, because -inf - -inf is NaN. Rows that see no key keep a sum of 0.
     lowest_GxRxQ = jnp.full_like(zero_GxRxQ, jnp.finfo(jnp.float32).min)
     out_GxRxQxD, maximum_GxRxQ, sum_GxRxQ = jax.lax.fori_loop(
-      first,
-      (stop + k - 1) // k,
-      add_split,
+      blocks_4[block_tables.FIRST],
+      blocks_4[block_tables.STOP],
+      add_block,
       (jnp.zeros_like(query_GxRxQxD, jnp.float32), lowest_GxRxQ, zero_GxRxQ),
     )
     is_empty_GxRxQ = sum_GxRxQ == 0
@@ -95,7 +95,7 @@ def partial(
 
   rows_B = jnp.zeros_like(intervals.start_BxQ[:, 0]) + jnp.arange(B, dtype=jnp.int32)
   _, (out_BxGxRxQxD, log_sum_exp_BxGxRxQ) = jax.lax.scan(
-    row, None, (rows_B, query_BxGxRxQxD, intervals)
+    row, None, (rows_B, query_BxGxRxQxD, intervals, blocks_Bx4)
   )
   out_BxQxHxD = jnp.moveaxis(out_BxGxRxQxD, 3, 1).reshape(B, Q, H, D)
   return out_BxQxHxD, jnp.moveaxis(log_sum_exp_BxGxRxQ, 3, 1).reshape(B, Q, H)

@@ -1,3 +1,3 @@
-"""Feed-forward network in blocks of the sequence."""
+"""The feed-forward network, in chunks of the sequence."""
 
 from kernels.feed_forward.api import feed_forward

@@ -1,7 +1,9 @@
-"""SwiGLU in blocks of the sequence: the [S, F] intermediate never exists.
+"""SwiGLU in chunks of the sequence, so that the [S, F] intermediate never exists.
 
-Blockwise Parallel Transformer (arXiv 2305.19370), section 3. Shapes: B batch, S sequence (the local
-part), M model width, F feed-forward width (the local part), N chunks, C tokens of a chunk.
+The method is from Blockwise Parallel Transformer (arXiv 2305.19370), section 3.
+
+B batch, S local sequence length, M model width, F local feed-forward width, N chunks, C tokens per
+chunk.
 """
 
 import functools
@@ -24,30 +26,30 @@ def feed_forward(
   axis_name: str | None = None,
   has_part_of_tokens: bool = False,
 ) -> jax.Array:
-  """silu(x gate) * (x up), projected down, at most `chunk` tokens of each row at a time.
+  """silu(x gate) * (x up), projected down, for at most `chunk` tokens of each row at a time.
 
-  The backward pass computes a chunk's intermediate again. A sequence no longer than `chunk` is the
-  plain expression, whose intermediate the caller's own rematerialisation may keep.
+  The backward pass recomputes the intermediate of each chunk. A sequence of at most `chunk` tokens
+  uses the plain expression, whose intermediate the caller's rematerialisation may save.
 
-  On a mesh, call it inside `jax.shard_map(..., check_vma=True)`, so that chunks are cut from the
-  local tokens, and the weights' gradients are summed over the axes of the tokens once and not in
-  every chunk: x with spec (batch axes, sequence axes, None), `gate_MxF` and `up_MxF` (None,
-  "tensor"), `down_FxM` ("tensor", None), result like x; `axis_name="tensor"` adds its parts up.
-  With `has_part_of_tokens` the sequence of x and of the result is sharded over that axis as well
-  (Megatron's sequence parallelism, arXiv 2205.05198): a chunk is gathered before its products and
-  their sums are scattered after, so that no device ever holds the tokens of its neighbours.
+  On a mesh, call it inside `jax.shard_map(..., check_vma=True)`, with x sharded over batch and
+  sequence, and the weights sharded over F along `axis_name`, over which the results are summed.
+  Chunks are then cut from the local tokens, and the gradients of the weights are summed over the
+  axes of the tokens once, not in every chunk. With `has_part_of_tokens`, the sequence of x and of
+  the result is also sharded over `axis_name` (Megatron's sequence parallelism, arXiv 2205.05198).
+  Each chunk is gathered before its products and their sums are scattered after them, so that no
+  device ever holds all tokens of its neighbours.
 
   Args:
     x_BxSxM: float. Products run in its dtype.
-    gate_MxF: float; over chunks its gradient accumulates in float32, as for the other weights.
+    gate_MxF: float. With several chunks, the gradients of the weights accumulate in float32.
     up_MxF: float.
     down_FxM: float.
-    chunk: tokens.
-    axis_name: mesh axis that F is sharded over.
-    has_part_of_tokens: x holds this device's equal part of the tokens along `axis_name`.
+    chunk: the most tokens per row at a time.
+    axis_name: the mesh axis that shards F.
+    has_part_of_tokens: whether x is this device's equal part of the tokens along `axis_name`.
 
   Returns:
-    [B, S, M] in x's dtype.
+    [B, S, M] in the dtype of x.
   """
   x_BxSxM, *weights = vary_alike(x_BxSxM, gate_MxF, up_MxF, down_FxM)
   token_axis = axis_name if has_part_of_tokens else None
@@ -63,7 +65,7 @@ def feed_forward(
 
 
 def _whole(token_axis: str | None, x_BxSxM, *weights):
-  """The feed-forward of these tokens and those of the neighbours along `token_axis`."""
+  """The network for these tokens and those of the other devices of `token_axis`, if given."""
   if token_axis is None:
     return reference.feed_forward(x_BxSxM, *weights)
   x_BxSxM = gather_tokens(x_BxSxM, token_axis)
@@ -102,7 +104,7 @@ _by_chunks.defvjp(_forward, _backward)
 
 
 def _split(x_BxSxM: jax.Array, num_chunks: int) -> jax.Array:
-  """[N, B, C, M] in equal chunks, the last filled up with zeros."""
+  """[N, B, C, M]: equal chunks, the last padded with zeros."""
   batch, length, width = x_BxSxM.shape
   padded_BxSxM = jnp.pad(x_BxSxM, ((0, 0), (0, -length % num_chunks), (0, 0)))
   return padded_BxSxM.reshape(batch, num_chunks, -1, width).swapaxes(0, 1)

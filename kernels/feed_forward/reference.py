@@ -1,6 +1,6 @@
 """The definition of the SwiGLU feed-forward network (arXiv 2002.05202).
 
-Shapes: B batch, S sequence, M model width, F feed-forward width.
+B batch, S sequence length, M model width, F feed-forward width.
 """
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 def feed_forward(
   x_BxSxM: jax.Array, gate_MxF: jax.Array, up_MxF: jax.Array, down_FxM: jax.Array
 ) -> jax.Array:
-  """silu(x gate) * (x up), projected down: [B, S, M] in x's dtype, which products run in."""
+  """silu(x gate) * (x up), projected down, [B, S, M]. All in the dtype of x."""
   dtype = x_BxSxM.dtype
   gate_BxSxF = jnp.dot(x_BxSxM, gate_MxF.astype(dtype))
   up_BxSxF = jnp.dot(x_BxSxM, up_MxF.astype(dtype))

@@ -1,4 +1,4 @@
-"""Attention over a sequence that is sharded over a ring of devices."""
+"""Attention for a sequence that is sharded over a ring of devices."""
 
 from kernels.ring.attention import ring_attention
 from kernels.ring.layout import Layout

@@ -1,21 +1,22 @@
 """RingAttention: exact attention over a sequence sharded over devices (arXiv 2310.01889).
 
-Every device keeps its queries, their intervals and the result; keys and values visit the devices
-one after the other. Three things differ from the original: there are n - 1 hops, not n; keys and
-values travel in their own dtype while partial results stay float32 until the last merge, so that
-the error does not grow with the ring; and a hop's chunk of keys that meets no interval of this
-device's queries is skipped.
+Every device keeps its queries, their intervals and the result, while keys and values visit the
+devices in turn. Three things differ from the original:
 
-B batch, Q query length of a shard, H query heads, G key/value heads, D head_dim, n ring size,
-C chunks in a shard, L tokens in a chunk (Q = C * L).
+- There are n - 1 transfers, not n.
+- Keys and values travel in their own dtype, while partial results stay float32 until the last
+  merge, so that the error does not grow with the ring.
+- A device skips each arriving chunk of keys that meets no interval of its queries.
+
+B batch, Q query length per shard, H query heads, G key/value heads, D head_dim, n ring size,
+C chunks per shard, L tokens per chunk (Q = C * L).
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from kernels.attention import api, backend as backend_lib
 from kernels.attention.intervals import KeyIntervals, within
@@ -25,7 +26,7 @@ from kernels.varying import vary_alike
 
 
 class _Ring(NamedTuple):
-  """What is static in one call."""
+  """The static arguments of one call."""
 
   backend: backend_lib.Backend
   layout: Layout
@@ -33,13 +34,18 @@ class _Ring(NamedTuple):
   scale: float
   soft_cap: float | None
 
+  @property
+  def options(self) -> dict[str, Any]:
+    """Keyword arguments of the backend's forward and backward."""
+    return dict(scale=self.scale, soft_cap=self.soft_cap)
+
   def rotate(self, *arrays):
-    """Sends to the next device; what arrives is the shard of the device before."""
+    """Sends to the next device; receives the shard of the previous one."""
     n = self.layout.ring_size
     return jax.lax.ppermute(arrays, self.axis_name, [(i, (i + 1) % n) for i in range(n)])
 
   def chunks(self, hop, *arrays):
-    """Offsets int32 [C] of the key chunks that are here at a hop, and arrays as [C, B, L, ...]."""
+    """Splits the shards held at a hop: int32 [C] chunk offsets, and the arrays [C, B, L, ...]."""
     n, C = self.layout.ring_size, self.layout.chunks_per_shard
     owner = (jax.lax.axis_index(self.axis_name) - hop) % n
     offsets_C = self.layout.chunk_offsets(owner, n * arrays[0].shape[1])
@@ -56,65 +62,56 @@ def ring_attention(
   *,
   layout: Layout,
   axis_name: str,
-  scale: float | None = None,
   soft_cap: float | None = None,
   backend: str | backend_lib.Backend | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """`kernels.attention.attention` over a sequence sharded over a mesh axis.
+  """`kernels.attention.attention` for a sequence that is sharded over a mesh axis.
 
-  Call it inside `jax.shard_map`, which may shard the batch and the heads over other axes.
+  Call it inside `jax.shard_map`, which may also shard the batch and the heads over other axes.
 
   Args:
     query_BxQxHxD: this device's shard, in the order of `layout`.
     key_BxQxGxD: likewise; G divides H.
     value_BxQxGxD: likewise.
-    intervals: of this device's queries, [B, Q], in global indices of the unpermuted keys.
+    intervals: for this device's queries, [B, Q], in global indices of the unpermuted keys.
     layout: which tokens each shard holds.
     axis_name: the mesh axis of the ring.
-    scale: as in `attention`.
     soft_cap: as in `attention`.
-    backend: as in `attention`, "reference" excepted.
+    backend: as in `attention`, except "reference".
 
   Returns:
-    (out [B, Q, H, D] in the query's dtype, log_sum_exp [B, Q, H] float32) of the local queries.
+    (out [B, Q, H, D] in the query's dtype, log_sum_exp [B, Q, H] float32) for the local queries.
 
   Raises:
-    ValueError: the layout's ring is not as large as the axis, or `attention` would refuse.
+    ValueError: the layout's ring size differs from the size of the axis, or `attention` would
+      raise.
   """
   axis_size = jax.lax.axis_size(axis_name)
   if layout.ring_size != axis_size:
     raise ValueError(
-      f"The layout is for a ring of {layout.ring_size} but mesh axis {axis_name!r} has "
+      f"The layout is for a ring of {layout.ring_size}, but mesh axis {axis_name!r} has "
       f"{axis_size} devices: make them equal."
     )
   if layout.ring_size == 1:
     return api.attention(
-      query_BxQxHxD,
-      key_BxQxGxD,
-      value_BxQxGxD,
-      intervals,
-      scale=scale,
-      soft_cap=soft_cap,
-      backend=backend,
+      query_BxQxHxD, key_BxQxGxD, value_BxQxGxD, intervals, soft_cap=soft_cap, backend=backend
     )
   api.check(query_BxQxHxD, key_BxQxGxD, value_BxQxGxD, intervals)
   backend = api.choose(backend, query_BxQxHxD, key_BxQxGxD)
-  scale = query_BxQxHxD.shape[-1] ** -0.5 if scale is None else scale
-  ring = _Ring(backend, layout, axis_name, scale, soft_cap)
-  query, key, value, *intervals = vary_alike(query_BxQxHxD, key_BxQxGxD, value_BxQxGxD, *intervals)
-  # Without it JAX moves all that depends on intervals alone out of a scan over layers, one copy for
-  # each hop: at 32M tokens over 512 devices that is 24 GiB.
-  query, *intervals = jax.lax.optimization_barrier((query, *intervals))
-  return _attention(ring, query, key, value, KeyIntervals(*intervals))
+  ring = _Ring(backend, layout, axis_name, query_BxQxHxD.shape[-1] ** -0.5, soft_cap)
+  query, key, value, *bounds = vary_alike(query_BxQxHxD, key_BxQxGxD, value_BxQxGxD, *intervals)
+  # Without the barrier, JAX moves everything that depends only on the intervals out of a scan over
+  # layers, one copy per hop: 24 GiB at 32M tokens over 512 devices.
+  query, *bounds = jax.lax.optimization_barrier((query, *bounds))
+  return _attention(ring, query, key, value, KeyIntervals(*bounds))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(ring: _Ring, query, key, value, intervals):
   n = ring.layout.ring_size
-  options = dict(scale=ring.scale, soft_cap=ring.soft_cap)
 
   def add_hop(hop, key, value, partial):
-    """Merges attention over the keys that are here into the partial result."""
+    """Merges attention over the keys held at this hop into the partial result."""
 
     def add_chunk(partial, chunk):
       offset, key_BxLxGxD, value_BxLxGxD = chunk
@@ -122,7 +119,7 @@ def _attention(ring: _Ring, query, key, value, intervals):
 
       def compute(partial):
         new = ring.backend.forward(
-          query, key_BxLxGxD, value_BxLxGxD, local, out_dtype=jnp.float32, **options
+          query, key_BxLxGxD, value_BxLxGxD, local, out_dtype=jnp.float32, **ring.options
         )
         return merge([partial, new])
 
@@ -132,7 +129,7 @@ def _attention(ring: _Ring, query, key, value, intervals):
 
   def step(carry, hop):
     key, value, partial = carry
-    # Sent before the hop's work, so that the two overlap.
+    # The transfer starts before the hop's work, so that the two overlap.
     next_key, next_value = ring.rotate(key, value)
     return (next_key, next_value, add_hop(hop, key, value, partial)), None
 
@@ -144,39 +141,30 @@ def _attention(ring: _Ring, query, key, value, intervals):
 
 
 def _forward(ring, query, key, value, intervals):
-  out, log_sum_exp = _attention.fun(ring, query, key, value, intervals)
-  out = checkpoint_name(out, backend_lib.SAVED_NAMES[0])
-  log_sum_exp = checkpoint_name(log_sum_exp, backend_lib.SAVED_NAMES[1])
+  results = _attention.fun(ring, query, key, value, intervals)
+  out, log_sum_exp = backend_lib.named_results(*results)
   return (out, log_sum_exp), (query, key, value, intervals, out, log_sum_exp)
 
 
 def _backward(ring, residuals, cotangents):
-  """Gradients of keys and values gather in float32, one hop behind the keys that they belong to.
+  """Key and value gradients accumulate in float32 and travel one hop after their keys.
 
-  No transfer stands alone: while the first keys travel, a device computes the second half of its
-  own, and while the last gradients travel home, the first half. (Under a causal mask that half has
-  three times the work, and float32 gradients have twice the bytes of keys.)
+  Every transfer overlaps with work. While the first keys travel, a device computes the second half
+  of its own keys, and while the last gradients return, the first half. (Under a causal mask the
+  first half has three times the work, and float32 gradients have twice the bytes of keys.)
   """
   query, key, value, intervals, out, log_sum_exp = residuals
   n, half = ring.layout.ring_size, query.shape[1] // 2
   delta = backend_lib.delta(out, log_sum_exp, *cotangents)
 
   def grads_of_chunk(query_grad, chunk):
-    """Adds to the query's gradient; returns it and the gradients of the chunk's keys."""
+    """Adds to the query's gradient; returns it and the gradients of the chunk's key and value."""
     offset, key_BxLxGxD, value_BxLxGxD = chunk
     local = within(intervals, offset, key_BxLxGxD.shape[1])
 
     def compute(query_grad):
-      new_query_grad, key_grad, value_grad = ring.backend.backward(
-        query,
-        key_BxLxGxD,
-        value_BxLxGxD,
-        local,
-        log_sum_exp,
-        delta,
-        cotangents[0],
-        scale=ring.scale,
-        soft_cap=ring.soft_cap,
+      new_query_grad, key_grad, value_grad = ring.backend.gradients(
+        query, key_BxLxGxD, value_BxLxGxD, local, log_sum_exp, delta, cotangents[0], **ring.options
       )
       return query_grad + new_query_grad, (key_grad, value_grad)
 
@@ -191,7 +179,7 @@ def _backward(ring, residuals, cotangents):
     return query_grad, [jnp.moveaxis(grad, 0, 1).reshape(key.shape) for grad in chunk_grads]
 
   def grads_of_own(first, last, query_grad):
-    """Of the columns [first, last), one half of this device's keys."""
+    """`grads_of_chunk` for the columns [first, last) of this device's keys, one half of them."""
     offsets_C, keys_CxBxLxGxD = ring.chunks(0, key)
     chunk, column = divmod(first, keys_CxBxLxGxD.shape[2])
     own = offsets_C[chunk] + column, key[:, first:last], value[:, first:last]
@@ -208,7 +196,7 @@ def _backward(ring, residuals, cotangents):
   query_grad = jnp.zeros_like(query, jnp.float32)
   query_grad, late_grads = grads_of_own(half, query.shape[1], query_grad)
   grads = [jnp.pad(grad, ((0, 0), (half, 0), (0, 0), (0, 0))) for grad in late_grads]
-  # The last hop has no key to send: it stands outside the loop.
+  # The last hop is outside the loop because it sends no keys.
   (key_there, value_there, *grads, query_grad), _ = jax.lax.scan(
     step, (next_key, next_value, *grads, query_grad), jnp.arange(1, n - 1)
   )

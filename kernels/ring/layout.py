@@ -1,10 +1,9 @@
-"""How a sequence is cut into chunks and laid out over a ring of devices.
+"""How a sequence is divided into chunks and laid out over a ring of devices.
 
 S sequence length, C chunks per shard.
 """
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +12,17 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Which tokens each of `ring_size` shards of a sequence holds.
+  """Which tokens of a sequence each of `ring_size` shards holds.
 
   contiguous: shard i holds chunk i of ring_size equal chunks. Under a causal mask the first shard
-    has almost no work and the last almost all.
-  zigzag: shard i holds chunks i and 2 * ring_size - 1 - i of 2 * ring_size, so that every shard has
-    the same causal work (as in Llama 3, arXiv 2407.21783 section 3.3.2).
+    has almost no work and the last has the most.
+  zigzag: shard i holds chunks i and 2 * ring_size - 1 - i of 2 * ring_size equal chunks, so that
+    every shard has the same causal work (as in Llama 3, arXiv 2407.21783 section 3.3.2).
 
-  The laid-out sequence is the shards' tokens one after the other; a ring of one is unpermuted.
+  The laid-out sequence concatenates the shards. With a ring size of 1 it is unpermuted.
   """
 
-  kind: Literal["contiguous", "zigzag"]
+  kind: str
   ring_size: int
 
   def __post_init__(self):
@@ -35,10 +34,10 @@ class Layout:
     return 2 if self.kind == "zigzag" and self.ring_size > 1 else 1
 
   def chunk_length(self, sequence_length: int) -> int:
-    """Tokens in a chunk.
+    """Tokens per chunk.
 
     Raises:
-      ValueError: the sequence does not divide into this layout's chunks.
+      ValueError: the sequence length is not divisible by the number of chunks.
     """
     num_chunks = self.ring_size * self.chunks_per_shard
     if sequence_length % num_chunks:
@@ -49,7 +48,7 @@ class Layout:
     return sequence_length // num_chunks
 
   def chunk_offsets(self, shard_index: jax.Array | int, sequence_length: int) -> jax.Array:
-    """Global index of the first token of each chunk of a shard, int32 [C]; index may be traced."""
+    """Global index of the first token of each chunk of a shard, int32 [C]."""
     length = self.chunk_length(sequence_length)
     chunks = [shard_index]
     if self.chunks_per_shard == 2:

@@ -1,6 +1,6 @@
-"""How much each device of a ring computes: pure counting, nothing runs.
+"""Counts the blocks that each device of a ring computes, without running attention.
 
-B batch, S sequence, Q query length of a shard, L tokens in a chunk, n ring size.
+B batch, S sequence length, Q query length per shard, N query blocks, n ring size.
 """
 
 import jax.numpy as jnp
@@ -14,15 +14,15 @@ from kernels.ring.layout import Layout
 def blocks_per_device(intervals: KeyIntervals, layout: Layout, block: int) -> np.ndarray:
   """Blocks of `block` queries by `block` keys that each device of a ring computes, int64 [n].
 
-  A block counts if an interval of its queries meets its keys, as in the attention backends.
+  As in the attention backends, only blocks where a query sees a key count.
 
   Args:
-    intervals: of the whole sequence, [B, S], unpermuted.
-    layout: how it lies over the ring.
-    block: tokens of a side.
+    intervals: for the whole unpermuted sequence, [B, S].
+    layout: how the sequence is laid out over the ring.
+    block: queries, and keys, per block.
 
   Raises:
-    ValueError: the sequence does not divide into the layout's chunks.
+    ValueError: the sequence length is not divisible by the number of chunks.
   """
   n, S = layout.ring_size, intervals.start_BxQ.shape[1]
   length = layout.chunk_length(S)
@@ -32,6 +32,6 @@ def blocks_per_device(intervals: KeyIntervals, layout: Layout, block: int) -> np
     own = KeyIntervals(*(array_BxS[:, columns_nxQ[device]] for array_BxS in intervals))
     for offset in range(0, S, length):
       tables = block_tables.of_queries(within(own, offset, length), length, block, block)
-      first_BxN, last_BxN = tables[:, 0], tables[:, 1]
-      counts_n[device] += int(jnp.sum(last_BxN - first_BxN))
+      first_BxN, stop_BxN = tables[:, block_tables.FIRST], tables[:, block_tables.STOP]
+      counts_n[device] += int(jnp.sum(stop_BxN - first_BxN))
   return counts_n

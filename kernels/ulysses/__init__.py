@@ -1,3 +1,3 @@
-"""Attention over a sequence that is sharded over two mesh axes."""
+"""Attention for a sequence that is sharded over two mesh axes."""
 
 from kernels.ulysses.attention import ulysses_attention

@@ -1,15 +1,15 @@
-"""Ulysses inside, ring outside: exact attention over a sequence sharded over two mesh axes.
+"""Ulysses within a ring: exact attention for a sequence sharded over two mesh axes.
 
-Neighbouring devices, the `ulysses` axis, exchange heads for tokens by an all-to-all (DeepSpeed
-Ulysses, arXiv 2309.14509): then each holds all the tokens of a ring shard for some of the heads,
-and the ring runs for those heads (USP, arXiv 2405.07719). The exchange moves each token once
-whatever the length; the ring hides its transfers but needs work enough beside them.
+The devices of the `ulysses` axis exchange heads for tokens by an all-to-all (DeepSpeed Ulysses,
+arXiv 2309.14509). Each then holds all tokens of a ring shard for some of the heads, and the ring
+runs for those heads (USP, arXiv 2405.07719). The exchange moves each token once, whatever the
+length. The ring hides its transfers behind work, of which it needs enough.
 
-The sequence's columns lie over (ring, ulysses), ring first: the ulysses devices of one ring shard
-hold its columns in order, so that `Layout` and its permutation know nothing of ulysses.
+The columns of the sequence are sharded over (ring, ulysses), ring first: the ulysses devices of one
+ring shard hold its columns in order, so `Layout` and its permutation do not depend on ulysses.
 
-B batch, Q query length of a device, u ulysses size, S = u * Q tokens of a ring shard, H query
-heads, G key/value heads, D head_dim.
+B batch, Q query length per device, u ulysses size, S = u * Q tokens per ring shard, H query heads,
+G key/value heads, D head_dim.
 """
 
 import functools
@@ -34,42 +34,35 @@ def ulysses_attention(
   layout: Layout,
   ring_axis: str,
   ulysses_axis: str,
-  scale: float | None = None,
   soft_cap: float | None = None,
   backend: str | Backend | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """`kernels.attention.attention` over a sequence sharded over two mesh axes, either of any size.
+  """`kernels.attention.attention` for a sequence sharded over two mesh axes, each of any size.
 
-  Call it inside `jax.shard_map`, which may shard the batch and the heads over other axes. Where the
-  ulysses size does not divide the key/value heads, they are repeated until it does; the gradients
-  of the copies are summed in float32.
+  Call it inside `jax.shard_map`, which may also shard the batch and the heads over other axes. If
+  the ulysses size does not divide the number of key/value heads, they are repeated until it does.
+  The gradients of the copies are summed in float32.
 
   Args:
-    query_BxQxHxD: this device's columns, in the order of `layout`; H is what this device's heads
-      are before the exchange.
+    query_BxQxHxD: this device's columns, in the order of `layout`; H counts this device's heads
+      before the exchange.
     key_BxQxGxD: likewise; G divides H.
     value_BxQxGxD: likewise.
-    intervals: of this device's queries, [B, Q], in global indices of the unpermuted keys.
+    intervals: for this device's queries, [B, Q], in global indices of the unpermuted keys.
     layout: which tokens each ring shard holds.
     ring_axis: the mesh axis of the ring, the outer one of the sequence.
     ulysses_axis: the mesh axis of the exchange, the inner one.
-    scale: as in `attention`.
     soft_cap: as in `attention`.
     backend: as in `ring_attention`.
 
   Returns:
-    (out [B, Q, H, D] in the query's dtype, log_sum_exp [B, Q, H] float32) of the local queries.
+    (out [B, Q, H, D] in the query's dtype, log_sum_exp [B, Q, H] float32) for the local queries.
 
   Raises:
-    ValueError: H does not divide over the ulysses axis, or `ring_attention` would refuse.
+    ValueError: the ulysses size does not divide H, or `ring_attention` would raise.
   """
   ring = functools.partial(
-    ring_attention,
-    layout=layout,
-    axis_name=ring_axis,
-    scale=scale,
-    soft_cap=soft_cap,
-    backend=backend,
+    ring_attention, layout=layout, axis_name=ring_axis, soft_cap=soft_cap, backend=backend
   )
   u = jax.lax.axis_size(ulysses_axis)
   if u == 1:
@@ -78,8 +71,8 @@ def ulysses_attention(
   H = query_BxQxHxD.shape[2]
   if H % u:
     raise ValueError(
-      f"{H} query heads a device do not divide over the {u} devices of mesh axis "
-      f"{ulysses_axis!r}: make that axis smaller, or the ring larger."
+      f"{H} query heads per device do not divide over the {u} devices of mesh axis "
+      f"{ulysses_axis!r}: make that axis smaller and the ring larger."
     )
   heads_to_tokens = functools.partial(
     jax.lax.all_to_all, axis_name=ulysses_axis, split_axis=2, concat_axis=1, tiled=True
@@ -99,8 +92,8 @@ def ulysses_attention(
 
 
 def _repeat_heads(array_BxQxGxD: jax.Array, u: int) -> jax.Array:
-  """Each head as often as makes their number a multiple of u, the least: it still divides H."""
+  """Repeats each head so that their number becomes lcm(G, u), which still divides H."""
   times = math.lcm(array_BxQxGxD.shape[2], u) // array_BxQxGxD.shape[2]
-  # Exact forward; the cotangents are then summed in float32.
+  # The cast is exact, and makes the transpose sum the cotangents in float32.
   wide_BxQxGxD = array_BxQxGxD.astype(jnp.float32)
   return jnp.repeat(wide_BxQxGxD, times, axis=2).astype(array_BxQxGxD.dtype)

@@ -7,7 +7,6 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, cast
 
 import grain
 import jax
@@ -56,9 +55,7 @@ class Loader:
     """
     self._experiment = experiment
     self._stage = experiment.stages[stage]
-    # `validate` allows no other layouts.
-    kind = cast(Literal["contiguous", "zigzag"], self._stage.layout)
-    layout = Layout(kind, mesh.shape[ShardingRules().ring])
+    layout = Layout(self._stage.layout, mesh.shape[ShardingRules().ring])
     rows, length = self._stage.rows_per_batch, self._stage.sequence_length
     self._placement = Placement(mesh, layout, rows, length)
     self._evaluation_placement = Placement(

@@ -49,13 +49,13 @@ def frames(B, Q, K):
 
 
 def decode(B, Q, K):
-  """Each row at a length of its own; the cache beyond it is not seen."""
+  """Rows of different lengths; the cache beyond a row's length is not seen."""
   stop = np.linspace(K, K // 3, B, dtype=np.int32)[:, None] - np.arange(Q, dtype=np.int32)[::-1]
   return np.full((B, Q), 2, np.int32), stop
 
 
 def empty_rows(B, Q, K):
-  """Single empty rows, an empty block, and a batch row with nothing at all."""
+  """Single empty query rows, an empty block, and an empty batch row."""
   start, stop = causal(B, Q, K)
   stop[:, ::3] = 0
   stop[0, Q // 2 :] = 0
@@ -65,7 +65,7 @@ def empty_rows(B, Q, K):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """Cases of one shape share a compiled program: the mask is data."""
+  """A shape and a mask. Cases of one shape share a compiled program, because the mask is data."""
 
   name: str
   mask: Callable[[int, int, int], tuple[np.ndarray, np.ndarray]]
@@ -78,7 +78,7 @@ class Case:
   soft_cap: float | None = None
 
   def arrays(self, seed=0):
-    """query, key, value, (start, stop), and cotangents of out and log-sum-exp, float64."""
+    """Returns query, key, value, (start, stop), and the cotangents of both results, in float64."""
     random = np.random.default_rng(seed)
     shapes = dict(q=(self.Q, self.H), k=(self.K, self.G), v=(self.K, self.G), do=(self.Q, self.H))
     query, key, value, out_cotangent = (
@@ -108,7 +108,7 @@ CASES = (
 
 
 def judge(query, key, value, intervals, out_cotangent, log_sum_exp_cotangent, *, soft_cap=None):
-  """out, log-sum-exp and the three gradients in float64, head by head and row by row."""
+  """Computes out, log-sum-exp and three gradients in float64, head by head and row by row."""
   B, Q, H, D = query.shape
   start, stop = intervals
   scale = D**-0.5
@@ -139,7 +139,7 @@ def judge(query, key, value, intervals, out_cotangent, log_sum_exp_cotangent, *,
 
 
 def exponentials(jaxpr) -> int:
-  """How often `exp` stands in a program: two or more in a forward pass, one in a backward pass."""
+  """Counts `exp` in a program: a forward pass has two or more, a backward pass has one."""
   count = 0
   for equation in jaxpr.eqns:
     count += equation.primitive.name == "exp"

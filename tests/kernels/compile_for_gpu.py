@@ -1,12 +1,13 @@
-"""Compiles attention for a GPU by XLA on a machine without one, on its way inside `jax.jit`.
+"""Compiles attention inside `jax.jit` for a GPU, on a machine without one.
 
   python -m tests.kernels.compile_for_gpu GPU PROGRAM HEAD_DIM DTYPE LENGTH
 
-GPU is one of `lwm.plan.gpu_target`. PROGRAM is `triton` or `mosaic_gpu`, forward and backward of
-attention by that backend, or `decode` or `decode_int8`, a token written to a cache and decoded by
-Triton, layer by layer. Prints as JSON the bytes of arguments, of results and of temporaries, and of
-registers spilled by each Mosaic GPU kernel (a thread). Needs JAX's CUDA plugin, and a ptxas that
-knows the PTX version of Triton: the one inside the Triton package is put first.
+GPU is one of those in `lwm.plan.gpu_target`. PROGRAM is `triton` or `mosaic_gpu` (forward and
+backward of attention by that backend), or `decode` or `decode_int8` (a token is written to a cache
+and Triton attends to it, layer by layer). It prints as JSON the bytes of arguments, results and
+temporaries, and the bytes of registers that each Mosaic GPU kernel spills per thread. It needs
+JAX's CUDA plugin and a ptxas that knows Triton's PTX version, for which it puts the one of the
+Triton package first.
 """
 
 import argparse
@@ -31,12 +32,12 @@ B, H, G, LAYERS = 1, 8, 2, 2
 
 
 def mesh(gpu: str) -> jax.sharding.Mesh:
-  """A mesh of one GPU that is not there."""
+  """A mesh of one GPU, which this machine need not have."""
   return jax.sharding.Mesh(topology.load(f"{gpu}:1x1").devices, ("data",))
 
 
 def compile_program(gpu: str, program: str, *, D: int, dtype: str, length: int):
-  """The compiled program; intervals are data."""
+  """Returns the compiled program, whose intervals are data."""
   gpu_mesh = mesh(gpu)
   sharding = jax.NamedSharding(gpu_mesh, jax.P())
 

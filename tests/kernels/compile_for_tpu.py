@@ -1,10 +1,10 @@
-"""Compiles attention and decode for TPUs by libtpu on a machine without one.
+"""Compiles attention and decode for TPUs with libtpu, on a machine without a TPU.
 
   python -m tests.kernels.compile_for_tpu [GENERATION ...]
 
-compiles the whole matrix (attention, forward and backward, by generation, head_dim and length;
-decode by generation and kind of cache) and prints a line of JSON for each: seconds, bytes of
-temporaries and of arguments, or the compiler's error.
+compiles all combinations (forward and backward of attention by generation, head_dim and length;
+decode by generation and dtype of the cache) and prints one line of JSON for each: seconds, bytes of
+temporaries and arguments, or the compiler's error.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ CACHES = ("bfloat16", "int8")
 
 @functools.cache
 def one(generation: str) -> Mesh:
-  """One device of that generation, which need not exist."""
+  """A mesh of one device of that generation, which this machine need not have."""
   name, options = TOPOLOGIES[generation]
   topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
   return Mesh(topology.devices[:1], ("x",), axis_types=(AxisType.Explicit,))
@@ -93,7 +93,7 @@ def attention_arguments(length: int, head_dim: int, dtype: str, H: int = 2, G: i
 
 
 def compile_attention(generation: str, *, length: int, head_dim: int, dtype: str):
-  """Forward and backward of attention with the backend that the API chooses by itself."""
+  """Forward and backward of attention, with the backend that the API chooses."""
   arguments = attention_arguments(length, head_dim, dtype)
   return compiled(values_and_gradients(), one(generation), *arguments)
 
@@ -101,7 +101,7 @@ def compile_attention(generation: str, *, length: int, head_dim: int, dtype: str
 def compile_decode(
   generation: str, *, cache: str, length: int = LENGTHS[-1], G: int = 8, head_dim: int = 128
 ):
-  """Two layers of a decoder's step: a token goes to the cache, and 4 * G heads attend to all."""
+  """Two layers of a decoding step: write a token to the cache, and attend with 4 * G heads."""
   array = jax.ShapeDtypeStruct
   query, new = (array((1, 1, heads, head_dim), jnp.bfloat16) for heads in (4 * G, G))
   key = array((2, 1, length, G, head_dim), jnp.bfloat16)
@@ -124,7 +124,7 @@ def compile_decode(
 
 
 def matrix(generations) -> Iterator[tuple[Callable, dict]]:
-  """All cases, each as a function of this module and its arguments."""
+  """All combinations, each as a function of this module and its arguments."""
   for generation, head_dim, length in itertools.product(generations, HEAD_DIMS, LENGTHS):
     case = dict(generation=generation, length=length, head_dim=head_dim, dtype="bfloat16")
     yield compile_attention, case

@@ -1,4 +1,4 @@
-"""Reads, in the schedule of a compiled TPU program, which kernels run while something travels."""
+"""Finds the kernels that a compiled TPU program schedules during each transfer."""
 
 import re
 from typing import NamedTuple
@@ -16,10 +16,10 @@ class Transfer(NamedTuple):
   """One collective-permute of the program.
 
   Attributes:
-    array: what travels, say "bf16[1,65536,1,128]".
-    times: how often it runs, by the loops around it.
-    kernels: the Pallas kernels that are scheduled between its start and its done, branches of
-      conditionals and bodies of loops included; one name a call in the program's text.
+    array: the transferred array, such as "bf16[1,65536,1,128]".
+    times: how often it runs, given the loops around it.
+    kernels: the Pallas kernels scheduled between its start and its done, also in branches of
+      conditionals and bodies of loops; one name per call in the program's text.
   """
 
   array: str
@@ -59,7 +59,7 @@ class Schedule:
     return self._kernels(self._computations[self._entry])
 
   def transfers(self) -> list[Transfer]:
-    """All collective-permutes; one that is not asynchronous has no kernel beside it."""
+    """All collective-permutes. One that is not asynchronous overlaps with no kernel."""
     return self._transfers(self._entry, 1)
 
   def _kernels(self, instructions) -> frozenset[str]:

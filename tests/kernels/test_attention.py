@@ -14,7 +14,7 @@ from tests.kernels import attention_cases
 from tests.kernels.attention_cases import CASES
 
 BACKENDS = ("reference", "xla")
-# Largest error over the largest value; the rounding of one operation is 6e-8, 4e-3 and 5e-4.
+# Largest error divided by the largest value. One operation rounds by 6e-8, 4e-3 and 5e-4.
 TOLERANCES = {"float32": 3e-6, "bfloat16": 1.5e-2, "float16": 2e-3}
 NAMES = ("out", "log_sum_exp", "query gradient", "key gradient", "value gradient")
 BY_NAME = {case.name: case for case in CASES}
@@ -22,7 +22,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-  """Several blocks in every case, of a size that divides few of them."""
+  """Gives every case several blocks, of sizes that divide few of the lengths."""
   monkeypatch.setattr(xla, "QUERY_BLOCK", 16)
   monkeypatch.setattr(xla, "KEY_BLOCK", 12)
 
@@ -57,7 +57,7 @@ def rounded(arrays, dtype):
 
 
 def error(actual, expected):
-  """Largest difference over the largest expected magnitude; infinities must agree exactly."""
+  """Largest difference divided by the largest expected magnitude. Infinities must be equal."""
   actual = np.asarray(actual, "float64")
   is_finite = np.isfinite(expected)
   np.testing.assert_array_equal(actual[~is_finite], expected[~is_finite])
@@ -101,7 +101,7 @@ def test_empty_rows_are_exact(backend):
   assert not np.asarray(out)[is_empty].any()
   assert (np.asarray(log_sum_exp)[is_empty] == -np.inf).all()
   assert not np.asarray(query_grad)[is_empty].any()
-  # The last batch row attends to nothing at all.
+  # The last batch row attends to nothing.
   assert not np.asarray(key_grad)[-1].any() and not np.asarray(value_grad)[-1].any()
 
 
@@ -119,7 +119,7 @@ def test_large_scores_do_not_overflow(backend):
 
 @functools.cache
 def merged_with_grads(bounds):
-  """What `judge` returns, from attention over each part of the keys; `bounds` cut them."""
+  """What `judge` returns, merged from attention over the parts of the keys between `bounds`."""
 
   def run(query, key, value, intervals, *cotangents):
     def function(query, key, value):
@@ -204,7 +204,7 @@ def test_what_is_not_supported_is_said_in_a_sentence(change, message):
 
 @pytest.mark.parametrize("kind", ("Quadro RTX 8000", "Tesla V100-SXM2-32GB"))
 def test_a_gpu_that_pallas_has_no_name_for_takes_xla(kind, monkeypatch):
-  """JAX raises for these names, which are all older than Ampere."""
+  """JAX raises an error for these names, which all predate Ampere."""
   monkeypatch.setattr(gpu_info, "get_device_platform", lambda: "gpu")
   monkeypatch.setattr(gpu_info, "get_device_kind", lambda: kind)
   query = jax.ShapeDtypeStruct((1, 8, 2, 64), jnp.bfloat16)

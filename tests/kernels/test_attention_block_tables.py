@@ -1,4 +1,4 @@
-"""Tables of blocks against the mask that they stand for."""
+"""Checks block tables against the mask that they represent."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +37,7 @@ def test_tables_against_the_mask(name, monkeypatch):
 
 
 def test_ranges_are_exact_for_packed_documents():
-  """Of 64 pairs of blocks, four documents of two blocks each meet in three each."""
+  """Each of four documents has two blocks, of which three pairs meet."""
   index = jnp.arange(64, dtype=jnp.int32)[None]
   pairs = KeyIntervals(index // 16 * 16, index + 1)
   of_queries = block_tables.of_queries(pairs, 64, 8, 8)
@@ -47,8 +47,8 @@ def test_ranges_are_exact_for_packed_documents():
     assert (full_last - full_first).sum() == 4
 
 
-def test_full_blocks_apart_count_as_crossed():
-  """Queries 0..7 and 16..23 see all keys, those between see half of them."""
+def test_full_blocks_that_are_not_contiguous_are_masked():
+  """Queries 0..7 and 16..23 see all keys; the queries between them see half."""
   stop = jnp.repeat(jnp.asarray([[8, 4, 8]], jnp.int32), 8, axis=1)
   of_queries = block_tables.of_queries(KeyIntervals(jnp.zeros_like(stop), stop), 8, 8, 8)
   np.testing.assert_array_equal(block_tables.of_keys(of_queries, 1)[0, :, 0], [0, 3, 3, 3])

@@ -1,6 +1,6 @@
 """GPU attention compiles ahead of time, without a GPU, and fits the chip.
 
-Compilers run in processes of their own: this one may hold Triton's interpreter.
+Compilers run in their own processes, because this one may hold Triton's interpreter.
 """
 
 import importlib.util
@@ -13,8 +13,8 @@ import pytest
 
 SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
 INSTRUCTIONS = {80: ["mma"], 89: ["mma"], 90: ["wgmma"], 100: ["tcgen05"]}
-# Bytes per thread. A few hundred spilled once per block do not stand beside its products, of which
-# a decode kernel has few.
+# Bytes per thread. A few hundred bytes, spilled once per block, cost little compared with the
+# products of the block, of which a decode kernel has few.
 LARGEST_STACK, LARGEST_DECODE_STACK = 640, 0
 
 
@@ -37,7 +37,7 @@ def check(*arguments):
     assert used["shared"] <= SHARED_MEMORY[capability], used
     is_decode = used["kernel"].startswith("decode")
     assert used["stack"] <= (LARGEST_DECODE_STACK if is_decode else LARGEST_STACK), used
-    # A decode kernel may have fewer rows than the larger instructions take, and waits for memory.
+    # A decode kernel may have fewer rows than the larger instructions need, and waits for memory.
     if used["dtype"] != "float32" and not is_decode:
       assert used["instructions"] == INSTRUCTIONS[capability], used
     assert used["blocks"][3] == 1 or used["asynchronous_copies"], used
@@ -50,7 +50,7 @@ def check(*arguments):
   ((80, 64, "float32"), (89, 64, "float16"), (90, 128, "bfloat16"), (100, 256, "bfloat16")),
 )
 def test_triton_kernels_fit(capability, head_dim, dtype):
-  """Of each generation one; the others by hand: python -m tests.kernels.triton_resources."""
+  """One kernel per generation; for the others run python -m tests.kernels.triton_resources."""
   assert check(capability, dtype, head_dim) == 5
 
 
@@ -74,7 +74,7 @@ def compiled(*arguments):
   ),
 )
 def test_forward_and_backward_compile(gpu, backend, head_dim, dtype, length):
-  """Whole steps through XLA; temporaries are gradients in float32, not scores."""
+  """Compiles whole steps with XLA. Temporaries are gradients in float32, not scores."""
   made = compiled(gpu, backend, head_dim, dtype, length)
   assert made["temporary_bytes"] < made["argument_bytes"] + made["output_bytes"], made
   assert all(spilled <= 64 for spilled in made["spilled_bytes"]), made

@@ -1,8 +1,8 @@
-"""The Hopper backend under JAX's interpreter of Mosaic GPU: values, gradients, races, deadlocks.
+"""The Hopper backend in JAX's interpreter of Mosaic GPU: values, gradients, races and deadlocks.
 
-The interpreter runs the warpgroups as threads, with barriers, TMA copies and vector clocks. What it
-does not cover: memory layouts, registers and the matrix instruction itself; `accumulate` stands in
-here for the one use of it (left operand and accumulator in registers) that it cannot run.
+The interpreter runs warpgroups as threads, with barriers, TMA copies and vector clocks. It does not
+cover memory layouts, registers and the matrix instruction. It cannot run that instruction with its
+left operand and accumulator in registers, so the tests replace `accumulate`.
 """
 
 import jax
@@ -12,13 +12,9 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.attention import (
-  backend as backend_lib,
-  mosaic_gpu,
-  mosaic_gpu_backward,
-  mosaic_gpu_forward,
-)
+from kernels.attention import backend as backend_lib
 from kernels.attention.intervals import KeyIntervals
+from kernels.attention.mosaic_gpu import MOSAIC_GPU, backend as mosaic_gpu, parts
 from tests.kernels import attention_cases
 from tests.kernels.attention_cases import Case
 
@@ -28,14 +24,14 @@ SMALL = dict(B=1, H=1, G=1, D=64)
 
 
 def grouped_documents(B, Q, K):
-  """Documents of 100 and 60 tokens, then padding: full, crossed and untouched blocks."""
+  """Documents of 100 and 60 tokens, then padding: full, masked and skipped blocks."""
   index = np.arange(Q)[None]
   start, stop = np.where(index < 100, 0, 100), index + 1
   return tuple((array * (index < 160)).astype(np.int32) for array in (start, stop))
 
 
 def mostly_empty(B, Q, K):
-  """The second tile of queries has no key at all; the first sees a window."""
+  """The second tile of queries sees no key; the first sees a window."""
   index = np.arange(Q, dtype=np.int32)[None]
   stop = np.where((index < 100) & (index % 7 > 0), index + 1, 0)
   return np.maximum(stop - 40, 0), stop
@@ -45,14 +41,13 @@ def mostly_empty(B, Q, K):
 def interpreted(monkeypatch):
   def accumulate(*terms):
     rights = [right[...] for _, _, right in terms]
-    plgpu.commit_smem()  # Matrix instructions read by the way that TMA writes, threads do not.
+    plgpu.commit_smem()  # Matrix instructions read as TMA writes, but threads do not.
     return [
       total + jnp.matmul(left, right, preferred_element_type=jnp.float32)
       for (total, left, _), right in zip(terms, rights)
     ]
 
-  for module in (mosaic_gpu_forward, mosaic_gpu_backward):
-    monkeypatch.setattr(module, "accumulate", accumulate)
+  monkeypatch.setattr(parts, "accumulate", accumulate)
   blocks = {name: {64: (64, 2), 128: (64, 2), 256: (32, 2)} for name in mosaic_gpu.BLOCKS}
   monkeypatch.setattr(mosaic_gpu, "BLOCKS", blocks)
   yield
@@ -61,7 +56,7 @@ def interpreted(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_races(capfd):
-  """The interpreter prints each race that it finds."""
+  """Fails if the interpreter has printed a race."""
   yield
   printed = capfd.readouterr().out
   assert "RACE" not in printed, printed
@@ -76,7 +71,7 @@ def check(case, dtype):
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
     results = mosaic_gpu.forward(*arrays, pairs, **options, out_dtype=arrays[0].dtype)
     delta = backend_lib.delta(*results, *cotangents)
-    grads = mosaic_gpu.backward(*arrays, pairs, results[1], delta, cotangents[0], **options)
+    grads = MOSAIC_GPU.gradients(*arrays, pairs, results[1], delta, cotangents[0], **options)
     actual = [np.asarray(array, "float64") for array in (*results, *grads)]
   exact = [np.asarray(array, "float64") for array in (*arrays, *cotangents)]
   expected = attention_cases.judge(*exact[:3], intervals, *exact[3:], soft_cap=case.soft_cap)
@@ -92,7 +87,7 @@ def test_documents_with_grouped_heads():
 
 
 def test_head_dim_256():
-  """Blocks of 32, whose memory has tiles of half the width; dK and dV in two passes."""
+  """Blocks of 32 have memory tiles of half the width, and dK and dV take two passes."""
   check(Case("wide", grouped_documents, Q=130, K=130, **(SMALL | dict(H=2, D=256))), "bfloat16")
 
 
@@ -117,7 +112,7 @@ def test_masks(mask, dtype):
 
 
 def test_results_vary_over_the_axes_of_a_surrounding_shard_map():
-  """Traced only."""
+  """Only traces the program."""
   mesh = jax.make_mesh((2,), ("ring",), devices=jax.devices()[:2])
   spec = jax.P(None, "ring")
 

@@ -1,7 +1,7 @@
 """The TPU kernels in Pallas's TPU interpreter on a CPU: values, gradients, work and races.
 
-The interpreter copies only when a kernel waits for a copy, fills fresh memory with NaN and visits
-"parallel" grid rows in random order, so that a missing wait or an assumed order shows.
+The interpreter copies only when a kernel waits for a copy, fills new memory with NaN and visits
+"parallel" grid rows in random order. So a missing wait or an assumed order makes a test fail.
 """
 
 import dataclasses
@@ -15,20 +15,16 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
 from kernels import attention as attention_lib
-from kernels.attention import (
-  KeyIntervals,
-  pallas_tpu,
-  pallas_tpu_forward,
-  pallas_tpu_tiles as tiles,
-)
-from kernels.attention.block_sizes_tpu import BlockSizes
-from kernels.attention.pallas_tpu import PALLAS_TPU
+from kernels.attention import KeyIntervals
+from kernels.attention.block_tables import FIRST, FULL_FIRST, FULL_STOP, STOP
+from kernels.attention.pallas_tpu import PALLAS_TPU, backend, forward, parts, tiles
+from kernels.attention.pallas_tpu.block_sizes import BlockSizes
 from kernels.ring import Layout, ring_attention
 from tests.kernels import attention_cases
 from tests.kernels.attention_cases import Case
 from tests.kernels.test_attention import NAMES, TOLERANCES, error, judged, rounded, with_grads
 
-# Sizes of several blocks of 128, the least that a TPU's lanes allow, and one that divides none.
+# Lengths of several blocks of 128, the smallest block that a TPU allows; it divides few of them.
 CASES = tuple(
   dataclasses.replace(case, **changes)
   for case, changes in (
@@ -45,8 +41,8 @@ BY_NAME = {case.name: case for case in CASES}
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
   """Tiles of 128 queries of two heads, in parts of one head, and blocks of 128 keys."""
-  monkeypatch.setattr(pallas_tpu_forward, "PART_ROWS", 128)
-  monkeypatch.setattr(pallas_tpu, "block_sizes", lambda *_: BlockSizes(rows=256, keys=128))
+  monkeypatch.setattr(forward, "PART_ROWS", 128)
+  monkeypatch.setattr(backend, "block_sizes", lambda *_: BlockSizes(rows=256, keys=128))
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +71,8 @@ def test_bfloat16():
 
 
 def test_two_cores_share_the_tiles_of_one_row_without_races(monkeypatch, capfd):
-  """As on v4 and v5p, whose chips are two cores: one batch row, one key head, three tiles."""
-  monkeypatch.setattr(pallas_tpu, "num_cores", lambda: 2)
+  """As on v4 and v5p, whose devices have two cores: one batch row, one key head, three tiles."""
+  monkeypatch.setattr(parts, "num_cores", lambda: 2)
   case = dataclasses.replace(BY_NAME["packed"], B=1, H=2, G=1)
   arrays, exact = rounded(case.arrays(), "float32")
   parameters = pltpu.InterpretParams(num_cores_or_threads=2, detect_races=True, random_seed=1)
@@ -88,7 +84,7 @@ def test_two_cores_share_the_tiles_of_one_row_without_races(monkeypatch, capfd):
 
 
 def test_blocks_that_meet_no_interval_are_never_computed():
-  """NaN stands in every key block but one, and in a query tile between two that read it."""
+  """All key blocks except one hold NaN, as does the query tile between two that read that block."""
   case = Case("", None, B=1, Q=384, K=512, H=2, G=1)
   query, key, value, _, out_cotangent, log_sum_exp_cotangent = dataclasses.replace(
     case, mask=attention_cases.bidirectional
@@ -129,16 +125,16 @@ TILING = tiles.Tiling(
 
 
 def visits(mask, tiling=TILING):
-  """Per query tile and key block: what the kernels visit, visit unmasked, and what they have to."""
+  """Per query tile and key block: visited by the kernels, visited unmasked, needed, and full."""
   Q, K, N, M = tiling.query_length, tiling.key_length, tiling.num_query_tiles, tiling.num_key_blocks
-  start, stop = (np.clip(bound, 0, K) for bound in mask(2, Q, K))
-  intervals = KeyIntervals(jnp.asarray(start), jnp.asarray(stop))
+  bounds = (np.clip(bound, 0, K) for bound in mask(2, Q, K))
+  intervals = KeyIntervals(*map(jnp.asarray, bounds))
   interval_tiles = tiles.interval_tiles(intervals, tiling)
   key_spans = tiles.key_spans(interval_tiles, tiling)
   spans = np.asarray(key_spans).reshape(2, N, 1, 4)
   block = np.arange(M)
-  visited = (spans[..., tiles.FIRST] <= block) & (block < spans[..., tiles.STOP])
-  full = (spans[..., tiles.FULL_FIRST] <= block) & (block < spans[..., tiles.FULL_STOP])
+  visited = (spans[..., FIRST] <= block) & (block < spans[..., STOP])
+  full = (spans[..., FULL_FIRST] <= block) & (block < spans[..., FULL_STOP])
   dense = np.zeros((2, N * tiling.queries, M * tiling.keys), bool)
   dense[:, :Q, :K] = attention_lib.mask(intervals, K)
   dense[:, Q : -(-Q // tiling.queries) * tiling.queries] = dense[:, Q - 1 : Q]
@@ -148,7 +144,7 @@ def visits(mask, tiling=TILING):
   # As `QueryWalk`: within the span of the block, and reading it.
   by_keys = visited & (query_spans[..., 0] <= tile) & (tile < query_spans[..., 1])
   np.testing.assert_array_equal(by_keys, visited)
-  # The kernel loads the first tile of a span without looking it up.
+  # The kernel loads the first tile of a span without a look at `key_spans`.
   first, stop = query_spans[..., 0], query_spans[..., 1]
   assert (visited | (tile != first) | (first == stop)).all()
   return visited, full & visited, dense.any((2, 4)), dense.all((2, 4))
@@ -167,7 +163,7 @@ def visits(mask, tiling=TILING):
   ids=lambda mask: mask.__name__,
 )
 def test_work_is_the_blocks_that_meet_an_interval(mask):
-  """Both loops, over keys and over queries, visit exactly those, and mask only where they must."""
+  """The loops over keys and over queries visit exactly these, and mask only those that need it."""
   visited, unmasked, meets, is_full = visits(mask)
   np.testing.assert_array_equal(visited, meets)
   np.testing.assert_array_equal(unmasked, is_full)
@@ -175,14 +171,14 @@ def test_work_is_the_blocks_that_meet_an_interval(mask):
 
 
 def test_no_block_is_missed_whatever_the_intervals():
-  """Where a tile's queries see separate stretches of keys, what lies between is visited too."""
+  """If a tile's queries see separate ranges of keys, the blocks between them are visited too."""
   visited, unmasked, meets, is_full = visits(random_intervals)
   assert (visited | ~meets).all()
   np.testing.assert_array_equal(unmasked, is_full)
 
 
 def test_work_of_packed_documents_is_linear_in_the_sequence():
-  """Documents of 256 tokens: no more blocks than two for each tile, at any length."""
+  """With documents of 256 tokens, each tile visits at most two blocks, at any length."""
 
   def documents(B, Q, K):
     start = np.tile(np.arange(Q, dtype=np.int32) // 256 * 256, (B, 1))
@@ -194,9 +190,9 @@ def test_work_of_packed_documents_is_linear_in_the_sequence():
 
 
 def test_inside_a_ring():
-  """Local shards under `shard_map` with the check of varying axes on; float32 partials.
+  """Local shards in `shard_map`, which checks varying axes, with float32 partial results.
 
-  Every hop has work: the interpreter waits for all devices, and would for one that skips.
+  Every hop has work, because the interpreter would wait forever for a device that skips one.
   """
   case = Case("", attention_cases.bidirectional, B=1, Q=256, K=256, H=2, G=1)
   arrays, exact = rounded(case.arrays(), "float32")

@@ -1,6 +1,6 @@
-"""The TPU kernels compile for real TPUs, with no TPU: libtpu's compiler, ahead of time.
+"""The TPU kernels compile for real TPUs, ahead of time and without a TPU, with libtpu's compiler.
 
-What Mosaic rejects (layouts, scalar and vector memory that do not suffice) fails here.
+Kernels that Mosaic rejects (for their layouts, or for lack of scalar or vector memory) fail here.
 """
 
 import jax
@@ -23,7 +23,7 @@ from tests.kernels.compile_for_tpu import compile_attention, one
   ),
 )
 def test_compiles(generation, length, head_dim, dtype):
-  """Of each generation one; all others by hand: python -m tests.kernels.compile_for_tpu."""
+  """One case per generation; for the others run python -m tests.kernels.compile_for_tpu."""
   program = compile_attention(generation, length=length, head_dim=head_dim, dtype=dtype)
   text = program.as_text()
   for name in ("attention_forward", "attention_query_grad", "attention_key_grads"):
@@ -45,12 +45,12 @@ def test_the_platform_of_the_mesh_chooses_the_backend():
     assert api.choose(None, query(), query()).name == "pallas_tpu"
     assert api.choose(None, query("float16"), query("float16")).name == "xla"
     assert api.choose(None, query(head_dim=32), query(head_dim=32)).name == "xla"
-    with pytest.raises(ValueError, match="head_dim 32 is none of"):
+    with pytest.raises(ValueError, match="it takes head_dim .*, not 32"):
       api.choose("pallas_tpu", query(head_dim=32), query(head_dim=32))
 
 
 def test_tpus_before_v4_take_xla():
-  """Their compilers do not know the kernels' products."""
+  """Compilers for older TPUs do not support the kernels' products."""
   topology = topologies.get_topology_desc(
     platform="tpu", topology_name="v3:2x2", chips_per_host_bounds=(2, 2, 1), num_slices=1
   )

@@ -1,4 +1,4 @@
-"""The Triton backend: its kernels under Triton's interpreter against the judge, and its tables."""
+"""The Triton backend: its kernels in Triton's interpreter, against the judge."""
 
 # isort: off
 from tests.kernels import triton_interpreter  # First: it chooses the interpreter.
@@ -10,9 +10,10 @@ import jax_triton
 import numpy as np
 import pytest
 
-from kernels.attention import backend as backend_lib, triton as triton_backend
-from kernels.attention.block_sizes_gpu import Blocks
+from kernels.attention import backend as backend_lib
 from kernels.attention.intervals import KeyIntervals
+from kernels.attention.triton import TRITON, backend as triton_backend
+from kernels.attention.triton.block_sizes import Blocks
 from tests.kernels import attention_cases
 from tests.kernels.attention_cases import CASES, Case
 
@@ -21,7 +22,7 @@ SMALL_BLOCKS = Blocks(16, 16, num_warps=4, num_stages=2)
 NAMES = ("out", "log_sum_exp", "query gradient", "key gradient", "value gradient")
 WIDE = Case("head_dim_64", attention_cases.packed, B=1, Q=40, K=40, H=2, G=1, D=64)
 NOTHING = Case("nothing", lambda B, Q, K: 2 * (np.zeros((B, Q), np.int32),), B=1)
-# What these find, others find too; the interpreter takes seconds for each.
+# Other cases find what these find, and the interpreter takes seconds for each.
 SLOW = ("frames", "bidirectional", "sizes_divide_blocks", "multi_head", "decode_one")
 PARAMETERS = [
   pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.name in SLOW else [])
@@ -31,7 +32,7 @@ PARAMETERS = [
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-  """Blocks so small that most cases have full ones, crossed ones and ones that nothing meets."""
+  """Makes blocks so small that most cases have full, masked and skipped ones."""
   monkeypatch.setattr(jax_triton, "triton_call", triton_interpreter.triton_call)
   monkeypatch.setattr(triton_backend, "_blocks", lambda *_: SMALL_BLOCKS)
 
@@ -45,7 +46,7 @@ def results_and_gradients(case, dtype):
   options = dict(scale=case.D**-0.5, soft_cap=case.soft_cap)
   results = triton_backend.forward(*arrays, pairs, **options, out_dtype=arrays[0].dtype)
   delta = backend_lib.delta(*results, *cotangents)
-  grads = triton_backend.backward(*arrays, pairs, results[1], delta, cotangents[0], **options)
+  grads = TRITON.gradients(*arrays, pairs, results[1], delta, cotangents[0], **options)
   exact = [np.asarray(array, "float64") for array in (*arrays, *cotangents)]
   expected = attention_cases.judge(*exact[:3], intervals, *exact[3:], soft_cap=case.soft_cap)
   return (*results, *grads), expected
@@ -75,7 +76,7 @@ def test_half_precision(name, dtype):
 
 
 def test_part_of_the_keys_given_statistics_over_all():
-  """As in a ring: rows whose local interval is empty have a finite log-sum-exp all the same."""
+  """As in a ring, rows whose local interval is empty may have a finite log-sum-exp."""
   case = next(case for case in CASES if case.name == "causal")
   query, key, value, (start, stop), out_cotangent, _ = (
     jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), array) for array in case.arrays()
@@ -89,12 +90,12 @@ def test_part_of_the_keys_given_statistics_over_all():
   )
   delta = backend_lib.delta(out, log_sum_exp, out_cotangent, jnp.zeros_like(log_sum_exp))
   rest = log_sum_exp, delta, out_cotangent
-  wanted = triton_backend.backward(query, key, value, whole, *rest, **options)
+  wanted = TRITON.gradients(query, key, value, whole, *rest, **options)
   first = 20
   low = KeyIntervals(jnp.clip(start, 0, first), jnp.clip(stop, 0, first))
   high = KeyIntervals(jnp.clip(start - first, 0), jnp.clip(stop - first, 0))
-  left = triton_backend.backward(query, key[:, :first], value[:, :first], low, *rest, **options)
-  right = triton_backend.backward(query, key[:, first:], value[:, first:], high, *rest, **options)
+  left = TRITON.gradients(query, key[:, :first], value[:, :first], low, *rest, **options)
+  right = TRITON.gradients(query, key[:, first:], value[:, first:], high, *rest, **options)
   np.testing.assert_allclose(left[0] + right[0], wanted[0], atol=2e-6)
   for i in (1, 2):
     together = jnp.concatenate([left[i], right[i]], axis=1)
@@ -102,7 +103,7 @@ def test_part_of_the_keys_given_statistics_over_all():
 
 
 def test_only_blocks_that_meet_an_interval_are_visited(monkeypatch):
-  """Matrix products are counted: two a pair of blocks forward, three and four backward."""
+  """Counts matrix products: per pair of blocks two forward, and three and four backward."""
   counts = []
   create_dot = triton_interpreter.interpreter.InterpreterBuilder.create_dot
 
@@ -135,7 +136,7 @@ def test_only_blocks_that_meet_an_interval_are_visited(monkeypatch):
 
 
 def test_results_vary_over_the_axes_of_a_surrounding_shard_map(monkeypatch):
-  """jax-triton's own results do not say so; here they are zeros, which say as little."""
+  """Zeros stand in for jax-triton's results, which do not say what they vary over either."""
 
   def triton_call(*args, out_type, **_):
     return jax.tree.map(lambda kind: jnp.zeros(kind.shape, kind.dtype), out_type)

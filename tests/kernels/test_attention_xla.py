@@ -1,4 +1,4 @@
-"""What the blockwise backend promises beyond its values: memory, work, and rematerialisation."""
+"""The memory, work and rematerialisation of the blockwise backend."""
 
 import collections
 import functools
@@ -24,7 +24,7 @@ def total(query, key, value, intervals):
 
 
 def test_memory_is_linear_in_the_sequence():
-  """The compiled gradient's temporaries at 65536 tokens are four times those at 16384."""
+  """The temporaries of the compiled gradient at 65536 tokens are four times those at 16384."""
 
   def temporaries(S):
     shapes = [jax.ShapeDtypeStruct((1, S, heads, 16), jnp.float32) for heads in (2, 1, 1)]
@@ -39,7 +39,7 @@ def test_memory_is_linear_in_the_sequence():
 
 
 def loads(monkeypatch, intervals, S):
-  """How often each (batch row, key block) was loaded in a forward pass, keys and values alike."""
+  """How often a forward pass loads each (batch row, key block)."""
   counts = collections.Counter()
 
   def counted(array, row, index, k):
@@ -56,7 +56,7 @@ def loads(monkeypatch, intervals, S):
 
 
 def test_only_blocks_that_meet_an_interval_are_loaded(monkeypatch):
-  """Row 0 is causal, row 1 two documents, row 2 a window of 8, row 3 empty; blocks of 8."""
+  """Row 0 is causal, row 1 has two documents, row 2 a window of 8, row 3 is empty; blocks of 8."""
   S = 64
   start, stop = (np.tile(array, (4, 1)) for array in attention_cases.causal(1, S, S))
   start[1, 32:] = 32
@@ -71,7 +71,7 @@ def test_only_blocks_that_meet_an_interval_are_loaded(monkeypatch):
 
 @pytest.mark.parametrize("part, passes", ((total, 1), (jax.grad(total, argnums=(0, 1, 2)), 2)))
 def test_full_blocks_take_no_mask(monkeypatch, part, passes):
-  """Of 36 causal blocks of 8 the 8 on the diagonal do; so do both ends of a window of 29."""
+  """Only the 8 diagonal blocks of 36 causal ones take a mask, and both ends of a window of 29."""
   masked = []
 
   def counted(intervals, index, k, *, keys_first):
@@ -94,7 +94,7 @@ def test_full_blocks_take_no_mask(monkeypatch, part, passes):
 
 @pytest.mark.parametrize("num_queries", (1, 1024))
 def test_keys_outside_every_interval_are_not_read(num_queries):
-  """A NaN there would reach the output through 0 * NaN, were its block computed."""
+  """If such a block were computed, its NaN would reach the output as 0 * NaN."""
   B, S = 2, 1024
   query, key, value = random_inputs(B, S)
   query = query[:, :num_queries]
@@ -109,7 +109,7 @@ def test_keys_outside_every_interval_are_not_read(num_queries):
 
 
 def test_decoding_copies_no_cache():
-  """One query block reads the cache in place: temporaries of a block, whatever the cache's size."""
+  """A single query block reads the cache in place, with temporaries of one block at any size."""
   shapes = [(4, 1, 4, 32), (4, 16384, 2, 32), (4, 16384, 2, 32), (4, 1), (4, 1)]
   query, key, value, *intervals = (
     jax.ShapeDtypeStruct(shape, jnp.float32 if len(shape) == 4 else jnp.int32) for shape in shapes

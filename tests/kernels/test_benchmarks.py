@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, at sizes that take no time."""
+"""The benchmarks' records, at small sizes."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ DOCUMENTS = benchmarks.Shape(64, 4, 4, 8, "float32", 16)
 
 @pytest.fixture(autouse=True)
 def short_rounds(monkeypatch):
-  monkeypatch.setattr(timing, "SECONDS_A_ROUND", 0.0)
+  monkeypatch.setattr(timing, "SECONDS_PER_ROUND", 0.0)
   monkeypatch.setattr(timing, "ROUNDS", 1)
 
 
@@ -45,8 +45,8 @@ def test_a_peer_that_fails_does_not_end_the_run(monkeypatch):
   assert "forward_ms" in ours and theirs["error"] == "MemoryError: no more"
 
 
-def test_splash_attention_is_called_as_it_wants_to_be():
-  """It runs on TPUs alone; here JAX checks the shapes of its forward and backward."""
+def test_splash_attention_takes_our_arguments():
+  """Splash attention runs only on TPUs. Here JAX checks the shapes of forward and backward."""
   shape = benchmarks.Shape(256, 2, 2, 128, "bfloat16", 64)
   *arrays, cotangent = shape.arrays()
   peer = splash(shape)
@@ -80,7 +80,7 @@ def test_decode_names_its_backend_and_counts_the_bytes_of_its_cache():
 
 
 def test_sizes_are_timed_and_those_that_do_not_fit_are_named():
-  """On the backend that runs here; a block of no keys stands for one that does not compile."""
+  """On the backend that runs here. A block without keys stands in for one that does not compile."""
   sizes = [(16, 16), (32, 0), (64, 64)]
   candidates = {("attention", "xla"): {"forward": sizes, "backward": sizes}}
   records = list(benchmarks.measure_sizes([ONE], [], candidates=candidates))
@@ -92,7 +92,7 @@ def test_sizes_are_timed_and_those_that_do_not_fit_are_named():
 
 
 def test_sizes_reach_the_kernels(monkeypatch):
-  """Every candidate of XLA and its own program, whatever the cache of compiled functions holds."""
+  """Every XLA candidate compiles its own program, despite the cache of compiled functions."""
   seen = []
   monkeypatch.setattr(xla, "_block", lambda length, most: seen.append(most) or length)
   candidates = {("attention", "xla"): {"forward": [(8, 16), (24, 32)], "backward": [(40, 48)]}}

@@ -1,4 +1,4 @@
-"""Decode attention against the reference: splits, layers, int8, and caches over eight devices."""
+"""Decode attention against the reference: blocks, layers, int8, and caches over eight devices."""
 
 import functools
 
@@ -17,13 +17,13 @@ L, LAYER, B, K, D = 3, 1, 3, 52, 8
 
 @pytest.fixture
 def backend():
-  """What the suite tests; a module that imports its tests gives another."""
+  """The backend under test. A module that imports these tests overrides it."""
   return xla.XLA
 
 
 @pytest.fixture(autouse=True)
 def small_splits(monkeypatch):
-  monkeypatch.setattr(xla, "SPLIT", {"cpu": 16})
+  monkeypatch.setattr(xla, "KEY_BLOCK", {"cpu": 16})
 
 
 @pytest.fixture(autouse=True)
@@ -59,12 +59,12 @@ def some_empty(B, Q, K):
 
 
 def short_windows(B, Q, K):
-  """Each row's a few keys of its own, the last of them at the end."""
+  """Each row sees a few keys in a different place; those of the last row are at the end."""
   stop = np.linspace(9, K, B, dtype=np.int32)[:, None] + np.zeros((1, Q), np.int32)
   return stop - 7, stop
 
 
-# 16 query tokens take the way of a prompt.
+# 16 query tokens are processed as a prompt.
 @pytest.mark.parametrize("Q", (1, 3, 16))
 @pytest.mark.parametrize(
   "H, G, dtype, tolerance",
@@ -79,20 +79,20 @@ def test_equals_reference(Q, H, G, dtype, tolerance, backend):
 
 
 @pytest.mark.parametrize("mask", (some_empty, short_windows))
-@pytest.mark.parametrize("soft_cap", (None, 1.5))
-def test_masks_and_soft_cap_equal_reference(mask, soft_cap, backend):
-  case = inputs(2, mask=mask)
+@pytest.mark.parametrize("Q, soft_cap", ((2, None), (2, 1.5), (16, 1.5)))
+def test_masks_and_soft_cap_equal_reference(mask, Q, soft_cap, backend):
+  case = inputs(Q, mask=mask)
   actual = decode_attention(*case, layer=LAYER, soft_cap=soft_cap, backend=backend)
   assert_close(actual, reference(*case, soft_cap=soft_cap), 2e-6)
 
 
 def test_only_splits_that_meet_an_interval_are_read(backend):
-  """NaN wherever no split of the row meets its interval: 0 * NaN would show."""
+  """NaN fills the blocks that do not meet the row's interval; 0 * NaN would reach the output."""
   query, key, value, intervals = inputs(mask=short_windows)
   start, stop = map(np.asarray, intervals)
   split = np.arange(K)[None] // 16
   meets = (split >= start // 16) & (split <= (stop - 1) // 16)
-  # The last split, of keys 48 to 51, reaches back to 36.
+  # The last block, for keys 48 to 51, starts at 36.
   meets[-1, 36:] = True
   assert 0 < meets.mean() < 0.6
   key, value = (jnp.where(meets[None, :, :, None, None], array, jnp.nan) for array in (key, value))
@@ -103,7 +103,7 @@ def test_only_splits_that_meet_an_interval_are_read(backend):
 
 @pytest.mark.parametrize("Q", (1, 16))
 def test_int8_cache_is_within_its_bound(Q, backend):
-  """Exact on the rounded numbers; and these are off by at most 1/254 of the largest of a head."""
+  """Exact for the rounded numbers, which are off by at most 1/254 of the largest in a head."""
   query, key, value, intervals = inputs(Q)
   key, value = key.at[:, 0, :5].set(0.0), value * 30
   quantized = quantize(key), quantize(value)
@@ -114,7 +114,7 @@ def test_int8_cache_is_within_its_bound(Q, backend):
   actual = decode_attention(query, *quantized, intervals, layer=LAYER, backend=backend)
   assert_close(actual, reference(query, *rounded, intervals), 1e-4)
   exact, _ = reference(query, key, value, intervals)
-  # Of a value 1/254; of a weight e^(2 d) where a score is off by d: here 2 / 254 * |q| * |k|.
+  # A value is off by 1/254, and a weight by e^(2 d) if a score is off by d, 2 / 254 * |q| * |k|.
   assert 1e-3 < np.abs(actual[0] - exact).max() / np.abs(exact).max() < 2e-2
 
 
@@ -162,7 +162,7 @@ def test_a_write_reaches_the_devices_that_hold_it(position, Q):
 
 
 def test_decoding_copies_no_layer_of_the_cache():
-  """What a step needs beside the cache does not grow with it."""
+  """The memory of a step, apart from the cache, does not grow with the cache."""
 
   def step(query, key, value, new, layer, position):
     key, value = (write(cache, new, layer, position) for cache in (key, value))

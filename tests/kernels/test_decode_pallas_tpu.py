@@ -1,6 +1,6 @@
 """The suite of `test_decode` on the TPU kernel, in Pallas's TPU interpreter on a CPU.
 
-What the interpreter shows: see `test_attention_pallas_tpu`.
+`test_attention_pallas_tpu` says what the interpreter finds.
 """
 
 import functools
@@ -12,9 +12,10 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec as P
 
-from kernels.attention import KeyIntervals, pallas_tpu as attention_tpu
-from kernels.decode import decode_attention, dequantize, pallas_tpu, pallas_tpu_layouts, quantize
-from kernels.decode.pallas_tpu import PALLAS_TPU
+from kernels.attention import KeyIntervals
+from kernels.attention.pallas_tpu import parts
+from kernels.decode import decode_attention, dequantize, quantize
+from kernels.decode.pallas_tpu import PALLAS_TPU, backend as decode_backend, layouts
 from tests.kernels import test_decode
 from tests.kernels.test_decode import (
   LAYER,
@@ -27,7 +28,7 @@ from tests.kernels.test_decode import (
   test_masks_and_soft_cap_equal_reference,
 )
 
-# Three blocks of 128 positions, the least that a TPU's lanes allow.
+# Three blocks of 128 positions, the smallest that a TPU's lanes allow.
 inputs = functools.partial(test_decode.inputs, B=2, K=384, D=128)
 decode = functools.partial(decode_attention, layer=LAYER, backend=PALLAS_TPU)
 
@@ -40,8 +41,8 @@ def backend():
 @pytest.fixture(autouse=True)
 def sizes(monkeypatch):
   """Blocks of 128 positions, in parts of 128 rows."""
-  monkeypatch.setattr(pallas_tpu, "DECODE_BLOCK_BYTES", 1)
-  monkeypatch.setattr(pallas_tpu_layouts, "DECODE_COLUMNS", 128)
+  monkeypatch.setattr(decode_backend, "DECODE_BLOCK_BYTES", 1)
+  monkeypatch.setattr(layouts, "DECODE_COLUMNS", 128)
   monkeypatch.setattr(test_decode, "inputs", inputs)
 
 
@@ -59,14 +60,14 @@ def test_narrow_heads_have_their_positions_on_lanes(H, G, dtype):
 
 
 def test_the_last_block_reaches_back(monkeypatch):
-  """Blocks of 256 of 384 positions: those that two blocks hold count once."""
-  monkeypatch.setattr(pallas_tpu, "block_positions", lambda *_: 256)
+  """Blocks of 256 in 384 positions: positions that are in both blocks count once."""
+  monkeypatch.setattr(decode_backend, "block_positions", lambda *_: 256)
   case = inputs()
   assert_close(decode(*case), reference(*case), 2e-6)
 
 
 def test_only_blocks_that_meet_an_interval_are_read():
-  """NaN wherever no block of the row meets its interval: 0 * NaN would show."""
+  """NaN fills the blocks that do not meet the row's interval; 0 * NaN would reach the output."""
   query, key, value, intervals = inputs(mask=short_windows)
   start, stop = map(np.asarray, intervals)
   block = np.arange(384)[None] // 128
@@ -80,7 +81,7 @@ def test_only_blocks_that_meet_an_interval_are_read():
 
 @pytest.mark.parametrize("G, dtype, tolerance", ((1, "float32", 1e-5), (8, "bfloat16", 2e-2)))
 def test_int8_heads_that_alternate(G, dtype, tolerance):
-  """The two of the suite stand apart."""
+  """The two key heads of the suite do not alternate in memory."""
   query, key, value, intervals = inputs(H=8, G=G, dtype=dtype)
   quantized = quantize(key), quantize(value)
   rounded = (dequantize(array, jnp.float32) for array in quantized)
@@ -89,8 +90,8 @@ def test_int8_heads_that_alternate(G, dtype, tolerance):
 
 
 def test_two_cores_take_turns_without_races(monkeypatch, capfd):
-  """As on v4 and v5p; the second core finds nothing in a row of one block."""
-  monkeypatch.setattr(attention_tpu, "num_cores", lambda: 2)
+  """As on v4 and v5p. The second core has no block in the row that has only one."""
+  monkeypatch.setattr(parts, "num_cores", lambda: 2)
   case = inputs(mask=lambda B, Q, K: (np.array([[2], [0]]), np.array([[K], [100]])))
   parameters = pltpu.InterpretParams(num_cores_or_threads=2, detect_races=True, random_seed=1)
   with pltpu.force_tpu_interpret_mode(parameters):
@@ -100,7 +101,7 @@ def test_two_cores_take_turns_without_races(monkeypatch, capfd):
 
 
 def test_a_cache_over_two_devices_equals_the_whole():
-  """Rows of which the second device holds nothing, too."""
+  """One row has no position on the second device."""
   query, key, value, intervals = inputs(K=256)
   stop = jnp.asarray([[256], [100]], jnp.int32)
   arguments = query, key, value, KeyIntervals(jnp.zeros_like(stop), stop)

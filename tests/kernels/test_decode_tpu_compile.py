@@ -1,4 +1,4 @@
-"""The TPU decode kernel compiles for real TPUs, with no TPU, and takes the cache where it lies."""
+"""The TPU decode kernel compiles for real TPUs, without a TPU, and reads the cache in place."""
 
 import jax
 import jax.numpy as jnp

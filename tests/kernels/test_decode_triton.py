@@ -1,4 +1,4 @@
-"""The suite of `test_decode` on the Triton backend, whose kernel Triton's interpreter runs."""
+"""The suite of `test_decode` on the Triton kernel, in Triton's interpreter."""
 
 # isort: off
 from tests.kernels import triton_interpreter  # First: it chooses the interpreter.
@@ -13,17 +13,12 @@ import numpy as np
 import pytest
 
 from kernels import benchmarks
-from kernels.attention import KeyIntervals, attention
-from kernels.attention.block_sizes_gpu import Blocks, decode_programs, decode_splits
+from kernels.attention import KeyIntervals, reference as attention_reference
+from kernels.attention.triton import backend as attention_backend
+from kernels.attention.triton.block_sizes import Blocks, decode_programs, decode_splits
 from kernels.benchmarks import timing
-from kernels.decode import (
-  api,
-  decode_attention,
-  dequantize,
-  quantize,
-  triton as triton_backend,
-  triton_partial,
-)
+from kernels.decode import api, decode_attention, dequantize, quantize
+from kernels.decode.triton import backend as triton_backend, kernel
 from tests.kernels import attention_cases
 from tests.kernels.test_decode import (
   LAYER,
@@ -49,15 +44,15 @@ def backend():
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-  """Blocks and splits so small that a cache of 52 positions has several of both."""
+  """Makes blocks and splits so small that a cache of 52 positions has several of both."""
   monkeypatch.setattr(jax_triton, "triton_call", triton_interpreter.triton_call)
   monkeypatch.setattr(triton_backend, "_sizes", lambda *_: (Blocks(16, 8, 4, 2), SPLITS))
 
 
 def test_rows_beyond_one_block_of_them(backend):
-  """Eight query tokens of a group of six heads, 48 rows in three programs; one sees nothing.
+  """Eight query tokens of a group of six heads are 48 rows in three programs; one sees nothing.
 
-  Its rows go through the blocks that lie inside the intervals of the others.
+  The rows of that token collect the blocks that are full for the others.
   """
 
   def one_empty(B, Q, K):
@@ -81,7 +76,7 @@ def test_int8_cache_in_half_precision(backend, dtype, tolerance):
 
 @pytest.mark.parametrize("is_quantized", (False, True))
 def test_no_key_outside_the_intervals_is_read(backend, is_quantized):
-  """A cache may hold anything where nothing was written yet."""
+  """Positions that are not yet written may hold anything."""
   query, key, value, intervals = inputs(mask=short_windows)
   expected = reference(query, key, value, intervals)
   start, stop = map(np.asarray, intervals)
@@ -99,7 +94,7 @@ def test_no_key_outside_the_intervals_is_read(backend, is_quantized):
 
 
 def test_a_cache_of_more_than_two_to_the_31_elements():
-  """NumPy reserves the memory, and what nobody writes or reads it never takes."""
+  """NumPy only reserves memory that is never written or read."""
   K, D = 1 << 27, 16
   key = np.zeros((2, 1, K, 1, D), np.int8)
   scale = np.zeros((2, 1, K, 1), np.float32)
@@ -109,7 +104,7 @@ def test_a_cache_of_more_than_two_to_the_31_elements():
   options = dict(GROUP=2, HEAD_DIM=D, ROW_BLOCK=16, KEY_BLOCK=8, IS_QUANTIZED=True, PRECISION=None)
   results = triton_interpreter.triton_call(
     *(query, key, key, scale, scale, np.ones(1, np.int32), stop - 4, stop, 1, K, 1),
-    kernel=triton_partial.partial,
+    kernel=kernel.partial,
     out_type=(jax.ShapeDtypeStruct((1, 1, 1, 2, D), "float32"),) * 2,
     grid=(1, 1, 1),
     num_warps=4,
@@ -121,12 +116,12 @@ def test_a_cache_of_more_than_two_to_the_31_elements():
   )
   exact = jnp.asarray(key[1, :, -4:] * np.float32(0.1))
   whole = KeyIntervals(*(jnp.full((1, 1), i, jnp.int32) for i in (0, 4)))
-  expected, _ = attention(query, exact, exact, whole, scale=1.0, backend="reference")
+  expected, _ = attention_reference.attention(query, exact, exact, whole, scale=1.0, soft_cap=None)
   np.testing.assert_allclose(results[0][0], expected, atol=1e-5)
 
 
 def test_work_is_spread_over_the_splits_wherever_it_lies(backend, monkeypatch):
-  """Products are counted by program: each row of the batch sees one or two blocks of eight keys."""
+  """Counts products by program. Each batch row sees one or two blocks of eight keys."""
   blocks = []
   load = triton_interpreter.interpreter.InterpreterBuilder.create_dot
 
@@ -144,7 +139,7 @@ def test_work_is_spread_over_the_splits_wherever_it_lies(backend, monkeypatch):
 
 
 def test_its_sizes_are_measured(monkeypatch):
-  """A tuner's candidates reach the kernel and its grid; interpreted, the times say nothing."""
+  """The tuner's candidates reach the kernel and its grid. Times mean nothing here."""
   monkeypatch.undo()  # The sizes of all other tests.
   grids = []
 
@@ -153,10 +148,10 @@ def test_its_sizes_are_measured(monkeypatch):
     return triton_interpreter.triton_call(*args, grid=grid, **options)
 
   monkeypatch.setattr(jax_triton, "triton_call", triton_call)
-  monkeypatch.setattr(timing, "SECONDS_A_ROUND", 0.0)
+  monkeypatch.setattr(timing, "SECONDS_PER_ROUND", 0.0)
   monkeypatch.setattr(timing, "ROUNDS", 1)
   hopper = types.SimpleNamespace(compute_capability=90)
-  monkeypatch.setattr(triton_backend.pallas_triton, "get_gpu_info", lambda: hopper)
+  monkeypatch.setattr(attention_backend.pallas_triton, "get_gpu_info", lambda: hopper)
   here = triton_backend.TRITON._replace(unsupported=lambda *_: None)
   monkeypatch.setattr(api, "BACKENDS", (here,))
   caches = [benchmarks.Cache(128, 2, 1, 64, "float32", is_int8) for is_int8 in (False, True)]
@@ -167,7 +162,7 @@ def test_its_sizes_are_measured(monkeypatch):
   kernels = ["decode", "decode_programs", "decode_int8", "decode_programs"]
   assert [record["kernel"] for record in records] == kernels
   assert all(not record["failed"] for record in records), records
-  # Four blocks are a split's least: of 8 keys, of 16, and of the table's 64.
+  # A split has at least four blocks: of 8 keys, of 16, or of the table's 64.
   expected = {(8, False, 4), (16, False, 2), (64, False, 1), (8, True, 4), (64, True, 1)}
   assert {(key_block, is_int8, grid[1]) for key_block, is_int8, grid in grids} == expected
 

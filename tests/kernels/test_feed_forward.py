@@ -1,6 +1,6 @@
-"""Blockwise feed-forward: against NumPy, the reference, shards, and its memory.
+"""The chunked feed-forward network against NumPy and the reference, sharded, and its memory.
 
-Shapes: B batch, S sequence, M model width, F feed-forward width.
+B batch, S sequence length, M model width, F feed-forward width.
 """
 
 import functools
@@ -60,7 +60,7 @@ def test_equals_reference_with_gradients(length, chunk, dtype, tolerance):
 
 
 def test_weight_gradient_of_many_chunks_keeps_its_precision():
-  """1024 chunks added up in bfloat16 would lose a fifth of the gradient."""
+  """Adding 1024 chunks in bfloat16 would lose a fifth of the gradient."""
   x, *weights = make_inputs(1, 2048, jnp.bfloat16)
   x = jnp.abs(x)
   ones = jnp.ones(x.shape, jnp.bfloat16)
@@ -75,7 +75,7 @@ def test_weight_gradient_of_many_chunks_keeps_its_precision():
 @pytest.mark.parametrize("has_part_of_tokens", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 8), (2, 1, 2, 2), (1, 2, 4, 1)], ids=str)
 def test_sharded_equals_reference(shape, has_part_of_tokens):
-  """Chunks of four tokens; where a device holds three, more chunks than it has tokens."""
+  """Chunks of four tokens. One case has three tokens per device, fewer than chunks."""
   inputs = make_inputs(4, 24)
   weights_BxSxM = cotangent(inputs[0])
   expected = gradients(reference.feed_forward, inputs, weights_BxSxM)
@@ -84,11 +84,12 @@ def test_sharded_equals_reference(shape, has_part_of_tokens):
   specs = tokens, P(None, "tensor"), P(None, "tensor"), P("tensor", None)
   with jax.set_mesh(mesh):
     sharded = jax.shard_map(
-        functools.partial(
-            feed_forward, chunk=4, axis_name="tensor", has_part_of_tokens=has_part_of_tokens
-        ),
-        in_specs=specs, out_specs=tokens,
-    )  # fmt: skip
+      functools.partial(
+        feed_forward, chunk=4, axis_name="tensor", has_part_of_tokens=has_part_of_tokens
+      ),
+      in_specs=specs,
+      out_specs=tokens,
+    )
     place = lambda array, spec: jax.device_put(array, jax.NamedSharding(mesh, spec))
     placed = [place(array, spec) for array, spec in zip(inputs, specs)]
     actual = gradients(sharded, placed, place(weights_BxSxM, tokens))

@@ -1,4 +1,4 @@
-"""The reader of schedules, on programs in which a transfer has a kernel beside it or has none."""
+"""Reads the schedules of programs whose transfer overlaps with a kernel, or with none."""
 
 import pytest
 

@@ -101,7 +101,7 @@ reference_with_grads = functools.cache(
 
 
 def reference(case, dtype="float32"):
-  """The same from the unsharded reference, in float32 whatever the inputs were rounded to."""
+  """The results of the unsharded reference, in float32 also for rounded inputs."""
   query, key, value, intervals, *cotangents = inputs(case, dtype)
   exact = jax.tree.map(lambda array: array.astype("float32"), (query, key, value, *cotangents))
   exact = *exact[:3], intervals, *exact[3:]
@@ -153,7 +153,7 @@ def test_bfloat16_error_does_not_grow_with_the_ring(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ring_size", (1, 2, 4, 8))
 def test_another_document_changes_no_bit(kind, ring_size):
-  """Perturb one token of a document: out and gradients of all the others stay as they are."""
+  """Changing one token of a document leaves out and gradients of all others unchanged."""
   case = BY_NAME["packed"]
   ring = ring_of(kind, ring_size)
   before_inputs = inputs(case)
@@ -172,7 +172,7 @@ def test_another_document_changes_no_bit(kind, ring_size):
 
 
 def counting(counts):
-  """The blockwise backend, noting each forward and backward that runs."""
+  """The blockwise backend, which records each forward and backward that runs."""
 
   def forward(*args, **options):
     jax.debug.callback(lambda: counts.update(["forward"]))
@@ -210,7 +210,7 @@ def visible_chunks(kind, ring_size, intervals, length):
   (("causal", (10, 14), 26), ("sliding_window", (7, 11), 14), ("packed", (9, 13), 23)),
 )
 def test_hops_without_work_are_skipped(name, contiguous, zigzag, kind):
-  """Of 16 pairs of shards (contiguous) or 32 of shard and chunk (zigzag)."""
+  """There are 16 pairs of shards (contiguous), or 32 pairs of shard and chunk (zigzag)."""
   case = BY_NAME[name]
   expected = dict(contiguous=contiguous, zigzag=(zigzag, zigzag))[kind]
   assert visible_chunks(kind, 4, case.mask(case.B, case.Q, case.K), case.Q) == expected
@@ -221,10 +221,10 @@ def test_hops_without_work_are_skipped(name, contiguous, zigzag, kind):
 
 
 def alone(jaxpr):
-  """Transfers of a program beside which no attention can run, by its data dependences.
+  """The transfers of a program that cannot overlap with attention, given its data dependences.
 
-  Looks at each block of code that sends something: a matrix product within the same block, however
-  deeply nested, must neither need what is sent nor be needed for it.
+  In each block of code that contains a transfer, a matrix product, however deeply nested, must
+  neither depend on the transfer nor be needed for it.
   """
   found, needs, made_by = [], [], {}
   for index, equation in enumerate(jaxpr.eqns):
@@ -274,7 +274,8 @@ def test_keys_travel_in_their_own_dtype():
   sent = collections.Counter(
     re.findall(r'"?stablehlo\.collective_permute"?.*-> tensor<[0-9x]*x(\w+)>', text)
   )
-  # Forward: in its loop. Backward: keys first and in its loop; gradients in it, after it, and home.
+  # Forward: in its loop. Backward: keys before and in its loop; gradients in it, after it, and at
+  # the end.
   assert sent == dict(bf16=2 + 4, f32=6)
 
 

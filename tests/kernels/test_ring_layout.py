@@ -24,7 +24,7 @@ def test_chunk_offsets_describe_the_permutation(kind, ring_size):
 
 
 def test_zigzag_gives_every_shard_the_same_causal_work():
-  """The work of a causal query is its index, so that of a shard is the sum of its columns."""
+  """The work of a causal query is its index, so the work of a shard is the sum of its columns."""
   work = {
     kind: {columns.sum() for columns in np.split(Layout(kind, 8).permutation(64), 8)}
     for kind in ("contiguous", "zigzag")

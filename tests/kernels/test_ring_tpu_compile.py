@@ -1,4 +1,4 @@
-"""The ring compiled for 16 v5p chips and a million tokens: what travels while what computes."""
+"""Compiles the ring for 16 v5p chips and a million tokens, and checks which transfers overlap."""
 
 import collections
 import functools

@@ -1,4 +1,4 @@
-"""What each device of a ring computes, counted in blocks."""
+"""Counts of the blocks that each device of a ring computes."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +18,7 @@ def busiest(kind, intervals, ring_size=8, block=256):
 @pytest.mark.parametrize("kind", ("contiguous", "zigzag"))
 @pytest.mark.parametrize("name", ("causal", "packed", "sliding_window", "frames", "empty_rows"))
 def test_counts_are_those_of_the_mask(name, kind):
-  """Against the mask itself: in these cases there is no hole between the blocks that meet."""
+  """Compares with the mask. In these cases the blocks that meet are contiguous."""
   intervals = KeyIntervals(*map(jnp.asarray, getattr(attention_cases, name)(2, 64, 64)))
   layout = Layout(kind, 4)
   permutation = layout.permutation(64)
@@ -29,13 +29,13 @@ def test_counts_are_those_of_the_mask(name, kind):
 
 
 def test_zigzag_halves_the_busiest_device_of_a_causal_ring():
-  """Ideal are 1 / (2 - 1 / 8) = 0.53 of the contiguous layout."""
+  """The ideal is 1 / (2 - 1 / 8) = 0.53 of the contiguous layout."""
   assert busiest("zigzag", causal(1, S)) <= 0.57 * busiest("contiguous", causal(1, S))
 
 
 @pytest.mark.parametrize("kind", ("contiguous", "zigzag"))
 def test_packed_documents_of_2k_are_a_sixteenth_of_one_document(kind):
-  """2K x 2K / 2 for every 2K tokens are 1/16 of 32K x 32K / 2, and crossed blocks come on top."""
+  """2K x 2K / 2 per 2K tokens is 1/16 of 32K x 32K / 2; blocks at the boundaries add to it."""
   documents = packed(jnp.arange(S)[None] // 2048 + 1)
   one = blocks_per_device(causal(1, S), Layout(kind, 8), 256)
   assert busiest(kind, documents) <= 0.08 * one.mean()

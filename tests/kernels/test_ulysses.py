@@ -51,7 +51,7 @@ def with_grads(function):
 
 @functools.cache
 def program(layout, ulysses, tensor, soft_cap):
-  """Mesh and compiled out, log-sum-exp and gradients."""
+  """The mesh, and the compiled function of out, log-sum-exp and gradients."""
   shape = layout.ring_size, ulysses, tensor
   mesh = jax.make_mesh(
     shape, (*SEQUENCE, "tensor"), (AxisType.Explicit,) * 3, devices=jax.devices()[: np.prod(shape)]
@@ -89,7 +89,7 @@ def reference_program(soft_cap):
 
 
 def reference(case, dtype="float32"):
-  """From the unsharded reference, in float32 whatever the inputs were rounded to."""
+  """The results of the unsharded reference, in float32 also for rounded inputs."""
   exact = jax.tree.map(
     lambda array: array.astype("float32") if array.dtype == dtype else array, inputs(case, dtype)
   )
@@ -120,12 +120,20 @@ def test_every_mask_equals_the_whole(mask, kind):
     assert error(array, expected) < 3e-6
 
 
+@pytest.mark.parametrize("ring_size, ulysses", ((1, 1), (2, 1), (1, 2)))
+def test_soft_cap_reaches_the_backend_on_every_path(ring_size, ulysses):
+  case = case_of(soft_cap=1.5)
+  actual = run(inputs(case), "zigzag", ring_size, ulysses, soft_cap=1.5)
+  for array, expected in zip(actual, reference(case)):
+    assert error(array, expected) < 3e-6
+
+
 @pytest.mark.parametrize(
   "H, G, ring_size, ulysses, tensor, soft_cap",
   ((12, 6, 2, 4, 1, None), (12, 4, 1, 6, 1, None), (8, 2, 2, 2, 2, 1.5)),
 )
 def test_heads_that_neither_divides(H, G, ring_size, ulysses, tensor, soft_cap):
-  """Four devices for six key/value heads, six for four; and the heads sharded over `tensor` too."""
+  """Four devices for six key/value heads, six for four, and heads also sharded over `tensor`."""
   case = case_of(H=H, G=G, soft_cap=soft_cap)
   if ulysses == 6:
     case = Case("causal", attention_cases.causal, B=2, Q=60, K=60, H=H, G=G)
@@ -155,7 +163,7 @@ def test_bfloat16_error_does_not_grow_with_the_mesh(G):
 
 @pytest.mark.parametrize("ring_size, ulysses", ((1, 4), (2, 4)))
 def test_another_document_changes_no_bit(ring_size, ulysses):
-  """Perturb one token of a document: out and gradients of all the others stay as they are."""
+  """Changing one token of a document leaves out and gradients of all others unchanged."""
   case = case_of()
   before_inputs = inputs(case)
   segment_ids = attention_cases.segment_ids(case.B, case.Q)
@@ -175,5 +183,5 @@ def test_another_document_changes_no_bit(ring_size, ulysses):
 
 
 def test_heads_that_do_not_divide_are_refused():
-  with pytest.raises(ValueError, match="6 query heads a device do not divide over the 4 devices"):
+  with pytest.raises(ValueError, match="6 query heads per device do not divide over the 4 devices"):
     run(inputs(case_of(H=6)), "contiguous", 1, 4)

@@ -1,6 +1,6 @@
-"""Runs the Triton kernels of this repository on NumPy arrays, by Triton's own interpreter.
+"""Runs the Triton kernels of this repository on NumPy arrays, in Triton's interpreter.
 
-Import this before anything imports Triton: the interpreter is chosen when kernels are defined.
+Import this before anything imports Triton: kernels choose the interpreter when they are defined.
 """
 
 import os
@@ -15,22 +15,22 @@ import pytest
 
 interpreter = pytest.importorskip("triton.runtime.interpreter", exc_type=ImportError)
 
-# All that defines kernels. Then the choice is over: programs that tests start have the compiler.
+# Everything that defines kernels. The variable is then unset: programs that tests start compile.
 import jax_triton
 
-from kernels.attention import triton_backward, triton_forward
-from kernels.decode import triton_partial
+from kernels.attention.triton import backward, forward
+from kernels.decode.triton import kernel as decode_kernel
 
 del os.environ["TRITON_INTERPRET"]
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "int8": "i8"}
 ARRAY = (jax.Array, np.ndarray)
-# Devices call from threads of their own.
+# Each device calls from its own thread.
 _ONE_AT_A_TIME = threading.Lock()
 
 
 class Pointer:
-  """What the interpreter asks of an array argument."""
+  """The attributes of an array argument that the interpreter uses."""
 
   def __init__(self, array):
     self.array = np.asarray(array)
@@ -51,7 +51,7 @@ class Grid(interpreter.GridExecutor):
 
 
 def triton_call(*args, kernel, out_type, grid, num_warps, num_stages, backend_options, **constants):
-  """Stands for `jax_triton.triton_call`; outputs start as NaN, which shows what is not written."""
+  """Replaces `jax_triton.triton_call`. Outputs start as NaN, which shows what is not written."""
   flat_types, tree = jax.tree.flatten(out_type)
   arrays = [arg for arg in args if isinstance(arg, ARRAY)]
 

@@ -1,9 +1,9 @@
-"""Compiles Triton attention kernels to machine code without a GPU and prints what they take.
+"""Compiles the Triton kernels to machine code, without a GPU, and prints the resources they use.
 
   python -m tests.kernels.triton_resources [--kernel=NAME] CAPABILITY DTYPE HEAD_DIM
 
 prints one JSON line per kernel: shared memory and spilled bytes per thread (the stack), registers,
-and the kind of matrix instruction, with the block sizes of `block_sizes_gpu`.
+and the kind of matrix instruction, with the block sizes of `kernels.attention.triton.block_sizes`.
 """
 
 import argparse
@@ -16,23 +16,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.attention import triton_backward, triton_forward
-from kernels.attention.block_sizes_gpu import Blocks, triton_blocks
-from kernels.decode import triton_partial
+from kernels.attention.triton import backward, forward
+from kernels.attention.triton.block_sizes import Blocks, blocks_for
+from kernels.decode.triton import kernel as decode_kernel
 
 KERNELS = {
-  "forward": triton_forward.forward,
-  "query_grad": triton_backward.query_grad,
-  "key_value_grad": triton_backward.key_value_grad,
-  "decode": triton_partial.partial,
-  "decode_int8": triton_partial.partial,
+  "forward": forward.forward,
+  "query_grad": backward.query_grad,
+  "key_value_grad": backward.key_value_grad,
+  "decode": decode_kernel.partial,
+  "decode_int8": decode_kernel.partial,
 }
 TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 INSTRUCTIONS = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}
 
 
 def resources(name: str, capability: int, dtype: str, head_dim: int, blocks: Blocks) -> dict:
-  """Compiles one kernel for one kind of GPU; no soft cap, heads in fours, decode's most rows."""
+  """Compiles one kernel for one kind of GPU, without soft cap, for groups of four heads."""
   kernel = KERNELS[name]
   constants = dict(GROUP=4, HEAD_DIM=head_dim, QUERY_BLOCK=blocks.query, KEY_BLOCK=blocks.key)
   constants |= dict(SCALE=head_dim**-0.5, SOFT_CAP=None)
@@ -97,7 +97,7 @@ def main() -> None:
   parser.add_argument("head_dim", type=int)
   flags = parser.parse_args()
   for name in flags.kernel or KERNELS:
-    blocks = triton_blocks(name, flags.capability, flags.head_dim, flags.dtype)
+    blocks = blocks_for(name, flags.capability, flags.head_dim, flags.dtype)
     used = resources(name, flags.capability, flags.dtype, flags.head_dim, blocks)
     print(json.dumps(used), flush=True)
 

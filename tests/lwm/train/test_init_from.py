@@ -35,7 +35,7 @@ def train(experiment, workdir: pathlib.Path, devices: int = 1) -> dict:
 
 
 def with_vision(make_experiment, experiment, **model):
-  """The same model with vision rows, and no update to its parameters: a learning rate of almost 0."""
+  """The same model with vision rows, trained with a learning rate of almost 0."""
   wide = make_experiment()
   wide.stages[1:] = []
   wide.stages[0].steps, wide.stages[0].warmup_steps = 1, 0
@@ -105,7 +105,7 @@ def test_what_cannot_be_started_from_is_one_sentence(experiment, make_experiment
 def test_a_run_that_has_ended_is_given_more_steps_and_another_stage(
   experiment, make_experiment, tmp_path
 ):
-  """What it computed before is as it was; what comes is what a run planned so from the start does."""
+  """It ends like a run that had them from the start."""
   experiment.optimizer.schedule = "constant"
   train(experiment, tmp_path / "run")
   before = read_metrics(tmp_path / "run" / "metrics.jsonl")

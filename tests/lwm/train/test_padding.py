@@ -1,4 +1,4 @@
-"""A vocabulary that does not divide over the mesh: its tables are padded, and nothing else changes."""
+"""A vocabulary that does not divide over the mesh gets padded tables; nothing else changes."""
 
 import dataclasses
 

@@ -1,19 +1,19 @@
-"""Attention over key intervals in Triton: the forward kernel.
+"""The Triton forward kernel of attention.
 
-One program holds a block of queries of one head and loops over the key blocks that meet an
-interval of them: first those that a boundary crosses, with a mask, then those inside every
-interval, with neither mask nor bounds. The order does not matter to the online softmax
-(arXiv 1805.02867, 2205.14135, 2307.08691), which runs in base 2 and float32; weights are rounded
-to the inputs' dtype before they meet the values.
+One program holds a query block of one head and loops over the key blocks that meet an interval: the
+full ones, inside every interval, without mask and bounds checks, and the others with a mask. The
+online softmax (arXiv 1805.02867, 2205.14135, 2307.08691) allows any order. It runs in base 2 and
+float32; weights are rounded to the dtype of the inputs before they multiply the values.
 
-Arrays are row-major. B batch, Q/K query/key length, H query heads, G = H / GROUP key/value heads,
-D head_dim; q/k queries/keys of one block. Offsets of blocks are int64, inside a block int32.
+Arrays are row-major. Offsets of blocks are int64, offsets inside a block int32. B batch, Q/K
+query/key length, H query heads, G = H / GROUP key/value heads, D head_dim, q/k queries/keys per
+block.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.attention.triton_parts import (
+from kernels.attention.triton.parts import (
   LN_2,
   LOWEST,
   base_2_scores,
@@ -26,16 +26,16 @@ from kernels.attention.triton_parts import (
 
 @triton.jit
 def forward(
-  query_BxQxHxD,
-  key_BxKxGxD,
-  value_BxKxGxD,
-  start_BxQ,
-  stop_BxQ,
-  num_queries,
-  num_keys,
-  num_heads,
-  out_BxQxHxD,
-  log_sum_exp_BxHxQ,
+  query_BxQxHxD: tl.tensor,
+  key_BxKxGxD: tl.tensor,
+  value_BxKxGxD: tl.tensor,
+  start_BxQ: tl.tensor,
+  stop_BxQ: tl.tensor,
+  num_queries: tl.tensor,
+  num_keys: tl.tensor,
+  num_heads: tl.tensor,
+  out_BxQxHxD: tl.tensor,
+  log_sum_exp_BxHxQ: tl.tensor,
   GROUP: tl.constexpr,
   HEAD_DIM: tl.constexpr,
   QUERY_BLOCK: tl.constexpr,
@@ -43,8 +43,8 @@ def forward(
   SCALE: tl.constexpr,
   SOFT_CAP: tl.constexpr,
   PRECISION: tl.constexpr,
-):
-  """Grid (query blocks, H, B); the last blocks, the longest under a causal mask, start first."""
+) -> None:
+  """Grid (query blocks, H, B). The last blocks start first: a causal mask gives them most work."""
   block = tl.num_programs(0) - 1 - tl.program_id(0)
   head = tl.program_id(1)
   batch = tl.program_id(2).to(tl.int64)
@@ -66,15 +66,15 @@ def forward(
   out_qxD = tl.full((QUERY_BLOCK, HEAD_DIM), 0.0, tl.float32)
   maximum_q = tl.full((QUERY_BLOCK,), LOWEST, tl.float32)
   sum_q = tl.full((QUERY_BLOCK,), 0.0, tl.float32)
-  first, last, full_first, full_last = meeting_blocks(start_q, stop_q, num_keys, KEY_BLOCK)
-  num_full = full_last - full_first
+  first, stop, full_first, full_stop = meeting_blocks(start_q, stop_q, num_keys, KEY_BLOCK)
+  num_full = full_stop - full_first
   for IS_FULL in tl.static_range(2):
-    for step in range(num_full if IS_FULL else last - first - num_full):
-      key_block = block_at(step, first, last, full_first, full_last, IS_FULL)
+    for step in range(num_full if IS_FULL else stop - first - num_full):
+      key_block = block_at(step, first, full_first, full_stop, IS_FULL)
       index_k = key_block * KEY_BLOCK + row_k
       block_offset = head_offset + key_block.to(tl.int64) * KEY_BLOCK * key_stride
-      index_kxD = load_rows(key_BxKxGxD + block_offset + offsets_kxD, index_k < num_keys, IS_FULL)
-      products_qxk = tl.dot(query_qxD, tl.trans(index_kxD), input_precision=PRECISION)
+      key_kxD = load_rows(key_BxKxGxD + block_offset + offsets_kxD, index_k < num_keys, IS_FULL)
+      products_qxk = tl.dot(query_qxD, tl.trans(key_kxD), input_precision=PRECISION)
       scores_qxk, _ = base_2_scores(products_qxk, SCALE, SOFT_CAP)
       if not IS_FULL:
         is_seen_qxk = (index_k[None, :] >= start_q[:, None]) & (index_k[None, :] < stop_q[:, None])
@@ -88,7 +88,7 @@ def forward(
         input_precision=PRECISION,
       )
 
-  # A row with an empty interval has gone through the full blocks of its neighbours.
+  # Rows with an empty interval have collected the full blocks of their neighbours.
   is_empty_q = stop_q <= start_q
   sum_q = tl.where(is_empty_q, 1.0, sum_q)
   out_qxD = tl.where(is_empty_q[:, None], 0.0, out_qxD / sum_q[:, None])

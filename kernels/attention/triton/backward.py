@@ -1,35 +1,35 @@
-"""Attention over key intervals in Triton: kernels for the gradients of query, and of key and value.
+"""The Triton backward kernels of attention: the gradient of query, and those of key and value.
 
-As in the forward kernel a program visits the blocks that meet an interval, those that a boundary
-crosses with a mask and the others without. With p = exp(score - log_sum_exp) and ds = p * (dp -
-delta): dvalue = p^T dout, dkey = ds^T query, dquery = ds key (arXiv 2205.14135, 2307.08691).
-Nothing is added atomically, so gradients are the same in every run.
+As in the forward kernel, a program visits the blocks that meet an interval, full ones without a
+mask. With p = exp(score - log_sum_exp) and ds = p * (dp - delta): dvalue = p^T dout, dkey = ds^T
+query, dquery = ds key (arXiv 2205.14135, 2307.08691). Nothing is added atomically, so gradients are
+the same in every run.
 
 Arrays are row-major. B batch, Q/K query/key length, H query heads, G = H / GROUP key/value heads,
-D head_dim, M key blocks; q/k queries/keys of one block. log_sum_exp comes in units of log2, and
-as +inf for queries with an empty interval, which makes their weights 0.
+D head_dim, M key blocks, q/k queries/keys per block. log_sum_exp is in units of log 2, and +inf for
+queries with an empty interval, so that their weights are 0.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.attention.triton_parts import base_2_scores, block_at, load_rows, meeting_blocks
+from kernels.attention.triton.parts import base_2_scores, block_at, load_rows, meeting_blocks
 
 
 @triton.jit
 def query_grad(
-  query_BxQxHxD,
-  key_BxKxGxD,
-  value_BxKxGxD,
-  start_BxQ,
-  stop_BxQ,
-  out_cotangent_BxQxHxD,
-  log_sum_exp_BxHxQ,
-  delta_BxHxQ,
-  num_queries,
-  num_keys,
-  num_heads,
-  grad_BxQxHxD,
+  query_BxQxHxD: tl.tensor,
+  key_BxKxGxD: tl.tensor,
+  value_BxKxGxD: tl.tensor,
+  start_BxQ: tl.tensor,
+  stop_BxQ: tl.tensor,
+  out_cotangent_BxQxHxD: tl.tensor,
+  log_sum_exp_BxHxQ: tl.tensor,
+  delta_BxHxQ: tl.tensor,
+  num_queries: tl.tensor,
+  num_keys: tl.tensor,
+  num_heads: tl.tensor,
+  grad_BxQxHxD: tl.tensor,
   GROUP: tl.constexpr,
   HEAD_DIM: tl.constexpr,
   QUERY_BLOCK: tl.constexpr,
@@ -37,8 +37,8 @@ def query_grad(
   SCALE: tl.constexpr,
   SOFT_CAP: tl.constexpr,
   PRECISION: tl.constexpr,
-):
-  """Grid (query blocks, H, B); the last blocks, the longest under a causal mask, start first."""
+) -> None:
+  """Grid (query blocks, H, B). The last blocks start first: a causal mask gives them most work."""
   block = tl.num_programs(0) - 1 - tl.program_id(0)
   head = tl.program_id(1)
   batch = tl.program_id(2).to(tl.int64)
@@ -64,16 +64,16 @@ def query_grad(
   offsets_kxD = row_k[:, None] * key_stride + index_D[None, :]
 
   grad_qxD = tl.full((QUERY_BLOCK, HEAD_DIM), 0.0, tl.float32)
-  first, last, full_first, full_last = meeting_blocks(start_q, stop_q, num_keys, KEY_BLOCK)
-  num_full = full_last - full_first
+  first, stop, full_first, full_stop = meeting_blocks(start_q, stop_q, num_keys, KEY_BLOCK)
+  num_full = full_stop - full_first
   for IS_FULL in tl.static_range(2):
-    for step in range(num_full if IS_FULL else last - first - num_full):
-      key_block = block_at(step, first, last, full_first, full_last, IS_FULL)
+    for step in range(num_full if IS_FULL else stop - first - num_full):
+      key_block = block_at(step, first, full_first, full_stop, IS_FULL)
       index_k = key_block * KEY_BLOCK + row_k
       block_offset = head_offset + key_block.to(tl.int64) * KEY_BLOCK * key_stride
-      index_kxD = load_rows(key_BxKxGxD + block_offset + offsets_kxD, index_k < num_keys, IS_FULL)
+      key_kxD = load_rows(key_BxKxGxD + block_offset + offsets_kxD, index_k < num_keys, IS_FULL)
       value_kxD = load_rows(value_BxKxGxD + block_offset + offsets_kxD, index_k < num_keys, IS_FULL)
-      products_qxk = tl.dot(query_qxD, tl.trans(index_kxD), input_precision=PRECISION)
+      products_qxk = tl.dot(query_qxD, tl.trans(key_kxD), input_precision=PRECISION)
       scores_qxk, slope_qxk = base_2_scores(products_qxk, SCALE, SOFT_CAP)
       weights_qxk = tl.exp2(scores_qxk - log_sum_exp_q[:, None])
       if not IS_FULL:
@@ -82,27 +82,27 @@ def query_grad(
       weights_grad_qxk = tl.dot(out_cotangent_qxD, tl.trans(value_kxD), input_precision=PRECISION)
       scores_grad_qxk = weights_qxk * (weights_grad_qxk - delta_q[:, None]) * slope_qxk
       grad_qxD = tl.dot(
-        scores_grad_qxk.to(index_kxD.dtype), index_kxD, grad_qxD, input_precision=PRECISION
+        scores_grad_qxk.to(key_kxD.dtype), key_kxD, grad_qxD, input_precision=PRECISION
       )
   tl.store(grad_BxQxHxD + query_offset + offsets_qxD, grad_qxD * SCALE, mask=is_query_q[:, None])
 
 
 @triton.jit
 def key_value_grad(
-  query_BxQxHxD,
-  key_BxKxGxD,
-  value_BxKxGxD,
-  start_BxQ,
-  stop_BxQ,
-  out_cotangent_BxQxHxD,
-  log_sum_exp_BxHxQ,
-  delta_BxHxQ,
-  tables_Bx4xM,
-  num_queries,
-  num_keys,
-  num_heads,
-  key_grad_BxKxGxD,
-  value_grad_BxKxGxD,
+  query_BxQxHxD: tl.tensor,
+  key_BxKxGxD: tl.tensor,
+  value_BxKxGxD: tl.tensor,
+  start_BxQ: tl.tensor,
+  stop_BxQ: tl.tensor,
+  out_cotangent_BxQxHxD: tl.tensor,
+  log_sum_exp_BxHxQ: tl.tensor,
+  delta_BxHxQ: tl.tensor,
+  tables_Bx4xM: tl.tensor,
+  num_queries: tl.tensor,
+  num_keys: tl.tensor,
+  num_heads: tl.tensor,
+  key_grad_BxKxGxD: tl.tensor,
+  value_grad_BxKxGxD: tl.tensor,
   GROUP: tl.constexpr,
   HEAD_DIM: tl.constexpr,
   QUERY_BLOCK: tl.constexpr,
@@ -110,11 +110,11 @@ def key_value_grad(
   SCALE: tl.constexpr,
   SOFT_CAP: tl.constexpr,
   PRECISION: tl.constexpr,
-):
-  """Grid (key blocks, G, B); one program sums over the query heads of its group.
+) -> None:
+  """Grid (key blocks, G, B). Each program sums over the query heads of its group.
 
-  `tables_Bx4xM` holds ranges of query blocks as `meeting_blocks` gives them of key blocks; in full
-  ones every query exists.
+  `tables_Bx4xM` holds the ranges of query blocks (`kernels.attention.block_tables.of_keys`). In
+  full blocks every query exists.
   """
   block = tl.program_id(0)
   kv_head = tl.program_id(1)
@@ -136,13 +136,13 @@ def key_value_grad(
   value_grad_kxD = tl.full((KEY_BLOCK, HEAD_DIM), 0.0, tl.float32)
   num_blocks = tl.num_programs(0)
   tables = tables_Bx4xM + batch * 4 * num_blocks + block
-  first, last = tl.load(tables), tl.load(tables + num_blocks)
-  full_first, full_last = tl.load(tables + 2 * num_blocks), tl.load(tables + 3 * num_blocks)
-  num_full = full_last - full_first
+  first, stop = tl.load(tables), tl.load(tables + num_blocks)
+  full_first, full_stop = tl.load(tables + 2 * num_blocks), tl.load(tables + 3 * num_blocks)
+  num_full = full_stop - full_first
   for IS_FULL in tl.static_range(2):
-    # The heads of a group in turn for each query block: one flat loop, which can be pipelined.
-    for step in range(GROUP * (num_full if IS_FULL else last - first - num_full)):
-      query_block = block_at(step // GROUP, first, last, full_first, full_last, IS_FULL)
+    # One flat loop over query blocks and the heads of the group, which Triton can pipeline.
+    for step in range(GROUP * (num_full if IS_FULL else stop - first - num_full)):
+      query_block = block_at(step // GROUP, first, full_first, full_stop, IS_FULL)
       head = kv_head * GROUP + step % GROUP
       index_q = query_block * QUERY_BLOCK + row_q
       is_query_q = index_q < num_queries
@@ -155,7 +155,7 @@ def key_value_grad(
       offset_q = (batch * num_heads + head) * num_queries + index_q
       log_sum_exp_q = tl.load(log_sum_exp_BxHxQ + offset_q, mask=is_query_q, other=float("inf"))
       delta_q = tl.load(delta_BxHxQ + offset_q, mask=is_query_q, other=0.0)
-      # Keys come first, so that weights and score gradients are left operands as they are.
+      # Keys first, so that weights and score gradients are left operands without a transpose.
       products_kxq = tl.dot(key_kxD, tl.trans(query_qxD), input_precision=PRECISION)
       scores_kxq, slope_kxq = base_2_scores(products_kxq, SCALE, SOFT_CAP)
       weights_kxq = tl.exp2(scores_kxq - log_sum_exp_q[None, :])

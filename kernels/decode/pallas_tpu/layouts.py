@@ -1,52 +1,52 @@
-"""How XLA lays a cache out in a TPU's memory, and how the decode kernel works on it as it lies.
+"""How XLA lays out a cache in a TPU's memory, and how the decode kernel works on it in place.
 
-A cache [L, B, K, G, D] stands in memory as one of
+In memory, a cache [L, B, K, G, D] is one of
 
-  rows: [L, B, K * G, D]. A block is a matrix of k * G rows, which all query heads multiply at once;
-    a row of another head is masked like a key outside the interval. The matrix units are filled
-    with a block's rows whoever reads them, so that this costs no time while copies take longer.
-  heads: [L, B, G, K, D], or with the positions on lanes, [L, B, G, D, K], where a head has less
+  rows: [L, B, K * G, D]. A block is a matrix of k * G rows, which all query heads multiply at once.
+    Rows of other heads are masked like keys outside the interval. The matrix units load all rows of
+    a block anyway, so this costs no time as long as the copies take longer.
+  heads: [L, B, G, K, D], or [L, B, G, D, K], with the positions on lanes, if a head is narrower
     than a row of lanes. Each key/value head multiplies the queries of its group.
 
-Scales of int8 caches, [L, B, K, G], stand as [L, B, G, K]. Nothing is transposed or copied.
+The scales of int8 caches, [L, B, K, G], are [L, B, G, K]. Nothing is transposed or copied.
 
-B batch, Q query length, H query heads, G key/value heads, D head_dim, N any width, R rows of
-queries, c columns of scores.
+L layers, B batch, Q query length, K cached positions, H query heads, G key/value heads, D head_dim,
+N any width, R rows of queries, k positions per block, c columns of scores.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels.attention.block_sizes_tpu import DECODE_COLUMNS
-from kernels.attention.pallas_tpu_tiles import LANES, round_up
+from kernels.attention.pallas_tpu.block_sizes import DECODE_COLUMNS
+from kernels.attention.pallas_tpu.tiles import LANES, round_up
 from kernels.decode.cache import Cached, Quantized
 
-# Query rows come in packed registers of bfloat16.
+# Query rows are padded to whole registers of packed bfloat16.
 SUBLANES = 16
-# Scores that are held at once.
+# The most scores that the kernel works on at once.
 PART_SCORES = 2**17
 
 
 class Piece(NamedTuple):
-  """A product of some query rows and a part of a block."""
+  """The product of some query rows and a part of a block."""
 
-  rows: slice  # Of the R query rows.
-  head: int | None  # The key/value head; None for all.
-  columns: slice  # Of the block's k * G (rows) or k positions (heads).
+  rows: slice  # Which of the R query rows.
+  head: int  # Which key/value head; unused in `Rows`, where a piece has rows of all heads.
+  columns: slice  # Which of the block's k * G rows (`Rows`) or k positions (`Heads`).
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """Positions and heads as one axis; G is a power of two."""
+  """Positions and heads on one axis. G is a power of two."""
 
   num_key_heads: int
   head_dim: int
 
-  # Contracted axes of query and key, and of weights and value.
+  # The contracted axes of query and key, and of weights and value.
   key_axes = (1, 1)
   value_axes = (1, 0)
 
@@ -71,17 +71,17 @@ class Rows:
   def block_shape(self, k: int) -> tuple[int, ...]:
     return k * self.num_key_heads, self.head_dim
 
-  def block_index(self, begin, k: int) -> tuple:
+  def block_index(self, begin: jax.Array, k: int) -> tuple:
     return (pl.ds(begin * self.num_key_heads, k * self.num_key_heads),)
 
   def pieces(self, R: int, k: int) -> list[Piece]:
-    return [Piece(slice(0, R), None, part) for part in _parts(k * self.num_key_heads, R)]
+    return [Piece(slice(0, R), 0, part) for part in _parts(k * self.num_key_heads, R)]
 
-  def numbers(self, ref, slot, piece: Piece) -> jax.Array:
+  def numbers(self, ref: Any, slot: jax.Array, piece: Piece) -> jax.Array:
     return ref[slot, piece.columns]
 
-  def scales(self, ref, slot, piece: Piece) -> jax.Array:
-    """Of each column, float32 [1, c], out of [G, k]."""
+  def scales(self, ref: Any, slot: jax.Array, piece: Piece) -> jax.Array:
+    """The scale of each column, float32 [1, c], from those of a block, [G, k]."""
     if self.num_key_heads == 1:
       return ref[slot, :, piece.columns]
     G = self.num_key_heads
@@ -93,22 +93,22 @@ class Rows:
       source_GxT = ref[slot, :, first : first + LANES]
       position_GxT = tile % G * (LANES // G) + self.position(lane_GxT)
       spread_GxT = jnp.take_along_axis(source_GxT, position_GxT, axis=1, mode="promise_in_bounds")
-      own_GxT = jnp.where(self.is_own(lane_GxT, head_GxT), spread_GxT, 0.0)
+      own_GxT = jnp.where(lane_GxT & (G - 1) == head_GxT, spread_GxT, 0.0)
       tiles.append(jnp.sum(own_GxT, axis=0, keepdims=True))
     return jnp.concatenate(tiles, axis=1)
 
   def position(self, column: jax.Array) -> jax.Array:
-    """Of a column, from the beginning of the block."""
+    """The position of a column, counted from the start of the block."""
     return column >> (self.num_key_heads.bit_length() - 1)
 
   def is_own(self, column: jax.Array, head: jax.Array) -> jax.Array | None:
-    """Whether a column is of that key/value head; None if all are."""
+    """Whether a column belongs to that key/value head; None if all columns do."""
     return None if self.num_key_heads == 1 else column & (self.num_key_heads - 1) == head
 
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-  """Each head's positions for themselves; on lanes (`is_transposed`) or not."""
+  """One axis per head for its positions, on lanes (`is_transposed`) or on sublanes."""
 
   num_key_heads: int
   head_dim: int
@@ -126,7 +126,7 @@ class Heads:
     return self.num_key_heads * round_up(Q * H // self.num_key_heads, SUBLANES)
 
   def query_rows(self, array_BxQxHxN: jax.Array) -> jax.Array:
-    """[B, R, N], the rows of a group one after the other."""
+    """[B, R, N], with the rows of a group together."""
     B, Q, H, N = array_BxQxHxN.shape
     G, R = self.num_key_heads, self.num_rows(Q, H)
     array_BxGxqxN = jnp.swapaxes(array_BxQxHxN.reshape(B, Q, G, -1, N), 1, 2).reshape(B, G, -1, N)
@@ -148,7 +148,7 @@ class Heads:
     shape = (self.head_dim, k) if self.is_transposed else (k, self.head_dim)
     return self.num_key_heads, *shape
 
-  def block_index(self, begin, k: int) -> tuple:
+  def block_index(self, begin: jax.Array, k: int) -> tuple:
     everything, positions = slice(None), pl.ds(begin, k)
     return (everything, everything, positions) if self.is_transposed else (everything, positions)
 
@@ -160,12 +160,12 @@ class Heads:
       for part in _parts(k, rows)
     ]
 
-  def numbers(self, ref, slot, piece: Piece) -> jax.Array:
+  def numbers(self, ref: Any, slot: jax.Array, piece: Piece) -> jax.Array:
     if self.is_transposed:
       return ref[slot, piece.head, :, piece.columns]
     return ref[slot, piece.head, piece.columns]
 
-  def scales(self, ref, slot, piece: Piece) -> jax.Array:
+  def scales(self, ref: Any, slot: jax.Array, piece: Piece) -> jax.Array:
     return ref[slot, piece.head : piece.head + 1, piece.columns]
 
   def position(self, column: jax.Array) -> jax.Array:
@@ -176,7 +176,7 @@ class Heads:
 
 
 def layout_of(cached: Cached) -> Rows | Heads | None:
-  """How XLA for TPUs lays out [L, B, K, G, D]; None where its tiles are not those of a kernel."""
+  """How XLA lays out [L, B, K, G, D] on TPU; None if no kernel can use its tiles in place."""
   numbers = jax.tree.leaves(cached)[0]
   G, D = numbers.shape[3:]
   is_int8 = numbers.dtype == jnp.int8
@@ -184,13 +184,13 @@ def layout_of(cached: Cached) -> Rows | Heads | None:
     return None if is_int8 else Heads(G, D, is_transposed=True)
   if D == LANES and is_int8 and G == 2:
     return Heads(G, D, is_transposed=False)
-  # Where a head has more than a row of lanes, parts of the heads alternate unless they fill tiles.
+  # If a head is wider than a row of lanes, parts of the heads alternate unless they fill tiles.
   is_rows = D == LANES or G % 8 == 0 or (G == 1 and numbers.dtype == jnp.bfloat16)
   return Rows(G, D) if is_rows and not G & (G - 1) else None
 
 
 def view(cached: Cached, layout: Rows | Heads) -> Cached:
-  """The cache as it stands in memory."""
+  """The cache with its axes in the order of memory, which copies nothing."""
   if isinstance(cached, Quantized):
     return Quantized(layout.view(cached.value), jnp.swapaxes(cached.scale, 2, 3))
   return layout.view(cached)

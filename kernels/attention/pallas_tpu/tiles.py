@@ -1,12 +1,11 @@
-"""Tiles of queries and keys for the TPU kernels, and the tables that say which tiles meet.
+"""Tiles of queries and blocks of keys for the TPU kernels, and the tables of which of them meet.
 
-A query tile holds q consecutive queries of the r heads that share one key/value head, as q * r
-rows: every key block that is loaded serves them all. The tables take O(S / block) scalars and XLA
-computes them from the intervals without a Q x K array.
+A query tile holds q consecutive queries of r heads that share one key/value head, as q * r rows, so
+that every loaded key block serves all of them.
 
 B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim, N query tiles, M key
-blocks, q queries in a tile, k keys in a block, R = q * r rows in a tile, P = H / r, T = B * P rows
-of tiles.
+blocks, q queries per tile, k keys per block, R = q * r rows per tile, P = H / r, T = B * P rows of
+tiles.
 """
 
 from typing import NamedTuple
@@ -14,18 +13,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels.attention import block_tables
 from kernels.attention.intervals import KeyIntervals
 
 LANES = 128
-# Fields of a query tile in `key_spans`.
-FIRST, STOP, FULL_FIRST, FULL_STOP = range(4)
 
 
 class Tiling(NamedTuple):
-  """How one kernel cuts its operands.
+  """How one kernel divides its operands.
 
-  `cores` tells how many TensorCores share the tiles of one row of T (interleaved, so that a causal
-  mask gives both the same work): 2 where a chip joins two and T is odd, else 1.
+  `cores` is the number of TensorCores that share the tiles of one row of T: 2 if a device has two
+  and T is odd, else 1. They take tiles in turn, so that a causal mask gives both the same work.
   """
 
   query_length: int
@@ -43,7 +41,7 @@ class Tiling(NamedTuple):
 
   @property
   def num_query_tiles(self) -> int:
-    """Whole number of tiles for each core; the last may be all padding."""
+    """A multiple of `cores`; the last tile may be all padding."""
     return round_up(-(-self.query_length // self.queries), self.cores)
 
   @property
@@ -52,7 +50,7 @@ class Tiling(NamedTuple):
 
   @property
   def key_sharing(self) -> int:
-    """Rows of T that read one row of keys."""
+    """Number of rows of T that read the same keys."""
     return self.num_heads // self.num_key_heads // self.heads
 
 
@@ -61,7 +59,7 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def query_tiles(array_BxQxHxD: jax.Array, tiling: Tiling) -> jax.Array:
-  """[T, N, R, D], head-major rows, Q padded with zeros."""
+  """[T, N, R, D], with head-major rows, and Q padded with zeros."""
   B, _, H, D = array_BxQxHxD.shape
   N, q, r = tiling.num_query_tiles, tiling.queries, tiling.heads
   array_BxNxqxPxrxD = _pad(array_BxQxHxD, N * q).reshape(B, N, q, H // r, r, D)
@@ -69,7 +67,7 @@ def query_tiles(array_BxQxHxD: jax.Array, tiling: Tiling) -> jax.Array:
 
 
 def key_blocks(array_BxKxGxD: jax.Array, tiling: Tiling) -> jax.Array:
-  """[B * G, M, k, D], K padded with zeros, which no interval reaches."""
+  """[B * G, M, k, D], with K padded with zeros, which no interval reaches."""
   B, _, G, D = array_BxKxGxD.shape
   M, k = tiling.num_key_blocks, tiling.keys
   array_BxMxkxGxD = _pad(array_BxKxGxD, M * k).reshape(B, M, k, G, D)
@@ -77,7 +75,7 @@ def key_blocks(array_BxKxGxD: jax.Array, tiling: Tiling) -> jax.Array:
 
 
 def from_query_tiles(array_TxNxDxR: jax.Array, tiling: Tiling) -> jax.Array:
-  """[B, Q, H, D] from tiles with the rows last, as the kernels write them."""
+  """[B, Q, H, D], from tiles with the rows last, as the kernels write them."""
   T, N, D, _ = array_TxNxDxR.shape
   H, q, r = tiling.num_heads, tiling.queries, tiling.heads
   array_BxPxNxDxrxq = array_TxNxDxR.reshape(T * r // H, H // r, N, D, r, q)
@@ -94,16 +92,16 @@ def from_key_blocks(array_TxMxkxD: jax.Array, tiling: Tiling) -> jax.Array:
 
 
 def row_statistics(arrays_BxQxH: tuple[jax.Array, ...], tiling: Tiling) -> jax.Array:
-  """[T, N, len(arrays), R]: what the kernels need to know of each row, rows on lanes."""
+  """[T, N, len(arrays), R]: numbers that the kernels need for each row, with the rows on lanes."""
   tiles = [query_tiles(array[..., None], tiling)[..., 0] for array in arrays_BxQxH]
   return jnp.stack(tiles, axis=2)
 
 
 def interval_tiles(intervals: KeyIntervals, tiling: Tiling) -> jax.Array:
-  """int32 [B, N, 2, R]: starts and stops of each row, the same for all heads of a tile.
+  """int32 [B, N, 2, R]: the start and stop of each row, the same for all heads of a tile.
 
-  The last tile is filled up with its last query's interval, so that padding does not turn its full
-  blocks into masked ones; tiles of nothing but padding are empty.
+  Padding in the last tile repeats the interval of the last query, so that it does not turn full
+  blocks into masked ones. Tiles of only padding are empty.
   """
   q, N = tiling.queries, tiling.num_query_tiles
   filled = round_up(tiling.query_length, q)
@@ -115,41 +113,33 @@ def interval_tiles(intervals: KeyIntervals, tiling: Tiling) -> jax.Array:
 
 
 def key_spans(intervals_BxNx2xR: jax.Array, tiling: Tiling) -> jax.Array:
-  """Which key blocks each query tile reads: int32 [B, 1, N * 4].
+  """The key blocks that each query tile reads: `block_tables.of_queries` as int32 [B, 1, N * 4].
 
-  Four numbers a tile: blocks FIRST..STOP hold all keys that its queries see, and in blocks
-  FULL_FIRST..FULL_STOP every query sees every key, so that they need no mask.
+  A block that is full for a tile needs no mask for any of its rows: tiles with an empty row have no
+  full blocks.
   """
-  k = tiling.keys
-  start_BxNxR, stop_BxNxR = intervals_BxNx2xR[:, :, 0], intervals_BxNx2xR[:, :, 1]
-  is_empty_BxNxR = stop_BxNxR <= start_BxNxR
-  last_key = jnp.iinfo(jnp.int32).max
-  stop_BxN = -(-jnp.max(jnp.where(is_empty_BxNxR, 0, stop_BxNxR), axis=-1) // k)
-  first_BxN = jnp.min(jnp.where(is_empty_BxNxR, last_key, start_BxNxR), axis=-1) // k
-  first_BxN = jnp.minimum(first_BxN, stop_BxN)
-  # One empty row in a tile leaves nothing between the largest start and the smallest stop.
-  full_first_BxN = -(-jnp.max(start_BxNxR, axis=-1) // k)
-  full_stop_BxN = jnp.min(stop_BxNxR, axis=-1) // k
-  spans_BxNx4 = jnp.stack([first_BxN, stop_BxN, full_first_BxN, full_stop_BxN], axis=-1)
-  return spans_BxNx4.reshape(spans_BxNx4.shape[0], 1, -1)
+  B = intervals_BxNx2xR.shape[0]
+  start_BxNR, stop_BxNR = (intervals_BxNx2xR[:, :, i].reshape(B, -1) for i in range(2))
+  tables_Bx4xN = block_tables.of_queries(
+    KeyIntervals(start_BxNR, stop_BxNR),
+    tiling.key_length,
+    tiling.rows,
+    tiling.keys,
+    full_with_empty_rows=False,
+  )
+  return jnp.swapaxes(tables_Bx4xN, 1, 2).reshape(B, 1, -1)
 
 
 def query_spans(key_spans_Bx1xN4: jax.Array, tiling: Tiling) -> jax.Array:
-  """The transposed table: int32 [B, 1, M * 2], first and last + 1 query tile that read each block.
+  """The transposed table: the first query tile that reads each key block, and the last one + 1.
 
-  A tile between them need not read the block: the kernel looks at `key_spans` before it loads.
+  int32 [B, 1, M * 2]. Tiles between them may not read the block: the kernel looks at `key_spans`
+  before it loads one.
   """
-  spans_BxNx4 = key_spans_Bx1xN4.reshape(key_spans_Bx1xN4.shape[0], -1, 4)
-  tile_N = jnp.arange(spans_BxNx4.shape[1], dtype=jnp.int32)
-  block_M = jnp.arange(tiling.num_key_blocks, dtype=jnp.int32)
-  # XLA fuses the comparison into the reductions: no N x M array exists.
-  reads_BxMxN = (spans_BxNx4[:, None, :, FIRST] <= block_M[:, None]) & (
-    block_M[:, None] < spans_BxNx4[:, None, :, STOP]
-  )
-  stop_BxM = jnp.max(jnp.where(reads_BxMxN, tile_N + 1, 0), axis=-1)
-  first_BxM = jnp.min(jnp.where(reads_BxMxN, tile_N, tile_N.size), axis=-1)
-  spans_BxMx2 = jnp.stack([jnp.minimum(first_BxM, stop_BxM), stop_BxM], axis=-1)
-  return spans_BxMx2.reshape(spans_BxMx2.shape[0], 1, -1)
+  B = key_spans_Bx1xN4.shape[0]
+  tables_Bx4xN = jnp.swapaxes(key_spans_Bx1xN4.reshape(B, -1, 4), 1, 2)
+  tables_Bx4xM = block_tables.of_keys(tables_Bx4xN, tiling.num_key_blocks)
+  return jnp.swapaxes(tables_Bx4xM[:, :2], 1, 2).reshape(B, 1, -1)
 
 
 def _pad(array: jax.Array, length: int) -> jax.Array:

@@ -1,25 +1,25 @@
-"""Decode attention in Triton: the kernel over splits of the cache (flash-decoding).
+"""The Triton kernel of decode attention, over splits of the cache.
 
-One program holds the query rows of one key/value head (all queries of all heads of its group) and
-streams the key blocks of its split, of which each is loaded once for all rows: first those that a
-boundary crosses, with a mask, then those inside every interval, without. A row of the batch
-cuts the blocks that meet an interval of its queries into equal splits, wherever in the cache they
-lie, so that a short sequence in a long cache keeps as many programs busy. The online softmax
-(arXiv 1805.02867, 2205.14135, https://crfm.stanford.edu/2023/10/12/flashdecoding.html) runs in
-base 2 and float32; weights are rounded to the query's dtype before they meet the values.
+This is flash-decoding (https://crfm.stanford.edu/2023/10/12/flashdecoding.html). One program holds
+the query rows of one key/value head (all queries of all heads of its group) and streams the key
+blocks of its split, each loaded once for all rows: full blocks without a mask, the others with one.
+For each batch row, the blocks that meet an interval are divided into equal splits, wherever they
+are in the cache, so that a short sequence in a long cache keeps as many programs busy. The online
+softmax (arXiv 1805.02867, 2205.14135) runs in base 2 and float32; weights are rounded to the dtype
+of the query before they multiply the values.
 
-An int8 cache goes from memory to registers as int8. Scales belong to positions, so that they
-multiply scores and weights instead of keys and values.
+An int8 cache stays int8 until it is in registers. Scales belong to positions, so they multiply
+scores and weights instead of keys and values.
 
-Arrays are row-major. L layers, P splits, B batch, Q query length, K cached positions, H query
-heads, G = H / GROUP key/value heads, D head_dim; r/k query rows of a program / keys of a block.
-Offsets of blocks are int64, inside a block int32.
+Arrays are row-major. Offsets of blocks are int64, offsets inside a block int32. L layers, P splits,
+B batch, Q query length, K cached positions, H query heads, G = H / GROUP key/value heads,
+D head_dim, r query rows per program, k keys per block.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.attention.triton_parts import (
+from kernels.attention.triton.parts import (
   LN_2,
   LOWEST,
   base_2_scores,
@@ -32,19 +32,19 @@ from kernels.attention.triton_parts import (
 
 @triton.jit
 def partial(
-  query_BxQxHxD,
-  key_LxBxKxGxD,
-  value_LxBxKxGxD,
-  key_scale_LxBxKxG,
-  value_scale_LxBxKxG,
-  layer_1,
-  start_BxQ,
-  stop_BxQ,
-  num_queries,
-  num_keys,
-  num_kv_heads,
-  out_PxBxQxHxD,
-  log_sum_exp_PxBxQxH,
+  query_BxQxHxD: tl.tensor,
+  key_LxBxKxGxD: tl.tensor,
+  value_LxBxKxGxD: tl.tensor,
+  key_scale_LxBxKxG: tl.tensor,
+  value_scale_LxBxKxG: tl.tensor,
+  layer_1: tl.tensor,
+  start_BxQ: tl.tensor,
+  stop_BxQ: tl.tensor,
+  num_queries: tl.tensor,
+  num_keys: tl.tensor,
+  num_kv_heads: tl.tensor,
+  out_PxBxQxHxD: tl.tensor,
+  log_sum_exp_PxBxQxH: tl.tensor,
   GROUP: tl.constexpr,
   HEAD_DIM: tl.constexpr,
   ROW_BLOCK: tl.constexpr,
@@ -53,10 +53,10 @@ def partial(
   SCALE: tl.constexpr,
   SOFT_CAP: tl.constexpr,
   PRECISION: tl.constexpr,
-):
-  """Grid (G * row blocks, P, B): programs that start together read neighbours in memory.
+) -> None:
+  """Grid (G * row blocks, P, B), so that programs that start together read adjacent memory.
 
-  The scales are read only if the cache `IS_QUANTIZED`.
+  The scales are read only if `IS_QUANTIZED`.
   """
   tiles = tl.num_programs(0) // num_kv_heads
   kv_head = tl.program_id(0) // tiles
@@ -81,13 +81,13 @@ def partial(
     query_BxQxHxD + first_query * HEAD_DIM + offsets_rxD, mask=is_row_r[:, None], other=0.0
   )
 
-  first, last, full_first, full_last = meeting_blocks(start_r, stop_r, num_keys, KEY_BLOCK)
-  num_blocks = (last - first + num_splits - 1) // num_splits
-  first = tl.minimum(first + split * num_blocks, last)
-  last = tl.minimum(first + num_blocks, last)
-  full_first = tl.minimum(tl.maximum(full_first, first), last)
-  full_last = tl.maximum(tl.minimum(full_last, last), full_first)
-  # Neither blocks nor keys that no row sees are read: the cache may hold anything there.
+  first, stop, full_first, full_stop = meeting_blocks(start_r, stop_r, num_keys, KEY_BLOCK)
+  num_blocks = (stop - first + num_splits - 1) // num_splits
+  first = tl.minimum(first + split * num_blocks, stop)
+  stop = tl.minimum(first + num_blocks, stop)
+  full_first = tl.minimum(tl.maximum(full_first, first), stop)
+  full_stop = tl.maximum(tl.minimum(full_stop, stop), full_first)
+  # Blocks and keys that no row sees are not read: the cache may hold anything there.
   is_empty_r = stop_r <= start_r
   first_key = tl.min(tl.where(is_empty_r, num_keys, start_r), 0)
   stop_key = tl.max(tl.where(is_empty_r, 0, stop_r), 0)
@@ -97,10 +97,10 @@ def partial(
   out_rxD = tl.full((ROW_BLOCK, HEAD_DIM), 0.0, tl.float32)
   maximum_r = tl.full((ROW_BLOCK,), LOWEST, tl.float32)
   sum_r = tl.full((ROW_BLOCK,), 0.0, tl.float32)
-  num_full = full_last - full_first
+  num_full = full_stop - full_first
   for IS_FULL in tl.static_range(2):
-    for step in range(num_full if IS_FULL else last - first - num_full):
-      block = block_at(step, first, last, full_first, full_last, IS_FULL)
+    for step in range(num_full if IS_FULL else stop - first - num_full):
+      block = block_at(step, first, full_first, full_stop, IS_FULL)
       index_k = block * KEY_BLOCK + row_k
       is_key_k = (index_k >= first_key) & (index_k < stop_key)
       block_row = first_row + block * KEY_BLOCK
@@ -130,7 +130,8 @@ def partial(
         input_precision=PRECISION,
       )
 
-  # A row that has seen no key of this split; or, with an empty interval, gone through full blocks.
+  # Empty here: rows that see no key of this split, and rows with an empty interval, which may have
+  # collected full blocks.
   is_empty_r |= sum_r == 0.0
   sum_r = tl.where(is_empty_r, 1.0, sum_r)
   partial_query = (split * batch_size + batch) * num_queries * num_heads

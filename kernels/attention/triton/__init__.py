@@ -1,0 +1,3 @@
+"""Attention on NVIDIA GPUs in Triton."""
+
+from kernels.attention.triton.backend import TRITON

@@ -1,0 +1,3 @@
+"""Decode attention on NVIDIA GPUs in Triton."""
+
+from kernels.decode.triton.backend import TRITON
