@@ -87,10 +87,12 @@ def check(case, dtype):
     assert error <= TOLERANCES[dtype] * np.abs(wanted[is_finite]).max(), name
 
 
+@pytest.mark.slow
 def test_documents_with_grouped_heads():
   check(Case("documents", grouped_documents, Q=170, K=170, **(SMALL | dict(H=2))), "bfloat16")
 
 
+@pytest.mark.slow
 def test_head_dim_256():
   """Blocks of 32, whose memory has tiles of half the width; dK and dV in two passes."""
   check(Case("wide", grouped_documents, Q=130, K=130, **(SMALL | dict(H=2, D=256))), "bfloat16")

@@ -112,6 +112,7 @@ def test_every_mesh_equals_the_whole(ring_size, ulysses, G):
     assert error(array, expected) < 3e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ("contiguous", "zigzag"))
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_mask_equals_the_whole(mask, kind):
@@ -120,6 +121,7 @@ def test_every_mask_equals_the_whole(mask, kind):
     assert error(array, expected) < 3e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "H, G, ring_size, ulysses, tensor, soft_cap",
   ((12, 6, 2, 4, 1, None), (12, 4, 1, 6, 1, None), (8, 2, 2, 2, 2, 1.5)),
@@ -134,6 +136,7 @@ def test_heads_that_neither_divides(H, G, ring_size, ulysses, tensor, soft_cap):
     assert error(array, expected) < 3e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("G", (1, 8))
 def test_bfloat16_error_does_not_grow_with_the_mesh(G):
   case = case_of("causal", G=G)
