@@ -93,6 +93,7 @@ def run(directory: pathlib.Path, *arguments: str, workdir: str = "run"):
   return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_text_and_frames(directory):
   done = run(directory, "--prompt=the cat")
   assert done.returncode == 0, done.stderr

@@ -40,6 +40,7 @@ def output(tmp_path_factory):
   return output
 
 
+@pytest.mark.slow
 def test_datasets_name_their_tokenizer_and_vqgan(output):
   tokenizer = load_tokenizer(output / "tokenizer.model")
   assert tokenizer.vocab_size == 2048

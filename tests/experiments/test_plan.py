@@ -19,6 +19,7 @@ def plan(*flags):
   )
 
 
+@pytest.mark.slow
 def test_json_of_a_stage_that_fits():
   done = plan("--topology=cpu:4", "--stage=long", "--json")
   assert done.returncode == 0, done.stderr
@@ -31,6 +32,7 @@ def test_json_of_a_stage_that_fits():
   assert answer["roofline"]["mfu"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", ("a100", "h100"))
 def test_gpus_keep_block_inputs_in_the_hosts_memory(gpu):
   """Through Triton's kernels; an assembler here that is too old for the GPU changes no answer."""
@@ -91,6 +93,7 @@ def test_search_says_why_it_finds_nothing(flags, message):
   assert done.stderr.strip().splitlines()[-1].startswith(message), done.stderr
 
 
+@pytest.mark.slow
 def test_search_prints_what_fits_and_tells_what_it_tries():
   done = plan("--topology=v5e:2x2", "--search", "--top=1", "--json")
   assert done.returncode == 0, done.stderr

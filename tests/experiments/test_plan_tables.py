@@ -21,6 +21,7 @@ def small_chips(monkeypatch):
   monkeypatch.setattr(plan_tables, "load", load_small)
 
 
+@pytest.mark.slow
 def test_recipes_search_where_the_own_mesh_does_not_fit():
   def too_large():
     experiment = planned.get_config()
@@ -38,6 +39,7 @@ def test_recipes_search_where_the_own_mesh_does_not_fit():
   assert tried
 
 
+@pytest.mark.slow
 def test_longest_against_the_paper(monkeypatch):
   def found(experiment, topology, report_try, tries):
     assert experiment.model.num_layers == 4 and tries == 1

@@ -41,6 +41,7 @@ def clip(tmp_path):
   return path
 
 
+@pytest.mark.slow
 def test_trains_on_a_clip_and_overwrites_nothing(clip, tmp_path):
   output = tmp_path / "out" / "vqgan.npz"
   command = ["-m", "experiments.train_vqgan", f"--video={clip}", f"--output={output}", *TINY]

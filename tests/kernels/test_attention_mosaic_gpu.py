@@ -82,10 +82,12 @@ def check(case, dtype):
     assert error <= TOLERANCES[dtype] * np.abs(wanted[is_finite]).max(), name
 
 
+@pytest.mark.slow
 def test_documents_with_grouped_heads():
   check(Case("documents", grouped_documents, Q=170, K=170, **(SMALL | dict(H=2))), "bfloat16")
 
 
+@pytest.mark.slow
 def test_head_dim_256():
   """Blocks of 32 have memory tiles of half the width, and dK and dV take two passes."""
   check(Case("wide", grouped_documents, Q=130, K=130, **(SMALL | dict(H=2, D=256))), "bfloat16")

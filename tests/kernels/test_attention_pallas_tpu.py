@@ -61,6 +61,7 @@ def test_values_and_gradients(case):
     assert error(array, wanted) < TOLERANCES["float32"], name
 
 
+@pytest.mark.slow
 def test_bfloat16():
   case = BY_NAME["packed"]
   arrays, exact = rounded(case.arrays(), "bfloat16")
@@ -70,6 +71,7 @@ def test_bfloat16():
     assert error(array, wanted) < TOLERANCES["bfloat16"], name
 
 
+@pytest.mark.slow
 def test_two_cores_share_the_tiles_of_one_row_without_races(monkeypatch, capfd):
   """As on v4 and v5p, whose devices have two cores: one batch row, one key head, three tiles."""
   monkeypatch.setattr(parts, "num_cores", lambda: 2)
@@ -189,6 +191,7 @@ def test_work_of_packed_documents_is_linear_in_the_sequence():
     assert visited.sum() == 2 * (length // 128) * 1.5
 
 
+@pytest.mark.slow
 def test_inside_a_ring():
   """Local shards in `shard_map`, which checks varying axes, with float32 partial results.
 

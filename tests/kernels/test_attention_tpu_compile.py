@@ -12,6 +12,7 @@ from kernels.attention import api
 from tests.kernels.compile_for_tpu import compile_attention, one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "generation, length, head_dim, dtype",
   (

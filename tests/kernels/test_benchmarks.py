@@ -61,6 +61,7 @@ def test_splash_attention_takes_our_arguments():
   assert [r.shape for r in results[1:]] == [a.shape for a in arrays]
 
 
+@pytest.mark.slow
 def test_ring_cases_count_what_they_skip():
   every, contiguous, zigzag, documents = benchmarks.measure_ring(16384, head_dim=8)
   assert every["ratio"] is None and every["ring"] == 8

@@ -53,6 +53,7 @@ def interpreter():
   pltpu.reset_tpu_interpret_mode_state()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("H, G, dtype", ((6, 3, "float32"), (4, 1, "bfloat16")))
 def test_narrow_heads_have_their_positions_on_lanes(H, G, dtype):
   case = inputs(2, H, G, dtype, D=64)

@@ -134,6 +134,7 @@ def test_every_mesh_equals_the_whole(kind, ring_size, data, tensor):
     assert error(array, expected) < 3e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_error_does_not_grow_with_the_ring(kind):
   case = Case("causal", attention_cases.causal, B=2, Q=128, K=128, D=16)

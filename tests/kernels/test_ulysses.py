@@ -112,6 +112,7 @@ def test_every_mesh_equals_the_whole(ring_size, ulysses, G):
     assert error(array, expected) < 3e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ("contiguous", "zigzag"))
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_mask_equals_the_whole(mask, kind):
@@ -128,6 +129,7 @@ def test_soft_cap_reaches_the_backend_on_every_path(ring_size, ulysses):
     assert error(array, expected) < 3e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "H, G, ring_size, ulysses, tensor, soft_cap",
   ((12, 6, 2, 4, 1, None), (12, 4, 1, 6, 1, None), (8, 2, 2, 2, 2, 1.5)),
@@ -142,6 +144,7 @@ def test_heads_that_neither_divides(H, G, ring_size, ulysses, tensor, soft_cap):
     assert error(array, expected) < 3e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("G", (1, 8))
 def test_bfloat16_error_does_not_grow_with_the_mesh(G):
   case = case_of("causal", G=G)

@@ -47,6 +47,7 @@ def assert_same(left, right):
     np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
+@pytest.mark.slow
 def test_restores_bit_for_bit_onto_another_mesh(experiment, identity, tmp_path):
   _, state = state_on(experiment, MeshConfig(fsdp=1), jax.devices()[:1])
   save(tmp_path, identity, state, 5)
@@ -63,6 +64,7 @@ def test_restores_bit_for_bit_onto_another_mesh(experiment, identity, tmp_path):
     assert leaf.sharding == abstract.sharding and leaf.dtype == abstract.dtype
 
 
+@pytest.mark.slow
 def test_a_step_that_overwrites_the_state_cannot_reach_the_checkpoint(
   experiment, identity, tmp_path
 ):

@@ -50,6 +50,7 @@ def mesh():
     yield mesh
 
 
+@pytest.mark.slow
 def test_newest_parameters_and_the_theta_of_their_stage(experiment, tmp_path):
   params = save(experiment, tmp_path / "run", Position(0, 4, 4), Position(1, 2, 6))
   before = sorted((tmp_path / "run").rglob("*"))

@@ -65,6 +65,7 @@ def test_a_token_changes_nothing_outside_its_document_or_before_it(tiny, sizes, 
   np.testing.assert_array_equal(same, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", ["token", "example"])
 def test_packed_equals_padded(tiny, weighting):
   """Loss and gradients of documents in shared rows are those of one document a row."""

@@ -24,12 +24,14 @@ def full_remat(tiny, batch):
   return tiny.loss_and_gradients(tiny.config(), tiny.mesh(), "contiguous", batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "dots", "attention", "offload", "offload_attention"])
 def test_remat_policies_give_the_same_gradients(tiny, batch, full_remat, remat):
   actual = tiny.loss_and_gradients(tiny.config(remat=remat), tiny.mesh(), "contiguous", batch)
   tiny.assert_close(actual, full_remat, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "remat,sizes",
   [("full", dict(ring=2, ulysses=2)), ("offload_attention", dict(fsdp=2, ring=2)), ("none", {})],
@@ -42,6 +44,7 @@ def test_groups_of_heads_in_turn_give_the_same_gradients(tiny, batch, full_remat
   tiny.assert_close(actual, full_remat, 1e-5)
 
 
+@pytest.mark.slow
 def test_groups_of_heads_over_tensor(tiny, batch):
   config = tiny.config(num_kv_heads=4)
   expected = tiny.loss_and_gradients(config, tiny.mesh(), "contiguous", batch)
@@ -50,6 +53,7 @@ def test_groups_of_heads_over_tensor(tiny, batch):
   tiny.assert_close(actual, expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_follows_float32_on_a_mesh(tiny, batch, full_remat):
   config = tiny.config(compute_dtype="bfloat16")
   mesh = tiny.mesh(fsdp=2, ring=2, tensor=2)

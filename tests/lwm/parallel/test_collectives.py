@@ -76,6 +76,7 @@ def gathered_sizes(**sizes):
   return [size for kind, size, _ in collectives(**sizes) if kind == "all-gather"]
 
 
+@pytest.mark.slow
 def test_a_ring_gathers_weights_but_no_tokens():
   found = collectives(ring=8)
   gathered = [size for kind, size, _ in found if kind == "all-gather"]
@@ -86,6 +87,7 @@ def test_a_ring_gathers_weights_but_no_tokens():
   assert max(size for _, size, _ in found) <= B * S * M // 8
 
 
+@pytest.mark.slow
 def test_tokens_are_gathered_over_tensor_alone():
   gathered = gathered_sizes(fsdp=2, ring=2, tensor=2)
   tokens = {size for size in gathered if size > 64 * M}
@@ -93,6 +95,7 @@ def test_tokens_are_gathered_over_tensor_alone():
   assert tokens == {B * S * M // 4}
 
 
+@pytest.mark.slow
 def test_gradients_are_scattered_and_then_summed_over_data():
   found = collectives(data=2, fsdp=2, ring=2)
   scattered = sum(size for kind, size, _ in found if kind == "reduce-scatter")

@@ -105,6 +105,7 @@ def test_lwm_7b_fits_the_meshes_of_the_paper():
   assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == expected
 
 
+@pytest.mark.slow
 def test_parameters_are_the_same_on_any_mesh_and_never_whole():
   model = build(ModelConfig(num_layers=1, width=16, feed_forward_width=32, text_vocab_size=32))
   drawn = []

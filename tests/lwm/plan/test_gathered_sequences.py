@@ -41,6 +41,7 @@ def test_the_7b_step_at_1m_tokens_gathers_no_sequence():
   assert plan.peak_rss < 16e9
 
 
+@pytest.mark.slow
 def test_memory_of_a_shard_does_not_grow_with_the_ring():
   """Nothing is kept of every hop: the same tokens a device, in rings of 4 and of 64."""
   temporaries = []

@@ -47,6 +47,7 @@ def test_candidates_are_all_meshes_that_go_with_the_model():
   assert experiment.stages[0].mesh == planned.get_config().stages[0].mesh
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ("none", "offload"))
 def test_the_bound_is_below_what_is_compiled(v5e, remat):
   experiment = planned.get_config()

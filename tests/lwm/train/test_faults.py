@@ -88,6 +88,7 @@ def events(workdir: pathlib.Path) -> list[dict]:
   return [record for record in records if record["kind"] == "fault"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "policy, bad, passed_over, steps",
   [
@@ -126,6 +127,7 @@ def test_rolls_back_to_the_end_of_the_stage_before(make_experiment, tmp_path, mo
   assert_equal(tmp_path / "bad", tmp_path / "clean", 4)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_passes_over_the_same_batches(experiment, tmp_path, monkeypatch):
   """Stopped after one rollback, and after another."""
   experiment.faults.bad_step = "rollback"
@@ -145,6 +147,7 @@ def test_a_stopped_run_passes_over_the_same_batches(experiment, tmp_path, monkey
   assert steps_done(tmp_path / "stopped") == list(range(1, 10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ("skip", "rollback"))
 def test_a_spike_is_bad_too(experiment, tmp_path, monkeypatch, policy):
   experiment.faults = FaultConfig(bad_step=policy, spike_factor=1.2, spike_window=3)
@@ -154,6 +157,7 @@ def test_a_spike_is_bad_too(experiment, tmp_path, monkeypatch, policy):
   assert "1.2 times the median of the last 3" in event["text"]
 
 
+@pytest.mark.slow
 def test_raises_by_default_and_goes_on_with_another_policy(experiment, tmp_path, monkeypatch):
   with pytest.raises(UserError) as error:
     run(experiment, tmp_path / "run", monkeypatch, nan=(4,))
@@ -178,6 +182,7 @@ def test_too_many_in_a_row_end_the_run(experiment, tmp_path, monkeypatch, policy
   assert len(events(tmp_path / "run")) == 2
 
 
+@pytest.mark.slow
 def test_a_disk_that_fails_under_the_metrics_ends_in_a_sentence(experiment, tmp_path, monkeypatch):
   def fail(self):
     raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -191,6 +196,7 @@ def test_a_disk_that_fails_under_the_metrics_ends_in_a_sentence(experiment, tmp_
   )
 
 
+@pytest.mark.slow
 def test_an_attempt_killed_before_its_first_step_took_time_too(experiment, tmp_path, monkeypatch):
   def killed(*arguments):
     time.sleep(0.1)
@@ -251,6 +257,7 @@ def test_no_more_losses_are_kept_than_are_asked_for():
   assert with_loss(FaultConfig(), (), 0, 1.0) == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moments", ({}, {"moment_dtype": "int8"}, {"offload": True}))
 def test_a_bad_step_leaves_the_state_as_it_was(experiment, moments):
   for name, value in moments.items():

@@ -11,6 +11,7 @@ from lwm.train import loop
 from lwm.train.out_of_memory import explain_out_of_memory
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_one_sentence_and_a_profile(experiment, tmp_path, monkeypatch):
   kept = jnp.ones((3, 1 << 20))
 

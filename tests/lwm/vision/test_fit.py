@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from lwm.config.vqgan import VQGANConfig, VQGANTrainingConfig
@@ -28,6 +29,7 @@ def test_only_the_last_frames_are_held_out():
   np.testing.assert_array_equal(np.concatenate([first, last]), frames)
 
 
+@pytest.mark.slow
 def test_weights_picture_and_psnr_of_a_clip(tmp_path):
   ramp = np.linspace(0, 255, 16).astype(np.uint8)
   frames = np.stack([np.roll(np.tile(ramp, (16, 1)), i, axis=0) for i in range(12)])
