@@ -7,7 +7,7 @@ planner compiles exactly what a run would.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 import jax
 from jax.sharding import NamedSharding
@@ -82,7 +82,9 @@ def build_program(
   rules = ShardingRules()
   check_model_fits_mesh(experiment.model, mesh.shape, rules)
   model = model_lib.build(experiment.model, rules)
-  layout = Layout(stage.layout, mesh.shape[rules.ring])
+  # `validate` allows no other layouts.
+  kind = cast(Literal["contiguous", "zigzag"], stage.layout)
+  layout = Layout(kind, mesh.shape[rules.ring])
   abstract_params = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     model.abstract(),

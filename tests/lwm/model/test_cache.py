@@ -18,7 +18,7 @@ OPTIONS = [{}, dict(sliding_window=4, attention_soft_cap=0.5)]
 
 
 def full_logits(tiny, config, tokens):
-  """Logits of every token of a row [S] alone."""
+  """Logits of every token of a row [S], computed without other rows."""
   model, mesh = build(config), tiny.mesh()
 
   @tiny.jit
@@ -40,7 +40,7 @@ def full_logits(tiny, config, tokens):
   "sizes", [dict(), dict(data=2, fsdp=1, tensor=2), dict(ring=2, ulysses=2, tensor=2)], ids=str
 )
 def test_cached_decode_equals_full_forward(tiny, sizes, options, prompt):
-  """Rows of different length, padded on the left: a prompt at once, then a token at a time."""
+  """Rows of different lengths, padded on the left: a whole prompt, then one token at a time."""
   config = tiny.config(**options)
   rng = np.random.default_rng(4)
   rows = [rng.integers(0, 64, length).astype(np.int32) for length in LENGTHS]
