@@ -105,7 +105,7 @@ class Decoder(nnx.Module):
         )
         return x_BxSxM, extras
 
-      x_BxSxM, extras = jax.lax.scan(block, x_BxSxM, stacked_layers, unroll=_meets_over_gloo())
+      x_BxSxM, extras = jax.lax.scan(block, x_BxSxM, stacked_layers, unroll=_uses_gloo())
       reported.append(extras)
     return self.norm(x_BxSxM), extras_lib.of_decoder(reported)
 
@@ -183,7 +183,7 @@ def _name(stretch: int) -> str:
   return f"blocks_{stretch}" if stretch else "blocks"
 
 
-def _meets_over_gloo() -> bool:
+def _uses_gloo() -> bool:
   """Whether the devices are CPUs of several processes.
 
   XLA may run a gather inside a loop over layers at the same time as a gather outside of it, and

@@ -1,4 +1,4 @@
-"""Every config is valid, fits the devices it is for, and is what its golden dump says."""
+"""Every config is valid, fits its intended devices, and equals its golden dump."""
 
 import dataclasses
 import os
@@ -22,7 +22,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_is_valid_and_as_dumped(name):
-  """After a change that is meant: UPDATE_GOLDEN=1 pytest tests/configs, and review the diff."""
+  """After an intended change, run UPDATE_GOLDEN=1 pytest tests/configs and review the diff."""
   module, num_devices = CONFIGS[name]
   experiment = module.get_config()
   validate(experiment)
@@ -42,7 +42,7 @@ def test_configs_share_no_mutable_parts():
 
 
 def test_lwm_recipes_train_on_the_tokens_that_the_paper_says():
-  """ANCHORS: tokens of each stage, in billions, to the paper's rounding (4M is 2**22)."""
+  """Tokens per stage, in billions, to the paper's rounding (arXiv 2402.08268; 4M is 2**22)."""
 
   def billions(config):
     return [stage.tokens_per_batch * stage.steps / 1e9 for stage in config.get_config().stages]

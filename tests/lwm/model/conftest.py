@@ -26,7 +26,7 @@ def no_implicit_rank_promotion():
 
 
 def tiny_config(**changes) -> ModelConfig:
-  # Chunks that divide nothing, so that ragged ends are covered.
+  # Chunk sizes that divide no length, so that ragged ends are covered.
   return ModelConfig(
     **{
       **dict(
@@ -62,7 +62,7 @@ def document(rng, length, modality, config=tiny_config()):
 
 
 def pack(rows, sequence_length):
-  """A batch in global order of rows, which are lists of documents; what is left is padding."""
+  """A batch, in global order, of rows given as lists of documents; the rest is padding."""
   shape = len(rows), sequence_length
   batch = {name: np.zeros(shape, dtype) for name, dtype in FIELDS.items()}
   for r, documents in enumerate(rows):
@@ -88,7 +88,7 @@ def place(batch, layout, mesh, rules):
 
 
 def compile_quickly(function, **options):
-  """`jax.jit` for programs that run once: most of a test's time is LLVM's."""
+  """`jax.jit` for programs that run once, without LLVM's optimisations, which take longest."""
   return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
 
 
@@ -108,7 +108,7 @@ def init(model, mesh):
 
 
 def half_each(sums):
-  """The loss that training minimises when both modalities have one half."""
+  """The loss that training minimises when both modalities have weight one half."""
   return 0.5 * (sums.loss / sums.weight).sum()
 
 
@@ -150,7 +150,7 @@ def assert_trees_close(actual, expected, tolerance):
 
 @pytest.fixture(scope="session")
 def tiny():
-  """The functions above, under one name: test modules cannot import each other."""
+  """The functions above under one name, because test modules cannot import each other."""
   return types.SimpleNamespace(
     config=tiny_config,
     mesh=mesh_of,

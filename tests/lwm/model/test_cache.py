@@ -14,11 +14,12 @@ LAYOUT = Layout("contiguous", 1)
 LENGTHS = (11, 8)
 
 
-OPTIONS = [{}, dict(sliding_window=4, attention_soft_cap=0.5)]
+# Settings of the model, and tokens of the prompt; a long one is read by another kernel.
+CASES = [({}, 6), (dict(sliding_window=4, attention_soft_cap=0.5), 9)]
 
 
 def full_logits(tiny, config, tokens):
-  """Logits of every token of a row [S] alone."""
+  """Logits of every token of a row [S], computed without other rows."""
   model, mesh = build(config), tiny.mesh()
 
   @tiny.jit
@@ -34,13 +35,12 @@ def full_logits(tiny, config, tokens):
     return np.asarray(logits(tiny.init(model, mesh), tokens[None]))[0]
 
 
-@pytest.mark.parametrize("prompt", [6, 9])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options,prompt", CASES, ids=str)
 @pytest.mark.parametrize(
   "sizes", [dict(), dict(data=2, fsdp=1, tensor=2), dict(ring=2, ulysses=2, tensor=2)], ids=str
 )
 def test_cached_decode_equals_full_forward(tiny, sizes, options, prompt):
-  """Rows of different length, padded on the left: a prompt at once, then a token at a time."""
+  """Rows of different lengths, padded on the left: a whole prompt, then one token at a time."""
   config = tiny.config(**options)
   rng = np.random.default_rng(4)
   rows = [rng.integers(0, 64, length).astype(np.int32) for length in LENGTHS]

@@ -1,4 +1,4 @@
-"""Documents in one row do not know of each other."""
+"""Documents packed in one row do not influence each other."""
 
 import jax
 import numpy as np
@@ -56,7 +56,7 @@ def test_a_token_changes_nothing_outside_its_document_or_before_it(tiny, sizes, 
       np.asarray(hidden(params, tiny.place(batch, layout, mesh, model.rules)))
       for batch in (original, changed)
     )
-  # Whether each token of the global order came out the same, bit for bit.
+  # Whether the hidden state of each token, in global order, is the same bit for bit.
   same = np.empty((4, 32), bool)
   same[:, layout.permutation(32)] = (before == after).all(axis=-1)
   expected = np.ones((4, 32), bool)
@@ -68,7 +68,7 @@ def test_a_token_changes_nothing_outside_its_document_or_before_it(tiny, sizes, 
 @pytest.mark.slow
 @pytest.mark.parametrize("weighting", ["token", "example"])
 def test_packed_equals_padded(tiny, weighting):
-  """Loss and gradients of documents in shared rows are those of one document a row."""
+  """Documents in shared rows give the loss and gradients of one document per row."""
   documents = []
   for tokens, targets, weights, modality in documents_of(tiny):
     if weighting == "example":
@@ -82,7 +82,7 @@ def test_packed_equals_padded(tiny, weighting):
   expected = tiny.loss_and_gradients(config, tiny.mesh(), "contiguous", padded)
   tiny.assert_close(actual, expected, 1e-5)
   if weighting == "example":
-    # Every text document counts alike: half of the text loss is of each.
+    # All text documents count alike: the text loss is the mean over its two documents.
     alone = [
       tiny.loss_and_gradients(
         config,

@@ -1,4 +1,4 @@
-"""Rotary positions against float64, at positions that float32 products get wrong."""
+"""Rotary positions against float64, at positions where float32 products are wrong."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def test_angles_are_exact_at_any_position(theta):
 
 
 def test_a_traced_theta_turns_by_equal_steps():
-  """Its frequencies are float32, so compare the turn between neighbours, not the angles."""
+  """Its frequencies are float32, so this compares turns between neighbours, not angles."""
   positions = np.array([[1, 2, 10**6, 10**6 + 1]], np.int32)
   cosine, sine = jax.jit(lambda p, t: rope.rotations(p, rope.frequencies(128, t, None)))(
     positions, jnp.float32(5e7)

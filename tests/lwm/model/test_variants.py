@@ -1,4 +1,4 @@
-"""What settings change of losses and gradients: remat nothing, bfloat16 little, ranges a lot."""
+"""How settings affect losses and gradients: remat not at all, bfloat16 little, ranges a lot."""
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ def test_tied_head_on_a_mesh(tiny, batch):
 
 @pytest.mark.parametrize("softmax_range", ["modality", "all"])
 def test_losses_by_hand_from_logits(tiny, batch, softmax_range):
-  """Each target's softmax runs over its own modality's ids, or over all; z-loss likewise."""
+  """The softmax and z-loss of a target run over the ids of its own modality, or over all ids."""
   config = tiny.config()
   model, mesh = build(config), tiny.mesh()
   with jax.set_mesh(mesh):

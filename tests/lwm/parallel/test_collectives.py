@@ -1,4 +1,4 @@
-"""What crosses the mesh in a compiled gradient: never a sequence, and each gradient once."""
+"""Communication in a compiled gradient: no sequence is gathered, each gradient is summed once."""
 
 import math
 import re
@@ -18,7 +18,7 @@ INTEGERS = ("tokens", "targets", "positions", "modality", "key_start", "key_stop
 
 
 def collectives(remat="full", **sizes):
-  """[(kind, elements of one of its results, where it comes from)] of the compiled gradient."""
+  """[(kind, elements of one result, JAX operation)] of each collective of the gradient."""
   model = build(
     ModelConfig(
       num_layers=2,
@@ -63,7 +63,7 @@ def collectives(remat="full", **sizes):
   found = []
   for match in pattern.finditer(compiled.as_text()):
     shapes, kind, details, origin = match.groups()
-    # In groups of one device nothing moves.
+    # Nothing moves in groups of one device.
     if re.search(r"'tensor'=1.*\] \{'tensor'\}", details):
       continue
     for shape in re.findall(r"\w+\[([\d,]*)\]", shapes):
@@ -91,7 +91,7 @@ def test_a_ring_gathers_weights_but_no_tokens():
 def test_tokens_are_gathered_over_tensor_alone():
   gathered = gathered_sizes(fsdp=2, ring=2, tensor=2)
   tokens = {size for size in gathered if size > 64 * M}
-  # Those of one place in fsdp x ring.
+  # The tokens of one coordinate of fsdp x ring.
   assert tokens == {B * S * M // 4}
 
 
@@ -99,13 +99,13 @@ def test_tokens_are_gathered_over_tensor_alone():
 def test_gradients_are_scattered_and_then_summed_over_data():
   found = collectives(data=2, fsdp=2, ring=2)
   scattered = sum(size for kind, size, _ in found if kind == "reduce-scatter")
-  # Every weight but the norm scales, once a layer: a quarter of it on each device.
+  # Every weight except the norm scales, once per layer; each device gets a quarter.
   layer = 4 * M * 2 * 8 + 3 * M * 24
   assert scattered == (layer + 2 * 64 * M) // 4
-  # What is then summed over data is the scattered part, and the norm scales.
+  # Only the scattered parts and the norm scales are then summed over data.
   summed = sum(size for _, size, origin in found if "unreduced_psum" in origin)
   assert scattered <= summed <= scattered + 3 * M
-  # Nothing else is summed but scalars and norm scales.
+  # All other sums are of scalars and norm scales.
   rest = [
     size for kind, size, origin in found if kind == "all-reduce" and "unreduced_psum" not in origin
   ]

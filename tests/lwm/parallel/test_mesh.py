@@ -1,4 +1,4 @@
-"""Meshes, what fits on them, and where parameters lie."""
+"""Meshes, which models fit on them, and where parameters are stored."""
 
 import re
 
@@ -14,7 +14,7 @@ from lwm.model import ModelConfig, build
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig
 
-# What a parameter's width is divided over.
+# The axes over which a parameter's width is divided.
 STORED = ("fsdp", "ring", "ulysses")
 
 
@@ -31,7 +31,7 @@ def test_sizes_must_use_the_devices():
 
 
 def two_slices():
-  """Two slices of 2 x 2 chips, with no TPU."""
+  """Two slices of 2 x 2 chips; this needs no TPU."""
   return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
 
 
@@ -100,7 +100,7 @@ def test_lwm_7b_fits_the_meshes_of_the_paper():
   for tensor in (4, 8, 16, 32):
     check_model_fits_mesh(lwm, dict(data=1, fsdp=64, ring=4, ulysses=1, tensor=tensor))
   abstract = build(lwm).abstract()
-  # Llama-2-7B's parameters and the rows and columns of the vision ids.
+  # The parameters of Llama-2-7B, and the rows and columns of the vision ids.
   expected = 6_738_415_616 + 2 * 8448 * 4096
   assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == expected
 

@@ -1,4 +1,4 @@
-"""Adam with moments of fewer bytes, or in the host's memory, against optax's in float32."""
+"""Adam with moments in fewer bytes or in host memory, against optax's Adam in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ BETAS = 0.9, 0.95, 1e-8
 
 
 def rows(shape, seed=0):
-  """Magnitudes of seven orders, zeros among them, and one row of nothing else."""
+  """Values over seven orders of magnitude, some zeros among them, and one row of zeros."""
   random = np.random.default_rng(seed)
   array = random.standard_normal(shape) * 10.0 ** random.uniform(-4, 3, shape)
   array[random.random(shape) < 0.1] = 0
@@ -43,8 +43,8 @@ def test_second_moments_are_off_by_less_than_a_code_and_right_on_average():
   octaves = jnp.log2(draws[seen] / jnp.broadcast_to(array, draws.shape)[seen])
   assert jnp.abs(octaves).max() < 1 / 8 * (1 + 1e-3)
   means = octaves.reshape(400, -1).mean(axis=0)
-  # A code's rounding has a standard deviation of at most 1/16 of an octave; the row's largest has
-  # none.
+  # The rounding of a code has a standard deviation of at most 1/16 of an octave; the largest
+  # element of a row is exact.
   assert jnp.abs(means).max() < 4 / 16 / 400**0.5
   below = jnp.broadcast_to((array <= floor) & (floor > 0), draws.shape)
   np.testing.assert_allclose(draws[below], jnp.broadcast_to(floor, draws.shape)[below], rtol=1e-4)

@@ -24,7 +24,7 @@ def test_cosine_schedule_ends_at_the_end_rate():
   optimizer = OptimizerConfig(schedule="cosine", peak_learning_rate=6e-4, end_learning_rate=6e-5)
   values = rates(optimizer, Stage(steps=102, warmup_steps=2))
   np.testing.assert_allclose(values[:2], [3e-4, 6e-4], rtol=1e-6)
-  # Halfway between the warm-up and the end the cosine is halfway between the rates.
+  # Halfway between the warm-up and the end, the rate is halfway between the two rates.
   np.testing.assert_allclose(values[51], (6e-4 + 6e-5) / 2, rtol=1e-5)
   np.testing.assert_allclose(values[-1], 6e-5, rtol=1e-5)
   assert np.all(np.diff(values[1:]) < 0)

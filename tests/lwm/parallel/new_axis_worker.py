@@ -1,0 +1,74 @@
+"""Four train steps of a tiny model: new_axis_worker.py NUM_DEVICES MESH, MESH as JSON.
+
+Prints the losses as JSON. Which code it imports is up to PYTHONPATH.
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+from lwm.config.batch import FIELDS
+from lwm.config.experiment import Experiment, OptimizerConfig, Stage
+from lwm.config.model import ModelConfig
+from lwm.config.validate import check_devices
+from lwm.parallel.sharding import MeshConfig
+from lwm.program.stage import build_program
+
+ROWS, LENGTH = 8, 64
+
+
+def main(num_devices: int, mesh: dict[str, int]) -> None:
+  stage = Stage(
+    sequence_length=LENGTH,
+    tokens_per_batch=ROWS * LENGTH,
+    steps=4,
+    warmup_steps=0,
+    accumulation_steps=2,
+    mesh=MeshConfig(**mesh),
+  )
+  experiment = Experiment(
+    model=ModelConfig(vision_vocab_size=64, compute_dtype="float32", initializer_std=0.2),
+    optimizer=OptimizerConfig(peak_learning_rate=1e-2),
+    stages=[stage],
+  )
+  check_devices(experiment, num_devices)
+  program = build_program(experiment, stage, jax.devices()[:num_devices])
+  order_S = program.layout.permutation(LENGTH)
+  losses = []
+  with jax.set_mesh(program.mesh):
+    state = program.fresh_state(program.initial_params(seed=0))
+    for seed in range(stage.steps):
+      batch = random_batch(np.random.default_rng(seed), experiment.model)
+      batch = {
+        name: jax.device_put(array_BxS[:, order_S], program.batch_sharding)
+        for name, array_BxS in batch.items()
+      }
+      state, metrics = program.train_step(state, batch)
+      losses.append(float(metrics["loss"]))
+  print(json.dumps(losses))
+
+
+def random_batch(rng: np.random.Generator, model: ModelConfig) -> dict[str, np.ndarray]:
+  """Two documents per row, in global order."""
+  column_S = np.arange(LENGTH)
+  start_S = np.where(column_S < 24, 0, 24)
+  targets_BxS = rng.integers(0, model.vocab_size, (ROWS, LENGTH))
+  fields = {
+    "tokens": rng.integers(0, model.vocab_size, (ROWS, LENGTH)),
+    "targets": targets_BxS,
+    "loss_weights": np.ones((ROWS, LENGTH)),
+    "positions": column_S - start_S,
+    "modality": targets_BxS >= model.text_vocab_size,
+    "key_start": start_S,
+    "key_stop": column_S + 1,
+  }
+  return {
+    name: np.broadcast_to(fields[name], (ROWS, LENGTH)).astype(dtype)
+    for name, dtype in FIELDS.items()
+  }
+
+
+if __name__ == "__main__":
+  main(int(sys.argv[1]), json.loads(sys.argv[2]))
