@@ -1,20 +1,33 @@
 """Tokenises raw documents into a dataset that training reads.
 
-    python -m experiments.prepare_data --source=text --input=books/ --suffix=.txt \\
-        --tokenizer=tokenizer.model --train_tokenizer_vocab=4096 --output=data/books
-    python -m experiments.prepare_data --source=jsonl --input=chat.jsonl \\
-        --fields='[instruction],output' --tokenizer=tokenizer.json --output=data/chat
-    python -m experiments.prepare_data --source=tfds --input=lm1b --text_feature=text \\
-        --tokenizer=tokenizer.model --output=data/lm1b
+Text files, one document per file; the second command for those of another suffix:
 
-The output is written in full or not at all; records that were skipped are named, with the reason,
-in its bad_records.jsonl. lwm/data/documents.py says what --fields means, lwm/data/dataset.py what
-the output holds.
+    python -m experiments.prepare_data --input=books/ --tokenizer=tokenizer.model \\
+        --train_tokenizer_vocab=4096 --output=data/books
+    python -m experiments.prepare_data --source=text --suffix=.py --input=code/ ...
+
+JSON lines, a JSON array, Parquet, or a TensorFlow Datasets dataset, one document per record; one
+flag says what of the record to take (lwm/data/documents.py explains --fields, lwm/data/chat.py
+explains --chat_field):
+
+    python -m experiments.prepare_data --input=books.jsonl.gz --fields=text ...
+    python -m experiments.prepare_data --input=answers.jsonl --fields='[instruction],output' ...
+    python -m experiments.prepare_data --input=chats.parquet --chat_field=messages ...
+    python -m experiments.prepare_data --input=tokenised.parquet --ids_field=input_ids ...
+    python -m experiments.prepare_data --source=tfds --input=lm1b --fields=text ...
+
+--source names the kind of input: text (.txt), jsonl (.jsonl), json (.json), parquet (.parquet) or
+tfds. Without it, the suffix decides, or the only kind of file in a folder. Files may be compressed
+(.gz, .zst). Links are followed.
+
+The output is written in full or not at all. Its bad_records.jsonl names every record and file that
+was not taken, with the reason; files of other kinds are counted in the summary.
+lwm/data/dataset.py says what the output holds.
 """
 
-import functools
 import os
-from collections.abc import Iterator
+import re
+import sys
 
 from absl import flags
 
@@ -25,21 +38,41 @@ from lwm.data.tokenizer import load_tokenizer, train_sentencepiece
 from lwm.data.writer import DatasetWriter
 from lwm.errors import UserError
 
-_SOURCE = flags.DEFINE_enum("source", None, ["text", "jsonl", "tfds"], "Kind of input.")
-_INPUT = flags.DEFINE_string("input", None, "File, folder, or name of a TFDS dataset.")
-_OUTPUT = flags.DEFINE_string("output", None, "Directory to make.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "A *.model or tokenizer.json file.")
-_TRAIN_TOKENIZER_VOCAB = flags.DEFINE_integer(
-  "train_tokenizer_vocab", None, "Train a tokenizer of this size on the input, into --tokenizer."
+_SOURCE = flags.DEFINE_enum(
+  "source", None, [*sources.READERS, "tfds"], "Kind of input; found by its suffix if left out."
 )
-_SUFFIX = flags.DEFINE_string("suffix", None, "Of the files to take from a folder [.txt, .jsonl].")
+_INPUT = flags.DEFINE_string(
+  "input", None, "File, folder, or name of a TFDS dataset.", required=True
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Directory to make.", required=True)
+_TOKENIZER = flags.DEFINE_string(
+  "tokenizer", None, "A *.model or tokenizer.json file.", required=True
+)
+_TRAIN_TOKENIZER_VOCAB = flags.DEFINE_integer(
+  "train_tokenizer_vocab",
+  None,
+  "Train a tokenizer of this size on the documents of --input that are not held out, and write it "
+  "to --tokenizer.",
+)
+_SUFFIX = flags.DEFINE_string(
+  "suffix", None, "Of the files to take from a folder, if not the usual one of --source."
+)
 _FIELDS = flags.DEFINE_multi_string(
-  "fields", [], "jsonl: LWM's fields specification; given several times, each record takes one."
+  "fields",
+  [],
+  "The record's fields to take, as LWM's fields specification; given several times, each record "
+  "takes one.",
 )
 _FIELDS_FROM = flags.DEFINE_string(
-  "fields_from", "fields", "jsonl, without --fields: the record's field that holds it."
+  "fields_from", "fields", "The record's field that holds its own fields specification."
 )
-_TEXT_FEATURE = flags.DEFINE_string("text_feature", "text", "tfds: the feature to take.")
+_CHAT_FIELD = flags.DEFINE_string(
+  "chat_field", None, "The record's field of messages: a list of {role, content}."
+)
+_IDS_FIELD = flags.DEFINE_string(
+  "ids_field", None, "The record's field of token ids, made elsewhere with the same tokenizer."
+)
+_TEXT_FEATURE = flags.DEFINE_string("text_feature", "text", "tfds: the feature that is the text.")
 _TFDS_SPLIT = flags.DEFINE_string("tfds_split", "train", "tfds: the split to take.")
 _TFDS_DATA_DIR = flags.DEFINE_string("tfds_data_dir", None, "tfds: where it keeps datasets.")
 _VALIDATION_INPUT = flags.DEFINE_string(
@@ -49,21 +82,46 @@ _VALIDATION_FRACTION = flags.DEFINE_float(
   "validation_fraction", 0.0, "Share of --input's documents to hold out, chosen by hash."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the choice among several --fields.")
-flags.mark_flags_as_required(["source", "input", "output", "tokenizer"])
 
 
-def _records(held_out: bool = False) -> Iterator[sources.Record]:
+def _open(held_out: str | None = None) -> sources.Source:
+  """The source that the flags name, or the source of held-out documents: a path, or a split."""
   if _SOURCE.value == "tfds":
-    split = _VALIDATION_INPUT.value if held_out else _TFDS_SPLIT.value
-    return sources.tfds_records(_INPUT.value, split, _TEXT_FEATURE.value, _TFDS_DATA_DIR.value)
-  path = _VALIDATION_INPUT.value if held_out else _INPUT.value
-  if _SOURCE.value == "jsonl":
-    return sources.jsonl_files(path, _SUFFIX.value or ".jsonl")
-  return sources.text_files(path, _SUFFIX.value or ".txt")
+    split = held_out or _TFDS_SPLIT.value
+    return sources.TfdsSource(_INPUT.value, split, _features(), _TFDS_DATA_DIR.value)
+  return sources.FileSource(held_out or _INPUT.value, _SOURCE.value, _SUFFIX.value)
+
+
+def _features() -> set[str]:
+  """The names of the features that the flags take from a TFDS dataset."""
+  named = _CHAT_FIELD.value or _IDS_FIELD.value
+  if named or not _FIELDS.value:
+    return {named or _TEXT_FEATURE.value}
+  return set(re.findall(r"[^\[\],+\s]+", ",".join(_FIELDS.value))) - {"<|bos|>", "<|eos|>"}
+
+
+def _to_document(source: sources.Source) -> prepare.ToDocument:
+  """How the flags make a document of a record."""
+  given = [flag.name for flag in (_FIELDS, _CHAT_FIELD, _IDS_FIELD) if flag.value]
+  if len(given) > 1:
+    raise UserError(f"Give --{given[0]} or --{given[1]}, not both: each makes a record a document.")
+  if source.kind == "text":
+    if given:
+      raise UserError(f"--{given[0]} is for records with fields; text files have none.")
+    return prepare.from_text
+  if _CHAT_FIELD.value:
+    return prepare.from_chat(_CHAT_FIELD.value)
+  if _IDS_FIELD.value:
+    return prepare.from_ids(_IDS_FIELD.value)
+  if source.kind == "tfds" and not given:
+    return prepare.from_text_field(_TEXT_FEATURE.value)
+  return prepare.from_fields(_FIELDS.value, _FIELDS_FROM.value, _SEED.value)
 
 
 def main(argv: list[str]) -> None:
   del argv
+  # Names of files need not be UTF-8.
+  sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
   if not 0 <= _VALIDATION_FRACTION.value < 1:
     raise UserError(f"--validation_fraction={_VALIDATION_FRACTION.value} is not in [0, 1).")
   if _VALIDATION_INPUT.value and _VALIDATION_FRACTION.value:
@@ -72,35 +130,35 @@ def main(argv: list[str]) -> None:
     raise UserError(f"--output={_OUTPUT.value} is no directory: name one where it is mounted.")
   if os.path.exists(_OUTPUT.value):
     raise UserError(f"{_OUTPUT.value} exists already: delete it, or name another --output.")
-
-  if _TRAIN_TOKENIZER_VOCAB.value:
-    if os.path.exists(_TOKENIZER.value):
-      raise UserError(
-        f"{_TOKENIZER.value} exists already: leave --train_tokenizer_vocab out to use it, or "
-        "name another --tokenizer."
-      )
-    corpus = prepare.texts(_records(), _FIELDS_FROM.value)
-    train_sentencepiece(corpus, _TOKENIZER.value, _TRAIN_TOKENIZER_VOCAB.value)
-  tokenizer = load_tokenizer(_TOKENIZER.value)
-  to_document = prepare.from_text
-  if _SOURCE.value == "jsonl":
-    to_document = prepare.from_fields(_FIELDS.value, _FIELDS_FROM.value, _SEED.value)
-
-  with DatasetWriter(_OUTPUT.value, tokenizer) as writer:
-    add = functools.partial(
-      prepare.add_documents, writer, tokenizer=tokenizer, to_document=to_document
+  if _TRAIN_TOKENIZER_VOCAB.value and os.path.exists(_TOKENIZER.value):
+    raise UserError(
+      f"{_TOKENIZER.value} exists already: leave --train_tokenizer_vocab out to use it, or name "
+      "another --tokenizer."
     )
-    add(_records(), split=prepare.by_fraction(_VALIDATION_FRACTION.value))
+  if not _TRAIN_TOKENIZER_VOCAB.value:
+    tokenizer = load_tokenizer(_TOKENIZER.value)
+  source = _open()
+  to_document = _to_document(source)
+  split = prepare.by_fraction(_VALIDATION_FRACTION.value)
+  if _TRAIN_TOKENIZER_VOCAB.value:
+    trained_on = (record for record in source if split(record) == TRAIN)
+    texts = prepare.training_texts(trained_on, to_document, _TOKENIZER.value)
+    train_sentencepiece(texts, _TOKENIZER.value, _TRAIN_TOKENIZER_VOCAB.value)
+    tokenizer = load_tokenizer(_TOKENIZER.value)
+  inputs = [source]
+  with DatasetWriter(_OUTPUT.value, tokenizer) as writer:
+    prepare.add_documents(writer, source, tokenizer, to_document, split)
     if _VALIDATION_INPUT.value:
-      add(_records(held_out=True), split=lambda record: VALIDATION)
+      inputs.append(_open(_VALIDATION_INPUT.value))
+      prepare.add_documents(writer, inputs[1], tokenizer, to_document, lambda record: VALIDATION)
     if TRAIN not in writer.splits:
       raise UserError(
         f"--validation_fraction={_VALIDATION_FRACTION.value} holds out every document: lower it."
       )
-  _print_summary(Dataset(_OUTPUT.value))
+  _print_summary(Dataset(_OUTPUT.value), inputs)
 
 
-def _print_summary(dataset: Dataset) -> None:
+def _print_summary(dataset: Dataset, inputs: list[sources.Source]) -> None:
   for name, split in dataset.manifest["splits"].items():
     entropy = ", ".join(f"{m} {nats:.3f}" for m, nats in split["unigram_entropy"].items())
     print(
@@ -109,6 +167,10 @@ def _print_summary(dataset: Dataset) -> None:
     )
   if not dataset.has_split(VALIDATION):
     print("validation: no documents, so no held-out loss")
+  for source in inputs:
+    if source.left_out:
+      kinds = ", ".join(f"{kind} {count}" for kind, count in source.left_out.most_common())
+      print(f"{source.name}: {source.left_out.total():,} files were left out: {kinds}")
   bad_records = dataset.manifest["bad_records"]
   report = f" (see {dataset.path / 'bad_records.jsonl'})" if bad_records else ""
   print(f"{bad_records:,} bad records{report}; dataset: {dataset.path}")

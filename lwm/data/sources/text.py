@@ -1,0 +1,22 @@
+"""Reads a text file: one document."""
+
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from lwm.data.sources.record import check_encoding
+
+
+def read(file: BinaryIO) -> Iterator[tuple[str, str]]:
+  """The whole file as one text, without a UTF-8 byte-order mark; line ends stay as they are.
+
+  Raises:
+    ValueError: the file is not UTF-8, or holds a zero byte, as binary files do.
+  """
+  content = file.read()
+  check_encoding(content)
+  text = content.decode("utf-8-sig")
+  if "\0" in text:
+    raise ValueError(
+      f"character {text.index('\0')} is a zero byte, so it is no text file, or is UTF-16"
+    )
+  yield "", text
