@@ -149,7 +149,7 @@ def _decompressed(raw: io.BufferedReader) -> io.BufferedReader:
   start = raw.peek(4)
   for magic, name in _COMPRESSIONS.items():
     if start.startswith(magic):
-      return io.BufferedReader(pyarrow.input_stream(raw, compression=name), 1 << 20)
+      return io.BufferedReader(pyarrow.input_stream(raw, compression=name), 1 << 16)
   return raw
 
 

@@ -1,6 +1,6 @@
 """A raw document of a source. What cannot be read is a record too, and says its problem."""
 
-import codecs
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -46,20 +46,12 @@ class Problem(NamedTuple):
 # cannot be read further.
 Reader = Callable[[BinaryIO], Iterator[tuple[str, Value | Problem]]]
 
-# UTF-32 comes first: its little-endian mark begins with the one of UTF-16.
-_OTHER_ENCODINGS = (
-  (codecs.BOM_UTF32_LE, "UTF-32"),
-  (codecs.BOM_UTF32_BE, "UTF-32"),
-  (codecs.BOM_UTF16_LE, "UTF-16"),
-  (codecs.BOM_UTF16_BE, "UTF-16"),
-)
-
 
 def check_encoding(start: bytes) -> None:
-  """Raises ValueError if a file begins with the byte-order mark of an encoding other than UTF-8."""
-  for mark, name in _OTHER_ENCODINGS:
-    if start.startswith(mark):
-      raise ValueError(f"it is {name}, as its byte-order mark says: convert it to UTF-8")
+  """Raises ValueError if a file begins as no UTF-8 text does, but as UTF-16 or UTF-32 does."""
+  encoding = json.detect_encoding(start)
+  if not encoding.startswith("utf-8"):
+    raise ValueError(f"it looks like {encoding.upper()}, so convert it to UTF-8")
 
 
 def fields(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

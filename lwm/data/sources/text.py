@@ -16,7 +16,5 @@ def read(file: BinaryIO) -> Iterator[tuple[str, str]]:
   check_encoding(content)
   text = content.decode("utf-8-sig")
   if "\0" in text:
-    raise ValueError(
-      f"character {text.index('\0')} is a zero byte, so it is no text file, or is UTF-16"
-    )
+    raise ValueError(f"character {text.index('\0')} is a zero byte, so this is not a text file")
   yield "", text
