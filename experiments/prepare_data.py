@@ -1,14 +1,15 @@
 """Tokenises raw documents into a dataset that training reads.
 
-Text files, one document per file; the second command for those of another suffix:
+Text files, one document per file. The second command takes files of another suffix:
 
     python -m experiments.prepare_data --input=books/ --tokenizer=tokenizer.model \\
         --train_tokenizer_vocab=4096 --output=data/books
     python -m experiments.prepare_data --source=text --suffix=.py --input=code/ ...
 
-JSON lines, a JSON array, Parquet, or a TensorFlow Datasets dataset, one document per record; one
-flag says what of the record to take (lwm/data/documents.py explains --fields, lwm/data/chat.py
-explains --chat_field):
+JSON lines, a JSON array, Parquet or a TensorFlow Datasets dataset, one document per record. One
+flag names the part of the record to take: --fields for text and vision codes (see
+lwm/data/documents.py), --chat_field for messages with the tokenizer's chat template (see
+lwm/data/chat.py), or --ids_field for token ids, to which <bos> and <eos> are added if missing:
 
     python -m experiments.prepare_data --input=books.jsonl.gz --fields=text ...
     python -m experiments.prepare_data --input=answers.jsonl --fields='[instruction],output' ...
@@ -17,12 +18,12 @@ explains --chat_field):
     python -m experiments.prepare_data --source=tfds --input=lm1b --fields=text ...
 
 --source names the kind of input: text (.txt), jsonl (.jsonl), json (.json), parquet (.parquet) or
-tfds. Without it, the suffix decides, or the only kind of file in a folder. Files may be compressed
-(.gz, .zst). Links are followed.
+tfds. Without it, the suffix of the file or the only kind of file in the folder decides. Files may
+be compressed (.gz, .zst). Links are followed.
 
-The output is written in full or not at all. Its bad_records.jsonl names every record and file that
-was not taken, with the reason; files of other kinds are counted in the summary.
-lwm/data/dataset.py says what the output holds.
+The output is written in full or not at all. Its bad_records.jsonl names every bad record and file,
+with the reason. The summary counts the files of other kinds. lwm/data/dataset.py describes the
+output.
 """
 
 import os
@@ -39,7 +40,7 @@ from lwm.data.writer import DatasetWriter
 from lwm.errors import UserError
 
 _SOURCE = flags.DEFINE_enum(
-  "source", None, [*sources.READERS, "tfds"], "Kind of input; found by its suffix if left out."
+  "source", None, [*sources.READERS, "tfds"], "Kind of input; the suffix decides if left out."
 )
 _INPUT = flags.DEFINE_string(
   "input", None, "File, folder, or name of a TFDS dataset.", required=True
@@ -55,22 +56,22 @@ _TRAIN_TOKENIZER_VOCAB = flags.DEFINE_integer(
   "to --tokenizer.",
 )
 _SUFFIX = flags.DEFINE_string(
-  "suffix", None, "Of the files to take from a folder, if not the usual one of --source."
+  "suffix", None, "Suffix of the files to take from a folder, if not the usual one of --source."
 )
 _FIELDS = flags.DEFINE_multi_string(
   "fields",
   [],
-  "The record's fields to take, as LWM's fields specification; given several times, each record "
-  "takes one.",
+  "The record's fields to take, as LWM's fields specification. If given several times, each record "
+  "takes one of them.",
 )
 _FIELDS_FROM = flags.DEFINE_string(
-  "fields_from", "fields", "The record's field that holds its own fields specification."
+  "fields_from", "fields", "Without --fields: the field with each record's own specification."
 )
 _CHAT_FIELD = flags.DEFINE_string(
   "chat_field", None, "The record's field of messages: a list of {role, content}."
 )
 _IDS_FIELD = flags.DEFINE_string(
-  "ids_field", None, "The record's field of token ids, made elsewhere with the same tokenizer."
+  "ids_field", None, "The record's field of token ids, from the same tokenizer."
 )
 _TEXT_FEATURE = flags.DEFINE_string("text_feature", "text", "tfds: the feature that is the text.")
 _TFDS_SPLIT = flags.DEFINE_string("tfds_split", "train", "tfds: the split to take.")
@@ -81,15 +82,15 @@ _VALIDATION_INPUT = flags.DEFINE_string(
 _VALIDATION_FRACTION = flags.DEFINE_float(
   "validation_fraction", 0.0, "Share of --input's documents to hold out, chosen by hash."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of the choice among several --fields.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice among several --fields.")
 
 
-def _open(held_out: str | None = None) -> sources.Source:
-  """The source that the flags name, or the source of held-out documents: a path, or a split."""
-  if _SOURCE.value == "tfds":
+def _open(kind: str | None, held_out: str | None = None) -> sources.Source:
+  """Opens the source that the flags name, or the path or split of its held-out documents."""
+  if kind == "tfds":
     split = held_out or _TFDS_SPLIT.value
     return sources.TfdsSource(_INPUT.value, split, _features(), _TFDS_DATA_DIR.value)
-  return sources.FileSource(held_out or _INPUT.value, _SOURCE.value, _SUFFIX.value)
+  return sources.FileSource(held_out or _INPUT.value, kind, _SUFFIX.value)
 
 
 def _features() -> set[str]:
@@ -104,7 +105,7 @@ def _to_document(source: sources.Source) -> prepare.ToDocument:
   """How the flags make a document of a record."""
   given = [flag.name for flag in (_FIELDS, _CHAT_FIELD, _IDS_FIELD) if flag.value]
   if len(given) > 1:
-    raise UserError(f"Give --{given[0]} or --{given[1]}, not both: each makes a record a document.")
+    raise UserError(f"Give --{given[0]} or --{given[1]}, not both: each makes the whole document.")
   if source.kind == "text":
     if given:
       raise UserError(f"--{given[0]} is for records with fields; text files have none.")
@@ -120,14 +121,14 @@ def _to_document(source: sources.Source) -> prepare.ToDocument:
 
 def main(argv: list[str]) -> None:
   del argv
-  # Names of files need not be UTF-8.
+  # File names may contain bytes that are not UTF-8.
   sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
   if not 0 <= _VALIDATION_FRACTION.value < 1:
     raise UserError(f"--validation_fraction={_VALIDATION_FRACTION.value} is not in [0, 1).")
   if _VALIDATION_INPUT.value and _VALIDATION_FRACTION.value:
     raise UserError("Give --validation_input or --validation_fraction, not both.")
   if "://" in _OUTPUT.value:
-    raise UserError(f"--output={_OUTPUT.value} is no directory: name one where it is mounted.")
+    raise UserError(f"--output={_OUTPUT.value} is no directory: mount it, and name its path.")
   if os.path.exists(_OUTPUT.value):
     raise UserError(f"{_OUTPUT.value} exists already: delete it, or name another --output.")
   if _TRAIN_TOKENIZER_VOCAB.value and os.path.exists(_TOKENIZER.value):
@@ -135,21 +136,20 @@ def main(argv: list[str]) -> None:
       f"{_TOKENIZER.value} exists already: leave --train_tokenizer_vocab out to use it, or name "
       "another --tokenizer."
     )
-  if not _TRAIN_TOKENIZER_VOCAB.value:
-    tokenizer = load_tokenizer(_TOKENIZER.value)
-  source = _open()
+
+  source = _open(_SOURCE.value)
   to_document = _to_document(source)
   split = prepare.by_fraction(_VALIDATION_FRACTION.value)
   if _TRAIN_TOKENIZER_VOCAB.value:
     trained_on = (record for record in source if split(record) == TRAIN)
     texts = prepare.training_texts(trained_on, to_document, _TOKENIZER.value)
     train_sentencepiece(texts, _TOKENIZER.value, _TRAIN_TOKENIZER_VOCAB.value)
-    tokenizer = load_tokenizer(_TOKENIZER.value)
+  tokenizer = load_tokenizer(_TOKENIZER.value)
   inputs = [source]
   with DatasetWriter(_OUTPUT.value, tokenizer) as writer:
     prepare.add_documents(writer, source, tokenizer, to_document, split)
     if _VALIDATION_INPUT.value:
-      inputs.append(_open(_VALIDATION_INPUT.value))
+      inputs.append(_open(source.kind, _VALIDATION_INPUT.value))
       prepare.add_documents(writer, inputs[1], tokenizer, to_document, lambda record: VALIDATION)
     if TRAIN not in writer.splits:
       raise UserError(

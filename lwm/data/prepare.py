@@ -60,7 +60,8 @@ def from_fields(fields: Sequence[str], fields_from: str, seed: int) -> ToDocumen
       alternatives = [alternatives]
     if not _is_text_list(alternatives):
       raise BadDocument(
-        f"field {fields_from!r} is no fields specification, nor a list of them, and none is given"
+        f"field {fields_from!r} does not name the fields to take, so name them by --fields, "
+        "--chat_field or --ids_field"
       )
     return record_document(tokenizer, value, choose(alternatives, seed, record.key))
 
@@ -112,7 +113,7 @@ def add_documents(
   to_document: ToDocument,
   split: Callable[[Record], str],
 ) -> None:
-  """Writes every good record into the split that `split` names, and reports the others.
+  """Writes every good record to the split that `split` names, and reports the others.
 
   Raises:
     UserError: there is no good record.
@@ -139,8 +140,8 @@ def training_texts(
 ) -> Iterator[str]:
   """The texts that documents are made of, to train the tokenizer at `path` on.
 
-  Exactly the texts that `to_document` will encode: no other field of a record, and none of a record
-  that is no document.
+  These are exactly the texts that `to_document` will encode. Other fields of a record, and records
+  that cannot become a document, give none.
   """
   collector = TextCollector(pathlib.Path(path))
   for record in records:
@@ -169,10 +170,11 @@ def _ids(value: Any, what: str, vocab_size: int) -> np.ndarray:
     raise BadDocument(f"{what} is a list of {' and '.join(others) or 'lists'}, not of ids")
   if not len(value):
     raise BadDocument("the document is empty")
-  for wrong in (min(value), max(value)):
+  ids = np.asarray(value)
+  for wrong in (ids.min(), ids.max()):
     if not 0 <= wrong < vocab_size:
       raise BadDocument(f"{what} holds {wrong}, which is no id of the tokenizer: [0, {vocab_size})")
-  return np.asarray(value, np.int64)
+  return ids.astype(np.int64)
 
 
 def _is_text_list(value: Any) -> bool:

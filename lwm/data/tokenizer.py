@@ -22,14 +22,13 @@ _MARKS = (
   ("<|begin_of_text|>", "<|end_of_text|>"),
   ("<|endoftext|>", "<|endoftext|>"),
 )
-# In the bytes of a sentencepiece model: <vision> or </vision>, its score, and the type of a
-# user-defined symbol. Encoding never yields a piece of type unused; decoding shows it.
+# Matches, in the bytes of a sentencepiece model, <vision> or </vision>, its score, and the type
+# "user-defined". With the type "unused", no text becomes such a piece, but decoding shows it.
 _VISION_SYMBOLS = re.compile(rb"(\n(?:\x08<vision>|\t</vision>)\x15.{4}\x18)\x04", re.DOTALL)
 _UNUSED = b"\x05"
-# The trainer leaves out lines of more than a mebibyte, so longer lines than this, in characters,
-# are split.
+# Longer lines, in characters, are split: the trainer leaves out lines of more than a mebibyte.
 _LONGEST_LINE = 1 << 14
-# The trainer also leaves out every line with this character, which it uses inside.
+# The trainer uses this character internally, and leaves out every line that contains it.
 _RESERVED = "\u2585"
 
 
@@ -40,18 +39,18 @@ class TextError(UserError):
 class Tokenizer(Protocol):
   """What the rest of the library asks of a tokenizer.
 
-  Text is text: `encode` adds no <bos> or <eos>, and spells out the name of a mark that stands in a
-  text. Marks are made by their ids alone.
+  Text is text: `encode` adds no <bos> or <eos>, and if a text contains the name of a mark, such as
+  <eos>, it spells the name out. Only the code that builds documents makes marks, from their ids.
   """
 
   path: pathlib.Path
-  # Of the tokenizer's file; prepared datasets and checkpoints name it.
+  # SHA-256 of the tokenizer's file; prepared datasets and checkpoints record it.
   sha256: str
   vocab_size: int
   bos_id: int
   eos_id: int
-  # Ids by name of the tokens that no text becomes: <bos>, <|im_start|>, and so on. <vision> and
-  # </vision> are among them if they are one token each.
+  # The ids, by name, of the tokens that no text becomes: <bos>, <|im_start|>, and so on. They
+  # include <vision> and </vision> if the tokenizer has these as one token each.
   marks: dict[str, int]
 
   def encode(self, text: str) -> list[int]:
@@ -59,10 +58,16 @@ class Tokenizer(Protocol):
     ...
 
   def encode_spans(self, text: str, with_marks: bool) -> list[tuple[int, int, int]]:
-    """The ids of a text, each with the first and one past the last of the characters it stands for.
+    """The ids of a text, each with the range of characters (start, stop) that it stands for.
 
-    `with_marks` turns the names of marks into the marks themselves: for what a chat template wrote,
-    not for what people wrote. A character of several tokens may belong to any of them.
+    If several tokens spell one character, any of them may have it in its range.
+
+    Args:
+      text: as for `encode`.
+      with_marks: whether names of marks become marks. Only for text that a chat template wrote.
+
+    Raises:
+      TextError: the text cannot be encoded as text.
     """
     ...
 
@@ -75,7 +80,7 @@ class SentencePieceTokenizer:
   def __init__(self, path: str | os.PathLike[str]):
     self.path = pathlib.Path(path)
     self.sha256 = file_sha256(self.path)
-    # The models that we train define <vision> and </vision> as symbols that any text may contain.
+    # In models that we train, <vision> and </vision> are symbols that any text can produce.
     model = _VISION_SYMBOLS.sub(rb"\g<1>" + _UNUSED, self.path.read_bytes())
     self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
     self.vocab_size = self._model.get_piece_size()
@@ -108,7 +113,7 @@ class SentencePieceTokenizer:
   def _text_spans(self, text: str, start: int) -> Iterator[tuple[int, int, int]]:
     encoded = text.encode("utf-8")
     previous = 0
-    # Pieces count bytes; of the tokens that spell one character, the last stands for all of it.
+    # The library counts bytes. If several pieces spell one character, the last has its range.
     for piece in self._model.encode(text, return_type="proto").pieces:
       start += len(encoded[previous : piece.begin].decode("utf-8"))
       previous = piece.begin
@@ -129,7 +134,7 @@ class HuggingFaceTokenizer:
     # The file keeps the settings of the program that saved it.
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
-    # It would cut spaces from the spans, and adds only what `add_special_tokens` asks for.
+    # A post-processor removes spaces from the ranges; otherwise it only adds special tokens.
     self._tokenizer.post_processor = None
     # Not the number of its pieces: ids may have gaps.
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -146,12 +151,12 @@ class HuggingFaceTokenizer:
       if bos_id is not None and eos_id is not None:
         return bos_id, eos_id
     raise UserError(
-      f"Tokenizer {self.path} has none of the known begin and end marks; put a "
+      f"Tokenizer {self.path} has none of the known begin and end marks: put a "
       "tokenizer_config.json that names bos_token and eos_token beside it."
     )
 
   def _make_marks_special(self) -> dict[str, int]:
-    """Makes all marks special tokens, which no text becomes from here on; their ids by name."""
+    """Makes every mark a special token, and keeps text from becoming one. Returns ids by name."""
     added = self._tokenizer.get_added_tokens_decoder()
     special = {token.content: index for index, token in added.items() if token.special}
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -160,7 +165,7 @@ class HuggingFaceTokenizer:
       self._tokenizer.add_special_tokens([name])
       special[name] = vocabulary[name]
     self._tokenizer.encode_special_tokens = True
-    # Text may become the token for unknown characters.
+    # Text becomes the unknown token where the vocabulary lacks a character.
     unknown = {"<unk>", "[UNK]", getattr(self._tokenizer.model, "unk_token", None)} - named
     return {name: index for name, index in special.items() if name not in unknown}
 
@@ -180,11 +185,11 @@ class HuggingFaceTokenizer:
   def _encode(self, text: str) -> tokenizers.Encoding:
     check_text(text)
     encoded = self._tokenizer.encode(text, add_special_tokens=False)
-    # Models other than byte-pair ones may have a mark's name among their pieces of text.
+    # A model that is not byte-pair encoding may have the name of a mark among its text pieces.
     if not self._mark_ids.isdisjoint(encoded.ids):
       name = next(name for name, index in self.marks.items() if index in encoded.ids)
       raise TextError(
-        f"Tokenizer {self.path} turns this text into the mark {name!r}, and has no other spelling."
+        f"tokenizer {self.path} cannot spell {name!r} as text, only make it the mark of that name"
       )
     return encoded
 
@@ -193,7 +198,7 @@ class HuggingFaceTokenizer:
 
 
 class TextCollector:
-  """Stands in for a tokenizer that is yet to be trained, and keeps the texts that it is given."""
+  """Collects the texts that it should encode; takes the place of a tokenizer before training."""
 
   sha256 = ""
   vocab_size = 0
@@ -246,7 +251,7 @@ def train_sentencepiece(
   and </vision> are one piece each; <bos> is 1 and <eos> is 2.
 
   Raises:
-    UserError: the texts hold too little or too much for `vocab_size` pieces, or nothing.
+    UserError: there is no text, or it needs more than `vocab_size` pieces, or has fewer.
   """
   model = io.BytesIO()
   try:
@@ -281,7 +286,7 @@ def train_sentencepiece(
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-  """The lines of texts as the trainer takes them; long lines are split before a space if any."""
+  """The lines of the texts, in parts that the trainer takes: split before a space if possible."""
   for text in texts:
     for line in text.splitlines():
       for part in line.split(_RESERVED):
@@ -297,7 +302,7 @@ def _why(assertion: str) -> str:
     return "there is no text to learn from"
   if match := re.search(r"set it to a value <= (\d+)", assertion):
     return f"this text holds at most {match[1]}, so name no more, or give more text"
-  if match := re.search(r"smaller than required_chars. \d+ vs (\d+)", assertion):
+  if match := re.search(r"smaller than required_chars. \S+ vs (\d+)", assertion):
     return f"the characters of this text need at least {match[1]}"
   return assertion
 
@@ -327,12 +332,12 @@ def read_settings(path: pathlib.Path) -> dict[str, Any]:
 
 
 def token_name(setting: Any) -> str | None:
-  """The token that a tokenizer_config.json names, as a string or as an object with its content."""
+  """The token in a setting of tokenizer_config.json: a string, or an object with its content."""
   return setting.get("content") if isinstance(setting, dict) else setting
 
 
 def check_text(text: str) -> None:
-  """Raises TextError for half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+  """Raises TextError for half of a surrogate pair, which JSON can spell but UTF-8 cannot."""
   try:
     text.encode("utf-8")
   except UnicodeEncodeError as error:

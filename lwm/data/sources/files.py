@@ -27,7 +27,8 @@ READERS = {
   "json": _Kind(json_files.read_array, ".json"),
   "parquet": _Kind(parquet.read, ".parquet"),
 }
-# A compressed file is recognised by its first bytes, whatever its name: no text begins with these.
+# Compressed files are recognised by their first bytes, because names can be wrong. No file of the
+# above kinds begins with these bytes.
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _COMPRESSED_SUFFIXES = (".gz", ".zst")
 
@@ -35,11 +36,11 @@ _COMPRESSED_SUFFIXES = (".gz", ".zst")
 class FileSource:
   """Records of a file, or of all files in a folder and below whose names end in a suffix.
 
-  Case does not matter in a suffix, and .gz or .zst may follow it. Links are followed,
-  but a file or folder with several names is read once. Hidden files and folders are left out.
+  The case of a suffix does not matter, and .gz or .zst may follow it. Links are followed, but a
+  file or folder with several names is read once. Hidden files and folders are left out.
 
-  Iterating gives a record for each path that cannot be read, which says why, then the records of
-  the files in the order of their paths.
+  The first records are those of paths that cannot be read, with the problem. The records of the
+  files follow, in the order of their paths.
   """
 
   def __init__(
@@ -52,7 +53,7 @@ class FileSource:
       suffix: of the files to take from a folder; if None, the suffix of the kind.
 
     Raises:
-      UserError: there is no such path, no such file in the folder, or its kind must be named.
+      UserError: the path does not exist, no file in the folder fits, or the kind must be named.
     """
     self.name = str(path)
     self._root = pathlib.Path(path)
@@ -89,7 +90,7 @@ class FileSource:
     files = []
     known = set()
     paths = collections.deque([self._root])
-    # Links come last, so that a file with several names goes by its own.
+    # Links come last, so that a file with several names is read under its own.
     links: collections.deque[pathlib.Path] = collections.deque()
     while paths or links:
       path = (paths or links).popleft()

@@ -9,10 +9,10 @@ from lwm.data.sources.record import Problem, Value, check_encoding, fields, reas
 
 
 def read_lines(file: BinaryIO) -> Iterator[tuple[str, Value | Problem]]:
-  """One object per line, numbered by line. Blank lines are not records.
+  """Reads one object per line, numbered by line. Blank lines are not records.
 
   Raises:
-    ValueError: the file begins with the byte-order mark of another encoding than UTF-8.
+    ValueError: the file is UTF-16 or UTF-32.
   """
   for number, line in enumerate(file, start=1):
     if number == 1:
@@ -22,12 +22,12 @@ def read_lines(file: BinaryIO) -> Iterator[tuple[str, Value | Problem]]:
 
 
 def read_array(file: BinaryIO) -> Iterator[tuple[str, Value | Problem]]:
-  """The objects of one array. A file that does not begin with `[` is read line by line.
+  """Reads the objects of one array. A file that does not begin with `[` is read line by line.
 
   Many `.json` files of public datasets hold one object per line.
 
   Raises:
-    ValueError: the file begins with the byte-order mark of another encoding than UTF-8.
+    ValueError: the file is UTF-16 or UTF-32.
   """
   start = file.peek(64)  # type: ignore[attr-defined]  # Readers are given buffered files.
   if not start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
@@ -43,7 +43,7 @@ def read_array(file: BinaryIO) -> Iterator[tuple[str, Value | Problem]]:
 
 def _parse(content: bytes) -> Any:
   try:
-    # Lines of files that were joined end to end may begin with a byte-order mark too.
+    # In files that were joined end to end, any line may begin with a byte-order mark.
     return json.loads(content.decode("utf-8-sig"), object_pairs_hook=fields)
   except UnicodeDecodeError as error:
     return Problem(reason(error))

@@ -8,12 +8,12 @@ from pyarrow import parquet
 
 from lwm.data.sources.record import Problem, Value, fields, reason
 
-# Rows may hold whole books or films: few at a time bound the memory.
+# A row may be a whole book or film, so few are in memory at a time.
 _ROWS_PER_BATCH = 64
 
 
 def read(file: BinaryIO) -> Iterator[tuple[str, Value | Problem]]:
-  """The rows, numbered from 1, as fields by column name."""
+  """Reads the rows, numbered from 1, as fields by column name."""
   table = parquet.ParquetFile(file, page_checksum_verification=True)
   names = table.schema_arrow.names
   numbers = itertools.count(1)

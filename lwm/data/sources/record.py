@@ -1,4 +1,4 @@
-"""A raw document of a source. What cannot be read is a record too, and says its problem."""
+"""What sources and readers give: records. Input that cannot be read is a record with a problem."""
 
 import json
 from collections import Counter
@@ -27,9 +27,9 @@ class Source(Protocol):
 
   # The path or the name of the dataset.
   name: str
-  # As --source names it. The records of kind `text` are texts, all others have fields.
+  # The name of the kind for --source. Records of the kind `text` are texts; all others have fields.
   kind: str
-  # How many files of a folder are not of this kind, or not read for another reason, by that reason.
+  # The numbers of files in a folder that are not read, by suffix or other reason.
   left_out: Counter[str]
 
   def __iter__(self) -> Iterator[Record]: ...
@@ -41,21 +41,23 @@ class Problem(NamedTuple):
   reason: str
 
 
-# A reader takes an open, decompressed file and gives its records: the number of each in the file,
-# from 1 ("" if the file is one record), and its value. It raises any exception for a file that
-# cannot be read further.
+# A reader takes a file, open and decompressed, and gives each record's number in the file (from 1,
+# or "" if the whole file is one record) and its value. It gives a Problem for one bad record, and
+# raises any exception if it cannot read on.
 Reader = Callable[[BinaryIO], Iterator[tuple[str, Value | Problem]]]
 
 
 def check_encoding(start: bytes) -> None:
-  """Raises ValueError if a file begins as no UTF-8 text does, but as UTF-16 or UTF-32 does."""
+  """Raises ValueError if the first bytes of a file show that it is UTF-16 or UTF-32."""
   encoding = json.detect_encoding(start)
-  if not encoding.startswith("utf-8"):
+  first = start[:8].decode(encoding, errors="ignore")
+  # A binary file may begin with zero bytes as well, but rarely reads as printable characters.
+  if not encoding.startswith("utf-8") and "".join(first.split()).isprintable():
     raise ValueError(f"it looks like {encoding.upper()}, so convert it to UTF-8")
 
 
 def fields(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-  """Fields by name. Raises ValueError if a name occurs twice: one value would be lost."""
+  """Fields by name. Raises ValueError if a name occurs twice, because one value would be lost."""
   pairs = list(pairs)
   value = dict(pairs)
   if len(value) < len(pairs):
@@ -66,7 +68,7 @@ def fields(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def reason(error: Exception) -> str:
-  """What a report says of a record or file that raised `error`."""
+  """The reason, for the report, why a record or file that raised `error` is bad."""
   if isinstance(error, UnicodeDecodeError):
     return f"not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}"
   message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -7,10 +7,10 @@ from lwm.data.sources.record import check_encoding
 
 
 def read(file: BinaryIO) -> Iterator[tuple[str, str]]:
-  """The whole file as one text, without a UTF-8 byte-order mark; line ends stay as they are.
+  """Reads the file as one text, without its byte-order mark. Line ends stay as they are.
 
   Raises:
-    ValueError: the file is not UTF-8, or holds a zero byte, as binary files do.
+    ValueError: the file is not UTF-8, or contains a zero byte, as binary files do.
   """
   content = file.read()
   check_encoding(content)

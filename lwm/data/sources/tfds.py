@@ -31,7 +31,7 @@ class TfdsSource:
       data_dir: where TFDS keeps its datasets; its own default if None.
 
     Raises:
-      UserError: no such dataset, split or feature, or it needs TensorFlow to prepare or read.
+      UserError: the dataset, split or feature does not exist, or TFDS needs TensorFlow for it.
     """
     self.name, self._split = name, split
     self.left_out: collections.Counter[str] = collections.Counter()

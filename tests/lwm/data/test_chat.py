@@ -226,7 +226,9 @@ def test_a_template_that_loses_what_was_said(folder, template):
 
 
 def test_a_broken_template_is_named(folder):
-  with pytest.raises(UserError, match="tokenizer_config.json cannot be used: .*endfor"):
+  with pytest.raises(
+    UserError, match="chat template beside .*tokenizer.json cannot be used: .*endfor"
+  ):
     _format(folder, "{% for m in messages %}")
   (folder / "tokenizer_config.json").write_text("{")
   with pytest.raises(UserError, match="tokenizer_config.json is not JSON"):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from lwm.data import Dataset, DatasetWriter, prepare, sources, text_document
+from lwm.data import BadDocument, Dataset, DatasetWriter, prepare, sources, text_document
 from lwm.data.documents import record_document
 from lwm.errors import UserError
 
@@ -189,3 +189,80 @@ def test_the_split_hangs_on_the_document_alone(tokenizer, tmp_path):
     splits.append({record.value: split(record) for record in records})
   assert splits[1].items() <= splits[0].items()
   assert 3 < list(splits[0].values()).count("validation") < 20
+
+
+@pytest.mark.parametrize(
+  "value, outcome",
+  [
+    ([5, 6], [1, 5, 6, 2]),
+    ([1, 5, 2], [1, 5, 2]),
+    ([1, 5], [1, 5, 2]),
+    (np.array([5, 289], np.uint16), [1, 5, 289, 2]),
+    ([np.int64(5)], [1, 5, 2]),
+    ([2], [1, 2, 2]),
+    ([], "the document is empty"),
+    (np.array([], np.int32), "the document is empty"),
+    ([5, 290], "field 'ids' holds 290, which is no id of the tokenizer: [0, 290)"),
+    ([-1, 5], "field 'ids' holds -1, which is no id of the tokenizer: [0, 290)"),
+    ([2**70], f"field 'ids' holds {2**70}, which is no id of the tokenizer: [0, 290)"),
+    ([1, 2.0], "field 'ids' is a list of float, not of ids"),
+    ([1, True], "field 'ids' is a list of bool, not of ids"),
+    ([None, "x"], "field 'ids' is a list of NoneType and str, not of ids"),
+    ([[5]], "field 'ids' is a list of list, not of ids"),
+    (np.array([[5]]), "field 'ids' is a list of lists, not of ids"),
+    (np.array([0.5], np.float32), "field 'ids' is a list of float32, not of ids"),
+    ("5 6", "field 'ids' is str, not a list of ids"),
+    (5, "field 'ids' is int, not a list of ids"),
+    (None, "field 'ids' is NoneType, not a list of ids"),
+  ],
+)
+def test_ids(tokenizer, value, outcome):
+  record = sources.Record("x:1", "x:1", "x", {"ids": value})
+  to_document = prepare.from_ids("ids")
+  if isinstance(outcome, str):
+    with pytest.raises(BadDocument) as error:
+      to_document(tokenizer, record)
+    assert str(error.value) == outcome
+  else:
+    document = to_document(tokenizer, record)
+    assert document.tokens.dtype == np.int32 and document.tokens.tolist() == outcome
+    assert document.loss_mask.tolist() == [False] + [True] * (len(outcome) - 1)
+
+
+@pytest.mark.parametrize(
+  "value, outcome",
+  [
+    ("ü", "ü"),
+    ("ü".encode(), "ü"),
+    (b"\xff", "field 'body' is not UTF-8: byte 0xff at 0"),
+    ([np.int32(1)], "field 'body' is list, not text"),
+    (np.array([1]), "field 'body' is ndarray, not text"),
+    (3, "field 'body' is int, not text"),
+  ],
+)
+def test_only_text_is_text(tokenizer, value, outcome):
+  record = sources.Record("x:1", "x:1", "x", {"body": value})
+  for to_document in (prepare.from_text_field("body"), prepare.from_fields(["body"], "", 0)):
+    if value in ("ü", "ü".encode()):
+      assert tokenizer.decode(to_document(tokenizer, record).tokens) == outcome
+    else:
+      with pytest.raises(BadDocument) as error:
+        to_document(tokenizer, record)
+      assert str(error.value) == outcome
+
+
+def test_a_tokenizer_learns_from_the_texts_of_documents_alone(tmp_path):
+  values = [
+    {"q": "fox", "a": "owl", "url": "x", "vision": [0] * 256},
+    {"q": "no answer", "url": "y"},
+    {"q": "half \ud83d", "a": "z", "vision": [0] * 256},
+  ]
+  records = [sources.Record(f"x:{i}", f"x:{i}", "x", value) for i, value in enumerate(values)]
+  records.append(sources.Record("x:3", "x:3", "x", None, "not JSON"))
+
+  def learned(to_document):
+    return list(prepare.training_texts(records, to_document, tmp_path / "t.model"))
+
+  assert learned(prepare.from_fields(["[q],a+vision"], "", 0)) == ["fox", "owl"]
+  assert learned(prepare.from_text_field("q")) == ["fox", "no answer"]
+  assert learned(prepare.from_ids("vision")) == []
