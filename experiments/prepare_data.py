@@ -1,20 +1,34 @@
 """Tokenises raw documents into a dataset that training reads.
 
-    python -m experiments.prepare_data --source=text --input=books/ --suffix=.txt \\
-        --tokenizer=tokenizer.model --train_tokenizer_vocab=4096 --output=data/books
-    python -m experiments.prepare_data --source=jsonl --input=chat.jsonl \\
-        --fields='[instruction],output' --tokenizer=tokenizer.json --output=data/chat
-    python -m experiments.prepare_data --source=tfds --input=lm1b --text_feature=text \\
-        --tokenizer=tokenizer.model --output=data/lm1b
+Text files, one document per file. The second command takes files of another suffix:
 
-The output is written in full or not at all; records that were skipped are named, with the reason,
-in its bad_records.jsonl. lwm/data/documents.py says what --fields means, lwm/data/dataset.py what
-the output holds.
+    python -m experiments.prepare_data --input=books/ --tokenizer=tokenizer.model \\
+        --train_tokenizer_vocab=4096 --output=data/books
+    python -m experiments.prepare_data --source=text --suffix=.py --input=code/ ...
+
+JSON lines, a JSON array, Parquet or a TensorFlow Datasets dataset, one document per record. One
+flag names the part of the record to take: --fields for text and vision codes (see
+lwm/data/documents.py), --chat_field for messages with the tokenizer's chat template (see
+lwm/data/chat.py), or --ids_field for token ids, to which <bos> and <eos> are added if missing:
+
+    python -m experiments.prepare_data --input=books.jsonl.gz --fields=text ...
+    python -m experiments.prepare_data --input=answers.jsonl --fields='[instruction],output' ...
+    python -m experiments.prepare_data --input=chats.parquet --chat_field=messages ...
+    python -m experiments.prepare_data --input=tokenised.parquet --ids_field=input_ids ...
+    python -m experiments.prepare_data --source=tfds --input=lm1b --fields=text ...
+
+--source names the kind of input: text (.txt), jsonl (.jsonl), json (.json), parquet (.parquet) or
+tfds. Without it, the suffix of the file or the only kind of file in the folder decides. Files may
+be compressed (.gz, .zst). Links are followed.
+
+The output is written in full or not at all. Its bad_records.jsonl names every bad record and file,
+with the reason. The summary counts the files of other kinds. lwm/data/dataset.py describes the
+output.
 """
 
-import functools
 import os
-from collections.abc import Iterator
+import re
+import sys
 
 from absl import flags
 
@@ -25,21 +39,41 @@ from lwm.data.tokenizer import load_tokenizer, train_sentencepiece
 from lwm.data.writer import DatasetWriter
 from lwm.errors import UserError
 
-_SOURCE = flags.DEFINE_enum("source", None, ["text", "jsonl", "tfds"], "Kind of input.")
-_INPUT = flags.DEFINE_string("input", None, "File, folder, or name of a TFDS dataset.")
-_OUTPUT = flags.DEFINE_string("output", None, "Directory to make.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "A *.model or tokenizer.json file.")
-_TRAIN_TOKENIZER_VOCAB = flags.DEFINE_integer(
-  "train_tokenizer_vocab", None, "Train a tokenizer of this size on the input, into --tokenizer."
+_SOURCE = flags.DEFINE_enum(
+  "source", None, [*sources.READERS, "tfds"], "Kind of input; the suffix decides if left out."
 )
-_SUFFIX = flags.DEFINE_string("suffix", None, "Of the files to take from a folder [.txt, .jsonl].")
+_INPUT = flags.DEFINE_string(
+  "input", None, "File, folder, or name of a TFDS dataset.", required=True
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Directory to make.", required=True)
+_TOKENIZER = flags.DEFINE_string(
+  "tokenizer", None, "A *.model or tokenizer.json file.", required=True
+)
+_TRAIN_TOKENIZER_VOCAB = flags.DEFINE_integer(
+  "train_tokenizer_vocab",
+  None,
+  "Train a tokenizer of this size on the documents of --input that are not held out, and write it "
+  "to --tokenizer.",
+)
+_SUFFIX = flags.DEFINE_string(
+  "suffix", None, "Suffix of the files to take from a folder, if not the usual one of --source."
+)
 _FIELDS = flags.DEFINE_multi_string(
-  "fields", [], "jsonl: LWM's fields specification; given several times, each record takes one."
+  "fields",
+  [],
+  "The record's fields to take, as LWM's fields specification. If given several times, each record "
+  "takes one of them.",
 )
 _FIELDS_FROM = flags.DEFINE_string(
-  "fields_from", "fields", "jsonl, without --fields: the record's field that holds it."
+  "fields_from", "fields", "Without --fields: the field with each record's own specification."
 )
-_TEXT_FEATURE = flags.DEFINE_string("text_feature", "text", "tfds: the feature to take.")
+_CHAT_FIELD = flags.DEFINE_string(
+  "chat_field", None, "The record's field of messages: a list of {role, content}."
+)
+_IDS_FIELD = flags.DEFINE_string(
+  "ids_field", None, "The record's field of token ids, from the same tokenizer."
+)
+_TEXT_FEATURE = flags.DEFINE_string("text_feature", "text", "tfds: the feature that is the text.")
 _TFDS_SPLIT = flags.DEFINE_string("tfds_split", "train", "tfds: the split to take.")
 _TFDS_DATA_DIR = flags.DEFINE_string("tfds_data_dir", None, "tfds: where it keeps datasets.")
 _VALIDATION_INPUT = flags.DEFINE_string(
@@ -48,59 +82,83 @@ _VALIDATION_INPUT = flags.DEFINE_string(
 _VALIDATION_FRACTION = flags.DEFINE_float(
   "validation_fraction", 0.0, "Share of --input's documents to hold out, chosen by hash."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of the choice among several --fields.")
-flags.mark_flags_as_required(["source", "input", "output", "tokenizer"])
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice among several --fields.")
 
 
-def _records(held_out: bool = False) -> Iterator[sources.Record]:
-  if _SOURCE.value == "tfds":
-    split = _VALIDATION_INPUT.value if held_out else _TFDS_SPLIT.value
-    return sources.tfds_records(_INPUT.value, split, _TEXT_FEATURE.value, _TFDS_DATA_DIR.value)
-  path = _VALIDATION_INPUT.value if held_out else _INPUT.value
-  if _SOURCE.value == "jsonl":
-    return sources.jsonl_files(path, _SUFFIX.value or ".jsonl")
-  return sources.text_files(path, _SUFFIX.value or ".txt")
+def _open(kind: str | None, held_out: str | None = None) -> sources.Source:
+  """Opens the source that the flags name, or the path or split of its held-out documents."""
+  if kind == "tfds":
+    split = held_out or _TFDS_SPLIT.value
+    return sources.TfdsSource(_INPUT.value, split, _features(), _TFDS_DATA_DIR.value)
+  return sources.FileSource(held_out or _INPUT.value, kind, _SUFFIX.value)
+
+
+def _features() -> set[str]:
+  """The names of the features that the flags take from a TFDS dataset."""
+  named = _CHAT_FIELD.value or _IDS_FIELD.value
+  if named or not _FIELDS.value:
+    return {named or _TEXT_FEATURE.value}
+  return set(re.findall(r"[^\[\],+\s]+", ",".join(_FIELDS.value))) - {"<|bos|>", "<|eos|>"}
+
+
+def _to_document(source: sources.Source) -> prepare.ToDocument:
+  """How the flags make a document of a record."""
+  given = [flag.name for flag in (_FIELDS, _CHAT_FIELD, _IDS_FIELD) if flag.value]
+  if len(given) > 1:
+    raise UserError(f"Give --{given[0]} or --{given[1]}, not both: each makes the whole document.")
+  if source.kind == "text":
+    if given:
+      raise UserError(f"--{given[0]} is for records with fields; text files have none.")
+    return prepare.from_text
+  if _CHAT_FIELD.value:
+    return prepare.from_chat(_CHAT_FIELD.value)
+  if _IDS_FIELD.value:
+    return prepare.from_ids(_IDS_FIELD.value)
+  if source.kind == "tfds" and not given:
+    return prepare.from_text_field(_TEXT_FEATURE.value)
+  return prepare.from_fields(_FIELDS.value, _FIELDS_FROM.value, _SEED.value)
 
 
 def main(argv: list[str]) -> None:
   del argv
+  # File names may contain bytes that are not UTF-8.
+  sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
   if not 0 <= _VALIDATION_FRACTION.value < 1:
     raise UserError(f"--validation_fraction={_VALIDATION_FRACTION.value} is not in [0, 1).")
   if _VALIDATION_INPUT.value and _VALIDATION_FRACTION.value:
     raise UserError("Give --validation_input or --validation_fraction, not both.")
   if "://" in _OUTPUT.value:
-    raise UserError(f"--output={_OUTPUT.value} is no directory: name one where it is mounted.")
+    raise UserError(f"--output={_OUTPUT.value} is no directory: mount it, and name its path.")
   if os.path.exists(_OUTPUT.value):
     raise UserError(f"{_OUTPUT.value} exists already: delete it, or name another --output.")
-
-  if _TRAIN_TOKENIZER_VOCAB.value:
-    if os.path.exists(_TOKENIZER.value):
-      raise UserError(
-        f"{_TOKENIZER.value} exists already: leave --train_tokenizer_vocab out to use it, or "
-        "name another --tokenizer."
-      )
-    corpus = prepare.texts(_records(), _FIELDS_FROM.value)
-    train_sentencepiece(corpus, _TOKENIZER.value, _TRAIN_TOKENIZER_VOCAB.value)
-  tokenizer = load_tokenizer(_TOKENIZER.value)
-  to_document = prepare.from_text
-  if _SOURCE.value == "jsonl":
-    to_document = prepare.from_fields(_FIELDS.value, _FIELDS_FROM.value, _SEED.value)
-
-  with DatasetWriter(_OUTPUT.value, tokenizer) as writer:
-    add = functools.partial(
-      prepare.add_documents, writer, tokenizer=tokenizer, to_document=to_document
+  if _TRAIN_TOKENIZER_VOCAB.value and os.path.exists(_TOKENIZER.value):
+    raise UserError(
+      f"{_TOKENIZER.value} exists already: leave --train_tokenizer_vocab out to use it, or name "
+      "another --tokenizer."
     )
-    add(_records(), split=prepare.by_fraction(_VALIDATION_FRACTION.value))
+
+  source = _open(_SOURCE.value)
+  to_document = _to_document(source)
+  split = prepare.by_fraction(_VALIDATION_FRACTION.value)
+  if _TRAIN_TOKENIZER_VOCAB.value:
+    trained_on = (record for record in source if split(record) == TRAIN)
+    texts = prepare.training_texts(trained_on, to_document, _TOKENIZER.value)
+    train_sentencepiece(texts, _TOKENIZER.value, _TRAIN_TOKENIZER_VOCAB.value)
+  tokenizer = load_tokenizer(_TOKENIZER.value)
+  inputs = [source]
+  with DatasetWriter(_OUTPUT.value, tokenizer) as writer:
+    prepare.add_documents(writer, source, tokenizer, to_document, split)
     if _VALIDATION_INPUT.value:
-      add(_records(held_out=True), split=lambda record: VALIDATION)
+      inputs.append(_open(source.kind, _VALIDATION_INPUT.value))
+      prepare.add_documents(writer, inputs[1], tokenizer, to_document, lambda record: VALIDATION)
     if TRAIN not in writer.splits:
       raise UserError(
         f"--validation_fraction={_VALIDATION_FRACTION.value} holds out every document: lower it."
       )
-  _print_summary(Dataset(_OUTPUT.value))
+  _print_summary(Dataset(_OUTPUT.value), inputs)
 
 
-def _print_summary(dataset: Dataset) -> None:
+def _print_summary(dataset: Dataset, inputs: list[sources.Source]) -> None:
   for name, split in dataset.manifest["splits"].items():
     entropy = ", ".join(f"{m} {nats:.3f}" for m, nats in split["unigram_entropy"].items())
     print(
@@ -109,6 +167,10 @@ def _print_summary(dataset: Dataset) -> None:
     )
   if not dataset.has_split(VALIDATION):
     print("validation: no documents, so no held-out loss")
+  for source in inputs:
+    if source.left_out:
+      kinds = ", ".join(f"{kind} {count}" for kind, count in source.left_out.most_common())
+      print(f"{source.name}: {source.left_out.total():,} files were left out: {kinds}")
   bad_records = dataset.manifest["bad_records"]
   report = f" (see {dataset.path / 'bad_records.jsonl'})" if bad_records else ""
   print(f"{bad_records:,} bad records{report}; dataset: {dataset.path}")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from lwm.config.vqgan import LWM_LAYOUT, VisionLayout
-from lwm.data.tokenizer import Tokenizer
+from lwm.data.tokenizer import TextError, Tokenizer
 from lwm.data.vision_tokens import VISION_END, VISION_START, frame_tokens
 
 
@@ -55,12 +55,19 @@ class DocumentBuilder:
     return self._append([self._tokenizer.eos_id], loss)
 
   def text(self, text: str, loss: bool = True) -> Self:
-    """Raises BadDocument for half of a surrogate pair, which JSON can spell but UTF-8 cannot."""
+    """Appends a text; the name of a mark in it is text too.
+
+    Raises BadDocument for a text that cannot be encoded, such as half of a surrogate pair.
+    """
     try:
-      text.encode("utf-8")
-    except UnicodeEncodeError as error:
-      raise BadDocument(f"not text that can be encoded: {error.reason}") from error
-    return self._append(self._tokenizer.encode(text), loss)
+      return self._append(self._tokenizer.encode(text), loss)
+    except TextError as error:
+      raise BadDocument(str(error)) from error
+
+  def _mark(self, name: str, loss: bool) -> Self:
+    """Appends a mark; one that the tokenizer does not have is spelled as text, as LWM does."""
+    mark = self._tokenizer.marks.get(name)
+    return self.text(name, loss) if mark is None else self._append([mark], loss)
 
   def vision(
     self, codes_NxP: np.ndarray, loss: bool = True, marks_loss: bool | None = None
@@ -80,9 +87,9 @@ class DocumentBuilder:
       frames = frame_tokens(codes_NxP, self._layout)
     except ValueError as error:
       raise BadDocument(str(error)) from error
-    self.text(VISION_START, marks_loss)
+    self._mark(VISION_START, marks_loss)
     self._append(self._tokenizer.vocab_size + frames, loss)
-    return self.text(VISION_END, marks_loss)
+    return self._mark(VISION_END, marks_loss)
 
   def build(self) -> Document:
     return Document(np.concatenate(self._tokens), np.concatenate(self._loss))
@@ -152,7 +159,7 @@ def record_document(tokenizer: Tokenizer, record: dict[str, Any], fields: str) -
         builder.vision(_codes(record, name), loss)
         empty = False
       else:
-        texts.append(_text(record, name))
+        texts.append(as_text(get_field(record, name), f"field {name!r}"))
     if texts:
       text = " ".join(texts)
       builder.text(text, loss)
@@ -168,19 +175,30 @@ def choose(alternatives: Sequence[str], seed: int, where: str) -> str:
   return alternatives[int.from_bytes(digest) % len(alternatives)]
 
 
-def _text(record: dict[str, Any], name: str) -> str:
+def get_field(record: dict[str, Any], name: str) -> Any:
+  """A field of a record. Raises BadDocument if the record has no field of that name."""
   if name not in record:
     raise BadDocument(f"there is no field {name!r}")
-  if not isinstance(record[name], str):
-    raise BadDocument(f"field {name!r} is {type(record[name]).__name__}, not text")
   return record[name]
 
 
+def as_text(value: Any, what: str) -> str:
+  """A text, given as such or as UTF-8 bytes. `what` names it in the BadDocument for all else."""
+  if isinstance(value, bytes):
+    try:
+      return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+      byte = value[error.start]
+      raise BadDocument(f"{what} is not UTF-8: byte 0x{byte:02x} at {error.start}") from error
+  if not isinstance(value, str):
+    raise BadDocument(f"{what} is {type(value).__name__}, not text")
+  return value
+
+
 def _codes(record: dict[str, Any], name: str) -> np.ndarray:
-  if name not in record:
-    raise BadDocument(f"there is no field {name!r}")
+  value = get_field(record, name)
   try:
-    codes = np.asarray(record[name])
+    codes = np.asarray(value)
   except ValueError as error:
     raise BadDocument(f"field {name!r} is a ragged list, not frames of codes") from error
   if codes.ndim == 1 and codes.size % LWM_LAYOUT.codes_per_frame == 0:

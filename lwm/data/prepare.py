@@ -1,14 +1,28 @@
-"""From a source's records to a prepared dataset."""
+"""From the records of a source to a prepared dataset."""
 
+import contextlib
 import hashlib
 import os
+import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
+from lwm.data.chat import ChatFormat
 from lwm.data.dataset import TRAIN, VALIDATION
-from lwm.data.documents import BadDocument, Document, choose, record_document, text_document
+from lwm.data.documents import (
+  BadDocument,
+  Document,
+  as_text,
+  choose,
+  get_field,
+  record_document,
+  text_document,
+)
 from lwm.data.sources import Record
-from lwm.data.tokenizer import Tokenizer
+from lwm.data.tokenizer import TextCollector, Tokenizer
 from lwm.data.writer import DatasetWriter
 from lwm.errors import UserError
 
@@ -17,26 +31,67 @@ ToDocument = Callable[[Tokenizer, Record], Document]
 
 def from_text(tokenizer: Tokenizer, record: Record) -> Document:
   """The document of a record that is a text."""
+  assert isinstance(record.value, str)
   return text_document(tokenizer, record.value)
 
 
+def from_text_field(name: str) -> ToDocument:
+  """Documents of one text field."""
+
+  def to_document(tokenizer: Tokenizer, record: Record) -> Document:
+    return text_document(tokenizer, as_text(get_field(_fields(record), name), f"field {name!r}"))
+
+  return to_document
+
+
 def from_fields(fields: Sequence[str], fields_from: str, seed: int) -> ToDocument:
-  """Documents of JSON records, by LWM's fields specification (see `record_document`).
+  """Documents of several fields, by LWM's fields specification (see `record_document`).
 
   Args:
-    fields: alternatives, of which each record takes one; if empty, the record says itself.
+    fields: alternatives, of which each record takes one; if empty, each record names its own.
     fields_from: the record's field with the specification, or a list of alternatives.
-    seed: of the choice among alternatives, which also hangs on where the record stands.
+    seed: decides the choice among alternatives, together with the record's key.
   """
 
   def to_document(tokenizer: Tokenizer, record: Record) -> Document:
-    alternatives = fields or record.value.get(fields_from)
+    value = _fields(record)
+    alternatives: Any = fields or value.get(fields_from)
     if isinstance(alternatives, str):
       alternatives = [alternatives]
     if not _is_text_list(alternatives):
-      raise BadDocument(f"field {fields_from!r} is no fields specification, nor a list of them")
-    chosen = choose(alternatives, seed, record.key)
-    return record_document(tokenizer, record.value, chosen)
+      raise BadDocument(
+        f"field {fields_from!r} does not name the fields to take, so name them by --fields, "
+        "--chat_field or --ids_field"
+      )
+    return record_document(tokenizer, value, choose(alternatives, seed, record.key))
+
+  return to_document
+
+
+def from_ids(name: str) -> ToDocument:
+  """Documents of a field of text ids, tokenised elsewhere with the same tokenizer.
+
+  <bos> and <eos> are added where the ids do not begin and end with them.
+  """
+
+  def to_document(tokenizer: Tokenizer, record: Record) -> Document:
+    ids = _ids(get_field(_fields(record), name), f"field {name!r}", tokenizer.vocab_size)
+    bos = [] if ids[0] == tokenizer.bos_id else [tokenizer.bos_id]
+    eos = [] if len(ids) > 1 and ids[-1] == tokenizer.eos_id else [tokenizer.eos_id]
+    tokens = np.concatenate([bos, ids, eos]).astype(np.int32)
+    return Document(tokens, np.arange(len(tokens)) > 0)
+
+  return to_document
+
+
+def from_chat(name: str) -> ToDocument:
+  """Documents of a field of messages, by the tokenizer's chat template (see lwm/data/chat.py)."""
+  formats: dict[int, ChatFormat] = {}
+
+  def to_document(tokenizer: Tokenizer, record: Record) -> Document:
+    if id(tokenizer) not in formats:
+      formats[id(tokenizer)] = ChatFormat(tokenizer)
+    return formats[id(tokenizer)].document(get_field(_fields(record), name))
 
   return to_document
 
@@ -58,7 +113,7 @@ def add_documents(
   to_document: ToDocument,
   split: Callable[[Record], str],
 ) -> None:
-  """Writes every good record into the split that `split` names, and reports the others.
+  """Writes every good record to the split that `split` names, and reports the others.
 
   Raises:
     UserError: there is no good record.
@@ -80,16 +135,47 @@ def add_documents(
     raise UserError(f"No good document in the input, {writer.bad_records} bad ones{first_bad}.")
 
 
-def texts(records: Iterable[Record], fields_from: str) -> Iterator[str]:
-  """The texts in records, to train a tokenizer on: all text fields of a JSON record but one."""
+def training_texts(
+  records: Iterable[Record], to_document: ToDocument, path: str | os.PathLike[str]
+) -> Iterator[str]:
+  """The texts that documents are made of, to train the tokenizer at `path` on.
+
+  These are exactly the texts that `to_document` will encode. Other fields of a record, and records
+  that cannot become a document, give none.
+  """
+  collector = TextCollector(pathlib.Path(path))
   for record in records:
-    if isinstance(record.value, str):
-      yield record.value
-    elif record.value:
-      for name, value in record.value.items():
-        if isinstance(value, str) and name != fields_from:
-          yield value
+    if not record.problem:
+      collector.texts.clear()
+      with contextlib.suppress(BadDocument):  # `add_documents` reports it.
+        to_document(collector, record)
+        yield from collector.texts
+
+
+def _fields(record: Record) -> dict[str, Any]:
+  assert isinstance(record.value, dict)
+  return record.value
+
+
+def _ids(value: Any, what: str, vocab_size: int) -> np.ndarray:
+  """Ids of a list or array of integers in [0, vocab_size): int64 [L]. Raises BadDocument."""
+  if isinstance(value, np.ndarray):
+    kinds = {str(value.dtype)}
+  elif isinstance(value, list):
+    kinds = {type(item).__name__ for item in value}
+  else:
+    raise BadDocument(f"{what} is {type(value).__name__}, not a list of ids")
+  others = sorted(kind for kind in kinds if not re.fullmatch(r"u?int\d*", kind))
+  if others or np.ndim(value) != 1:
+    raise BadDocument(f"{what} is a list of {' and '.join(others) or 'lists'}, not of ids")
+  if not len(value):
+    raise BadDocument("the document is empty")
+  ids = np.asarray(value)
+  for wrong in (ids.min(), ids.max()):
+    if not 0 <= wrong < vocab_size:
+      raise BadDocument(f"{what} holds {wrong}, which is no id of the tokenizer: [0, {vocab_size})")
+  return ids.astype(np.int64)
 
 
 def _is_text_list(value: Any) -> bool:
-  return isinstance(value, list | tuple) and value and all(isinstance(v, str) for v in value)
+  return isinstance(value, list | tuple) and bool(value) and all(isinstance(v, str) for v in value)

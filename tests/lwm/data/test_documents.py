@@ -44,7 +44,7 @@ def test_fields_as_in_lwm(tokenizer):
 @pytest.mark.parametrize("codes", [CODES, np.reshape(CODES, (2, 256)).tolist()])
 def test_vision_fields(tokenizer, codes):
   vision = tokenizer.vocab_size + frame_tokens(np.reshape(CODES, (2, 256)))
-  start, end = tokenizer.encode("<vision>"), tokenizer.encode("</vision>")
+  start, end = [tokenizer.marks["<vision>"]], [tokenizer.marks["</vision>"]]
   record = {"instruction": "watch", "vision": codes, "output": "a dog"}
   _check(
     record_document(tokenizer, record, "[instruction+vision],output"),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from lwm.data import Dataset, DatasetWriter, prepare, sources, text_document
+from lwm.data import BadDocument, Dataset, DatasetWriter, prepare, sources, text_document
 from lwm.data.documents import record_document
 from lwm.errors import UserError
 
@@ -30,7 +30,7 @@ def test_text_files(tokenizer, tmp_path):
   (root / "a.txt").write_bytes(b"caf\xe9")
   (root / "blank.txt").write_text(" \n")
   (root / "other.md").write_text("not this")
-  dataset, bad = _prepare(tmp_path / "out", tokenizer, sources.text_files(root))
+  dataset, bad = _prepare(tmp_path / "out", tokenizer, sources.FileSource(root, "text"))
   assert _documents(dataset) == [
     text_document(tokenizer, text).tokens.tolist() for text in ("the fox\n", "a dog")
   ]
@@ -61,7 +61,9 @@ def test_jsonl_with_bad_lines_and_a_bad_file(tokenizer, tmp_path):
   (root / "2.jsonl").write_bytes(bytes(range(256)))
   (root / "3.jsonl").write_text(json.dumps(good[2]))
   to_document = prepare.from_fields(["[q],a"], "fields", seed=0)
-  dataset, bad = _prepare(tmp_path / "out", tokenizer, sources.jsonl_files(root), to_document)
+  dataset, bad = _prepare(
+    tmp_path / "out", tokenizer, sources.FileSource(root, "jsonl"), to_document
+  )
   assert _documents(dataset) == [
     record_document(tokenizer, record, "[q],a").tokens.tolist() for record in good
   ]
@@ -91,7 +93,9 @@ def test_a_record_says_its_own_fields(tokenizer, tmp_path):
   outputs = []
   for run in ("a", "b"):
     to_document = prepare.from_fields([], "fields", seed=3)
-    dataset, bad = _prepare(tmp_path / run, tokenizer, sources.jsonl_files(source), to_document)
+    dataset, bad = _prepare(
+      tmp_path / run, tokenizer, sources.FileSource(source, "jsonl"), to_document
+    )
     outputs.append(_documents(dataset))
     assert [b["where"] for b in bad] == [f"{source}:32", f"{source}:33"]
   assert outputs[0] == outputs[1]
@@ -122,14 +126,15 @@ class TinyTfds(tfds.core.GeneratorBasedBuilder):
 
 def test_tfds_by_name_and_by_directory(tokenizer, tmp_path):
   expected = sorted(text_document(tokenizer, t).tokens.tolist() for t in ("the fox", "a ü dog"))
-  records = sources.tfds_records("tiny_tfds", "train", "body", str(tmp_path / "tfds"))
-  dataset, bad = _prepare(tmp_path / "by_name", tokenizer, records)
+  to_document = prepare.from_text_field("body")
+  records = sources.TfdsSource("tiny_tfds", "train", ["body"], str(tmp_path / "tfds"))
+  dataset, bad = _prepare(tmp_path / "by_name", tokenizer, records, to_document)
   assert sorted(_documents(dataset)) == expected
   assert len(bad) == 1 and bad[0]["where"].startswith("tiny_tfds/train:")
 
   directory = str(tmp_path / "tfds" / "tiny_tfds" / "1.0.0")
   dataset, bad = _prepare(
-    tmp_path / "by_directory", tokenizer, sources.tfds_records(directory, "train", "body")
+    tmp_path / "by_directory", tokenizer, sources.TfdsSource(directory, "train"), to_document
   )
   assert sorted(_documents(dataset)) == expected and len(bad) == 1
 
@@ -137,27 +142,27 @@ def test_tfds_by_name_and_by_directory(tokenizer, tmp_path):
   (shard,) = (tmp_path / "tfds" / "tiny_tfds" / "1.0.0").glob("*array_record*")
   content = shard.read_bytes()
   shard.write_bytes(content[:100] + bytes(len(content) - 100))
-  (*_, last) = sources.tfds_records(directory, "train", "body")
+  (*_, last) = sources.TfdsSource(directory, "train")
   assert last.where == f"{directory}/train:2" and last.problem.startswith("cannot be read: ")
   shard.write_bytes(content)
 
   with pytest.raises(UserError, match="no feature 'text', only body, label"):
-    next(sources.tfds_records(directory, "train", "text"))
+    sources.TfdsSource(directory, "train", ["text"])
   with pytest.raises(UserError, match="split 'test'"):
-    next(sources.tfds_records(directory, "test", "body"))
+    sources.TfdsSource(directory, "test", ["body"])
   with pytest.raises(UserError, match="Could not open TFDS dataset 'nothing_like_it'"):
-    next(sources.tfds_records("nothing_like_it"))
+    sources.TfdsSource("nothing_like_it")
 
 
 def test_a_source_without_a_good_document_ends_the_run(tokenizer, tmp_path):
   (tmp_path / "in.txt").write_bytes(b"\xff")
   with pytest.raises(UserError, match=r"No good document .* 1 bad .*in.txt: not UTF-8"):
-    _prepare(tmp_path / "out", tokenizer, sources.text_files(tmp_path))
+    _prepare(tmp_path / "out", tokenizer, sources.FileSource(tmp_path, "text"))
   assert not (tmp_path / "out").exists()
   with pytest.raises(UserError, match="no file that ends in .jsonl in"):
-    _prepare(tmp_path / "out", tokenizer, sources.jsonl_files(tmp_path))
+    _prepare(tmp_path / "out", tokenizer, sources.FileSource(tmp_path, "jsonl"))
   with pytest.raises(UserError, match="no input .*missing"):
-    _prepare(tmp_path / "out", tokenizer, sources.text_files(tmp_path / "missing"))
+    _prepare(tmp_path / "out", tokenizer, sources.FileSource(tmp_path / "missing", "text"))
 
 
 def test_a_file_name_that_is_not_utf8(tokenizer, tmp_path):
@@ -167,7 +172,7 @@ def test_a_file_name_that_is_not_utf8(tokenizer, tmp_path):
   (root / os.fsdecode(b"caf\xe9.jsonl")).write_text(line)
   to_document = prepare.from_fields([], "fields", seed=0)
   dataset, bad = _prepare(
-    tmp_path / "out", tokenizer, sources.jsonl_files(root), to_document, fraction=1e-9
+    tmp_path / "out", tokenizer, sources.FileSource(root, "jsonl"), to_document, fraction=1e-9
   )
   assert len(_documents(dataset)) == 1 and not bad
 
@@ -179,8 +184,85 @@ def test_the_split_hangs_on_the_document_alone(tokenizer, tmp_path):
     for i in range(40):
       if root == "here" or i % 2:  # Other files come and go.
         (tmp_path / root / f"{i:02}.txt").write_text(f"text {i}")
-    records = list(sources.text_files(tmp_path / root))
+    records = list(sources.FileSource(tmp_path / root, "text"))
     split = prepare.by_fraction(0.25)
     splits.append({record.value: split(record) for record in records})
   assert splits[1].items() <= splits[0].items()
   assert 3 < list(splits[0].values()).count("validation") < 20
+
+
+@pytest.mark.parametrize(
+  "value, outcome",
+  [
+    ([5, 6], [1, 5, 6, 2]),
+    ([1, 5, 2], [1, 5, 2]),
+    ([1, 5], [1, 5, 2]),
+    (np.array([5, 289], np.uint16), [1, 5, 289, 2]),
+    ([np.int64(5)], [1, 5, 2]),
+    ([2], [1, 2, 2]),
+    ([], "the document is empty"),
+    (np.array([], np.int32), "the document is empty"),
+    ([5, 290], "field 'ids' holds 290, which is no id of the tokenizer: [0, 290)"),
+    ([-1, 5], "field 'ids' holds -1, which is no id of the tokenizer: [0, 290)"),
+    ([2**70], f"field 'ids' holds {2**70}, which is no id of the tokenizer: [0, 290)"),
+    ([1, 2.0], "field 'ids' is a list of float, not of ids"),
+    ([1, True], "field 'ids' is a list of bool, not of ids"),
+    ([None, "x"], "field 'ids' is a list of NoneType and str, not of ids"),
+    ([[5]], "field 'ids' is a list of list, not of ids"),
+    (np.array([[5]]), "field 'ids' is a list of lists, not of ids"),
+    (np.array([0.5], np.float32), "field 'ids' is a list of float32, not of ids"),
+    ("5 6", "field 'ids' is str, not a list of ids"),
+    (5, "field 'ids' is int, not a list of ids"),
+    (None, "field 'ids' is NoneType, not a list of ids"),
+  ],
+)
+def test_ids(tokenizer, value, outcome):
+  record = sources.Record("x:1", "x:1", "x", {"ids": value})
+  to_document = prepare.from_ids("ids")
+  if isinstance(outcome, str):
+    with pytest.raises(BadDocument) as error:
+      to_document(tokenizer, record)
+    assert str(error.value) == outcome
+  else:
+    document = to_document(tokenizer, record)
+    assert document.tokens.dtype == np.int32 and document.tokens.tolist() == outcome
+    assert document.loss_mask.tolist() == [False] + [True] * (len(outcome) - 1)
+
+
+@pytest.mark.parametrize(
+  "value, outcome",
+  [
+    ("ü", "ü"),
+    ("ü".encode(), "ü"),
+    (b"\xff", "field 'body' is not UTF-8: byte 0xff at 0"),
+    ([np.int32(1)], "field 'body' is list, not text"),
+    (np.array([1]), "field 'body' is ndarray, not text"),
+    (3, "field 'body' is int, not text"),
+  ],
+)
+def test_only_text_is_text(tokenizer, value, outcome):
+  record = sources.Record("x:1", "x:1", "x", {"body": value})
+  for to_document in (prepare.from_text_field("body"), prepare.from_fields(["body"], "", 0)):
+    if value in ("ü", "ü".encode()):
+      assert tokenizer.decode(to_document(tokenizer, record).tokens) == outcome
+    else:
+      with pytest.raises(BadDocument) as error:
+        to_document(tokenizer, record)
+      assert str(error.value) == outcome
+
+
+def test_a_tokenizer_learns_from_the_texts_of_documents_alone(tmp_path):
+  values = [
+    {"q": "fox", "a": "owl", "url": "x", "vision": [0] * 256},
+    {"q": "no answer", "url": "y"},
+    {"q": "half \ud83d", "a": "z", "vision": [0] * 256},
+  ]
+  records = [sources.Record(f"x:{i}", f"x:{i}", "x", value) for i, value in enumerate(values)]
+  records.append(sources.Record("x:3", "x:3", "x", None, "not JSON"))
+
+  def learned(to_document):
+    return list(prepare.training_texts(records, to_document, tmp_path / "t.model"))
+
+  assert learned(prepare.from_fields(["[q],a+vision"], "", 0)) == ["fox", "owl"]
+  assert learned(prepare.from_text_field("q")) == ["fox", "no answer"]
+  assert learned(prepare.from_ids("vision")) == []
