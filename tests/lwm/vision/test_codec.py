@@ -65,7 +65,7 @@ def test_same_weights_same_file_other_weights_another(model, path, tmp_path):
 
 
 def test_the_config_is_first_in_the_file(path):
-  """Another order would give the same weights another hash than the datasets made with them name."""
+  """In another order, the same weights would have another hash, which datasets record."""
   with np.load(path) as file:
     assert file.files[:2] == ["config", "codebook"]
 
