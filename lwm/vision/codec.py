@@ -40,15 +40,14 @@ def save_vqgan(path: str | os.PathLike, config: VQGANConfig, state: nnx.State) -
     config: the sizes of the model.
     state: all variables of the model, as `nnx.state(model)` returns them.
   """
-  arrays = {
-    ".".join(str(key) for key in keys): np.asarray(value[...])
-    for keys, value in nnx.to_flat_state(state)
-  }
+  # The config comes first: the order is part of the file's hash.
+  arrays = {_CONFIG: np.array(json.dumps(dataclasses.asdict(config)))}
+  for keys, value in nnx.to_flat_state(state):
+    arrays[".".join(str(key) for key in keys)] = np.asarray(value[...])
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   unfinished = path.with_name(path.name + ".unfinished")
   with open(unfinished, "wb") as file:
-    arrays[_CONFIG] = np.array(json.dumps(dataclasses.asdict(config)))
     np.savez(file, **arrays)  # type: ignore[arg-type]  # no array is named allow_pickle
   unfinished.rename(path)
 

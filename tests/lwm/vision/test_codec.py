@@ -64,6 +64,12 @@ def test_same_weights_same_file_other_weights_another(model, path, tmp_path):
   assert sorted(file.name for file in tmp_path.iterdir()) == ["other.npz", "same.npz"]
 
 
+def test_the_config_is_first_in_the_file(path):
+  """In another order, the same weights would have another hash, which datasets record."""
+  with np.load(path) as file:
+    assert file.files[:2] == ["config", "codebook"]
+
+
 def test_codes_are_the_models_in_any_batch(model, path):
   frames = random_frames(7)
   codes = Codec(path, batch_size=3).encode(frames)
