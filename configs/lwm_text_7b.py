@@ -1,16 +1,16 @@
 """LWM-Text 7B: five stages from 32K to 1M tokens (arXiv 2402.08268, table 1 and appendix).
 
-For 256 TPU v4 chips. LWM went on from Llama-2 7B; a run here begins with random parameters, for no
-program takes converted ones (lwm/convert) yet. The datasets are books filtered by length, one
-directory a stage, made by `python -m experiments.prepare_data`; override where yours are:
+For 256 TPU v4 chips. LWM started from Llama-2 7B; a run here starts from random parameters, because
+no program writes converted ones (lwm/convert) as a checkpoint yet. The datasets are books filtered by length, one
+directory per stage, made by `python -m experiments.prepare_data`. Give the paths of yours by flags:
 
     python -m experiments.train --config=configs/lwm_text_7b.py --workdir=/shared/runs/text \
         '--config.datasets[0].path=/shared/data/books-10k-100k'
 
-The meshes have the paper's tensor x ring and fit these chips, and half of them
-(`python -m experiments.plan --table=recipes`). By the planner's roofline a ring in place of tensor
-is faster and fits too: the 1M stage with fsdp=4, ring=64, tensor=1 and
---config.model.remat=attention takes 14.2 of 30.75 GiB and four fifths of the time.
+The meshes have the paper's tensor x ring. They fit these chips and half as many
+(`python -m experiments.plan --table=recipes`). By the planner's roofline, a ring instead of tensor
+parallelism is faster and fits too: the 1M stage with fsdp=4, ring=64, tensor=1 and
+--config.model.remat=attention needs 14.2 of 30.75 GiB and four fifths of the time.
 """
 
 from configs import models
@@ -59,6 +59,6 @@ def get_config() -> Experiment:
     ),
     datasets=datasets,
     stages=stages,
-    # Four minutes of the shortest rows, an hour of the longest.
+    # Every four minutes with the shortest rows, every hour with the longest.
     checkpoint=CheckpointConfig(every_steps=20),
   )

@@ -1,9 +1,10 @@
 """LWM 7B over text and video: five stages from 1K to 1M tokens (arXiv 2402.08268, appendix).
 
-For 512 TPU v4 chips. LWM went on from LWM-Text 1M. Images and videos are 256 codes a frame at 4
-frames a second; the chat stages take a quarter each of text-to-image, image understanding,
-text-to-video and video understanding. Override where your datasets are, as in
-configs/lwm_text_7b.py, which has a word on parameters and faster meshes too.
+For 512 TPU v4 chips. A run starts from the final parameters of configs/lwm_text_7b.py, as LWM's
+did, with new rows for vision ids; name that run's workdir with --config.init_from. Images and videos have 256 codes per frame, and
+videos 4 frames per second. The chat stages are one quarter each of text-to-image, image
+understanding, text-to-video and video understanding. Give the paths of your datasets by flags, as
+described in configs/lwm_text_7b.py, which also covers faster meshes.
 """
 
 from configs import models
@@ -19,7 +20,7 @@ from lwm.parallel.sharding import MeshConfig
 
 
 def _quarters(frames: int) -> dict[str, float]:
-  """The chat stages' mixture: videos of `frames` frames."""
+  """The mixture of a chat stage whose videos have `frames` frames."""
   return {
     "text_to_image": 0.25,
     "image_understanding": 0.25,
@@ -29,7 +30,7 @@ def _quarters(frames: int) -> dict[str, float]:
 
 
 # name, sequence length, steps, warm-up steps, peak and end learning rate, tensor, ring, mixture.
-# The paper gives no meshes for these stages: these keep one row or more on each data shard.
+# The paper gives no meshes for these stages; the meshes here leave at least one row per data shard.
 _STAGES = (
   ("1k", 2**10, 45000, 1000, 6e-4, 6e-5, 1, 1, {"text_image": 0.84, "text": 0.16}),
   ("8k", 2**13, 14000, 500, 6e-4, 6e-5, 1, 1, {"text_video_30": 0.84, "text": 0.16}),
@@ -37,7 +38,7 @@ _STAGES = (
   ("128k", 2**17, 450, 50, 8e-5, 8e-5, 8, 1, _quarters(450)),
   ("1m", 2**20, 50, 5, 8e-5, 8e-5, 16, 4, _quarters(4000)),
 )
-# Question answering: every answer counts alike, however long the film beside it.
+# Question answering: all answers have equal weight, however long the video beside them is.
 _BY_EXAMPLE = ("image_understanding", "video_understanding")
 
 
@@ -45,6 +46,7 @@ def get_config() -> Experiment:
   names = list(dict.fromkeys(name for stage in _STAGES for name in stage[-1]))
   return Experiment(
     name="lwm_vision_7b",
+    init_from="runs/lwm_text_7b",
     tokenizer="data/lwm/tokenizer.model",
     model=models.lwm_7b(vision=True),
     optimizer=OptimizerConfig(
@@ -73,6 +75,6 @@ def get_config() -> Experiment:
       )
       for name, length, steps, warmup, peak, end, tensor, ring, mixture in _STAGES
     ],
-    # A minute and a half of the shortest rows, an hour of the longest.
+    # Every minute and a half with the shortest rows, every hour with the longest.
     checkpoint=CheckpointConfig(every_steps=20),
   )

@@ -1,4 +1,4 @@
-"""Model sizes. A config names one and changes what it must."""
+"""Model sizes. A config picks one and changes what it needs to."""
 
 from lwm.config.model import ModelConfig, RopeScaling
 from lwm.config.vqgan import VQGANConfig
@@ -31,7 +31,7 @@ def lwm_13b(vision: bool = False) -> ModelConfig:
 
 
 def llama3_8b(vision: bool = False, scaled_rope: bool = True) -> ModelConfig:
-  """Llama 3.1 8B; 3.0 without the scaled RoPE. Its rope_theta is 5e5 (arXiv 2407.21783)."""
+  """Llama 3.1 8B, or 3.0 without the scaled RoPE; both use rope_theta 5e5 (arXiv 2407.21783)."""
   model = lwm_7b(vision)
   model.num_kv_heads = 8
   model.feed_forward_width = 14336
@@ -41,7 +41,7 @@ def llama3_8b(vision: bool = False, scaled_rope: bool = True) -> ModelConfig:
 
 
 def laptop(text_vocab_size: int) -> ModelConfig:
-  """3.5 million parameters, for two CPU cores: float32, nothing recomputed."""
+  """3.5 million parameters, for two CPU cores: float32, without recompute."""
   return ModelConfig(
     num_layers=4,
     width=128,
@@ -51,7 +51,7 @@ def laptop(text_vocab_size: int) -> ModelConfig:
     feed_forward_width=384,
     text_vocab_size=text_vocab_size,
     vision_vocab_size=VISION_VOCAB_SIZE,
-    # About 1 / sqrt(width): from 0.02 so narrow a model takes long to attend to anything.
+    # About 1 / sqrt(width). With 0.02, a model this narrow takes long to learn to attend.
     initializer_std=0.08,
     compute_dtype="float32",
     remat="none",
@@ -59,7 +59,7 @@ def laptop(text_vocab_size: int) -> ModelConfig:
 
 
 def debug(text_vocab_size: int = 256, vision_vocab_size: int = VISION_VOCAB_SIZE) -> ModelConfig:
-  """As small as every code path allows: for tests."""
+  """As small as every code path allows, for tests."""
   return ModelConfig(
     num_layers=2,
     width=32,
@@ -75,7 +75,7 @@ def debug(text_vocab_size: int = 256, vision_vocab_size: int = VISION_VOCAB_SIZE
 
 
 def laptop_vqgan() -> VQGANConfig:
-  """Small enough to train in two minutes on two cores; 16x16 codes a frame, like LWM's."""
+  """Small enough to train in two minutes on two cores; 16x16 codes per frame, like LWM's."""
   return VQGANConfig(
     resolution=64,
     hidden_channels=16,

@@ -1,15 +1,16 @@
-"""Whether an experiment fits a machine that need not be there, and roughly how fast it would be.
+"""Whether an experiment fits a machine, which you don't need to have, and roughly how fast it is.
 
     python -m experiments.plan --config=configs/lwm_text_7b.py --topology=v5p:8x8x4 --stage=1m
     python -m experiments.plan --config=configs/lwm_text_7b.py --topology=v5p:8x8x4 --search
     python -m experiments.plan --config=configs/lwm_text_7b.py --topology=v5p:8x8x4 --longest
     python -m experiments.plan --table=recipes
 
-Compiles the train step that training would run, ahead of time, on a CPU: TPU slices by
-`pip install libtpu`, GPUs (h100:4x8, four hosts of eight) by JAX's CUDA plugin. Settings are flags,
-as in training: --config.stages[4].mesh.ring=8, --config.model.remat=attention. `--search` tries
-meshes, remat and offload policies of a stage, `--longest` rows of one batch over the whole machine;
-both print only what has been compiled and fits, and on stderr what they try.
+Compiles the train step that training would run, ahead of time, on a CPU. libtpu (`pip install
+libtpu`) compiles for TPU slices, JAX's CUDA plugin for GPUs (h100:4x8 is four hosts with eight GPUs
+each). Settings are flags, as in training: --config.stages[4].mesh.ring=8,
+--config.model.remat=attention. `--search` tries meshes, remat policies and offload policies for a
+stage. `--longest` tries longer and longer rows, one row per batch over the whole machine. Both
+print only plans that have been compiled and fit, and report every try on stderr.
 """
 
 import functools
@@ -32,22 +33,22 @@ from lwm.plan.candidates import Candidate, candidates
 
 _CONFIG = experiment_flags.define_config(required=False)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "The machine: v5p:8x8x8, v5e:16x16, h100:4x8.")
-_STAGE = flags.DEFINE_string("stage", None, "Name or number (from 0) of a stage; all unless given.")
-_JSON = flags.DEFINE_bool("json", False, "Print one JSON object a line for each plan instead.")
+_STAGE = flags.DEFINE_string("stage", None, "Name or number (from 0) of a stage; default: all.")
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON object per plan and line instead.")
 _SEARCH = flags.DEFINE_bool("search", False, "Find the fastest meshes and policies that fit.")
 _LONGEST = flags.DEFINE_bool("longest", False, "Find the longest row that fits.")
-_TOP = flags.DEFINE_integer("top", 5, "Plans that --search prints.", lower_bound=1)
+_TOP = flags.DEFINE_integer("top", 5, "Number of plans that --search prints.", lower_bound=1)
 _TRIES = flags.DEFINE_integer(
   "tries",
   16,
-  "Programs that --search compiles of a stage, --longest of a length, at most.",
+  "Maximum number of programs to compile per stage (--search) or per length (--longest).",
   lower_bound=1,
 )
 _TABLE = flags.DEFINE_enum(
   "table",
   None,
   ["recipes", "longest"],
-  "LWM's stages on its chips and on half of them, or longest contexts against RingAttention's.",
+  "LWM's stages on LWM's chips and half of them, or the longest contexts beside RingAttention's.",
 )
 
 
@@ -59,9 +60,9 @@ def main(argv: list[str]) -> None:
       print(row, flush=True)
     return
   if _CONFIG.value is None or _TOPOLOGY.value is None:
-    raise UserError("say --config=FILE and --topology=MACHINE, or --table=recipes or longest.")
+    raise UserError("give --config=FILE and --topology=MACHINE, or --table=recipes or longest.")
   if _SEARCH.value and _LONGEST.value:
-    raise UserError("--search and --longest are two questions: ask one.")
+    raise UserError("--search and --longest exclude each other: give one of them.")
   experiment = _CONFIG.value
   validate(experiment)
   experiment.stages = chosen_stages(experiment, _STAGE.value)
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
   if _SEARCH.value:
     _print_found(experiment, topology)
   elif _LONGEST.value:
-    tried = []
+    tried: list[StagePlan] = []
     plan = longest(experiment, topology, functools.partial(_tell, tried=tried), _TRIES.value)
     if plan is None:
       raise UserError(report.nothing_fits(topology, "a row", tried, ()))
@@ -88,14 +89,14 @@ def _print_plans(experiment: Experiment, topology: Topology) -> None:
       json.dumps(plan.as_json()) if _JSON.value else report.stage_report(plan) + "\n", flush=True
     )
   if len(plans) > 1 and not _JSON.value:
-    print(report.table(plans))
+    print("\n".join([report.table_head(), *map(report.table_row, plans)]))
 
 
 def _print_found(experiment: Experiment, topology: Topology) -> None:
-  """What fits of every stage; raises a UserError in the end if of some nothing does."""
+  """Prints what fits for each stage, then raises a UserError that names stages that don't fit."""
   missing = []
   for stage in experiment.stages:
-    tried = []
+    tried: list[StagePlan] = []
     tell = functools.partial(_tell, tried=tried)
     found = search(experiment, stage, topology, tell, _TRIES.value)
     if not _print_rows(itertools.islice(found, _TOP.value)):
@@ -106,7 +107,7 @@ def _print_found(experiment: Experiment, topology: Topology) -> None:
 
 
 def _print_rows(plans: Iterable[StagePlan]) -> int:
-  """As they come; all of them fit. Returns how many they are."""
+  """Prints plans as they arrive, and returns their number."""
   count = 0
   for count, plan in enumerate(plans, 1):
     if _JSON.value:
@@ -126,7 +127,7 @@ def _tell(
 
 
 def chosen_stages(experiment: Experiment, choice: str | None) -> list[Stage]:
-  """The stage of that name or number, or all of them."""
+  """The stage with this name or number, or all stages if `choice` is None."""
   if choice is None:
     return experiment.stages
   names = [stage.name for stage in experiment.stages]
@@ -134,13 +135,20 @@ def chosen_stages(experiment: Experiment, choice: str | None) -> list[Stage]:
     return [experiment.stages[names.index(choice)]]
   if choice.isdigit() and int(choice) < len(names):
     return [experiment.stages[int(choice)]]
-  raise UserError(f"--stage={choice}: the experiment's stages are {', '.join(names)}, from 0.")
+  raise UserError(
+    f"--stage={choice}: the experiment's stages are {', '.join(names)}; give a name, or a number "
+    "from 0."
+  )
 
 
 if __name__ == "__main__":
-  # Compilers only: a TPU or GPU that is here stays free for others. libtpu's start is noisy.
+  # libtpu logs a lot when it starts.
   os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  # Without this, XLA's warnings about GPU programs bury the lines of --search. `import jax` has set
+  # level 1, which still shows warnings; the GPU compiler reads the level later, when it is loaded.
+  if os.environ["TF_CPP_MIN_LOG_LEVEL"] == "1":
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
   xla_flags.apply()
+  # Only compilers are needed: a TPU or GPU of this machine stays free for others.
   jax.config.update("jax_platforms", "cpu")
   experiment_flags.run(main)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from configs import lwm_text_7b, lwm_vision_7b, models
 from lwm.config.experiment import Experiment, Stage
@@ -11,8 +11,11 @@ from lwm.config.validate import check_devices, validate
 from lwm.errors import ConfigError
 from lwm.plan import StagePlan, Topology, load, longest, plan_stage, report, search
 from lwm.plan.candidates import length_text
+from lwm.plan.search import Report
 
-# LWM's chips and half of them.
+# A function that returns an experiment, and the machines to plan it for.
+Recipe = tuple[Callable[[], Experiment], tuple[str, ...]]
+# Each recipe on LWM's chips, and on half of them.
 RECIPES = (
   (lwm_text_7b.get_config, ("v4:8x8x4", "v4:8x4x4")),
   (lwm_vision_7b.get_config, ("v4:8x8x8", "v4:8x8x4")),
@@ -21,7 +24,14 @@ RECIPES = (
 
 @dataclasses.dataclass(frozen=True)
 class Contest:
-  """The longest context of a model on a machine by the RingAttention paper (arXiv 2310.01889)."""
+  """A model and a machine for which the RingAttention paper (arXiv 2310.01889) gives a context.
+
+  Attributes:
+    name: of the model.
+    model: its configuration.
+    machine: as in --topology.
+    paper: the longest context in the paper, in tokens.
+  """
 
   name: str
   model: Callable[[], ModelConfig]
@@ -38,8 +48,17 @@ CONTESTS = (
 )
 
 
-def recipes(report_try, tries: int, as_json: bool, cases=RECIPES) -> Iterator[str]:
-  """Lines: every stage with the config's own mesh, or the fastest found where that does not fit."""
+def recipes(
+  report_try: Report, tries: int, as_json: bool, cases: Sequence[Recipe] = RECIPES
+) -> Iterator[str]:
+  """Lines: every stage with the config's own mesh, or the fastest mesh found if that doesn't fit.
+
+  Args:
+    report_try: called after each compilation of a search.
+    tries: maximum number of programs to compile per search.
+    as_json: yield JSON objects instead of a table.
+    cases: functions that return an experiment, each with the machines to plan it for.
+  """
   if not as_json:
     yield f"{'config':<14} {report.table_head()}"
   for get_config, machines in cases:
@@ -50,17 +69,17 @@ def recipes(report_try, tries: int, as_json: bool, cases=RECIPES) -> Iterator[st
       for stage in experiment.stages:
         plan = _own_or_found(experiment, stage, topology, report_try, tries)
         if as_json:
-          row = {"config": experiment.name, "stage": stage.name, "machine": machine}
-          yield json.dumps({**row, "plan": plan and plan.as_json()})
+          case = {"config": experiment.name, "stage": stage.name, "machine": machine}
+          yield json.dumps({**case, "plan": plan and plan.as_json()})
         else:
           row = report.table_row(plan) if plan else f"{stage.name}: nothing tried fits {machine}"
           yield f"{experiment.name:<14} {row}"
 
 
 def _own_or_found(
-  experiment: Experiment, stage: Stage, topology: Topology, report_try, tries: int
+  experiment: Experiment, stage: Stage, topology: Topology, report_try: Report, tries: int
 ) -> StagePlan | None:
-  """The stage's own plan if it fits, else the fastest that was found to, None if none was."""
+  """The plan with the stage's own mesh if it fits, else the fastest plan found, or None."""
   alone = dataclasses.replace(experiment, stages=[stage])
   try:
     check_devices(alone, len(topology.devices))
@@ -72,8 +91,17 @@ def _own_or_found(
   return next(search(experiment, stage, topology, report_try, tries), None)
 
 
-def longest_contexts(report_try, tries: int, as_json: bool, cases=CONTESTS) -> Iterator[str]:
-  """Lines: the longest row of each model on each machine, and how many times the paper's it is."""
+def longest_contexts(
+  report_try: Report, tries: int, as_json: bool, cases: Sequence[Contest] = CONTESTS
+) -> Iterator[str]:
+  """Lines: the longest row for each model and machine, and its ratio to the paper's.
+
+  Args:
+    report_try: called after each compilation.
+    tries: maximum number of programs to compile per length.
+    as_json: yield JSON objects instead of a table.
+    cases: models and machines.
+  """
   if not as_json:
     yield f"{'model':<6} {'longest':>8} {'paper':>8} {'ratio':>6}  {report.table_head()}"
   for case in cases:
@@ -83,8 +111,8 @@ def longest_contexts(report_try, tries: int, as_json: bool, cases=CONTESTS) -> I
     length = plan.stage.sequence_length if plan else 0
     ratio = length / case.paper
     if as_json:
-      row = {"model": case.name, "machine": case.machine, "paper": case.paper, "longest": length}
-      yield json.dumps({**row, "ratio": ratio, "plan": plan and plan.as_json()})
+      found = {"model": case.name, "machine": case.machine, "paper": case.paper, "longest": length}
+      yield json.dumps({**found, "ratio": ratio, "plan": plan and plan.as_json()})
     else:
       row = report.table_row(plan) if plan else f"nothing tried fits {case.machine}"
       yield (

@@ -1,7 +1,8 @@
-"""What accelerators can do at most: the one table behind MFU and plans.
+"""Peak rates and memory of accelerators: the one table that MFU and plans use.
 
-Peaks are the makers' (Google Cloud's system architecture pages, NVIDIA's data sheets): dense, no
-sparsity. A figure is for one JAX device, which is a chip but for TPU7x, where a chip is two.
+Peaks come from the makers (Google Cloud's system architecture pages, NVIDIA's data sheets), for
+dense matrices. Each figure is for one JAX device. That is one chip, except that a TPU7x chip is two
+devices.
 """
 
 import dataclasses
@@ -15,18 +16,18 @@ class Chip:
 
   Attributes:
     name: as in `--topology=NAME:...`.
-    kinds: parts of `jax.Device.device_kind` in lower case that mean this one.
+    kinds: lower-case parts of `jax.Device.device_kind` that identify the device.
     flops: bfloat16 FLOP/s.
-    memory: bytes. On TPUs what XLA grants a program; on GPUs the whole, of which JAX gets a part
-      (lwm/parallel/xla_flags.py).
+    memory: bytes. On TPUs, what XLA grants a program; on GPUs, all of it, although JAX gets only a
+      part (lwm/parallel/xla_flags.py).
     memory_bandwidth: bytes/s.
-    link_bandwidth: bytes/s one way, of a link to one neighbour in the torus (TPU) or of the device
-      to all others in its host (GPU).
-    network_bandwidth: bytes/s one way of the device's share of the network between hosts (GPU) or
+    link_bandwidth: bytes/s one way, over a link to one neighbour in the torus (TPU) or from the
+      device to all others in its host (GPU).
+    network_bandwidth: bytes/s one way, the device's share of the network between hosts (GPU) or
       slices (TPU).
     host_bandwidth: bytes/s one way to the host's memory.
-    host_memory: bytes of the host's memory that are a device's share, on Google Cloud's machines.
-    devices_per_chip: JAX devices that are one chip.
+    host_memory: bytes, the device's share of the host's memory on Google Cloud's machines.
+    devices_per_chip: number of JAX devices per chip.
   """
 
   name: str
@@ -45,12 +46,12 @@ class Chip:
     return self.name.startswith(("v", "tpu"))
 
 
-# The first whose kind is part of a device's counts, so the longer come first. Memory of TPUs is
-# what libtpu 0.0.48 says is there when a program takes too much.
+# The first entry that matches a device counts, so longer kinds come first. The memory of a TPU is
+# what libtpu 0.0.48 reports as available when a program needs too much.
 CHIPS = (
   Chip("v4", ("tpu v4",), 275e12, int(30.75 * GIB), 1.2e12, 45e9, 6e9, 8e9, 101e9),
   Chip("v5e", ("tpu v5 lite", "tpu v5e"), 197e12, int(15.75 * GIB), 0.82e12, 45e9, 3e9, 8e9, 48e9),
-  # It calls itself "TPU v5" or "TPU v5p".
+  # Its device kind is "TPU v5" or "TPU v5p".
   Chip("v5p", ("tpu v5",), 459e12, int(95.73 * GIB), 2.765e12, 90e9, 6e9, 16e9, 112e9),
   Chip("v6e", ("tpu v6",), 918e12, int(31.24 * GIB), 1.64e12, 90e9, 12e9, 16e9, 180e9),
   Chip(
@@ -65,6 +66,6 @@ CHIPS = (
 
 
 def of_kind(device_kind: str) -> Chip | None:
-  """The chip that a `jax.Device.device_kind` names, or None."""
+  """The entry for a `jax.Device.device_kind`, or None."""
   kind = device_kind.lower()
   return next((chip for chip in CHIPS if any(part in kind for part in chip.kinds)), None)

@@ -1,4 +1,4 @@
-"""What a device could do at most: the denominator of MFU."""
+"""Peak FLOP/s of a device: the denominator of MFU."""
 
 import time
 
@@ -9,16 +9,16 @@ from lwm.cost.chips import of_kind
 
 
 def peak_flops(device: jax.Device, compute_dtype: str) -> float | None:
-  """Peak FLOP/s of one device, or None if lwm/cost/chips.py does not have it.
+  """Peak FLOP/s of one device, or None if lwm/cost/chips.py has no entry for it.
 
-  An accelerator is held against its bfloat16 peak, whatever the run computes in. No data sheet
-  gives a CPU's, so it is measured: the best of a few large matrix products in `compute_dtype` on
-  the whole machine, shared equally among its (virtual) devices.
+  For an accelerator this is its bfloat16 peak, whatever the compute dtype. No data sheet gives the
+  peak of a CPU, so it is measured: the best of a few large matrix products in `compute_dtype` on
+  the whole machine, divided equally among its (virtual) devices.
   """
   if device.platform == "cpu":
     return measured_flops(device, compute_dtype) / jax.local_device_count()
   chip = of_kind(device.device_kind)
-  return chip and chip.flops
+  return chip.flops if chip else None
 
 
 def measured_flops(device: jax.Device, compute_dtype: str, size: int = 2048) -> float:

@@ -6,6 +6,7 @@ h/g query and key/value heads of one of N groups, D head_dim, P = D/2 pairs.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from kernels.attention import SAVED_NAMES, KeyIntervals, windowed
 from kernels.neighbours import gather_tokens, scatter_tokens
 from kernels.varying import vary_alike
 from lwm.config.model import ModelConfig
+from lwm.cost.layer import FLOAT32_BYTES, KEPT, Division, LayerCost, dtype_bytes
 from lwm.model import rope
 from lwm.model.parameters import matrix, residual_std
 from lwm.parallel.sharding import LogicalAxes, ShardingRules
@@ -141,3 +143,70 @@ def _group_of(weight_MxHxD: jax.Array, index: jax.Array, head_groups: int) -> ja
     return weight_MxHxD
   size = weight_MxHxD.shape[1] // head_groups
   return jax.lax.dynamic_slice_in_dim(weight_MxHxD, index * size, size, axis=1)
+
+
+def attention_cost(config: ModelConfig, division: Division) -> LayerCost:
+  """The cost of one attention layer, projections included."""
+  M, H, G, D = config.width, config.num_heads, config.num_kv_heads, config.head_dim
+  kept, number, groups = KEPT[config.remat], dtype_bytes(config.compute_dtype), config.head_groups
+  out = M * H * D
+  projections = M * (H + 2 * G) * D
+  # Head groups project their queries, keys and values once more where attention is recomputed.
+  regrouped = groups > 1 and not kept.attention
+
+  # Per token of a device, in elements. Key heads are repeated where `ulysses` has more devices.
+  query, key = H * D / division.tensor, G * D / division.tensor
+  local_heads = H // division.tensor
+  exchanged_heads = math.lcm(G // division.tensor, division.ulysses)
+  passes = 2 if kept.everything else 3
+  exchanges = passes * 2 * (local_heads + exchanged_heads)
+  exchanges += regrouped * (local_heads + 2 * exchanged_heads)
+
+  recomputed = 0 if kept.products else projections + out
+  kept_bytes = 0.0
+  if kept.attention:
+    kept_bytes += query * number + H / division.tensor * FLOAT32_BYTES
+  if kept.products:
+    kept_bytes += (query + 2 * key + M) * number
+  if kept.everything:
+    kept_bytes += M * number
+  return LayerCost(
+    weights=projections + out,
+    flops=2 * (projections + out),
+    # Query x key and weights x value.
+    pair_flops=4 * H * D,
+    recompute_flops=2 * (recomputed + regrouped * projections),
+    # The backward kernels compute scores twice and the products with the values once more.
+    recompute_pair_flops=(6 if kept.attention else 10) * H * D,
+    kept=kept_bytes,
+    backward=_backward_bytes(query, key, config, division),
+    hop=2 * exchanged_heads * D,
+    exchanged=exchanges * D,
+    # A gather and a scatter in each pass. Each head group gathers its tokens, again backward.
+    gathered=(2 * passes + 2 * (groups - 1) + regrouped) * M,
+  )
+
+
+def _backward_bytes(query: float, key: float, config: ModelConfig, division: Division) -> float:
+  """Bytes per token that exist at least while the gradients of attention are computed.
+
+  Args:
+    query: elements of a token's queries on one device.
+    key: elements of its keys.
+    config: of the model.
+    division: over devices.
+  """
+  number, groups = dtype_bytes(config.compute_dtype), config.head_groups
+  # Query, key, value and their gradients. The query's gradient is computed alone, and has been
+  # rounded before the others exist.
+  held = number * 2 * (query + key) + FLOAT32_BYTES * 2 * key
+  if division.ring > 1:
+    # The next key and value; the gradients in float32, and those of one hop.
+    held += number * (2 * key - query) + FLOAT32_BYTES * (2 * query + 2 * key)
+  held /= groups
+  # For all heads: the result's cotangent, and the result too where head groups run in turn.
+  held += number * query * (1 if groups == 1 else 2)
+  if division.tensor > 1:
+    # The three gradients, and their products before they are summed over devices.
+    held = max(held, number * ((query + 2 * key) / groups + config.width))
+  return held

@@ -1,22 +1,23 @@
 """The kinds of decoder blocks: layers around the residual stream.
 
-A kind is an NNX module with the constructor and the call of `Block`. To add one, write its layers
+A kind is an NNX module with the constructor, the call and the `cost` of `Block`. To add one, write its layers
 in a file of their own and enter it in KINDS; `ModelConfig.stretches` then names it.
 
 B batch, S sequence, M model width, P = D/2 pairs of a head.
 """
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
 from flax import nnx
 
 from lwm.config.model import ModelConfig
+from lwm.cost.layer import Division, LayerCost, dtype_bytes, total
 from lwm.model import extras as extras_lib
-from lwm.model.attention import Attend, Attention
+from lwm.model.attention import Attend, Attention, attention_cost
 from lwm.model.extras import Extras
-from lwm.model.feed_forward import FeedForward
+from lwm.model.feed_forward import FeedForward, feed_forward_cost
 from lwm.model.parameters import RMSNorm
 from lwm.parallel.sharding import ShardingRules
 
@@ -51,6 +52,16 @@ class Block(nnx.Module):
     x_BxSxM += self.feed_forward(self.feed_forward_norm(x_BxSxM))
     return x_BxSxM, carried, extras_lib.nothing()
 
+  @staticmethod
+  def cost(config: ModelConfig, division: Division) -> LayerCost:
+    """The cost of one block, whose input is kept under every remat policy, without its norms."""
+    parts = [attention_cost(config, division), feed_forward_cost(config, division)]
+    block_input = config.width * dtype_bytes(config.compute_dtype) / division.tensor
+    both = total((part, 1) for part in parts)
+    # About twelve reads and writes of [tokens, width] in a forward pass: norms, residuals, the
+    # inputs and results of products.
+    return dataclasses.replace(both, kept=block_input + both.kept, moved=12 * config.width)
+
 
 # Kinds of layers by the name that `Stretch.kind` gives them.
-KINDS: dict[str, Callable[..., nnx.Module]] = {"dense": Block}
+KINDS: dict[str, type[Block]] = {"dense": Block}

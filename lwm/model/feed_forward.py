@@ -11,6 +11,7 @@ from flax import nnx
 
 from kernels.feed_forward import feed_forward
 from lwm.config.model import ModelConfig
+from lwm.cost.layer import KEPT, Division, LayerCost, dtype_bytes
 from lwm.model.parameters import matrix, residual_std
 from lwm.parallel.sharding import ShardingRules
 
@@ -48,3 +49,22 @@ class FeedForward(nnx.Module):
       self.rules.gather(self.up[...], x_BxSxM.dtype, *wide),
       self.rules.gather(self.down[...], x_BxSxM.dtype, *narrow),
     )
+
+
+def feed_forward_cost(config: ModelConfig, division: Division) -> LayerCost:
+  """The cost of one feed-forward layer."""
+  M, F, number = config.width, config.feed_forward_width, dtype_bytes(config.compute_dtype)
+  kept = KEPT[config.remat]
+  # A sequence longer than one chunk goes through chunk by chunk, and nothing of a chunk is kept.
+  in_chunks = division.row_length > config.feed_forward_chunk
+  keeps_products = kept.products and not in_chunks
+  keeps_input = kept.everything and not in_chunks
+  return LayerCost(
+    weights=3 * M * F,
+    flops=6 * M * F,
+    # Gate and up; the backward pass does not need the result of the down projection.
+    recompute_flops=0 if keeps_products else 4 * M * F,
+    kept=(2 * F / division.tensor + M) * number if keeps_products else 0,
+    # A gather and a scatter in each direction, and a gather of what is not kept.
+    gathered=(4 if keeps_input else 5) * M,
+  )

@@ -1,45 +1,56 @@
-"""Model FLOPs of a training step, for MFU (PaLM, arXiv 2204.02311, appendix B).
+"""What the whole decoder costs, and the model FLOPs of a training step for MFU.
 
-The convention here: a multiply-add is two operations; the backward pass costs twice the forward;
-recompute is not counted; attention is counted for the (query, key) pairs that the causal, packed
-mask lets through and no others; padding is not counted; the head is counted for the targets that
-carry loss, over the ids that their softmax runs over.
+MFU is defined as in PaLM (arXiv 2204.02311, appendix B), with this convention: a multiply-add is
+two operations; the backward pass costs twice the forward pass; recompute is not counted; attention
+is counted for the (query, key) pairs inside the causal, packed mask only; padding is not counted;
+the head is counted for the targets that carry loss, over the ids that their softmax runs over.
 """
 
+from collections.abc import Iterator
+
 from lwm.config.model import ModelConfig
+from lwm.cost.layer import Division, LayerCost, total
+from lwm.model.block import KINDS
 
 
-def layer_parameters(model: ModelConfig) -> int:
-  """Number of weights in one block's matrix products."""
-  query_and_out = 2 * model.width * model.num_heads * model.head_dim
-  key_and_value = 2 * model.width * model.num_kv_heads * model.head_dim
-  return query_and_out + key_and_value + 3 * model.width * model.feed_forward_width
+def layers(model: ModelConfig, division: Division) -> Iterator[tuple[LayerCost, int]]:
+  """For each stretch of equal layers: the cost of one layer, and the number of layers."""
+  for stretch in model.resolved_stretches:
+    yield KINDS[stretch.kind].cost(model, division), stretch.num_layers
+
+
+def body_cost(model: ModelConfig, division: Division = Division()) -> LayerCost:
+  """The cost of all layers between the embedding and the head."""
+  return total(layers(model, division))
+
+
+def vocabulary_weights(model: ModelConfig) -> int:
+  """Elements of the embedding and, unless it is tied, of the head, without padding."""
+  return model.vocab_size * model.width * (1 if model.tied_head else 2)
 
 
 def train_flops(
   model: ModelConfig,
   *,
-  tokens: float,
-  attended_pairs: float,
-  text_targets: float,
-  vision_targets: float,
+  tokens: float = 0,
+  attended_pairs: float = 0,
+  text_targets: float = 0,
+  vision_targets: float = 0,
   softmax_range: str = "modality",
 ) -> float:
   """Model FLOPs of a forward and backward pass.
 
   Args:
     model: the decoder.
-    tokens: tokens that are not padding.
-    attended_pairs: (query, key) pairs inside the mask, summed over rows (of one head and layer).
-    text_targets: targets of text with a loss weight above 0.
-    vision_targets: the same of vision.
+    tokens: number of tokens that are not padding.
+    attended_pairs: (query, key) pairs inside the mask, summed over rows, for one head of one layer.
+    text_targets: number of text targets with a loss weight above 0.
+    vision_targets: number of vision targets with a loss weight above 0.
     softmax_range: `lwm.config.experiment.LossConfig.softmax_range`.
   """
   text_ids, vision_ids = model.text_vocab_size, model.vision_vocab_size
   if softmax_range == "all":
     text_ids = vision_ids = model.vocab_size
-  body = 6 * model.num_layers * layer_parameters(model) * tokens
+  body = body_cost(model)
   head = 6 * model.width * (text_ids * text_targets + vision_ids * vision_targets)
-  # Query x key and weights x value: 2 x 2 x head_dim forward, and three times that in all.
-  attention = 12 * model.num_layers * model.num_heads * model.head_dim * attended_pairs
-  return body + head + attention
+  return 3 * body.flops * tokens + head + 3 * body.pair_flops * attended_pairs

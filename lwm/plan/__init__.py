@@ -1,4 +1,4 @@
-"""What a stage takes and how fast it will be, on machines that need not be there."""
+"""Memory and speed of a stage, on machines you don't need to have."""
 
 from lwm.plan import report
 from lwm.plan.compilation import compile_ahead

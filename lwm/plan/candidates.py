@@ -10,11 +10,12 @@ from lwm.config.model import REMAT_POLICIES
 from lwm.config.validate import check_devices, check_model_fits_mesh, validate
 from lwm.cost.chips import Chip
 from lwm.errors import ConfigError
-from lwm.parallel.sharding import AXES, MeshConfig
+from lwm.parallel.sharding import AXES, MeshConfig, ShardingRules
 from lwm.plan.bound import least_memory
 from lwm.plan.traffic import host_memory
 
-# Of heads, one after the other. Not over `tensor`: each group would gather the tokens anew.
+# Numbers of head groups to try. Only 1 where tokens are gathered over `tensor`: each group would
+# gather them again.
 _HEAD_GROUPS = (1, 4)
 
 
@@ -23,9 +24,9 @@ class Candidate:
   """A way to run a stage.
 
   Attributes:
-    experiment: with one stage, whose mesh has a size for every axis.
-    least_memory: bytes of one device: `lwm.plan.bound`.
-    host_memory: bytes of the host's memory for one device.
+    experiment: has one stage, whose mesh has a size for every axis.
+    least_memory: bytes per device at least (lwm/plan/bound.py).
+    host_memory: bytes of the host's memory per device.
   """
 
   experiment: Experiment
@@ -37,11 +38,11 @@ class Candidate:
     return self.experiment.stages[0]
 
   def shortage(self, chip: Chip) -> float:
-    """Bytes that are missing at least, of the device's memory or of the host's."""
+    """Bytes that are missing at least, in the device's memory or in the host's."""
     return max(self.least_memory - chip.memory, self.host_memory - chip.host_memory)
 
   def may_fit(self, chip: Chip) -> bool:
-    """Whether counting allows it."""
+    """Whether the counted bytes fit; the compiled program may still not fit."""
     return self.shortage(chip) <= 0
 
 
@@ -50,20 +51,22 @@ def candidates(
 ) -> Iterator[Candidate]:
   """All meshes that the stage and the model allow, with each remat and offload policy.
 
-  Groups of heads that attend in turn, which save memory and compute projections again, are among
-  the policies.
+  The policies include head groups that attend in turn: they save memory and compute projections
+  again.
 
   Args:
-    experiment: whose model and optimizer to take. The moments' dtype stays: it changes the numbers.
-    stage: whose lengths, batch and layout to take.
-    num_devices: all of which every mesh uses.
-    axes: of the mesh; the others have one device.
+    experiment: its model and optimizer are used. The moments' dtype is never changed, because it
+      changes the results of training.
+    stage: its lengths, batch and layout are used.
+    num_devices: number of devices; every mesh uses all of them.
+    axes: mesh axes to try; the others have one device.
   """
   shapes = _factorisations(num_devices, len(axes))
-  for sizes, head_groups in itertools.product(shapes, _HEAD_GROUPS):
-    mesh = MeshConfig(**{**dict.fromkeys(AXES, 1), **dict(zip(axes, sizes))})
-    if head_groups > 1 and mesh.tensor > 1:
+  for shape, head_groups in itertools.product(shapes, _HEAD_GROUPS):
+    sizes = {**dict.fromkeys(AXES, 1), **dict(zip(axes, shape))}
+    if head_groups > 1 and sizes[ShardingRules.tensor] > 1:
       continue
+    mesh = MeshConfig(**sizes)
     trial = dataclasses.replace(
       experiment,
       model=dataclasses.replace(experiment.model, head_groups=head_groups),
@@ -72,22 +75,21 @@ def candidates(
     try:
       validate(trial)
       check_devices(trial, num_devices)
-      check_model_fits_mesh(trial.model, mesh.axis_sizes())
+      check_model_fits_mesh(trial.model, sizes)
     except ConfigError:
       continue
-    for remat in REMAT_POLICIES:
-      for offload in (False, True):
-        choice = dataclasses.replace(
-          trial,
-          model=dataclasses.replace(trial.model, remat=remat),
-          optimizer=dataclasses.replace(trial.optimizer, offload=offload),
-        )
-        arguments = choice, choice.stages[0], mesh.axis_sizes()
-        yield Candidate(choice, least_memory(*arguments), sum(host_memory(*arguments)))
+    for remat, offload in itertools.product(REMAT_POLICIES, (False, True)):
+      choice = dataclasses.replace(
+        trial,
+        model=dataclasses.replace(trial.model, remat=remat),
+        optimizer=dataclasses.replace(trial.optimizer, offload=offload),
+      )
+      arguments = choice, choice.stages[0], sizes
+      yield Candidate(choice, least_memory(*arguments), sum(host_memory(*arguments)))
 
 
 def single_row(experiment: Experiment, length: int) -> Stage:
-  """The first stage with one row of `length` tokens a batch."""
+  """The first stage with one row of `length` tokens per batch."""
   return dataclasses.replace(
     copy.deepcopy(experiment.stages[0]),
     name=length_text(length),
@@ -98,7 +100,7 @@ def single_row(experiment: Experiment, length: int) -> Stage:
 
 
 def length_text(length: int) -> str:
-  """Tokens in the units that people use: 32K, 8M."""
+  """A number of tokens in the usual units: 32K, 8M."""
   for unit, scale in (("M", 2**20), ("K", 2**10)):
     if length >= scale:
       return f"{length / scale:g}{unit}"

@@ -1,7 +1,7 @@
-"""A program compiled ahead of time, and what XLA says of its buffers.
+"""A program compiled ahead of time, and its buffers according to XLA.
 
-The compiler's own dump of its buffer assignment is read, since it is there also for a program that
-does not fit, and it alone says which operation a buffer belongs to.
+The sizes come from the compiler's dump of its buffer assignment: it exists even for a program that
+does not fit, and only it says which operation a buffer belongs to.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import pathlib
 import re
 import resource
 import tempfile
+import textwrap
 import time
 
 import jax
@@ -16,18 +17,20 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from lwm.errors import UserError
 
-# Memory spaces ("colors") of XLA's buffer assignment: 0 is the device's main memory everywhere, 1
-# that of collectives on GPUs but a scratchpad on TPUs, 5 the host's.
+# Memory spaces ("colors") of XLA's buffer assignment: 0 is the device's main memory on every
+# platform, 1 is memory for collectives on GPUs but a scratchpad on TPUs, 5 is the host's memory.
 _DEVICE_SPACES = {"tpu": {0}, "gpu": {0, 1}, "cuda": {0, 1}, "cpu": {0}}
 _HOST_SPACE = 5
 _ALLOCATION = re.compile(r"allocation \d+: size (\d+)(?:, color (\d+))?(?:, page \d+)?(.*)")
 _VALUE = re.compile(
   r" value: <\d+ (\S+?)(?:\{[^ ]*)?( \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)"
 )
+# A tuple of shapes, as XLA writes it, layouts and comments included.
+_SHAPES = re.compile(r"\((?:(?:/\*.*?\*/)?[a-z]\w*\[[\d,]*\](?:\{[^}]*\})?(?:, |(?=\))))+\)")
 _OPERATION = re.compile(r'^\s*(?:ROOT )?%?(\S+) = .*op_name="([^"]*)"', re.MULTILINE)
-# What comes after buffers are assigned, and leaves the answer as it is: the device's memory (not a
-# kernel's vector memory, which no other mesh would mend), and an assembler on this machine that is
-# too old for the devices.
+# Errors that come after buffers are assigned and don't change the answer: too little memory on the
+# device (not a kernel's vector memory, which no other mesh would fix), and an assembler on this
+# machine that is too old for the devices.
 _SETTLED = re.compile(
   r"RESOURCE_EXHAUSTED.*\bhbm\b|ptxas exited with non-zero", re.IGNORECASE | re.DOTALL
 )
@@ -39,8 +42,8 @@ class Buffer:
 
   Attributes:
     bytes: its size, with padding.
-    shape: as XLA writes it, `bf16[32,2,32768,4096]`.
-    operation: JAX's name of the operation that it belongs to, "" if XLA made it up.
+    shape: as XLA writes it: `bf16[32,2,32768,4096]`.
+    operation: JAX's name of the operation that it belongs to; "" if the operation is XLA's own.
   """
 
   bytes: int
@@ -50,17 +53,17 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class Compilation:
-  """What became of a program; sizes are bytes of one device.
+  """A compiled program; sizes are bytes per device.
 
   Attributes:
     text: the optimised HLO.
-    arguments: what the program is given, donated or not.
-    temporaries: the heap for all that lives between arguments and results.
+    arguments: all arguments, donated or not.
+    temporaries: the heap for everything between arguments and results.
     total: arguments, temporaries, results that share no memory with arguments, and constants.
-    host: what it takes of the host's memory.
-    buffers: the largest first; those that follow one another in the same place count once.
-    seconds: of compilation.
-    peak_rss: bytes of memory that this process has taken at most so far, the compiler included.
+    host: bytes in the host's memory.
+    buffers: the largest first. Of buffers that reuse the same memory, only the largest is listed.
+    seconds: time to compile.
+    peak_rss: most bytes of memory that this process has used so far, the compiler included.
   """
 
   text: str
@@ -74,10 +77,10 @@ class Compilation:
 
 
 def compile_ahead(lowered: jax.stages.Lowered, platform: str) -> Compilation:
-  """Compiles for the devices that the program was lowered for; too large is no error.
+  """Compiles for the devices that the program was lowered for. Too large a program is no error.
 
   Args:
-    lowered: of `jax.jit(...).lower(...)`.
+    lowered: the result of `jax.jit(...).lower(...)`.
     platform: `jax.Device.platform` of those devices.
 
   Raises:
@@ -87,8 +90,8 @@ def compile_ahead(lowered: jax.stages.Lowered, platform: str) -> Compilation:
   with tempfile.TemporaryDirectory() as folder:
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     failure = None
-    # A program out of the cache would leave no dump. JAX looks at the setting once, and again after
-    # a reset.
+    # A program from the cache would leave no dump. JAX reads the setting once, and again after a
+    # reset.
     was_enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
@@ -101,21 +104,25 @@ def compile_ahead(lowered: jax.stages.Lowered, platform: str) -> Compilation:
       compilation_cache.reset_cache()
     dumps = sorted(pathlib.Path(folder).glob("*after_optimizations-buffer-assignment.txt"))
     if not dumps or (failure is not None and not _SETTLED.search(str(failure))):
-      raise UserError(f"XLA cannot compile this for {platform}: {failure}")
-    assignment = dumps[-1]
-    text = assignment.with_name(
-      assignment.name.replace("-buffer-assignment.txt", ".txt")
-    ).read_text()
-    return read_assignment(assignment.read_text(), text, platform, time.perf_counter() - started)
+      reason = first_sentence(str(failure))
+      raise UserError(f"XLA cannot compile this for {platform}: {reason}") from failure
+    text = pathlib.Path(str(dumps[-1]).replace("-buffer-assignment.txt", ".txt")).read_text()
+    return read_assignment(dumps[-1].read_text(), text, platform, time.perf_counter() - started)
+
+
+def first_sentence(error: str) -> str:
+  """The first sentence of an XLA error. "(...)" replaces lists of shapes, which fill a page."""
+  line = error.strip().partition("\n")[0]
+  sentence = re.split(r"(?<=[.!?])\s+(?=[A-Z])", _SHAPES.sub("(...)", line))[0]
+  return textwrap.shorten(sentence.rstrip(".: ") + ".", 250, placeholder=" ...")
 
 
 def read_assignment(assignment: str, text: str, platform: str, seconds: float) -> Compilation:
-  """Reads XLA's dump `*-buffer-assignment.txt` beside the HLO of the same module."""
+  """Reads XLA's dump `*-buffer-assignment.txt`, and the HLO of the same module for names."""
   operations = {name: path.replace("\\'", "'") for name, path in _OPERATION.findall(text)}
   arguments = temporaries = total = host = 0
   slots = []  # (bytes, allocation, offset, shape, operation)
-  counted = False
-  allocation = 0
+  counted, allocation = False, 0
   for line in assignment.splitlines():
     if match := _ALLOCATION.match(line):
       size, space, kind = int(match[1]), int(match[2] or 0), match[3]
@@ -128,20 +135,21 @@ def read_assignment(assignment: str, text: str, platform: str, seconds: float) -
         arguments += size if " parameter " in kind else 0
         temporaries += size if "preallocated-temp" in kind else 0
     elif counted and (match := _VALUE.match(line)):
-      name, phi, size, offset, shape = match.groups()
+      name, phi, bytes_, offset, shape = match.groups()
       if not shape.startswith("("):
-        # Loops carry the same buffer under other names; one that an operation made says more.
+        # Loops carry a buffer under other names; the operation that made it says more.
         operation = "" if phi else operations.get(name, "")
-        slots.append((int(size), allocation, int(offset), shape.split("{")[0], operation))
-  # Linux counts in KiB; ahead of time is on Linux alone.
+        slots.append((int(bytes_), allocation, int(offset), shape.split("{")[0], operation))
+  # Linux counts in KiB; the compilers for other machines exist for Linux only.
   peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
   return Compilation(text, arguments, temporaries, total, host, _largest(slots), seconds, peak_rss)
 
 
-def _largest(slots, count: int = 12) -> tuple[Buffer, ...]:
-  """The largest values of which no two share memory."""
+def _largest(slots: list[tuple[int, int, int, str, str]], count: int = 12) -> tuple[Buffer, ...]:
+  """The largest values, no two of which share memory."""
   slots.sort(key=lambda slot: (-slot[0], slot[4] == ""))
-  taken, buffers = [], []
+  taken: list[tuple[int, int, int]] = []
+  buffers: list[Buffer] = []
   for size, allocation, offset, shape, operation in slots:
     if any(a == allocation and offset < stop and start < offset + size for a, start, stop in taken):
       continue

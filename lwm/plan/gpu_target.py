@@ -1,6 +1,6 @@
-"""XLA's description of a GPU that is not there (stream_executor.GpuTargetConfigProto, as text).
+"""XLA's description of a GPU to compile for (stream_executor.GpuTargetConfigProto, as text).
 
-Figures as in openxla/xla, xla/backends/gpu/target_config/specs.
+The figures come from openxla/xla, xla/backends/gpu/target_config/specs.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ class _Gpu:
   kind: str
   capability: int
   cores: int
-  shared_memory: int  # Bytes of one core; a block may take 1024 less.
+  shared_memory: int  # Bytes per core; a block may use 1024 bytes less.
   l2_cache: int
   clock_ghz: float
   fpus_per_core: int = 128
@@ -31,6 +31,7 @@ def gpu_target(name: str) -> str:
   """The text proto that `jax.experimental.topologies` takes as `target_config`."""
   gpu = GPUS[name]
   chip = of_kind(gpu.kind)
+  assert chip is not None
   features = "NONE" if gpu.capability < 9 else "ACCELERATED_FEATURES"
   return f"""
 gpu_device_info {{

@@ -1,4 +1,4 @@
-"""What a program takes of each device's memory, by compiling it: a train step, or any other."""
+"""Memory per device of a train step or any other program, found by compiling it."""
 
 import dataclasses
 import math
@@ -14,19 +14,19 @@ from lwm.program.stage import StageProgram
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes of one device.
+  """Bytes per device.
 
   Attributes:
-    parameters: float32, its shard.
-    optimizer: the optimizer's state, its shard, what is on the device.
-    batch: its part of the other arguments: a batch, a cache, scalars.
-    gradients: float32, its shard; they live among the temporaries, in the end alone. 0 of a program
-      that makes none.
-    temporaries: activations, gradients, gathered weights: all between arguments and results.
-    rest: results that share no memory with arguments, constants.
-    total: all but the gradients, which are in the temporaries.
-    host: of the host's memory.
-    capacity: what a program may take.
+    parameters: shard of the float32 parameters.
+    optimizer: shard of the optimizer's state, without what is kept in the host's memory.
+    batch: shards of the other arguments: a batch, a cache, scalars.
+    gradients: shard of the float32 gradients, which are a part of the temporaries; 0 for a program
+      without an optimizer.
+    temporaries: everything between arguments and results: activations, gradients, gathered weights.
+    rest: results that share no memory with arguments, and constants.
+    total: the sum of all parts; gradients count once, as temporaries.
+    host: bytes in the host's memory.
+    capacity: the memory that a program may use.
     host_capacity: the device's share of its host's memory.
     buffers: the largest first.
   """
@@ -45,12 +45,12 @@ class Memory:
 
   @property
   def excess(self) -> int:
-    """Bytes beyond the device's capacity; negative if there are some left."""
+    """Bytes beyond the device's capacity; negative if memory is left."""
     return self.total - self.capacity
 
   @property
   def shortage(self) -> float:
-    """Bytes that are missing, of the device's memory or of the host's; not above 0 if it fits."""
+    """Bytes that are missing, in the device's or the host's memory; at most 0 if it fits."""
     return max(self.excess, self.host - self.host_capacity)
 
   @property
@@ -61,21 +61,20 @@ class Memory:
 def compile_train_step(
   program: StageProgram, stage: Stage, topology: Topology, offload: bool
 ) -> tuple[Memory, Compilation]:
-  """Compiles the step that training would run, for devices that need not be there.
+  """Compiles the step that training would run, for devices that you don't need to have.
 
   Args:
-    program: of the stage.
-    stage: whose batches it takes.
-    topology: of the program's devices.
-    offload: the moments are kept in the host's memory.
+    program: the stage's program, for devices of the topology.
+    stage: the stage; its batches are the step's input.
+    topology: the machine.
+    offload: whether the moments are kept in the host's memory.
 
-  Raises:
-    UserError: the compiler refuses it for another reason than the device's memory.
+  Raises a UserError as `compile_program` does.
   """
   batch = program.abstract_batch(stage.rows_per_batch, stage.sequence_length)
   with jax.set_mesh(program.mesh):
     lowered = program.train_step.lower(program.state, batch)
-  # Shardings for GPUs that are not there do not say which memory they mean.
+  # Shardings for GPUs that this machine lacks don't say which memory they mean.
   on_device = [
     leaf for leaf in jax.tree.leaves(program.state.optimizer_state) if not (offload and leaf.ndim)
   ]
@@ -85,16 +84,16 @@ def compile_train_step(
 def compile_program(
   lowered: jax.stages.Lowered, topology: Topology, parameters: Any, optimizer_state: Any = ()
 ) -> tuple[Memory, Compilation]:
-  """Compiles any program, say prefill or decode, for devices that need not be there.
+  """Compiles any program, for example prefill or decode, for devices that you don't need to have.
 
   Args:
-    lowered: of `jax.jit(...).lower(...)`, for devices of the topology.
-    topology: where it is to run.
-    parameters: those of its arguments that are parameters: ShapeDtypeStructs with shardings.
-    optimizer_state: likewise those of a train step's optimizer, on the device.
+    lowered: the result of `jax.jit(...).lower(...)`, for devices of the topology.
+    topology: the machine.
+    parameters: the arguments that are parameters: ShapeDtypeStructs with shardings.
+    optimizer_state: the arguments that are the optimizer's state on the device, likewise.
 
   Raises:
-    UserError: the compiler refuses it for another reason than the device's memory.
+    UserError: the compiler refuses the program for another reason than the device's memory.
   """
   compilation = compile_ahead(lowered, topology.devices[0].platform)
   state, optimizer = shard_bytes(parameters), shard_bytes(optimizer_state)
@@ -115,7 +114,7 @@ def compile_program(
 
 
 def shard_bytes(tree: Any) -> int:
-  """Bytes of one device's shards of all arrays (ShapeDtypeStructs with shardings) of a tree."""
+  """Bytes per device of a tree's arrays (ShapeDtypeStructs with shardings)."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)

@@ -13,21 +13,21 @@ from lwm.program.stage import StageProgram, build_program
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-  """What `plan_stage` found out."""
+  """Memory and speed of one stage on one machine."""
 
   stage: Stage
   topology: Topology
   mesh: dict[str, int]
   remat: str
   head_groups: int
-  moments: str  # Their dtype, and "host" if that is where they are.
+  moments: str  # See `moments_text`.
   memory: Memory
   roofline: Roofline
   compile_seconds: float
-  peak_rss: int  # Bytes of memory that compiling took at most in this process so far.
+  peak_rss: int  # Most bytes of memory that this process has used so far.
 
   def as_json(self) -> dict[str, Any]:
-    """Numbers, strings, lists and dicts; bytes, seconds and FLOPs throughout."""
+    """Numbers, strings, lists and dicts; all units are bytes, seconds and FLOPs."""
     return {
       "stage": self.stage.name,
       "sequence_length": self.stage.sequence_length,
@@ -55,11 +55,11 @@ def plan_stage(
 
   Args:
     experiment: validated.
-    stage: one of its stages, or one like them.
-    topology: whose devices the stage's mesh is made of, all of them.
+    stage: one of its stages, or a variant of one.
+    topology: the machine; the stage's mesh must use all of its devices.
 
   Raises:
-    UserError: the mesh, the model and the devices do not go together, or XLA refuses the program.
+    UserError: the mesh, the model and the devices do not fit together, or XLA refuses the program.
   """
   program = build_program(experiment, stage, topology.devices)
   memory, compilation = compile_train_step(program, stage, topology, experiment.optimizer.offload)
@@ -79,4 +79,5 @@ def plan_stage(
 
 
 def moments_text(optimizer: OptimizerConfig) -> str:
+  """The moments' dtype, followed by "host" if they are kept there."""
   return optimizer.moment_dtype + (" host" if optimizer.offload else "")

@@ -1,4 +1,4 @@
-"""Plans as text for the person at the terminal."""
+"""Plans as text for the terminal."""
 
 import re
 from collections.abc import Iterable
@@ -12,8 +12,7 @@ from lwm.plan.topology import Topology
 def stage_report(plan: StagePlan) -> str:
   """Memory, FLOPs, bytes, time and assumptions of one stage."""
   memory, roofline = plan.memory, plan.roofline
-  lines = [heading(plan), ""]
-  lines += [f"memory of a device: {verdict(plan)}"]
+  lines = [heading(plan), "", f"memory per device: {verdict(plan)}"]
   rows = [
     ("parameters", memory.parameters),
     ("optimizer state", memory.optimizer),
@@ -25,13 +24,12 @@ def stage_report(plan: StagePlan) -> str:
     lines.append(f"  {name:<22}{gib(size):>12}")
   lines[-2] += f"   activations, gathered weights, gradients ({gib(memory.gradients).strip()})"
   if memory.host:
-    lines.append(f"  {'of the host':<22}{gib(memory.host):>12}   of {gib(memory.host_capacity)}")
+    lines.append(f"  {'in host memory':<22}{gib(memory.host):>12}   of {gib(memory.host_capacity)}")
   lines.append("  largest buffers")
   for buffer in memory.buffers[: 8 if not memory.fits else 4]:
     lines.append(f"  {gib(buffer.bytes):>12}  {buffer.shape:<28} {place(buffer.operation)}")
 
-  lines += ["", "a step"]
-  lines.append(f"  {'model FLOPs':<22}{roofline.model_flops:>12.3g}")
+  lines += ["", "per step", f"  {'model FLOPs':<22}{roofline.model_flops:>12.3g}"]
   lines.append(
     f"  {'recompute FLOPs':<22}{roofline.recompute_flops:>12.3g}   "
     f"{roofline.recompute_flops / roofline.model_flops:.0%} of the model's"
@@ -47,10 +45,9 @@ def stage_report(plan: StagePlan) -> str:
       lines.append(f"  {milliseconds(seconds):>34}   {name}")
   lines.append(
     f"  {'estimated step':<22}{milliseconds(roofline.step_seconds):>12}   "
-    f"{roofline.tokens_per_second_per_chip:,.0f} tokens/s a chip, MFU {roofline.mfu:.1%}"
+    f"{roofline.tokens_per_second_per_chip:,.0f} tokens/s per chip, MFU {roofline.mfu:.1%}"
   )
-  if roofline.hop:
-    hop = roofline.hop
+  if hop := roofline.hop:
     lines.append(
       f"  a ring hop {'hides' if hop.hides else 'does NOT hide'} behind attention: forward "
       f"{milliseconds(hop.forward_transfer)} of transfer in {milliseconds(hop.forward_compute)}, "
@@ -60,12 +57,8 @@ def stage_report(plan: StagePlan) -> str:
   return "\n".join(lines)
 
 
-def table(plans: list[StagePlan]) -> str:
-  """One line a plan."""
-  return "\n".join([table_head(), *map(table_row, plans)])
-
-
 def table_head() -> str:
+  """The head line of a table of plans."""
   return (
     f"{'stage':<8} {'length':>9} {'machine':<9} {'mesh':<34} {'remat':<17} {'heads':<5} "
     f"{'moments':<13} {'memory':>10} {'of':>10}  {'fits':<5} {'step':>11} {'tokens/s/chip':>13} "
@@ -74,6 +67,7 @@ def table_head() -> str:
 
 
 def table_row(plan: StagePlan) -> str:
+  """One plan as a line of a table."""
   stage, roofline = plan.stage, plan.roofline
   return (
     f"{stage.name:<8} {stage.sequence_length:>9} {plan.topology.name:<9} "
@@ -85,17 +79,17 @@ def table_row(plan: StagePlan) -> str:
 
 
 def heads_text(head_groups: int) -> str:
-  """Which part of the heads attends at a time."""
+  """The share of the heads that attends at a time."""
   return "all" if head_groups == 1 else f"1/{head_groups}"
 
 
 def try_line(candidate: Candidate, plan: StagePlan | None, reason: str) -> str:
-  """What became of a candidate, for a person who waits."""
+  """The result for one candidate, reported while a search runs."""
   what = f"{candidate.stage.name}: {_candidate_text(candidate)}"
   if plan is None:
     return f"{what}: {reason}"
   return (
-    f"{what}: {verdict(plan)}, by counting at least {gib(candidate.least_memory)} "
+    f"{what}: {verdict(plan)}, lower bound {gib(candidate.least_memory)} "
     f"({plan.compile_seconds:.0f} s)"
   )
 
@@ -103,34 +97,38 @@ def try_line(candidate: Candidate, plan: StagePlan | None, reason: str) -> str:
 def nothing_fits(
   topology: Topology, what: str, tried: Iterable[StagePlan], candidates: Iterable[Candidate]
 ) -> str:
-  """A sentence: the closest of what was compiled, or of what by counting need not be.
+  """A sentence that says why no plan was found, and which one comes closest.
 
   Args:
     topology: the machine.
     what: the name of a stage.
-    tried: of it; none of them fits.
-    candidates: for it; wanted if nothing was tried.
+    tried: the stage's compiled plans; none of them fits.
+    candidates: the stage's candidates; read only if nothing was compiled.
   """
   chip = topology.chip
   closest = min(tried, key=lambda plan: plan.memory.shortage, default=None)
   if closest is not None:
     policy = _policy_text(closest.mesh, closest.remat, closest.head_groups, closest.moments)
     return (
-      f"{what}: nothing that was tried fits {topology.name}; the closest is {policy}: "
-      f"{verdict(closest)}; try more with --tries, or a larger machine."
+      f"{what}: none of the programs tried fits {topology.name}; the closest is {policy}: "
+      f"{verdict(closest)}; try more with --tries, or take a larger machine."
     )
   leanest = min(candidates, key=lambda candidate: candidate.shortage(chip), default=None)
   if leanest is None:
     return (
-      f"{what}: no mesh of the {len(topology.devices)} devices of {topology.name} goes with this "
-      "model and its batch: take another number of devices, or of rows or tokens."
+      f"{what}: no mesh of the {len(topology.devices)} devices of {topology.name} divides this "
+      "model and its batch: change the number of devices, rows or tokens."
+    )
+  if leanest.may_fit(chip):
+    return (
+      f"{what}: XLA compiles none of the programs tried for {topology.name}; try more with --tries."
     )
   needs = f"{gib(leanest.least_memory)} of {gib(chip.memory)}"
   if leanest.least_memory <= chip.memory:
     needs = f"{gib(leanest.host_memory)} of {gib(chip.host_memory)} of the host's memory"
   return (
-    f"{what}: nothing fits {topology.name}; by counting, the leanest, "
-    f"{_candidate_text(leanest)}, takes at least {needs} a device: take a larger machine."
+    f"{what}: nothing fits {topology.name}; the smallest lower bound, of "
+    f"{_candidate_text(leanest)}, is {needs} per device: take a larger machine."
   )
 
 
@@ -149,12 +147,13 @@ def _policy_text(mesh: dict[str, int], remat: str, head_groups: int, moments: st
 
 
 def heading(plan: StagePlan) -> str:
+  """The stage, machine, mesh and policies of a plan."""
   stage = plan.stage
   return (
     f"{stage.name}: {stage.rows_per_batch} rows of {stage.sequence_length} tokens on "
     f"{plan.topology.name} ({len(plan.topology.devices)} devices), mesh {mesh_text(plan.mesh)}, "
     f"remat {plan.remat}, heads {heads_text(plan.head_groups)}, moments {plan.moments}; compiled "
-    f"in {plan.compile_seconds:.0f} s, this process has taken {gib(plan.peak_rss)} at most"
+    f"in {plan.compile_seconds:.0f} s, peak memory of this process {gib(plan.peak_rss)}"
   )
 
 
@@ -175,7 +174,7 @@ def mesh_text(mesh: dict[str, int]) -> str:
 
 
 def place(operation: str) -> str:
-  """JAX's path of an operation without what says nothing of where it stands."""
+  """JAX's path of an operation, without the parts that don't say where in the model it is."""
   parts = operation.split("/")
   if len(parts) == 1:
     return operation
@@ -186,11 +185,10 @@ def place(operation: str) -> str:
 
 
 def gib(size: float) -> str:
-  for unit, scale in (("GiB", GIB), ("MiB", GIB >> 10)):
-    if size >= scale:
-      break
-  return f"{size / scale:.1f} {unit}"
+  """Bytes in GiB or MiB."""
+  return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / (GIB >> 10):.1f} MiB"
 
 
 def milliseconds(seconds: float) -> str:
+  """Seconds as text, without an exponent."""
   return f"{seconds:.2f} s" if seconds >= 0.9995 else f"{seconds * 1e3:.3g} ms"

@@ -1,43 +1,33 @@
 """How long a train step should take: FLOPs, bytes and wires against what the devices can do.
 
-XLA's cost analysis counts the body of a loop once, so everything here is counted by hand from the
-configuration. The assumptions are part of the answer: `Roofline.assumptions`.
+XLA's cost analysis counts the body of a loop once, so the FLOPs and bytes here are computed from
+the configuration. The assumptions are part of the answer: `Roofline.assumptions`.
 """
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import jax
 
 from lwm.config.experiment import Experiment, Stage
 from lwm.config.model import ModelConfig
 from lwm.cost.chips import Chip
-from lwm.model.flops import layer_parameters, train_flops
+from lwm.cost.layer import FLOAT32_BYTES, KEPT, Division, LayerCost, dtype_bytes
+from lwm.model.flops import body_cost, layers, train_flops, vocabulary_weights
 from lwm.parallel.sharding import ShardingRules
 from lwm.plan.topology import Topology
-from lwm.plan.traffic import (
-  RECOMPUTED,
-  Traffic,
-  exchanged_kv_heads,
-  feed_forward_in_chunks,
-  moment_bytes,
-  step_traffic,
-)
+from lwm.plan.traffic import Traffic, moment_bytes, step_traffic
 
-# Share of the peak that large matrix products, and attention kernels, reach.
+# Share of the peak that large matrix products reach, and that attention kernels reach.
 MATMUL_EFFICIENCY = 0.75
 ATTENTION_EFFICIENCY = 0.55
-# Reads and writes of an array [tokens, width] in one pass of a block: norms, residuals, the inputs
-# and results of products. A backward pass has twice as many.
-ACTIVATION_TRIPS = 12
-# Of a parameter, in bytes: it and its gradient, each read and written in float32.
-UPDATE_BYTES = 16
+# Bytes per parameter that an update moves: the parameter and its gradient, each read and written.
+UPDATE_BYTES = 4 * FLOAT32_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
 class Hop:
-  """A hop of the ring, in seconds: what is computed while the next keys are on their way."""
+  """One hop of the ring in one layer, in seconds: transfer of the next keys during computation."""
 
   forward_compute: float
   forward_transfer: float
@@ -57,15 +47,15 @@ class Roofline:
   """An estimate of one step.
 
   Attributes:
-    model_flops: of the whole step, as MFU counts them (lwm/model/flops.py).
-    recompute_flops: what is computed beside: remat, and scores and logits in backward passes.
+    model_flops: FLOPs of the whole step as MFU counts them (lwm/model/flops.py).
+    recompute_flops: FLOPs beyond those: remat, and scores and logits in backward passes.
     traffic: bytes over each mesh axis.
-    seconds: parts of the step by name; those called hidden are not in the sum.
-    step_seconds: their sum.
-    tokens_per_second_per_chip: all tokens of the batch.
+    seconds: parts of the step by name, without what is hidden behind other parts.
+    step_seconds: the sum of `seconds`.
+    tokens_per_second_per_chip: all tokens of the batch, per second and chip.
     mfu: model FLOPs over the peak of all devices.
-    hop: of the ring, None without one.
-    assumptions: what else the figures rest on, in sentences.
+    hop: one hop of the ring; None without a ring.
+    assumptions: sentences that say what else the figures rest on.
   """
 
   model_flops: float
@@ -80,148 +70,107 @@ class Roofline:
 
 
 def estimate(
-  experiment: Experiment,
-  stage: Stage,
-  mesh: jax.sharding.Mesh,
-  topology: Topology,
-  rules: ShardingRules = ShardingRules(),
+  experiment: Experiment, stage: Stage, mesh: jax.sharding.Mesh, topology: Topology
 ) -> Roofline:
-  """Estimates a step of `stage` on `mesh`, made of the topology's devices."""
-  model, chip, sizes = experiment.model, topology.chip, mesh.shape
-  tokens = stage.tokens_per_batch
-  # Every row one document: no stage has more work.
+  """Estimates a step of `stage` on `mesh`, a mesh of the topology's devices."""
+  model, rules, chip = experiment.model, ShardingRules(), topology.chip
+  division = Division.of(stage, mesh.shape)
+  cost, tokens = body_cost(model, division), stage.tokens_per_batch
+  # Every row is one document: no stage has more work.
   pairs = stage.rows_per_batch * stage.sequence_length * (stage.sequence_length + 1) / 2
-  targets = {"text_targets": tokens, "vision_targets": 0}
-  attention = _attention_flops(model, pairs)
-  flops = train_flops(
-    model,
-    tokens=tokens,
-    attended_pairs=pairs,
-    **targets,
-    softmax_range=experiment.loss.softmax_range,
-  )
-  local_tokens = tokens / math.prod(sizes[axis] for axis in rules.token_axes)
-  recompute, attention_again = recompute_flops(experiment, stage, pairs, sizes)
+  softmax_range = experiment.loss.softmax_range
+  head = train_flops(model, text_targets=tokens, softmax_range=softmax_range)
+  attention = train_flops(model, attended_pairs=pairs)
+  flops = train_flops(model, tokens=tokens) + head + attention
+  attention_again = cost.recompute_pair_flops * pairs
+  # The backward pass of the head computes the logits again: a third of its FLOPs.
+  recompute = cost.recompute_flops * tokens + head / 3 + attention_again
 
   per_second = mesh.size * chip.flops
-  imbalance = 1.0
-  if stage.layout == "contiguous":
-    # Of n shards the last has n - 1/2 blocks of work, the mean n/2.
-    imbalance = 2 - 1 / sizes["ring"]
+  # Contiguous: the last of n shards has n - 1/2 blocks of work, the mean shard n/2.
+  imbalance = 2 - 1 / division.ring if stage.layout == "contiguous" else 1.0
   attention_seconds = (
     imbalance * (attention + attention_again) / (per_second * ATTENTION_EFFICIENCY)
   )
   products = flops - attention + recompute - attention_again
   compute = products / (per_second * MATMUL_EFFICIENCY) + attention_seconds
-  memory = _memory_bytes(experiment, local_tokens, sizes, rules, stage) / chip.memory_bandwidth
-  traffic = step_traffic(experiment, stage, mesh, topology, rules)
+  memory = _memory_bytes(experiment, stage, cost, division) / chip.memory_bandwidth
+  traffic = step_traffic(experiment, stage, mesh, topology)
 
-  def wires(*what):
+  def wires(*what: str) -> float:
     return sum(part.seconds for part in traffic if part.what in what)
 
   weights = wires("weights", "gradients", "tables", "gradients of tables")
-  ring = wires("keys and values")
+  keys, kept = wires("keys and values"), wires("activations kept")
   busy = max(compute, memory)
   seconds = {
     "compute": compute,
     "memory beyond compute": max(0.0, memory - compute),
-    "activations over tensor": wires("activations"),
-    "heads over ulysses": wires("heads"),
+    f"activations over {rules.tensor}": wires("activations"),
+    f"heads over {rules.ulysses}": wires("heads"),
     "weights and gradients, what compute does not hide": max(0.0, weights - busy),
-    "keys and values, what attention does not hide": max(0.0, ring - attention_seconds),
-    "activations to the host and back, what compute does not hide": max(
-      0.0, wires("activations kept") - busy
-    ),
+    "keys and values, what attention does not hide": max(0.0, keys - attention_seconds),
+    "activations to the host and back, what compute does not hide": max(0.0, kept - busy),
     "moments from the host and back": wires("moments"),
   }
   step = sum(seconds.values())
-  chips = mesh.size / chip.devices_per_chip
   return Roofline(
     model_flops=flops,
     recompute_flops=recompute,
     traffic=tuple(traffic),
     seconds=seconds,
     step_seconds=step,
-    tokens_per_second_per_chip=tokens / step / chips,
+    tokens_per_second_per_chip=tokens / step / (mesh.size / chip.devices_per_chip),
     mfu=flops / step / per_second,
-    hop=_hop(stage, model, traffic, pairs / mesh.size, sizes, chip.flops),
+    hop=_hop(model, division, traffic, pairs / mesh.size, chip.flops * ATTENTION_EFFICIENCY),
     assumptions=_assumptions(chip),
   )
 
 
 def _assumptions(chip: Chip) -> tuple[str, ...]:
-  network = "" if chip.is_tpu else f", network {chip.network_bandwidth / 1e9:g} GB/s a device"
+  network = "" if chip.is_tpu else f", network {chip.network_bandwidth / 1e9:g} GB/s per device"
   return (
     f"{chip.name}: {chip.flops / 1e12:.3g} TFLOP/s, memory {chip.memory_bandwidth / 1e9:g} GB/s, "
     f"links {chip.link_bandwidth / 1e9:g} GB/s one way{network}, "
     f"to the host {chip.host_bandwidth / 1e9:g} GB/s.",
     f"Matrix products reach {MATMUL_EFFICIENCY:.0%} of the peak, attention "
     f"{ATTENTION_EFFICIENCY:.0%} (its backward pass: seven products, four of them the model's).",
-    "Every row is one document, all of it targets over the text ids: the most work there is.",
-    "Weights, gradients and offloaded activations travel while anything is computed, keys and "
-    "values while attention is, activations over tensor and offloaded moments while nothing is.",
+    "Every row is one document, and every token a target over the text ids: no batch is more work.",
+    "Weights, gradients and offloaded activations travel during any computation, keys and values "
+    f"during attention, activations over {ShardingRules.tensor} and offloaded moments during none.",
   )
 
 
-def _attention_flops(model: ModelConfig, pairs: float) -> float:
-  return 12 * model.num_layers * model.num_heads * model.head_dim * pairs
-
-
-def recompute_flops(
-  experiment: Experiment, stage: Stage, pairs: float, sizes: Mapping[str, int]
-) -> tuple[float, float]:
-  """FLOPs beyond the model's: (all, those of attention among them).
-
-  The down projection of a block needs no second run; the feed-forward of a sequence longer than its
-  chunk always keeps nothing.
-  """
-  model, tokens = experiment.model, stage.tokens_per_batch
-  feed_forward = 2 * model.width * model.feed_forward_width
-  projections = layer_parameters(model) - 3 * model.width * model.feed_forward_width
-  weights = 0
-  if model.remat not in ("none", "dots"):
-    weights += projections + feed_forward
-  elif feed_forward_in_chunks(model, stage, sizes):
-    weights += feed_forward
-  if model.head_groups > 1 and model.remat in RECOMPUTED:
-    # Queries, keys and values of a group, once more.
-    weights += projections - model.width * model.num_heads * model.head_dim
-  ids = model.vocab_size if experiment.loss.softmax_range == "all" else model.text_vocab_size
-  head = 2 * tokens * model.width * ids
-  # The backward kernels make scores twice and the products with the values once more.
-  attention = 6 + (4 if model.remat in RECOMPUTED else 0)
-  attention *= model.num_layers * model.num_heads * model.head_dim * pairs
-  return 2 * model.num_layers * weights * tokens + head + attention, attention
-
-
-def _memory_bytes(experiment, local_tokens, sizes, rules, stage) -> float:
-  """What a device reads and writes in a step, roughly."""
-  model = experiment.model
-  number = 4 if model.compute_dtype == "float32" else 2
-  parameters = model.num_layers * layer_parameters(model) + 2 * model.vocab_size * model.width
-  shard = parameters / sizes["tensor"] / math.prod(sizes[axis] for axis in rules.model)
+def _memory_bytes(
+  experiment: Experiment, stage: Stage, cost: LayerCost, division: Division
+) -> float:
+  """Bytes that a device reads and writes in a step, roughly."""
+  model, number = experiment.model, dtype_bytes(experiment.model.compute_dtype)
+  parameters = cost.weights + vocabulary_weights(model)
+  shard = parameters / division.tensor / division.storage
   update = UPDATE_BYTES + 2 * moment_bytes(experiment.optimizer)
-  # Gathered (written), and read, in three passes.
-  weights = 6 * number * parameters / sizes["tensor"] * stage.accumulation_steps
-  passes = 3 if model.remat == "none" else 4
-  activations = ACTIVATION_TRIPS * passes * model.num_layers * local_tokens * model.width * number
-  return update * shard + weights + activations
+  # Gathered weights are written and read in each of three passes.
+  weights = 6 * number * parameters / division.tensor * stage.accumulation_steps
+  # A backward pass moves twice as much as a forward pass.
+  passes = 3 if KEPT[model.remat].everything else 4
+  return update * shard + weights + passes * cost.moved * division.tokens * number
 
 
-def _hop(stage, model, traffic, pairs, sizes, flops) -> Hop | None:
-  ring = sizes["ring"]
-  if ring == 1:
+def _hop(
+  model: ModelConfig, division: Division, traffic: Sequence[Traffic], pairs: float, flops: float
+) -> Hop | None:
+  """One hop in the first layer. `pairs` and attention's FLOP/s, `flops`, are per device."""
+  if division.ring == 1:
     return None
-  # A device's share of a layer's pairs in one hop; the heads are shared by `tensor`, the pairs not.
-  forward = 4 * model.num_heads * model.head_dim * pairs / ring / (flops * ATTENTION_EFFICIENCY)
+  cost, _ = next(layers(model, division))
   keys = next(part for part in traffic if part.what == "keys and values")
-  number = 4 if model.compute_dtype == "float32" else 2
-  shards = math.prod(size for axis, size in sizes.items() if axis != "tensor")
-  heads = exchanged_kv_heads(model, sizes)
-  amount = 2 * stage.tokens_per_batch / shards * heads * model.head_dim
+  number = dtype_bytes(model.compute_dtype)
+  forward = cost.pair_flops * pairs / division.ring / flops
+  elements = division.tokens * cost.hop
   return Hop(
     forward_compute=forward,
-    forward_transfer=amount * number / keys.bandwidth,
+    forward_transfer=elements * number / keys.bandwidth,
+    # Seven products instead of two.
     backward_compute=forward * 14 / 4,
-    backward_transfer=amount * (number + 4) / keys.bandwidth,
+    backward_transfer=elements * (number + FLOAT32_BYTES) / keys.bandwidth,
   )

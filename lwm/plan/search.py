@@ -1,8 +1,9 @@
-"""The fastest ways to run a stage on a machine, and the longest context that a machine takes.
+"""The fastest ways to run a stage on a machine, and the longest context that fits a machine.
 
-What comes out has been compiled and fits. Candidates are left out by counting (`lwm.plan.bound`),
-put in order by the roofline, and compiled one after the other; what those took beyond the count is
-then expected of the others with their remat policy, groups of heads, and a ring or none.
+All results have been compiled and fit. Candidates that exceed the lower bound (lwm/plan/bound.py)
+are excluded; the others are ordered by the roofline and compiled in turn. The ratio of compiled to
+counted memory is then expected of all candidates that agree in remat policy, in the number of head
+groups, and in whether they have a ring.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,15 +11,14 @@ from collections.abc import Callable, Iterator
 from lwm.config.experiment import Experiment, Stage
 from lwm.errors import UserError
 from lwm.parallel.mesh import make_mesh
-from lwm.parallel.sharding import AXES
+from lwm.parallel.sharding import AXES, ShardingRules
 from lwm.plan.candidates import Candidate, candidates, single_row
 from lwm.plan.plan import StagePlan, plan_stage
 from lwm.plan.roofline import estimate
 from lwm.plan.topology import Topology
 
-# Of the mesh; one row of a batch cannot be divided over the others.
-_SEQUENCE_AXES = ("ring", "ulysses", "tensor")
-# Is told of every candidate what became of it, None if XLA refused it: (candidate, plan, reason).
+_RULES = ShardingRules()
+# Called for every candidate: (candidate, its plan or None if XLA refused it, XLA's reason).
 Report = Callable[[Candidate, StagePlan | None, str], None]
 
 
@@ -34,26 +34,26 @@ def search(
 
   Args:
     experiment: validated.
-    stage: its mesh does not matter.
-    topology: all of whose devices to use.
-    report: progress.
-    tries: programs to compile at most.
-    axes: of the mesh to try.
+    stage: its mesh is ignored.
+    topology: the machine, all of whose devices are used.
+    report: called after each compilation.
+    tries: maximum number of programs to compile.
+    axes: mesh axes to try.
   """
   fitting = [
     candidate
     for candidate in candidates(experiment, stage, len(topology.devices), axes)
     if candidate.may_fit(topology.chip)
   ]
-  # Where the roofline sees no difference, the leanest.
+  # Candidates with equal estimates: the one with the least memory first.
   fitting.sort(key=lambda c: (_step_seconds(c, topology), c.least_memory))
-  # The least of compiled over counted bytes: of LWM's recipes 1.3 to 1.7 without a ring, and 1.5 to
-  # 2.1 with one.
-  beyond = {}
+  # The least ratio of compiled to counted bytes so far. For LWM's recipes it is 1.3 to 1.7 without
+  # a ring, and 1.5 to 2.1 with one.
+  ratios: dict[tuple[str, int, bool], float] = {}
   for candidate in fitting:
-    model = candidate.experiment.model
-    policy = model.remat, model.head_groups, candidate.stage.mesh.ring > 1
-    if candidate.least_memory * beyond.get(policy, 1.0) > topology.chip.memory:
+    model, sizes = candidate.experiment.model, candidate.stage.mesh.axis_sizes()
+    policy = model.remat, model.head_groups, sizes[_RULES.ring] > 1
+    if candidate.least_memory * ratios.get(policy, 1.0) > topology.chip.memory:
       continue
     if tries == 0:
       return
@@ -62,7 +62,7 @@ def search(
     if plan is None:
       continue
     ratio = plan.memory.total / candidate.least_memory
-    beyond[policy] = min(ratio, beyond.get(policy, ratio))
+    ratios[policy] = min(ratio, ratios.get(policy, ratio))
     if plan.memory.fits:
       yield plan
 
@@ -72,25 +72,27 @@ def longest(
 ) -> StagePlan | None:
   """The longest row, a power of two of tokens, that all devices together can train on.
 
-  Starts from what counting allows. Of each length the `tries` leanest candidates are compiled; at
-  the longest that fits, the fastest.
+  Starts from the longest row that the lower bound allows. For each length, the `tries` candidates
+  with the least memory are compiled; for the longest row that fits, then the fastest candidates.
 
   Args:
-    experiment: validated; its first stage gives what is not length, batch and mesh.
-    topology: all of whose devices to use.
-    report: progress.
-    tries: programs to compile of each length at most.
+    experiment: validated; its first stage gives all settings except length, batch and mesh.
+    topology: the machine, all of whose devices are used.
+    report: called after each compilation.
+    tries: maximum number of programs to compile per length.
 
   Returns:
-    The fastest plan found for the longest row, None if no row fits.
+    The fastest plan found for the longest row, or None if no row fits.
   """
-
   chip = topology.chip
+  # The axes over which one row can be divided.
+  axes = _RULES.residual
+  assert axes is not None
 
   def leanest(length: int) -> list[Candidate]:
     stage = single_row(experiment, length)
-    found = candidates(experiment, stage, len(topology.devices), _SEQUENCE_AXES)
-    # What is kept in the host's memory is known; the device's is left to the compiler.
+    found = candidates(experiment, stage, len(topology.devices), axes)
+    # The use of the host's memory is known exactly; the compiler decides about the device's memory.
     held = [candidate for candidate in found if candidate.host_memory <= chip.host_memory]
     return sorted(held, key=lambda candidate: candidate.least_memory)
 
@@ -104,7 +106,7 @@ def longest(
   def counts(length: int) -> bool:
     return any(candidate.may_fit(chip) for candidate in leanest(length)[:1])
 
-  # Two chunks a device: a power of two of tokens.
+  # Two chunks per device, rounded up to a power of two.
   length = shortest = 1 << (2 * len(topology.devices) - 1).bit_length()
   while counts(2 * length):
     length *= 2
@@ -117,7 +119,7 @@ def longest(
   if plan is None:
     return None
   stage = single_row(experiment, length)
-  fastest = next(search(experiment, stage, topology, report, tries, _SEQUENCE_AXES), plan)
+  fastest = next(search(experiment, stage, topology, report, tries, axes), plan)
   return min(fastest, plan, key=lambda plan: plan.roofline.step_seconds)
 
 

@@ -3,19 +3,19 @@ import pytest
 
 from configs import models
 from lwm.cost import peak
-from lwm.model.flops import layer_parameters, train_flops
+from lwm.model.flops import body_cost, train_flops
 
 
-def test_dense_7b_is_six_flops_a_parameter_and_token():
+def test_dense_7b_takes_six_flops_per_parameter_and_token():
   """Llama 2 7B: 6.74e9 parameters, of which the embedding (131M) multiplies nothing."""
   model = models.lwm_7b()
-  assert 32 * layer_parameters(model) == pytest.approx(6.476e9, rel=1e-3)
+  assert body_cost(model).weights == pytest.approx(6.476e9, rel=1e-3)
   flops = train_flops(model, tokens=1, attended_pairs=0, text_targets=1, vision_targets=0)
   assert flops == pytest.approx(6 * (6.74e9 - 131e6), rel=2e-3)
 
 
 def test_attention_counts_the_pairs_of_the_mask():
-  """12 x layers x width a pair: forward 4 x width (two products), backward twice that."""
+  """12 x layers x width per pair: forward 4 x width (two products), backward twice as much."""
   model = models.lwm_7b()
   nothing = {"tokens": 0, "text_targets": 0, "vision_targets": 0}
   assert train_flops(model, attended_pairs=10, **nothing) == 12 * 32 * 4096 * 10

@@ -1,12 +1,12 @@
-"""Whether a compiled program anywhere puts a sequence together that its mesh divides.
+"""Whether a compiled program anywhere reassembles a sequence that its mesh divides.
 
-What counts, of the optimised HLO of one device: an array of floats with as many elements as the
-whole sequence has in one layer's residual stream, [sequence, width], or more; and an all-gather
-along a mesh axis of the sequence whose result is neither integers (the rows of a batch, [B, S]:
-tokens, key intervals) nor a part of a parameter (weights are gathered for use) nor has fewer
-elements than the sequence has tokens. So with an all-reduce: XLA makes gathers of them, of arrays
-that are zero but for a device's own part. A collective along `tensor` alone joins the tokens of one
-sequence shard: that is Megatron's sequence parallelism.
+Two things in the optimised HLO of one device count. The first is an array of floats with at least
+as many elements as the whole sequence has in one layer's residual stream, [sequence, width]. The
+second is an all-gather along a mesh axis of the sequence, except where its result holds integers
+(the rows of a batch, [B, S]: tokens, key intervals), is a part of a parameter (weights are gathered
+for use), or has fewer elements than the sequence has tokens. All-reduces are treated alike, because
+XLA uses them as gathers, of arrays that are zero outside a device's own part. A collective along
+`tensor` alone joins the tokens of one sequence shard: that is Megatron's sequence parallelism.
 """
 
 import math
@@ -17,7 +17,7 @@ import numpy as np
 
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (.*?) ([a-z][a-z0-9-]*)\(", re.MULTILINE)
-# Three ways to write them: {{0,1},{2,3}}, [2,2]<=[2,2]T(1,0) and mesh['a'=2,'b'=2] {'a'}.
+# Three ways to write replica groups: {{0,1},{2,3}}, [2,2]<=[2,2]T(1,0) and mesh['a'=2,'b'=2] {'a'}.
 _LISTS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\] \{([^}]*)\}")
@@ -40,16 +40,17 @@ def gathered_sequences(
     text: `Compilation.text`.
     mesh: devices along each axis, in the order of the mesh.
     sequence_length: tokens of a row.
-    width: of the model.
-    num_layers: arrays with this first dimension are stacked over layers: one of them counts.
-    parameters: shapes of the parameters, stacked ones as they are.
+    width: the model's width.
+    num_layers: an array with this first dimension is stacked over layers, and counts as one layer.
+    parameters: shapes of the parameters, including the dimension of layers where they are stacked.
     sequence_axes: the mesh axes that divide a sequence in attention.
   """
 
   def of_a_layer(shape):
     return math.prod(shape[1:] if len(shape) > 1 and shape[0] == num_layers else shape)
 
-  # Not of all layers, which are so large that a head of the whole sequence may be a part.
+  # Sizes of one layer: all layers together are so large that one head of the whole sequence could
+  # pass as a part of them.
   sizes = {of_a_layer(shape) for shape in parameters}
   devices = math.prod(mesh.values())
   found = []
@@ -76,9 +77,9 @@ def gathered_sequences(
 
 
 def crossed_axes(line: str, mesh: Mapping[str, int]) -> list[str]:
-  """The axes along which the devices of one group of the collective on this line differ.
+  """The axes along which the devices in one group of the collective on this line differ.
 
-  Of groups in an unknown form, and where there is but one group: all.
+  All axes, if the groups have an unknown form or if all devices form one group.
   """
   group = _first_group(line)
   if group is None:
@@ -88,7 +89,7 @@ def crossed_axes(line: str, mesh: Mapping[str, int]) -> list[str]:
 
 
 def _first_group(line: str) -> np.ndarray | None:
-  """Positions of its devices in the mesh."""
+  """Positions in the mesh of the devices in the first group."""
   if match := _LISTS.search(line):
     return np.array(_integers(match[1]))
   if match := _IOTA.search(line):
@@ -100,7 +101,7 @@ def _first_group(line: str) -> np.ndarray | None:
   if match := _MESH.search(line):
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
     ids = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
-    # 'a':(2)4 is a part of an axis: taken for the whole.
+    # 'a':(2)4 is a part of an axis, and treated as all of it.
     named = re.findall(r"'(\w+)'", match[2])
     return ids[tuple(slice(None) if name in named else 0 for name in sizes)].reshape(-1)
   return None

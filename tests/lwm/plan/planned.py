@@ -1,4 +1,4 @@
-"""An experiment small enough to be compiled for slices of four chips in seconds."""
+"""An experiment that compiles for slices of four chips in seconds."""
 
 from configs import models
 from lwm.config.experiment import DatasetConfig, Experiment, MixtureEntry, Stage

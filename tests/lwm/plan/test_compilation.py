@@ -4,11 +4,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lwm.plan import topology
-from lwm.plan.compilation import compile_ahead, read_assignment
+from lwm.plan.compilation import compile_ahead, first_sentence, read_assignment
 
 
 def twenty_copies(x):
-  """Keeps x twenty times over, and returns an array for which x can be donated."""
+  """Keeps twenty copies of x, and returns an array for which x can be donated."""
   _, kept = jax.lax.scan(lambda carry, _: (jnp.sin(carry), carry), x, length=20)
   return (kept * kept[::-1]).sum((0, 1)), x + 1
 
@@ -25,7 +25,7 @@ def test_out_of_memory_is_an_answer(name):
   size = 40960
   compilation = compile_ahead(lowered(name, size), "tpu")
   array = 2 * size**2
-  # x, donated; twenty of it, and one that the loop carries.
+  # x, donated; twenty copies, and one that the loop carries.
   assert compilation.arguments == array
   assert compilation.temporaries == pytest.approx(21 * array, rel=1e-3)
   assert compilation.total == pytest.approx(22 * array, rel=1e-3)
@@ -41,6 +41,26 @@ def test_agrees_with_the_compiled_program():
   memory = program.compile().memory_analysis()
   assert compilation.arguments == memory.argument_size_in_bytes
   assert compilation.temporaries == pytest.approx(memory.temp_size_in_bytes, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+  "error, sentence",
+  [
+    (
+      # libtpu and the CUDA plugin, jax 0.11.2.
+      "INTERNAL: during context [x]: Expected instruction to have shape equal to (s32[], "
+      "bf16[4,32768,4096]{2,1,0}, /*index=2*/f32[32]{0:T(256)S(5)}), actual shape is (s32[], "
+      "bf16[4,8]{1,0}):\n%tuple.187 = (s32[], bf16[4,8]{1,0}) tuple(%add.1, %add.2)",
+      "INTERNAL: during context [x]: Expected instruction to have shape equal to (...), actual "
+      "shape is (...).",
+    ),
+    ("INTERNAL: ptxas 12.4 is too old. Install a newer one.", "INTERNAL: ptxas 12.4 is too old."),
+    ("UNIMPLEMENTED: " + 100 * "long ", "UNIMPLEMENTED: " + 46 * "long " + "..."),
+  ],
+  ids=("shapes", "sentences", "long"),
+)
+def test_first_sentence_of_an_error(error, sentence):
+  assert first_sentence(error) == sentence
 
 
 # The format as libtpu 0.0.48 and XLA write it.
@@ -69,13 +89,15 @@ TEXT = """  %fusion.1 = f32[1500]{0} fusion(%w.1), metadata={op_name="jit(f)/mad
 def test_reads_what_xla_dumps():
   compilation = read_assignment(ASSIGNMENT, TEXT, "tpu", 0.0)
   assert (compilation.arguments, compilation.temporaries) == (4096, 9000)
-  assert compilation.total == 4096 + 9000  # Not of a function's own, the scratchpad or the host.
+  assert (
+    compilation.total == 4096 + 9000
+  )  # Without thread-local buffers, the scratchpad and the host.
   assert compilation.host == 800
-  # What follows in another's place is not listed beside it.
+  # A buffer that reuses another's memory is not listed.
   assert [(b.bytes, b.operation) for b in compilation.buffers] == [
     (6000, "jit(f)/made"),
     (4096, "state['w']"),
     (3000, ""),
   ]
-  # On a GPU color 1 is the device's memory, too.
+  # On a GPU, color 1 is the device's memory too.
   assert read_assignment(ASSIGNMENT, TEXT, "gpu", 0.0).total == 4096 + 9000 + 1000

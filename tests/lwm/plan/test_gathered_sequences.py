@@ -15,7 +15,7 @@ from lwm.plan.compilation import compile_ahead
 from tests.lwm.plan import planned
 from tests.lwm.plan.gathered_sequences import crossed_axes, gathered_sequences
 
-# As many layers as make all of a weight's together larger than a head of the whole sequence.
+# Enough layers to make a weight of all layers larger than one head of the whole sequence.
 LAYERS, LENGTH, WIDTH = 32, 4096, 128
 PARAMETERS = [(LAYERS, WIDTH, 256)]
 
@@ -35,7 +35,7 @@ def test_the_7b_step_at_1m_tokens_gathers_no_sequence():
     num_layers=experiment.model.num_layers,
     parameters=[leaf.shape for leaf in jax.tree.leaves(program.state.params)],
   )
-  # It would have been among these.
+  # The program has all-gathers that could have been found.
   assert compilation.text.count(" all-gather") > 5
   assert plan.compile_seconds < 600
   assert plan.peak_rss < 16e9
@@ -43,7 +43,7 @@ def test_the_7b_step_at_1m_tokens_gathers_no_sequence():
 
 @pytest.mark.slow
 def test_memory_of_a_shard_does_not_grow_with_the_ring():
-  """Nothing is kept of every hop: the same tokens a device, in rings of 4 and of 64."""
+  """Rings of 4 and of 64 with equal tokens per device: nothing is kept from every hop."""
   temporaries = []
   for machine, ring in (("v5p:2x2x1", 4), ("v5p:4x4x4", 64)):
     experiment = planned.get_config()
@@ -67,13 +67,13 @@ def whole_by_partitioner(x_SxM, weight):
 
 
 def a_head_at_a_time(x_SxM, weight):
-  """Half of the width, the whole length: fewer elements than a sequence has."""
+  """Half of the width at the whole length: fewer elements than the residual stream has."""
   del weight
   return jax.reshard(x_SxM[:, : WIDTH // 2], P(None))
 
 
 def sum_of_padded_parts(x_SxM, weight):
-  """What XLA sometimes makes of an all-gather."""
+  """The form that XLA sometimes gives an all-gather."""
   del weight
 
   def local(x_SxM):
@@ -87,7 +87,7 @@ def sum_of_padded_parts(x_SxM, weight):
 
 
 def gradient_of_weights(x_SxM, weight):
-  """Its sum over the tokens is no part of the sequence."""
+  """A sum over the tokens, which is not a part of the sequence."""
   return jax.grad(lambda weight: jnp.sum((x_SxM @ jax.reshard(weight, P(None))) ** 2))(weight)
 
 

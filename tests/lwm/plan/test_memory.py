@@ -1,4 +1,4 @@
-"""Other programs than the train step go through the same door."""
+"""Memory of programs other than the train step, and reports of memory."""
 
 import functools
 import types
@@ -13,6 +13,7 @@ from lwm.model import build
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig, ShardingRules
 from lwm.plan import compile_program, load, report
+from lwm.plan.candidates import candidates
 from lwm.plan.memory import Memory, shard_bytes
 from tests.lwm.plan import planned
 
@@ -27,7 +28,7 @@ LENGTH = 1024
     (GIB, 7 * GIB, "1.0 GiB of 2.0 GiB: OUT OF THE HOST'S MEMORY by 3.0 GiB"),
   ],
 )
-def test_both_memories_must_do(total, host, verdict):
+def test_both_memories_must_suffice(total, host, verdict):
   memory = Memory(
     parameters=0,
     optimizer=0,
@@ -68,8 +69,19 @@ def test_the_closest_of_what_does_not_fit():
   machine = types.SimpleNamespace(name="v5e:2x2", chip=None)
   sentence = report.nothing_fits(machine, "1m", plans, ())
   assert sentence.startswith(
-    "1m: nothing that was tried fits v5e:2x2; the closest is ring 4, remat full, heads all, "
+    "1m: none of the programs tried fits v5e:2x2; the closest is ring 4, remat full, heads all, "
     "moments float32: 3.0 GiB of 2.0 GiB: OUT OF MEMORY by 1.0 GiB"
+  )
+
+
+def test_candidates_that_xla_refused_are_no_reason_for_a_larger_machine():
+  experiment = planned.get_config()
+  machine = load("v5e:2x2")
+  sentence = report.nothing_fits(
+    machine, "long", (), candidates(experiment, experiment.stages[0], 4)
+  )
+  assert sentence == (
+    "long: XLA compiles none of the programs tried for v5e:2x2; try more with --tries."
   )
 
 
@@ -100,7 +112,7 @@ def test_memory_of_sampling(new_tokens):
   memory, compilation = compile_program(lowered, machine, params)
   assert memory.parameters == shard_bytes(params)
   assert memory.optimizer == memory.gradients == 0
-  # Keys and values, half of the rows and of the heads.
+  # Keys and values of half of the rows and half of the heads.
   config = model.config
   keys = 2 * config.num_layers * 1 * LENGTH * 1 * config.head_dim * 2
   assert keys <= shard_bytes(cache) <= memory.batch

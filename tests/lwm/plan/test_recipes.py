@@ -11,7 +11,7 @@ from lwm.plan import load
   "config, topology", ((lwm_text_7b, "v4:8x8x4"), (lwm_vision_7b, "v4:8x8x8"))
 )
 def test_every_stage_has_a_mesh_on_the_torus(config, topology):
-  """Tensor = 16 has no whole axis of a torus of 8 x 8 x 4: axes are split."""
+  """No whole axis of a torus of 8 x 8 x 4 has 16 devices for `tensor`: axes are split."""
   devices = load(topology).devices
   for stage in config.get_config().stages:
     mesh = make_mesh(stage.mesh, devices)

@@ -4,8 +4,9 @@ import jax
 import pytest
 
 from lwm.config.experiment import Experiment, Stage
-from lwm.config.model import ModelConfig
+from lwm.config.model import REMAT_POLICIES, ModelConfig
 from lwm.cost import chips
+from lwm.cost.layer import KEPT
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig
 from lwm.plan import topology
@@ -17,7 +18,7 @@ from lwm.plan.traffic import step_traffic
 BODY, ENDS = 2 * 655_360, 512_000
 TOKENS = 2048
 PAIRS = 2 * 1024 * 1025 // 2
-# Products of two blocks that are computed again: all but the down projection.
+# FLOPs of the products in two blocks that are computed again: all except the down projection.
 AGAIN = 2 * 2 * (655_360 - 256 * 512) * TOKENS
 
 
@@ -56,8 +57,8 @@ def test_flops_and_seconds(v5p):
   products = 6 * BODY * TOKENS + 6 * 256 * 1000 * TOKENS
   attention = 12 * 2 * 256 * PAIRS
   assert roofline.model_flops == products + attention
-  # Of a block all but the down projection, the logits; attention forward, and three products more
-  # in its backward pass.
+  # All products of a block except the down projection; the logits; the forward pass of attention,
+  # and three more products in its backward pass.
   again = AGAIN + 2 * 256 * 1000 * TOKENS
   attention_again = 10 * 2 * 256 * PAIRS
   assert roofline.recompute_flops == again + attention_again
@@ -86,12 +87,12 @@ def test_recompute_follows_remat(v5p, remat, again):
   ids=("fsdp", "ring", "fsdp and ulysses"),
 )
 def test_bytes_of_weights(v5p, sizes):
-  """They are stored in shards over all axes of the tokens but data."""
+  """Weights are stored in shards over all axes of the tokens except data."""
   parts = {what: part for (axes, what), part in traffic(v5p, **sizes).items() if "fsdp" in axes}
-  # Three quarters of them come from others: bfloat16 twice for blocks, float32 once for tables.
+  # Three quarters come from other devices: bfloat16 twice for blocks, float32 once for tables.
   assert parts["weights"].bytes == 3 / 4 * 2 * 2 * BODY
   assert parts["tables"].bytes == 3 / 4 * 4 * ENDS
-  # Two dimensions of two chips: a link each.
+  # Two dimensions of two chips, with one link each.
   assert parts["weights"].bandwidth == 2 * 90e9
   assert parts["gradients"].bytes == 3 / 4 * 4 * BODY
   assert parts["gradients of tables"].bytes == 3 / 4 * 4 * ENDS
@@ -102,23 +103,23 @@ def test_bytes_of_weights(v5p, sizes):
 
 def test_bytes_over_data(v5p):
   parts = traffic(v5p, data=2, fsdp=2)
-  # All-reduced, the shards that fsdp leaves; the tables' too.
+  # Each device all-reduces its fsdp shard of blocks and tables.
   assert parts[("data",), "gradients"].bytes == 2 * 1 / 2 * 4 * (BODY + ENDS) / 2
 
 
 def test_bytes_of_offload(v5p):
   parts = traffic(v5p, fsdp=1, ring=2, tensor=2, remat="offload")
-  # Inputs of two blocks, half of 1024 tokens of a ring shard, there and back.
+  # Inputs of two blocks, half of a ring shard's 1024 tokens, there and back.
   assert parts[("host",), "activations kept"].bytes == 2 * 2 * 512 * 256 * 2
   assert parts[("host",), "activations kept"].bandwidth == 16e9
   parts = traffic(v5p, fsdp=1, ring=2, tensor=2, remat="offload_attention")
-  # And of 1024 tokens for one head the result and its log-sum-exp.
+  # Also the result and its log-sum-exp, of 1024 tokens for one head.
   kept = 512 * 256 * 2 + 1024 * (128 * 2 + 4)
   assert parts[("host",), "activations kept"].bytes == 2 * 2 * kept
   arguments = planned(v5p, fsdp=4)
   arguments[0].optimizer.offload = True
   part = next(part for part in step_traffic(*arguments) if part.what == "moments")
-  # Two float32 moments of a quarter of the parameters, both ways at the same time.
+  # Two float32 moments for a quarter of the parameters, in both directions at the same time.
   assert part.bytes == 2 * 8 * (BODY + ENDS) / 4
   assert part.seconds == pytest.approx(8 * (BODY + ENDS) / 4 / 16e9)
   roofline = estimate(*arguments)
@@ -135,7 +136,8 @@ def test_bytes_of_the_ring(v5p):
 
 def test_bytes_of_tensor_parallelism(v5p):
   part = traffic(v5p, tensor=2, fsdp=2)[("tensor",), "activations"]
-  # Four halves of an all-reduce forward and four backward, three for what is computed again.
+  # Four halves of an all-reduce in the forward pass, four in the backward pass, and three for what
+  # is computed again.
   assert part.bytes == 1 / 2 * 1024 * 256 * 2 * 2 * 11
   part = traffic(v5p, tensor=2, fsdp=2, remat="none")[("tensor",), "activations"]
   assert part.bytes == 1 / 2 * 1024 * 256 * 2 * 2 * 8
@@ -150,7 +152,7 @@ def test_nothing_crosses_a_mesh_of_one_device():
 def test_a_hop_hides_behind_enough_attention(v5p, length, hides):
   hop = estimate(*planned(v5p, ring=4, sequence_length=length)).hop
   pairs = 2 * length * (length + 1) / 2
-  # Of a quarter of the pairs, a device's share, a quarter in each hop.
+  # A device has a quarter of the pairs, and computes a quarter of those in each hop.
   assert hop.forward_compute == pytest.approx(4 * 2 * 128 * pairs / 16 / (0.55 * 459e12))
   assert hop.forward_transfer == pytest.approx(2 * (2 * length / 4) * 2 * 128 * 2 / 90e9)
   assert hop.backward_transfer == pytest.approx(3 * hop.forward_transfer)
@@ -161,7 +163,7 @@ def test_contiguous_layouts_wait_for_the_last_shard(v5p):
   balanced = estimate(*planned(v5p, ring=4)).seconds["compute"]
   uneven = estimate(*planned(v5p, ring=4, layout="contiguous")).seconds["compute"]
   attention = (12 + 10) * 2 * 256 * PAIRS / (4 * 459e12 * 0.55)
-  # The last of four shards attends to three whole and half of its own, the mean to half of four.
+  # The last of four shards attends to three shards and half of its own; the mean shard to two.
   assert uneven - balanced == pytest.approx((3.5 / 2 - 1) * attention)
 
 
@@ -172,13 +174,13 @@ def test_softmax_over_all_ids(v5p):
   assert estimate(experiment, *machine).model_flops == text.model_flops
   experiment.loss.softmax_range = "all"
   every = estimate(experiment, *machine)
-  # Logits are made twice.
+  # Logits are computed twice.
   assert every.model_flops - text.model_flops == 6 * 256 * 600 * TOKENS
   assert every.recompute_flops - text.recompute_flops == 2 * 256 * 600 * TOKENS
 
 
 def test_groups_of_heads_project_once_more_only_where_all_is_computed_again(v5p):
-  """As counted in compiled programs."""
+  """The numbers agree with counts in compiled programs."""
   for remat, more in (("none", 0), ("attention", 0), ("full", 2 * 2 * 3 * 256 * 256 * TOKENS)):
     experiment, *machine = planned(v5p, remat=remat, fsdp=2, ulysses=2)
     whole = estimate(experiment, *machine)
@@ -189,8 +191,25 @@ def test_groups_of_heads_project_once_more_only_where_all_is_computed_again(v5p)
       sum(part.bytes for part in roofline.traffic if part.what == "heads")
       for roofline in (whole, groups)
     ]
-    # Query, key, value and result in each of three passes; the first three once more.
+    # Query, key, value and result in each of three passes; query, key and value once more.
     assert sent[1] / sent[0] == (15 / 12 if more else 1)
+
+
+def test_a_tied_head_is_one_table_less_to_read_and_to_update(v5p):
+  experiment, *machine = planned(v5p, fsdp=4, sequence_length=64)
+  untied = estimate(experiment, *machine).seconds
+  experiment.model.tied_head = True
+  tied = estimate(experiment, *machine).seconds
+  name = "memory beyond compute"
+  assert tied[name] > 0
+  # Per parameter: gathered in bfloat16, written and read in three passes; and of a quarter of them
+  # the parameter, the gradient and two moments, read and written in float32.
+  saved = 1000 * 256 * (3 * 2 * 2 + 4 * 2 * 4 / 4)
+  assert untied[name] - tied[name] == pytest.approx(saved / 2.765e12)
+
+
+def test_every_remat_policy_says_what_it_keeps():
+  assert set(KEPT) == set(REMAT_POLICIES)
 
 
 def test_a_hop_carries_repeated_key_heads(v5p):
@@ -199,12 +218,12 @@ def test_a_hop_carries_repeated_key_heads(v5p):
     experiment.model.num_kv_heads = num_kv_heads
     return estimate(experiment, *machine).hop.forward_transfer
 
-  # One head is repeated for two devices.
+  # A single key head is repeated for two devices.
   assert transfer(1) == transfer(2)
 
 
 def test_messages_of_a_ring_share_links():
-  """Where `tensor` has the neighbours, those of both rings pass over the same links."""
+  """If `tensor` takes the nearest neighbours, the messages of two rings share links."""
   pod = topology.load("v5e:16x16")
   keys = ("ring",), "keys and values"
   assert traffic(pod, ring=256)[keys].bandwidth == 45e9
@@ -216,7 +235,7 @@ def test_messages_of_a_ring_share_links():
 
 
 def test_links_that_join_both_ends():
-  """On the side of a whole pod of v5e, and in cubes of v5p; both directions count."""
+  """Such links exist along a whole pod's side on v5e and in cubes on v5p; both directions count."""
   for name, sizes, links in (
     ("v5e:16x16", dict(fsdp=256), 4),
     ("v5e:4x4", dict(fsdp=16), 2),
@@ -235,7 +254,7 @@ def test_wires_of_a_gpu_cluster():
   )
   inside = traffic(machine, fsdp=2, tensor=2)
   assert inside[("tensor",), "activations"].bandwidth == 450e9
-  # Both GPUs of a host bring in their share of what the four gather.
+  # Both GPUs of a host use their network shares for what the four gather.
   across = traffic(machine, fsdp=4)
   weights = next(part for (_, what), part in across.items() if what == "weights")
   assert weights.bandwidth == 2 * 50e9

@@ -1,4 +1,4 @@
-"""Candidates, the bound that leaves some out, and what search and longest make of them."""
+"""Candidates, the bound that excludes some of them, and search and longest with a fake compiler."""
 
 import dataclasses
 import importlib
@@ -12,6 +12,7 @@ from configs import lwm_text_7b
 from lwm.config.model import REMAT_POLICIES
 from lwm.cost.chips import GIB
 from lwm.errors import UserError
+from lwm.parallel.sharding import MeshConfig
 from lwm.plan import load, longest, plan_stage, search
 from lwm.plan.bound import least_memory
 from lwm.plan.candidates import candidates, length_text, single_row
@@ -30,20 +31,19 @@ def ignore(*_):
   pass
 
 
-def test_candidates_are_all_meshes_that_go_with_the_model():
+def test_candidates_are_all_meshes_that_divide_the_model():
   experiment = planned.get_config()
   found = list(candidates(experiment, experiment.stages[0], 8))
-  meshes = {tuple(candidate.stage.mesh.axis_sizes().values()) for candidate in found}
+  sizes = [candidate.stage.mesh.axis_sizes() for candidate in found]
+  assert all(math.prod(mesh.values()) == 8 for mesh in sizes)
+  # One row is not divided over data and fsdp; two key/value heads: tensor is 2 at most; four heads.
+  meshes = {(mesh["ring"], mesh["ulysses"], mesh["tensor"]) for mesh in sizes}
+  assert meshes == {(8, 1, 1), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2)}
   assert all(math.prod(mesh) == 8 for mesh in meshes)
-  # One row: nothing over data and fsdp; two key/value heads: tensor at most 2; four heads.
-  assert meshes == {
-    (1, 1, ring, ulysses, tensor)
-    for ring, ulysses, tensor in ((8, 1, 1), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2))
-  }
   policies = {(c.experiment.model.remat, c.experiment.optimizer.offload) for c in found}
   assert len(policies) * len(meshes) == len(found)
   assert ("full", True) in policies and ("none", False) in policies
-  # The person's own experiment stays as it is.
+  # The given experiment has not changed.
   assert experiment.stages[0].mesh == planned.get_config().stages[0].mesh
 
 
@@ -64,15 +64,17 @@ def test_the_bound_is_below_what_is_compiled(v5e, remat):
   ids=("ulysses", "ulysses and tensor", "ring"),
 )
 def test_the_bound_is_below_what_was_compiled_of_a_larger_model(sizes, compiled):
-  """MiB of v5e:2x2 with libtpu 0.0.48, minutes each: more than fits into a vector memory."""
+  """MiB on v5e:2x2, compiled once with libtpu 0.0.48, which took minutes each.
+
+  These models don't fit into a vector memory.
+  """
   experiment = planned.get_config()
   model = experiment.model
   model.width = model.text_vocab_size = 2048
   model.feed_forward_width, model.head_dim = 4096, 128
   model.num_heads = model.num_kv_heads = 16
   stage = single_row(experiment, 2**18)
-  sizes = dict(data=1, fsdp=1, ring=1, ulysses=1, tensor=1) | sizes
-  least = least_memory(experiment, stage, sizes) / 2**20
+  least = least_memory(experiment, stage, MeshConfig(fsdp=1, **sizes).axis_sizes()) / 2**20
   assert compiled / 2 < least < compiled
 
 
@@ -80,9 +82,9 @@ def test_the_bound_of_a_7b_step_by_hand():
   experiment = lwm_text_7b.get_config()
   experiment.model.remat = "full"
   stage = single_row(experiment, 2**25)
-  sizes = dict(data=1, fsdp=1, ring=512, ulysses=1, tensor=1)
+  sizes = MeshConfig(fsdp=1, ring=512).axis_sizes()
   full = least_memory(experiment, stage, sizes)
-  # Saved inputs of 32 blocks, 65536 tokens a device in bfloat16.
+  # Saved inputs of 32 blocks, 65536 tokens per device in bfloat16.
   experiment.model.remat = "offload"
   assert full - least_memory(experiment, stage, sizes) == 32 * 65536 * 4096 * 2
   # Two moments of 1/512 of the parameters.
@@ -96,7 +98,7 @@ def test_the_bound_of_a_7b_step_by_hand():
 
 @dataclasses.dataclass
 class FakeCompiler:
-  """Fits what `fits` says, refuses what `refuses` says, and keeps what it was asked."""
+  """Returns plans that fit if `fits` says so, refuses if `refuses` says so, and records calls."""
 
   fits: object
   refuses: object = lambda experiment: False
@@ -160,7 +162,7 @@ def test_search_ends_after_its_tries_and_compiles_nothing_that_cannot_fit(monkey
 
 
 def test_search_learns_from_what_did_not_fit(monkeypatch, v5e):
-  """Of each remat policy one is compiled, and one with a ring: far more than was counted."""
+  """One candidate per remat policy with a ring, and one without, need far more than was counted."""
   fake = compiler(monkeypatch, fits=lambda experiment: False, total=1000 * GIB)
   experiment = planned.get_config()
   assert not list(search(experiment, experiment.stages[0], v5e, ignore, tries=100))
@@ -171,7 +173,7 @@ def test_search_learns_from_what_did_not_fit(monkeypatch, v5e):
 
 @pytest.mark.parametrize("limit", (2**12, 2**21, 2**30), ids=("low", "middle", "high"))
 def test_longest_finds_the_last_power_of_two_from_either_side(monkeypatch, v5e, limit):
-  """Whether counting allows more than the compiler does or less."""
+  """The lower bound may allow longer or shorter rows than the compiler."""
   chip = dataclasses.replace(v5e.chip, memory=GIB)
   fake = compiler(
     monkeypatch, fits=lambda experiment: experiment.stages[0].sequence_length <= limit
@@ -180,7 +182,7 @@ def test_longest_finds_the_last_power_of_two_from_either_side(monkeypatch, v5e, 
   plan = longest(planned.get_config(), machine, ignore, tries=2)
   assert plan.stage.sequence_length == plan.stage.tokens_per_batch == limit
   assert plan.mesh["data"] == plan.mesh["fsdp"] == 1
-  # It has seen that twice as much does not fit.
+  # Twice the length was tried and does not fit.
   lengths = [experiment.stages[0].sequence_length for experiment in fake.asked]
   assert lengths.count(2 * limit) == 2
 
@@ -192,7 +194,7 @@ def test_longest_of_nothing(monkeypatch, v5e):
 
 @pytest.mark.slow
 def test_longest_of_a_real_compiler(v5e):
-  """With 24 MiB a chip."""
+  """With 24 MiB per chip."""
   machine = dataclasses.replace(v5e, chip=dataclasses.replace(v5e.chip, memory=24 << 20))
   plan = longest(planned.get_config(), machine, ignore, tries=1)
   assert plan.memory.fits and plan.memory.capacity == 24 << 20
@@ -203,5 +205,5 @@ def test_longest_of_a_real_compiler(v5e):
 @pytest.mark.parametrize(
   "length, expected", [(512, "512"), (2**15, "32K"), (3 << 19, "1.5M"), (2**25, "32M")]
 )
-def test_lengths_as_people_write_them(length, expected):
+def test_lengths_in_usual_units(length, expected):
   assert length_text(length) == expected

@@ -7,12 +7,12 @@ from lwm.plan import topology
 @pytest.mark.parametrize(
   "name, devices, chip, memory",
   [
-    # One device a chip: libtpu's default for v4 is two.
+    # One device per chip; libtpu's default for v4 is two.
     ("v4:4x4x4", 64, "v4", 30.75),
     ("v5e:4x4", 16, "v5e", 15.75),
     ("v5p:2x2x1", 4, "v5p", 95.73),
     ("v6e:2x2", 4, "v6e", 31.24),
-    # Two devices a chip.
+    # Two devices per chip.
     ("tpu7x:2x2x1", 8, "tpu7x", 94.74),
   ],
 )
@@ -36,7 +36,7 @@ def test_cpu_devices():
     ("v5e", "no such machine"),
     ("v5e:1x1", "libtpu knows no such slice"),
     ("v5e:3x3", "Google has no such slice"),
-    # libtpu would compile for these.
+    # libtpu would compile for these slices, which Google does not offer.
     ("v5e:32x32", "Google has no such slice"),
     ("v5p:6x6x6", "Google has no such slice"),
     ("h100:0x8", "no such machine"),
@@ -44,7 +44,7 @@ def test_cpu_devices():
     ("cpu:9", "xla_force_host_platform_device_count=9"),
   ],
 )
-def test_what_is_not_there(name, message):
+def test_unknown_machines(name, message):
   with pytest.raises(UserError, match=message) as error:
     topology.load(name)
   assert f"--topology={name}: " in str(error.value)

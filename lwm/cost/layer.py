@@ -1,0 +1,125 @@
+"""What a layer costs: MFU, the planner and the memory bound know layers by this only.
+
+Beside the definition of each layer, a function fills a `LayerCost` from the configuration and a
+`Division`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+
+import jax.numpy as jnp
+
+from lwm.config.experiment import Stage
+from lwm.parallel.sharding import ShardingRules
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+  """What a remat policy keeps of a block beside its input; the backward pass computes the rest."""
+
+  attention: bool = False  # The result of attention and its log-sum-exp.
+  products: bool = False  # The results of matrix products.
+  everything: bool = False  # All arrays, gathered weights included.
+  on_host: bool = False  # The block's input and the arrays above are kept in the host's memory.
+
+
+# By `ModelConfig.remat`; lwm/model/decoder.py applies them.
+KEPT = {
+  "none": Kept(attention=True, products=True, everything=True),
+  "dots": Kept(attention=True, products=True),
+  "attention": Kept(attention=True),
+  "full": Kept(),
+  "offload": Kept(on_host=True),
+  "offload_attention": Kept(attention=True, on_host=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+  """How a mesh divides a step. The default is one device with one token.
+
+  Attributes:
+    tokens: tokens per device and step in attention and feed-forward.
+    row_length: how many of these tokens belong to one row.
+    storage: number of shards in which the parameters of one tensor shard are stored.
+    tensor: devices that have the same tokens and divide heads, widths and vocabularies.
+    ring: devices in a ring.
+    ulysses: neighbours that exchange heads for tokens.
+  """
+
+  tokens: float = 1
+  row_length: int = 1
+  storage: int = 1
+  tensor: int = 1
+  ring: int = 1
+  ulysses: int = 1
+
+  @classmethod
+  def of(cls, stage: Stage, sizes: Mapping[str, int]) -> "Division":
+    """The division of a stage's step over mesh axes of these sizes."""
+    rules = ShardingRules()
+    ring, ulysses = sizes[rules.ring], sizes[rules.ulysses]
+    return cls(
+      tokens=stage.tokens_per_batch / math.prod(sizes[axis] for axis in rules.token_axes),
+      row_length=stage.sequence_length // (ring * ulysses),
+      storage=math.prod(sizes[axis] for axis in rules.model),
+      tensor=sizes[rules.tensor],
+      ring=ring,
+      ulysses=ulysses,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCost:
+  """The cost of one layer or of several, under the configuration's remat policy.
+
+  Attributes:
+    weights: elements of the matrices, on all devices together.
+    flops: forward FLOPs of matrix products per token.
+    pair_flops: forward FLOPs per (query, key) pair.
+    recompute_flops: FLOPs per token that the backward pass computes again.
+    recompute_pair_flops: FLOPs per pair that the backward pass computes again.
+    kept: bytes per token of a device that the forward pass keeps for the backward pass.
+    backward: bytes per token of a device that exist at one moment of the backward pass at least,
+      beside `kept`.
+    moved: elements per token of a device that a forward pass reads and writes.
+    hop: elements per token of a device that a hop of the ring sends: keys and values.
+    exchanged: elements per token of a device that a step exchanges, heads for tokens.
+    gathered: elements per token of a device that a step gathers or scatters over `tensor`.
+  """
+
+  weights: int = 0
+  flops: int = 0
+  pair_flops: int = 0
+  recompute_flops: int = 0
+  recompute_pair_flops: int = 0
+  kept: float = 0
+  backward: float = 0
+  moved: int = 0
+  hop: int = 0
+  exchanged: int = 0
+  gathered: int = 0
+
+
+def total(layers: Iterable[tuple[LayerCost, int]]) -> LayerCost:
+  """The cost of layers that run in turn, from pairs (cost of one layer, number of such layers).
+
+  All fields are sums, except `backward`: it is the maximum, because only one layer at a time is in
+  its backward pass.
+  """
+  layers = list(layers)
+  sums = {
+    field.name: sum(count * getattr(cost, field.name) for cost, count in layers)
+    for field in dataclasses.fields(LayerCost)
+  }
+  return LayerCost(**sums | {"backward": max(cost.backward for cost, _ in layers)})
+
+
+def dtype_bytes(name: str) -> int:
+  """Bytes per number of a dtype."""
+  return jnp.dtype(name).itemsize
+
+
+# Parameters, gradients, log-sum-exps, and the partial gradients that travel around the ring.
+FLOAT32_BYTES = dtype_bytes("float32")
