@@ -1,8 +1,9 @@
 """LWM-Text 7B: five stages from 32K to 1M tokens (arXiv 2402.08268, table 1 and appendix).
 
 For 256 TPU v4 chips. LWM started from Llama-2 7B; a run here starts from random parameters, because
-no program writes converted ones (lwm/convert) as a checkpoint yet. The datasets are books filtered by length, one
-directory per stage, made by `python -m experiments.prepare_data`. Give the paths of yours by flags:
+no program writes converted ones (lwm/convert) as a checkpoint yet. The datasets are books filtered
+by length, one directory per stage, made by `python -m experiments.prepare_data`. Give the paths of
+yours by flags:
 
     python -m experiments.train --config=configs/lwm_text_7b.py --workdir=/shared/runs/text \
         '--config.datasets[0].path=/shared/data/books-10k-100k'

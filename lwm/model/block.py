@@ -1,7 +1,7 @@
 """The kinds of decoder blocks: layers around the residual stream.
 
-A kind is an NNX module with the constructor, the call and the `cost` of `Block`. To add one, write its layers
-in a file of their own and enter it in KINDS; `ModelConfig.stretches` then names it.
+A kind is an NNX module with the constructor, the call and the `cost` of `Block`. To add one, write
+its layers in a file of their own and enter it in KINDS; `ModelConfig.stretches` then names it.
 
 B batch, S sequence, M model width, P = D/2 pairs of a head.
 """
