@@ -1,5 +1,7 @@
-"""The Experiment: a tree of mutable dataclasses that configs/ builds, flags override, and
-`validate` checks once. Treat it as immutable after that.
+"""The Experiment: a tree of dataclasses with all settings of a run.
+
+Functions in configs/ build it, flags override its settings, and `validate` checks it once. Treat it
+as immutable after that.
 """
 
 import dataclasses
@@ -23,16 +25,16 @@ class DatasetConfig:
 
   name: str = ""
   path: str = ""
-  # `token`: every target counts alike. `example`: every document counts alike.
+  # `token`: every target has the same weight. `example`: every document has the same weight.
   weighting: str = "token"
-  # What becomes of a document longer than a row. `cut`: it fills several rows, each of which sees
-  # only its own part. `leave_out`: it is not trained on. `keep_end`: its last tokens fill one row.
+  # How to treat a document that is longer than a row. `cut`: it fills several rows, each of which
+  # sees only its own part. `leave_out`: skip it. `keep_end`: use one row of its last tokens.
   long_documents: str = "cut"
 
 
 @dataclasses.dataclass
 class MixtureEntry:
-  """A dataset's share of a stage's rows; shares are relative to their sum."""
+  """The share of a stage's rows that come from a dataset, relative to the sum of all weights."""
 
   dataset: str = ""
   weight: float = 1.0
@@ -50,10 +52,10 @@ class Stage:
   warmup_steps: int = 10
   mixture: list[MixtureEntry] = dataclasses.field(default_factory=list)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-  # How the sequence is laid out over the ring.
+  # How sequences are laid out over the ring (docs/ring.md).
   layout: str = "zigzag"
   accumulation_steps: int = 1
-  # None: the optimizer's own setting.
+  # None: the setting of OptimizerConfig.
   schedule: str | None = None
   peak_learning_rate: float | None = None
   end_learning_rate: float | None = None
@@ -65,7 +67,7 @@ class Stage:
 
 @dataclasses.dataclass
 class OptimizerConfig:
-  """AdamW, with global-norm clipping and a linear warm-up in each stage."""
+  """AdamW with global-norm clipping, and a linear warm-up in each stage."""
 
   schedule: str = "constant"
   peak_learning_rate: float = 4e-5
@@ -83,17 +85,22 @@ class OptimizerConfig:
 
 @dataclasses.dataclass
 class LossConfig:
-  """How the losses of both modalities become one; shares are relative to those in a batch."""
+  """How the losses of both modalities are combined.
+
+  Weights are relative to the sum of the weights of the modalities that a batch contains.
+  """
 
   text_weight: float = 0.5
   vision_weight: float = 0.5
   z_loss: float = 0.0
-  # `modality`: a target's softmax runs over its own modality's ids; `all`: over both.
+  # `modality`: the softmax of a target runs over the ids of its modality. `all`: over all ids.
   softmax_range: str = "modality"
 
 
 @dataclasses.dataclass
 class CheckpointConfig:
+  """A checkpoint every `every_steps` and at the end of a stage; the newest `keep` are kept."""
+
   every_steps: int = 100
   keep: int = 2
 
@@ -102,22 +109,23 @@ class CheckpointConfig:
 class FaultConfig:
   """What to do about a bad step: its loss or gradient norm is not finite, or its loss is a spike.
 
-  Its update is never applied. `raise` ends the run. `skip` passes over its batch and takes the next
-  in its place. `rollback` goes back to the last checkpoint, and passes over all batches from there
-  to the bad one. A stage makes all of its steps whatever is passed over.
+  A bad step's update is never applied. `raise` ends the run. `skip` uses the next batch instead.
+  `rollback` returns to the last checkpoint and skips all batches from there to the bad one. A stage
+  runs all of its steps, however many batches are skipped.
   """
 
   bad_step: str = "raise"
-  # A spike is a loss above this times the median of the stage's last `spike_window`; 0: none is.
+  # A loss is a spike if it exceeds this factor times the median of the stage's last `spike_window`
+  # losses. 0: no loss is a spike.
   spike_factor: float = 0.0
   spike_window: int = 64
-  # Batches skipped in a row, or times rolled back to one checkpoint, before the run ends.
+  # The run ends after more than this many skipped batches in a row, or rollbacks to one checkpoint.
   max_in_a_row: int = 3
 
 
 @dataclasses.dataclass
 class EvaluationConfig:
-  """Held-out loss every `every_steps` and at the end of a stage, on `rows` rows of each dataset."""
+  """Held-out loss every `every_steps` and at the end of a stage, on `rows` rows per dataset."""
 
   every_steps: int = 100
   rows: int = 16
@@ -125,7 +133,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass
 class DataConfig:
-  """Host-side loading: threads that build batches, and batches built ahead."""
+  """Loading on each host: threads that build batches, and number of batches to build ahead."""
 
   threads: int = 2
   prefetch_batches: int = 4
@@ -133,12 +141,12 @@ class DataConfig:
 
 @dataclasses.dataclass
 class Experiment:
-  """Everything that a run is. See configs/ for complete ones."""
+  """All settings of a run. See configs/ for complete experiments."""
 
   name: str = "experiment"
   seed: int = 0
-  # A run whose parameters this run starts from: its workdir, or one of its checkpoints. Read only
-  # where the workdir has no checkpoint yet; empty means random parameters (lwm/train/run.py).
+  # Another run whose parameters this run starts from: its workdir, or one of its checkpoints. It is
+  # read only while the workdir has no checkpoint. Empty: random parameters (lwm/train/run.py).
   init_from: str = ""
   # The tokenizer that every dataset must have been prepared with: *.model or tokenizer.json.
   tokenizer: str = ""
@@ -154,5 +162,5 @@ class Experiment:
 
 
 def dump(experiment: Experiment) -> str:
-  """The experiment as text, one setting a line where they do not fit: what golden tests compare."""
+  """The experiment as text, which golden tests compare."""
   return pprint.pformat(experiment, width=100, sort_dicts=False) + "\n"
