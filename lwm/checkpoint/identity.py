@@ -27,7 +27,7 @@ FREE = (
   r"faults\..*",
   # The same batches and the same mathematics, divided differently.
   r"stages\[\d+\]\.(mesh\..*|layout|accumulation_steps)",
-  r"model\.(remat|head_groups|feed_forward_chunk|loss_chunk|vocab_multiple)",
+  r"model\.(remat|head_groups|feed_forward_chunk|loss_chunk|vocab_multiple|attention_backend)",
   r"optimizer\.offload",
 )
 

@@ -54,6 +54,8 @@ class ModelConfig:
   sliding_window: int | None = None
   # Attention scores become cap * tanh(score / cap) (Gemma 2, arXiv 2408.00118). None: no cap.
   attention_soft_cap: float | None = None
+  # One of the backends in kernels/attention/api.py. None: the best for the device.
+  attention_backend: str | None = None
   initializer_std: float = 0.02
   compute_dtype: str = "bfloat16"
   # Activations of a block that are kept for the backward pass in addition to its input. "none":

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels import decode
 from kernels.attention import SAVED_NAMES, KeyIntervals
+from kernels.attention.api import choose
 from kernels.ring import Layout
 from kernels.ulysses import ulysses_attention
 from kernels.varying import vary_alike
@@ -201,6 +202,10 @@ def _attend_over_mesh(
   key_spec = rules.spec("batch", "sequence", "kv_heads", "head_dim")
 
   def local(query, key, value, intervals):
+    try:
+      choose(config.attention_backend, query, key)
+    except ValueError as error:
+      raise ConfigError(f"config.model.attention_backend: {error}") from error
     out, _ = ulysses_attention(
       query,
       key,
@@ -210,6 +215,7 @@ def _attend_over_mesh(
       ring_axis=rules.ring,
       ulysses_axis=rules.ulysses,
       soft_cap=config.attention_soft_cap,
+      backend=config.attention_backend,
     )
     return out
 

@@ -77,7 +77,9 @@ def estimate(
   division = Division.of(stage, mesh.shape)
   cost, tokens = body_cost(model, division), stage.tokens_per_batch
   # Every row is one document: no stage has more work.
-  pairs = stage.rows_per_batch * stage.sequence_length * (stage.sequence_length + 1) / 2
+  length = stage.sequence_length
+  window = min(model.sliding_window or length, length)
+  pairs = stage.rows_per_batch * (length * window - window * (window - 1) / 2)
   softmax_range = experiment.loss.softmax_range
   head = train_flops(model, text_targets=tokens, softmax_range=softmax_range)
   attention = train_flops(model, attended_pairs=pairs)

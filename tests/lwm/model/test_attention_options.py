@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lwm.errors import ConfigError
 from lwm.model import decoder
 
 OPTIONS = [dict(sliding_window=5), dict(sliding_window=3, attention_soft_cap=0.7)]
@@ -84,3 +85,26 @@ def test_a_window_of_the_sequence_changes_nothing(tiny):
     for window in (32, None)
   )
   jax.tree.map(np.testing.assert_array_equal, whole, none)
+
+
+def test_a_named_backend_is_the_one_that_is_used(tiny):
+  named, best = (
+    tiny.loss_and_gradients(
+      tiny.config(attention_backend=name), tiny.mesh(), "contiguous", batch_of(tiny)
+    )
+    for name in ("xla", None)
+  )
+  jax.tree.map(np.testing.assert_array_equal, named, best)
+
+
+@pytest.mark.parametrize(
+  "name,reason",
+  [
+    ("fast", "There is no attention backend 'fast'"),
+    ("mosaic_gpu", "'mosaic_gpu' cannot run this"),
+  ],
+)
+def test_a_backend_that_cannot_run_is_one_sentence(tiny, name, reason):
+  config = tiny.config(attention_backend=name)
+  with pytest.raises(ConfigError, match=f"config.model.attention_backend: .*{reason}"):
+    tiny.loss_and_gradients(config, tiny.mesh(), "contiguous", batch_of(tiny))

@@ -1,6 +1,7 @@
 """Four train steps of a tiny model: new_axis_worker.py NUM_DEVICES MESH, MESH as JSON.
 
-Prints the losses as JSON. Which code it imports is up to PYTHONPATH.
+Prints as JSON the losses, and what the planner counts: bytes of memory, and bytes sent. PYTHONPATH
+says which code it imports.
 """
 
 import json
@@ -14,6 +15,9 @@ from lwm.config.experiment import Experiment, OptimizerConfig, Stage
 from lwm.config.model import ModelConfig
 from lwm.config.validate import check_devices
 from lwm.parallel.sharding import MeshConfig
+from lwm.plan import load
+from lwm.plan.bound import least_memory
+from lwm.plan.traffic import step_traffic
 from lwm.program.stage import build_program
 
 ROWS, LENGTH = 8, 64
@@ -47,7 +51,16 @@ def main(num_devices: int, mesh: dict[str, int]) -> None:
       }
       state, metrics = program.train_step(state, batch)
       losses.append(float(metrics["loss"]))
-  print(json.dumps(losses))
+  topology = load(f"cpu:{num_devices}")
+  print(
+    json.dumps(
+      {
+        "losses": losses,
+        "least_memory": least_memory(experiment, stage, program.mesh.shape),
+        "sent": sum(t.bytes for t in step_traffic(experiment, stage, program.mesh, topology)),
+      }
+    )
+  )
 
 
 def random_batch(rng: np.random.Generator, model: ModelConfig) -> dict[str, np.ndarray]:

@@ -26,8 +26,8 @@ EDITS = (
 AXIS = re.compile(r'"(data|fsdp|ring|ulysses|tensor)"')
 
 
-def losses(checkout: pathlib.Path, num_devices: int, **mesh: int) -> list[float]:
-  """Losses of a tiny model, trained by the code in `checkout`."""
+def trained(checkout: pathlib.Path, num_devices: int, **mesh: int) -> dict:
+  """What new_axis_worker.py prints, with the code in `checkout`."""
   process = subprocess.run(
     [sys.executable, WORKER, str(num_devices), json.dumps(mesh)],
     cwd=checkout,
@@ -39,7 +39,7 @@ def losses(checkout: pathlib.Path, num_devices: int, **mesh: int) -> list[float]
   return json.loads(process.stdout)
 
 
-def test_a_new_axis_trains_like_one_device(tmp_path):
+def test_a_new_axis_trains_and_is_planned(tmp_path):
   for folder in ("kernels", "lwm"):
     shutil.copytree(
       CHECKOUT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
@@ -50,10 +50,14 @@ def test_a_new_axis_trains_like_one_device(tmp_path):
     assert text.count(old) == 1, old
     text = text.replace(old, new)
   path.write_text(text)
-  expected = losses(CHECKOUT, 1, fsdp=1)
-  actual = losses(tmp_path, 8, fsdp=2, expert=2, ring=2)
+  added = trained(tmp_path, 8, fsdp=2, expert=2, ring=2)
+  expected = trained(CHECKOUT, 1, fsdp=1)["losses"]
   assert expected[-1] < expected[0]
-  np.testing.assert_allclose(actual, expected, rtol=1e-4)
+  np.testing.assert_allclose(added["losses"], expected, rtol=1e-4)
+  # It divides what fsdp divides.
+  like_fsdp = trained(CHECKOUT, 8, fsdp=4, ring=2)
+  for name in ("least_memory", "sent"):
+    assert added[name] == like_fsdp[name]
 
 
 def test_only_sharding_names_the_mesh_axes():
