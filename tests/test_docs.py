@@ -74,8 +74,26 @@ def test_examples_run(page, tmp_path, monkeypatch):
       assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture
+def no_flags():
+  """Without the flags of programs, which other tests in this process may have imported."""
+  modules = {name: flags.FLAGS.find_module_defining_flag(name) for name in flags.FLAGS}
+  # Flags that were put back below have no module.
+  ours = [
+    name for name, module in modules.items() if not module or module.startswith("experiments.")
+  ]
+  others = {name: flags.FLAGS[name] for name in ours}
+  for name in others:
+    delattr(flags.FLAGS, name)
+  yield
+  for name in set(flags.FLAGS) - (modules.keys() - others.keys()):
+    delattr(flags.FLAGS, name)
+  for name, flag in others.items():
+    flags.FLAGS[name] = flag
+
+
 @pytest.mark.parametrize("command", PROGRAMS, ids=lambda command: " ".join(command)[:60])
-def test_programs_take_the_flags(command, monkeypatch):
+def test_programs_take_the_flags(command, no_flags, monkeypatch):
   monkeypatch.chdir(ROOT)
   program = "train"
   if "-m" in command:
@@ -83,16 +101,11 @@ def test_programs_take_the_flags(command, monkeypatch):
   arguments = [word for word in command if word.startswith("--") and "--nodes" not in word]
   monkeypatch.setattr(sys, "argv", [program, *arguments])
   monkeypatch.setattr(experiment_flags, "_SETTINGS", {})
-  defined = set(flags.FLAGS)
-  try:
-    # Under another name than __main__, a program defines its flags and does not run.
-    runpy.run_module(f"experiments.{program}", run_name="example")
-    experiment_flags.parse(sys.argv)
-    if "config" in flags.FLAGS and flags.FLAGS.config is not None:
-      validate(flags.FLAGS.config)
-  finally:
-    for name in set(flags.FLAGS) - defined:
-      delattr(flags.FLAGS, name)
+  # Under another name than __main__, a program defines its flags and does not run.
+  runpy.run_module(f"experiments.{program}", run_name="example")
+  experiment_flags.parse(sys.argv)
+  if "config" in flags.FLAGS and flags.FLAGS.config is not None:
+    validate(flags.FLAGS.config)
 
 
 @pytest.mark.parametrize("target", MAKE)
