@@ -79,9 +79,17 @@ def change_of_the_past(
   """
   if len(current["stages"]) <= position.stage:
     return f"{len(stored['stages'])} config.stages, not {len(current['stages'])}"
-  planned, steps = (e["stages"][position.stage]["steps"] for e in (stored, current))
+  here = position.stage
+  for index in range(here + 1):
+    names = tuple(e["stages"][index]["name"] for e in (stored, current))
+    if names[0] != names[1]:
+      return "config.stages[{}].name={!r}, not {!r}".format(index, *names)
+  used = [datasets_of_the_past(e, position) for e in (stored, current)]
+  if used[0] != used[1]:
+    return "stages that read {}, not {}".format(*(" and ".join(sorted(names)) for names in used))
+  planned, steps = (e["stages"][here]["steps"] for e in (stored, current))
   if steps < position.step:
-    setting = f"config.stages[{position.stage}].steps"
+    setting = f"config.stages[{here}].steps"
     return f"{setting}={planned}, of which {position.step} are done, not {steps}"
   return first_difference(_past(stored, position), _past(current, position))
 

@@ -33,31 +33,28 @@ def all_steps(directory: pathlib.Path) -> list[int]:
   return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
-def newest(workdir: pathlib.Path) -> "StoredCheckpoint":
+def newest(run: pathlib.Path) -> "StoredCheckpoint":
   """The newest checkpoint of a run, verified.
 
   Args:
-    workdir: of the run, or one of its checkpoints.
+    run: the run's workdir, its directory of checkpoints, or one of its checkpoints.
 
   Raises:
     UserError: there is no checkpoint, or the newest one is damaged.
   """
-  if (workdir / "params").is_dir():
-    path = workdir
-  else:
-    steps = all_steps(workdir / DIRECTORY)
+  path = run
+  if not any((run / item).exists() for item in ("params", "progress", digests.FILE_NAME)):
+    directory = run / DIRECTORY if (run / DIRECTORY).is_dir() else run
+    steps = all_steps(directory)
     if not steps:
       raise UserError(
-        f"There is no checkpoint in {workdir}: train first, with `python -m experiments.train "
-        f"--config=FILE --workdir={workdir}`."
+        f"There is no checkpoint in {run}: name the --workdir of a run of `python -m "
+        "experiments.train` that has saved one."
       )
-    path = workdir / DIRECTORY / str(steps[0])
+    path = directory / str(steps[0])
   # Checkpoints of older versions have no digests.
   if (path / digests.FILE_NAME).exists() and (file := digests.damaged_file(path)):
-    raise UserError(
-      f"{path} is damaged ({file}): `python -m experiments.train` with this --workdir sets it "
-      "aside and resumes from the one before it."
-    )
+    raise _damaged(path, file)
   return StoredCheckpoint(path)
 
 
@@ -101,7 +98,10 @@ class StoredCheckpoint:
   @property
   def tokenizer(self) -> bytes:
     """Content of the tokenizer's file."""
-    return stored_file(self.path / "tokenizer").read_bytes()
+    try:
+      return stored_file(self.path / "tokenizer").read_bytes()
+    except (OSError, ValueError) as error:
+      raise _damaged(self.path, "tokenizer") from error
 
   @property
   def predates_digests(self) -> bool:
@@ -110,7 +110,7 @@ class StoredCheckpoint:
       return False
     try:
       return "passed_over" not in self._json("progress")
-    except (OSError, ValueError, TypeError):
+    except (UserError, TypeError):
       return False
 
   def params(self, abstract: Any) -> Any:
@@ -129,7 +129,10 @@ class StoredCheckpoint:
     return self._restore("optimizer", abstract)
 
   def _json(self, item: str) -> Any:
-    return json.loads((self.path / item / "metadata").read_text())
+    try:
+      return json.loads((self.path / item / "metadata").read_text())
+    except (OSError, ValueError) as error:
+      raise _damaged(self.path, item) from error
 
   def _restore(self, item: str, abstract: Any) -> Any:
     # Not strict: Orbax pads with zeros, or cuts. Models that differ elsewhere were refused before.
@@ -143,3 +146,10 @@ class StoredCheckpoint:
       return checkpointer.restore(
         self.path / item, args=ocp.args.PyTreeRestore(item=abstract, restore_args=arguments)
       )
+
+
+def _damaged(checkpoint: pathlib.Path, item: str) -> UserError:
+  return UserError(
+    f"{checkpoint} is damaged ({item}): restore it from a copy or name an older checkpoint; "
+    "`python -m experiments.train` in its run's --workdir resumes from the one before it."
+  )

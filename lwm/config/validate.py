@@ -65,7 +65,7 @@ def validate(experiment: Experiment) -> None:
 
 
 def check_devices(experiment: Experiment, num_devices: int) -> None:
-  """Raises ConfigError unless every stage's mesh, batch and sequence fit `num_devices` devices."""
+  """Raises ConfigError unless every stage and the model fit `num_devices` devices."""
   rules = ShardingRules()
   for index, stage in enumerate(experiment.stages):
     where = f"config.stages[{index}]"
@@ -79,6 +79,7 @@ def check_devices(experiment: Experiment, num_devices: int) -> None:
         "change one of them."
       )
     _check_sequence(where, stage, sizes, rules)
+    check_model_fits_mesh(experiment.model, sizes, rules)
 
 
 def check_model_fits_mesh(

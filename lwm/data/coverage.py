@@ -7,6 +7,8 @@ import numpy as np
 
 from lwm.config.batch import MODALITIES
 from lwm.config.experiment import Experiment, Stage
+from lwm.data.dataset import Split
+from lwm.data.long_documents import kept
 from lwm.data.rows import Rows
 from lwm.errors import UserError
 
@@ -47,26 +49,24 @@ def coverage(rows: Rows, used_R: np.ndarray, policy: str) -> str:
   return "; ".join(parts)
 
 
-def check_learnable(experiment: Experiment, stage: Stage, dataset: str, rows: Rows) -> None:
+def check_learnable(experiment: Experiment, stage: Stage, dataset: str, split: Split) -> None:
   """Raises UserError, naming the setting to change, if nothing would be learnt from a dataset.
 
   Args:
     experiment: has the dataset and the weights of the losses.
-    stage: the stage that trains on the rows.
+    stage: the stage that trains on the dataset.
     dataset: the dataset's name.
-    rows: of the dataset's training documents.
+    split: the dataset's training documents.
   """
   [(index, config)] = [
     (index, config) for index, config in enumerate(experiment.datasets) if config.name == dataset
   ]
-  nothing = (
-    f"Stage {stage.name!r} would learn nothing from dataset {dataset!r} ({rows.split.path}): "
-  )
-  present_2 = rows.kept.targets_Dx2.any(0)
+  nothing = f"Stage {stage.name!r} would learn nothing from dataset {dataset!r} ({split.path}): "
+  present_2 = kept(split, stage.sequence_length, config.long_documents).targets_Dx2.any(0)
   if not present_2.any():
-    long = int((rows.split.lengths > stage.sequence_length).sum())
+    long = int((split.lengths > stage.sequence_length).sum())
     raise UserError(
-      f"{nothing}{long:,} of {len(rows.split):,} documents are longer than its sequence_length="
+      f"{nothing}{long:,} of {len(split):,} documents are longer than its sequence_length="
       f"{stage.sequence_length}, and config.datasets[{index}].long_documents="
       f"{config.long_documents!r} keeps none of the targets; set another value, or a larger "
       "sequence_length."

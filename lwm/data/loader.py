@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kernels.ring.layout import Layout
-from lwm.config.experiment import Experiment
+from lwm.config.experiment import Experiment, Stage
 from lwm.config.model import ModelConfig
 from lwm.data.coverage import check_learnable, coverage
 from lwm.data.dataset import TRAIN, VALIDATION, Dataset
@@ -61,17 +61,10 @@ class Loader:
     self._evaluation_placement = Placement(
       mesh, layout, rows // self._stage.accumulation_steps, length
     )
-    weights: dict[str, float] = collections.defaultdict(float)
-    for entry in self._stage.mixture:
-      if entry.weight > 0:
-        weights[entry.dataset] += entry.weight
     self._configs = {config.name: config for config in experiment.datasets}
     # The datasets of this stage, by name.
-    self.datasets = {name: Dataset(self._configs[name].path) for name in weights}
-    tokenizer = load_tokenizer(experiment.tokenizer)
-    for dataset in self.datasets.values():
-      dataset.check_tokenizer(tokenizer)
-    _check_model(self.datasets.values(), experiment.model)
+    self.datasets = open_datasets(experiment, self._stage)
+    weights = _weights(self._stage)
 
     streams = []
     self._rows = []
@@ -80,7 +73,6 @@ class Loader:
       source = Rows(
         dataset.split(TRAIN), dataset.text_vocab_size, length, self._configs[name], seed
       )
-      check_learnable(experiment, self._stage, name, source)
       self._rows.append(source)
       # Not endless, because grain could not count the rows of a mixture of endless streams.
       streams.append(
@@ -174,6 +166,33 @@ class Loader:
           rows.read(picks[row], runs, out)
 
       yield self._evaluation_placement.to_arrays(self._evaluation_placement.read(read_row))
+
+
+def open_datasets(experiment: Experiment, stage: Stage) -> dict[str, Dataset]:
+  """The datasets of a stage, by name.
+
+  Raises:
+    UserError: a dataset is missing, does not fit the experiment's tokenizer or model or the
+      stage's other datasets, or has nothing to learn from in rows of this length.
+  """
+  paths = {config.name: config.path for config in experiment.datasets}
+  datasets = {name: Dataset(paths[name]) for name in _weights(stage)}
+  tokenizer = load_tokenizer(experiment.tokenizer)
+  for dataset in datasets.values():
+    dataset.check_tokenizer(tokenizer)
+  _check_model(datasets.values(), experiment.model)
+  for name, dataset in datasets.items():
+    check_learnable(experiment, stage, name, dataset.split(TRAIN))
+  return datasets
+
+
+def _weights(stage: Stage) -> dict[str, float]:
+  """The weight of each dataset in the stage's mixture, if it is above 0."""
+  weights: dict[str, float] = collections.defaultdict(float)
+  for entry in stage.mixture:
+    if entry.weight > 0:
+      weights[entry.dataset] += entry.weight
+  return weights
 
 
 def _check_model(datasets: Iterable[Dataset], model: ModelConfig) -> None:

@@ -14,7 +14,7 @@ from lwm.checkpoint.identity import Identity
 from lwm.checkpoint.position import START, Position
 from lwm.checkpoint.reader import DIRECTORY
 from lwm.config.experiment import Experiment
-from lwm.data import Dataset, load_tokenizer
+from lwm.data import Dataset, load_tokenizer, open_datasets
 from lwm.errors import ResumeError
 from lwm.program.stage import StageProgram
 from lwm.program.state import TrainState
@@ -155,7 +155,11 @@ class Run:
 
 
 def run_identity(experiment: Experiment) -> Identity:
-  """Reads what tells this run from others. Raises UserError if data or tokenizer are missing."""
+  """Reads what tells this run from others.
+
+  Raises:
+    UserError: the tokenizer or a dataset is missing, or does not fit the experiment.
+  """
   tokenizer = load_tokenizer(experiment.tokenizer)
   manifests = {}
   for config in experiment.datasets:
@@ -163,4 +167,7 @@ def run_identity(experiment: Experiment) -> Identity:
     dataset.check_tokenizer(tokenizer)
     text = json.dumps(dataset.manifest, sort_keys=True)
     manifests[config.name] = hashlib.sha256(text.encode()).hexdigest()
+  # A stage that cannot run is an error before the stages ahead of it are trained.
+  for stage in experiment.stages:
+    open_datasets(experiment, stage)
   return Identity(experiment, tokenizer.path.read_bytes(), manifests)

@@ -88,7 +88,7 @@ def test_a_damaged_checkpoint_is_one_sentence(experiment, tmp_path):
 def test_no_checkpoint_is_one_sentence(experiment, tmp_path, exists):
   if exists:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-  with pytest.raises(UserError, match=r"no checkpoint in .*run: train first, with .*train"):
+  with pytest.raises(UserError, match=r"no checkpoint in .*run: name the --workdir of a run"):
     load_trained(experiment, tmp_path / "run")
 
 

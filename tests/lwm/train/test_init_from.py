@@ -2,13 +2,16 @@
 
 import dataclasses
 import pathlib
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
+from lwm.checkpoint.reader import newest
 from lwm.config.experiment import MixtureEntry
-from lwm.errors import UserError
+from lwm.config.validate import check_devices
+from lwm.errors import ConfigError, UserError
 from lwm.parallel.sharding import MeshConfig
 from lwm.report.metrics import read_metrics
 from lwm.train import loop
@@ -98,7 +101,7 @@ def test_what_cannot_be_started_from_is_one_sentence(experiment, make_experiment
   ):
     train(wide, tmp_path / "run")
   wide.init_from = str(tmp_path / "nothing")
-  with pytest.raises(UserError, match="There is no checkpoint in .*/nothing: train first"):
+  with pytest.raises(UserError, match="There is no checkpoint in .*/nothing: name the --workdir"):
     train(wide, tmp_path / "run")
 
 
@@ -119,3 +122,33 @@ def test_a_run_that_has_ended_is_given_more_steps_and_another_stage(
   after = losses(read_metrics(tmp_path / "run" / "metrics.jsonl"))
   assert after[:2] == losses(before)
   assert after == losses(read_metrics(tmp_path / "planned" / "metrics.jsonl"))
+
+
+def test_a_stage_that_cannot_run_is_found_before_the_first_step(make_experiment, tmp_path):
+  experiment = make_experiment()
+  experiment.model.vision_vocab_size = 8195
+  with pytest.raises(UserError, match="has vision tokens of 8448 ids, but .* is 8195"):
+    loop.train(experiment, tmp_path / "layout", jax.devices()[:1])
+  experiment = make_experiment()
+  experiment.datasets[1].long_documents = "leave_out"
+  with pytest.raises(UserError, match="Stage 'video_128' would learn nothing from dataset 'video'"):
+    loop.train(experiment, tmp_path / "empty", jax.devices()[:1])
+  experiment = make_experiment()
+  experiment.stages[1].mesh = MeshConfig(fsdp=1, tensor=4)
+  with pytest.raises(ConfigError, match="num_kv_heads = 2 does not divide over mesh.tensor = 4"):
+    check_devices(experiment, 4)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_without_an_item_is_one_sentence(experiment, tmp_path):
+  train(experiment, tmp_path / "run")
+  checkpoint = tmp_path / "run" / "checkpoints" / "2"
+  # As the directory of checkpoints, and as a checkpoint.
+  for path in (checkpoint.parent, checkpoint):
+    assert newest(path).position.total_steps == 2
+  # Of an older version, which had no digests, and copied in part.
+  (checkpoint / "digests.json").unlink()
+  shutil.rmtree(checkpoint / "config")
+  other = dataclasses.replace(experiment, init_from=str(checkpoint))
+  with pytest.raises(UserError, match=r"checkpoints/2 is damaged \(config\): restore it"):
+    train(other, tmp_path / "other")
