@@ -50,7 +50,7 @@ def test_the_platform_and_the_cache_choose_the_backend():
     assert choice(K=whole_length(1000)) == "pallas_tpu"
     assert choice(K=whole_length(1000, 16) // 16) == "pallas_tpu"
     for options, reason in (
-      (dict(K=1000), "1000 cached positions are no multiple of 128; allocate more"),
+      (dict(K=1000), "1000 cached positions are not a multiple of 128; allocate more"),
       (dict(D=64, is_int8=True), "it would copy a cache of 8 int8 heads of 64"),
       (dict(G=6), "it would copy a cache of 6 bfloat16 heads of 128"),
       (dict(G=2, D=256), "it would copy a cache of 2 bfloat16 heads of 256"),

@@ -297,5 +297,5 @@ def test_a_remat_policy_that_saves_the_names_needs_no_second_forward():
 def test_a_layout_for_another_ring_is_refused():
   ring = Ring("contiguous", 2)
   ring.layout = Layout("contiguous", 4)
-  with pytest.raises(ValueError, match="ring of 4 but mesh axis 'ring' has 2 devices"):
+  with pytest.raises(ValueError, match="ring of 4, but mesh axis 'ring' has 2 devices"):
     ring.run(inputs(BY_NAME["causal"]))
