@@ -77,7 +77,9 @@ _TEXT_FEATURE = flags.DEFINE_string("text_feature", "text", "tfds: the feature t
 _TFDS_SPLIT = flags.DEFINE_string("tfds_split", "train", "tfds: the split to take.")
 _TFDS_DATA_DIR = flags.DEFINE_string("tfds_data_dir", None, "tfds: where it keeps datasets.")
 _VALIDATION_INPUT = flags.DEFINE_string(
-  "validation_input", None, "File or folder of held-out documents (tfds: a split)."
+  "validation_input",
+  None,
+  "File or folder of held-out documents (tfds: a split). Its files are left out of --input.",
 )
 _VALIDATION_FRACTION = flags.DEFINE_float(
   "validation_fraction", 0.0, "Share of --input's documents to hold out, chosen by hash."
@@ -91,6 +93,19 @@ def _open(kind: str | None, held_out: str | None = None) -> sources.Source:
     split = held_out or _TFDS_SPLIT.value
     return sources.TfdsSource(_INPUT.value, split, _features(), _TFDS_DATA_DIR.value)
   return sources.FileSource(held_out or _INPUT.value, kind, _SUFFIX.value)
+
+
+def _open_held_out(source: sources.Source) -> sources.Source:
+  """Opens the source of --validation_input, and leaves its files out of the `source` of --input."""
+  if source.kind == "tfds" and _VALIDATION_INPUT.value == _TFDS_SPLIT.value:
+    raise UserError(
+      f"--validation_input and --tfds_split both name the split {_TFDS_SPLIT.value}: name two "
+      "splits, such as train[:90%] and train[90%:]."
+    )
+  held_out = _open(source.kind, _VALIDATION_INPUT.value)
+  if isinstance(source, sources.FileSource) and isinstance(held_out, sources.FileSource):
+    source.leave_out(held_out)
+  return held_out
 
 
 def _features() -> set[str]:
@@ -139,18 +154,19 @@ def main(argv: list[str]) -> None:
 
   source = _open(_SOURCE.value)
   to_document = _to_document(source)
+  inputs = [source]
+  if _VALIDATION_INPUT.value:
+    inputs.append(_open_held_out(source))
   split = prepare.by_fraction(_VALIDATION_FRACTION.value)
   if _TRAIN_TOKENIZER_VOCAB.value:
     trained_on = (record for record in source if split(record) == TRAIN)
     texts = prepare.training_texts(trained_on, to_document, _TOKENIZER.value)
     train_sentencepiece(texts, _TOKENIZER.value, _TRAIN_TOKENIZER_VOCAB.value)
   tokenizer = load_tokenizer(_TOKENIZER.value)
-  inputs = [source]
   with DatasetWriter(_OUTPUT.value, tokenizer) as writer:
     prepare.add_documents(writer, source, tokenizer, to_document, split)
-    if _VALIDATION_INPUT.value:
-      inputs.append(_open(source.kind, _VALIDATION_INPUT.value))
-      prepare.add_documents(writer, inputs[1], tokenizer, to_document, lambda record: VALIDATION)
+    for held_out in inputs[1:]:
+      prepare.add_documents(writer, held_out, tokenizer, to_document, lambda record: VALIDATION)
     if TRAIN not in writer.splits:
       raise UserError(
         f"--validation_fraction={_VALIDATION_FRACTION.value} holds out every document: lower it."

@@ -250,6 +250,52 @@ def test_a_tokenizer_learns_from_what_is_trained_on(tmp_path):
   assert "1 bad records" in done.stdout
 
 
+def test_held_out_files_are_not_trained_on(tmp_path):
+  """They are below --input, under their own name or another."""
+  root = tmp_path / "in"
+  (root / "validation").mkdir(parents=True)
+  for i in range(3):
+    (root / f"{i}.txt").write_text(f"the {i}th fox jumps\n" * 20)
+    (root / "validation" / f"{i}.txt").write_text(f"漢字 {i}")
+  (root / "other_name.txt").hardlink_to(root / "validation" / "0.txt")
+  tokenizer = tmp_path / "t.model"
+  command = [f"--tokenizer={tokenizer}", f"--output={tmp_path / 'out'}"]
+  done = _run(
+    f"--input={root}",
+    f"--validation_input={root / 'validation'}",
+    "--train_tokenizer_vocab=280",
+    *command,
+  )
+  assert done.returncode == 0, done.stderr
+  splits = Dataset(tmp_path / "out").manifest["splits"]
+  assert [splits[name]["documents"] for name in ("train", "validation")] == [3, 3]
+  left_out = done.stdout.splitlines()[2].partition("left out: ")[2]
+  assert set(left_out.split(", ")) == {
+    "held out by --validation_input 3",
+    "further links to one file or folder 1",
+  }
+  pieces = load_tokenizer(tokenizer)
+  assert "漢" not in {pieces.decode([i]) for i in range(280)}
+
+
+def test_an_input_that_is_all_held_out_is_refused(tmp_path, tokenizer):
+  path = tmp_path / "x.txt"
+  path.write_text("the fox")
+  command = [f"--tokenizer={tokenizer.path}", f"--output={tmp_path / 'out'}"]
+  done = _run(f"--input={path}", f"--validation_input={tmp_path}", *command)
+  assert done.stderr == (
+    f"error: --validation_input={tmp_path} holds out every file of --input={path}: name other "
+    "files.\n"
+  )
+  TokensTfds(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+  flags = ["--source=tfds", f"--input={tmp_path / 'tokens_tfds' / '1.0.0'}", "--ids_field=tokens"]
+  done = _run(*flags, "--validation_input=train", *command)
+  assert done.stderr.startswith(
+    "error: --validation_input and --tfds_split both name the split train"
+  )
+  assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
   "flags, message",
   [
