@@ -55,7 +55,7 @@ def from_fields(fields: Sequence[str], fields_from: str, seed: int) -> ToDocumen
 
   def to_document(tokenizer: Tokenizer, record: Record) -> Document:
     value = _fields(record)
-    alternatives: Any = fields or value.get(fields_from)
+    alternatives: Any = fields or (fields_from in value and get_field(value, fields_from))
     if isinstance(alternatives, str):
       alternatives = [alternatives]
     if not _is_text_list(alternatives):

@@ -178,6 +178,26 @@ def test_a_feature_that_is_no_text_is_refused(tmp_path, tokenizer):
   )
 
 
+def test_columns_that_python_cannot_hold(tmp_path, tokenizer):
+  """They cost no row unless the document is made of them."""
+  columns = {
+    "text": ["the fox", "jumps"],
+    "year": pyarrow.array([2**55, 0], pyarrow.timestamp("ms")),
+    "day": pyarrow.array([2**30, 0], pyarrow.date32()),
+    "zone": pyarrow.array([0, 0], pyarrow.timestamp("s", "Nowhere/Land")),
+  }
+  path = tmp_path / "x.parquet"
+  parquet.write_table(pyarrow.table(columns), path)
+  documents, bad = _prepare(tmp_path, tokenizer, f"--input={path}", "--fields=text")
+  assert _ids(documents) == [[1, *tokenizer.encode(text), 2] for text in columns["text"]]
+  assert not bad
+  for field, flags in {"zone": ["--fields=zone"], "year": ["--fields_from=year"]}.items():
+    done = _run(
+      f"--tokenizer={tokenizer.path}", f"--output={tmp_path / field}", f"--input={path}", *flags
+    )
+    assert f"the first: {path}:1: field '{field}': cannot be read: " in done.stderr
+
+
 def test_chats(tmp_path, tokenizer):
   chat = [{"role": "user", "content": "the fox?"}, {"role": "assistant", "content": "jumps"}]
   path = tmp_path / "x.parquet"

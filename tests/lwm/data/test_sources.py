@@ -4,7 +4,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from lwm.data.sources import READERS, FileSource
+from lwm.data.sources import READERS, FileSource, Problem
 from lwm.errors import UserError
 
 MARK = b"\xef\xbb\xbf"
@@ -105,7 +105,7 @@ def test_parquet(tmp_path):
     {"text": None, "ids": [], "messages": None},
   ]
   assert _read(tmp_path / "x.parquet", _parquet(pyarrow.table({"text": not_utf8}))) == [
-    "not UTF-8: byte 0xff at 0",
+    {"text": Problem("not UTF-8: byte 0xff at 0")},
     {"text": "a"},
   ]
   twins = pyarrow.Table.from_arrays([pyarrow.array([1]), pyarrow.array([2])], names=["a", "a"])
