@@ -29,7 +29,12 @@ READERS = {
 }
 # Compressed files are recognised by their first bytes, because names can be wrong. No file of the
 # above kinds begins with these bytes.
-_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_COMPRESSIONS = {
+  b"\x1f\x8b": "gzip",
+  b"\x28\xb5\x2f\xfd": "zstd",
+  # zstd that begins with a skippable frame, as parallel compressors write it.
+  **{bytes([first, 0x2A, 0x4D, 0x18]): "zstd" for first in range(0x50, 0x60)},
+}
 _COMPRESSED_SUFFIXES = (".gz", ".zst")
 
 
