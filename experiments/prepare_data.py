@@ -108,6 +108,19 @@ def _open_held_out(source: sources.Source) -> sources.Source:
   return held_out
 
 
+def _refuse_idle_flags(source: sources.Source) -> None:
+  """Raises UserError for a flag that has no effect on this source."""
+  of_tfds = (_TEXT_FEATURE, _TFDS_SPLIT, _TFDS_DATA_DIR)
+  of_files = (_SUFFIX, _FIELDS_FROM)
+  for flag in of_files if source.kind == "tfds" else of_tfds:
+    if flag.present:
+      raise UserError(f"--{flag.name} has no effect on {source.kind} input: leave it out.")
+  if _SUFFIX.value and not any(map(os.path.isdir, (_INPUT.value, _VALIDATION_INPUT.value or ""))):
+    raise UserError(
+      f"--suffix chooses files in a folder, and --input={_INPUT.value} is a file: leave it out."
+    )
+
+
 def _features() -> set[str]:
   """The names of the features that the flags take from a TFDS dataset."""
   named = _CHAT_FIELD.value or _IDS_FIELD.value
@@ -118,9 +131,12 @@ def _features() -> set[str]:
 
 def _to_document(source: sources.Source) -> prepare.ToDocument:
   """How the flags make a document of a record."""
-  given = [flag.name for flag in (_FIELDS, _CHAT_FIELD, _IDS_FIELD) if flag.value]
+  choices = (_FIELDS, _CHAT_FIELD, _IDS_FIELD, _TEXT_FEATURE, _FIELDS_FROM)
+  given = [flag.name for flag in choices if flag.present]
   if len(given) > 1:
-    raise UserError(f"Give --{given[0]} or --{given[1]}, not both: each makes the whole document.")
+    raise UserError(
+      f"Give --{given[0]} or --{given[1]}, not both: each says what the document is made of."
+    )
   if source.kind == "text":
     if given:
       raise UserError(f"--{given[0]} is for records with fields; text files have none.")
@@ -129,7 +145,7 @@ def _to_document(source: sources.Source) -> prepare.ToDocument:
     return prepare.from_chat(_CHAT_FIELD.value)
   if _IDS_FIELD.value:
     return prepare.from_ids(_IDS_FIELD.value)
-  if source.kind == "tfds" and not given:
+  if source.kind == "tfds" and not _FIELDS.value:
     return prepare.from_text_field(_TEXT_FEATURE.value)
   return prepare.from_fields(_FIELDS.value, _FIELDS_FROM.value, _SEED.value)
 
@@ -153,6 +169,7 @@ def main(argv: list[str]) -> None:
     )
 
   source = _open(_SOURCE.value)
+  _refuse_idle_flags(source)
   to_document = _to_document(source)
   inputs = [source]
   if _VALIDATION_INPUT.value:

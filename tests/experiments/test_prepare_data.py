@@ -198,6 +198,16 @@ def test_columns_that_python_cannot_hold(tmp_path, tokenizer):
     assert f"the first: {path}:1: field '{field}': cannot be read: " in done.stderr
 
 
+def test_a_flag_without_effect_on_tfds_is_refused(tmp_path, tokenizer):
+  TokensTfds(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+  flags = ["--source=tfds", f"--input={tmp_path / 'tokens_tfds' / '1.0.0'}", "--ids_field=tokens"]
+  command = [*flags, f"--tokenizer={tokenizer.path}", f"--output={tmp_path / 'out'}"]
+  done = _run(*command, "--suffix=.py")
+  assert done.stderr == "error: --suffix has no effect on tfds input: leave it out.\n"
+  done = _run(*command, "--text_feature=tokens")
+  assert done.stderr.startswith("error: Give --ids_field or --text_feature, not both")
+
+
 def test_chats(tmp_path, tokenizer):
   chat = [{"role": "user", "content": "the fox?"}, {"role": "assistant", "content": "jumps"}]
   path = tmp_path / "x.parquet"
@@ -325,6 +335,11 @@ def test_an_input_that_is_all_held_out_is_refused(tmp_path, tokenizer):
     (["--chat_field=a", "--ids_field=b"], "Give --chat_field or --ids_field, not both"),
     (["--validation_fraction=2"], "--validation_fraction=2.0 is not in"),
     (["--validation_fraction=0.5", "--validation_input=x"], "not both"),
+    (["--suffix=.md"], "--suffix chooses files in a folder, and --input=README.md is a file: "),
+    (["--text_feature=x"], "--text_feature has no effect on text input: leave it out."),
+    (["--source=jsonl", "--tfds_split=x"], "--tfds_split has no effect on jsonl input: leave it"),
+    (["--source=jsonl", "--fields=a,"], "--fields='a,' has an empty entry"),
+    (["--source=jsonl", "--fields=a", "--fields_from=b"], "Give --fields or --fields_from, not"),
     (["--output=gs://bucket/out"], "--output=gs://bucket/out is no directory"),
   ],
 )
