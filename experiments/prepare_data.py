@@ -96,14 +96,19 @@ def _open(kind: str | None, held_out: str | None = None) -> sources.Source:
 
 
 def _open_held_out(source: sources.Source) -> sources.Source:
-  """Opens the source of --validation_input, and leaves its files out of the `source` of --input."""
-  if source.kind == "tfds" and _VALIDATION_INPUT.value == _TFDS_SPLIT.value:
-    raise UserError(
-      f"--validation_input and --tfds_split both name the split {_TFDS_SPLIT.value}: name two "
-      "splits, such as train[:90%] and train[90%:]."
-    )
+  """Opens the source of --validation_input, and leaves its files out of the `source` of --input.
+
+  Raises:
+    UserError: no file remains, or two TFDS splits overlap.
+  """
   held_out = _open(source.kind, _VALIDATION_INPUT.value)
-  if isinstance(source, sources.FileSource) and isinstance(held_out, sources.FileSource):
+  if isinstance(source, sources.TfdsSource) and isinstance(held_out, sources.TfdsSource):
+    if source.overlaps(held_out):
+      raise UserError(
+        f"--validation_input={_VALIDATION_INPUT.value} and --tfds_split={_TFDS_SPLIT.value} have "
+        "examples in common: name two splits, such as train[90%:] and train[:90%]."
+      )
+  elif isinstance(source, sources.FileSource) and isinstance(held_out, sources.FileSource):
     source.leave_out(held_out)
   return held_out
 

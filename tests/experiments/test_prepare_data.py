@@ -321,7 +321,7 @@ def test_an_input_that_is_all_held_out_is_refused(tmp_path, tokenizer):
   flags = ["--source=tfds", f"--input={tmp_path / 'tokens_tfds' / '1.0.0'}", "--ids_field=tokens"]
   done = _run(*flags, "--validation_input=train", *command)
   assert done.stderr.startswith(
-    "error: --validation_input and --tfds_split both name the split train"
+    "error: --validation_input=train and --tfds_split=train have examples in common: "
   )
   assert not (tmp_path / "out").exists()
 

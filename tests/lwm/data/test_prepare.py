@@ -152,6 +152,12 @@ def test_tfds_by_name_and_by_directory(tokenizer, tmp_path):
   assert last.where == f"{directory}/train:2" and last.problem.startswith("cannot be read: ")
   shard.write_bytes(content)
 
+  def overlap(one, two):
+    return sources.TfdsSource(directory, one).overlaps(sources.TfdsSource(directory, two))
+
+  assert overlap("train", "train") and overlap("train", "all") and overlap("train[:2]", "train[1:]")
+  assert not overlap("train[:1]", "train[1:]") and not overlap("train[2:]", "train[:2]")
+
   with pytest.raises(UserError, match="no feature 'text', only body, label"):
     sources.TfdsSource(directory, "train", ["text"])
   with pytest.raises(UserError, match="split 'test'"):
