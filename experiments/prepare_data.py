@@ -77,7 +77,9 @@ _TEXT_FEATURE = flags.DEFINE_string("text_feature", "text", "tfds: the feature t
 _TFDS_SPLIT = flags.DEFINE_string("tfds_split", "train", "tfds: the split to take.")
 _TFDS_DATA_DIR = flags.DEFINE_string("tfds_data_dir", None, "tfds: where it keeps datasets.")
 _VALIDATION_INPUT = flags.DEFINE_string(
-  "validation_input", None, "File or folder of held-out documents (tfds: a split)."
+  "validation_input",
+  None,
+  "File or folder of held-out documents (tfds: a split). Its files are left out of --input.",
 )
 _VALIDATION_FRACTION = flags.DEFINE_float(
   "validation_fraction", 0.0, "Share of --input's documents to hold out, chosen by hash."
@@ -93,6 +95,37 @@ def _open(kind: str | None, held_out: str | None = None) -> sources.Source:
   return sources.FileSource(held_out or _INPUT.value, kind, _SUFFIX.value)
 
 
+def _open_held_out(source: sources.Source) -> sources.Source:
+  """Opens the source of --validation_input, and leaves its files out of the `source` of --input.
+
+  Raises:
+    UserError: no file remains, or two TFDS splits overlap.
+  """
+  held_out = _open(source.kind, _VALIDATION_INPUT.value)
+  if isinstance(source, sources.TfdsSource) and isinstance(held_out, sources.TfdsSource):
+    if source.overlaps(held_out):
+      raise UserError(
+        f"--validation_input={_VALIDATION_INPUT.value} and --tfds_split={_TFDS_SPLIT.value} have "
+        "examples in common: name two splits, such as train[90%:] and train[:90%]."
+      )
+  elif isinstance(source, sources.FileSource) and isinstance(held_out, sources.FileSource):
+    source.leave_out(held_out)
+  return held_out
+
+
+def _refuse_idle_flags(source: sources.Source) -> None:
+  """Raises UserError for a flag that has no effect on this source."""
+  of_tfds = (_TEXT_FEATURE, _TFDS_SPLIT, _TFDS_DATA_DIR)
+  of_files = (_SUFFIX, _FIELDS_FROM)
+  for flag in of_files if source.kind == "tfds" else of_tfds:
+    if flag.present:
+      raise UserError(f"--{flag.name} has no effect on {source.kind} input: leave it out.")
+  if _SUFFIX.value and not any(map(os.path.isdir, (_INPUT.value, _VALIDATION_INPUT.value or ""))):
+    raise UserError(
+      f"--suffix chooses files in a folder, and --input={_INPUT.value} is a file: leave it out."
+    )
+
+
 def _features() -> set[str]:
   """The names of the features that the flags take from a TFDS dataset."""
   named = _CHAT_FIELD.value or _IDS_FIELD.value
@@ -103,9 +136,12 @@ def _features() -> set[str]:
 
 def _to_document(source: sources.Source) -> prepare.ToDocument:
   """How the flags make a document of a record."""
-  given = [flag.name for flag in (_FIELDS, _CHAT_FIELD, _IDS_FIELD) if flag.value]
+  choices = (_FIELDS, _CHAT_FIELD, _IDS_FIELD, _TEXT_FEATURE, _FIELDS_FROM)
+  given = [flag.name for flag in choices if flag.present]
   if len(given) > 1:
-    raise UserError(f"Give --{given[0]} or --{given[1]}, not both: each makes the whole document.")
+    raise UserError(
+      f"Give --{given[0]} or --{given[1]}, not both: each says what the document is made of."
+    )
   if source.kind == "text":
     if given:
       raise UserError(f"--{given[0]} is for records with fields; text files have none.")
@@ -114,7 +150,7 @@ def _to_document(source: sources.Source) -> prepare.ToDocument:
     return prepare.from_chat(_CHAT_FIELD.value)
   if _IDS_FIELD.value:
     return prepare.from_ids(_IDS_FIELD.value)
-  if source.kind == "tfds" and not given:
+  if source.kind == "tfds" and not _FIELDS.value:
     return prepare.from_text_field(_TEXT_FEATURE.value)
   return prepare.from_fields(_FIELDS.value, _FIELDS_FROM.value, _SEED.value)
 
@@ -138,19 +174,21 @@ def main(argv: list[str]) -> None:
     )
 
   source = _open(_SOURCE.value)
+  _refuse_idle_flags(source)
   to_document = _to_document(source)
+  inputs = [source]
+  if _VALIDATION_INPUT.value:
+    inputs.append(_open_held_out(source))
   split = prepare.by_fraction(_VALIDATION_FRACTION.value)
   if _TRAIN_TOKENIZER_VOCAB.value:
     trained_on = (record for record in source if split(record) == TRAIN)
     texts = prepare.training_texts(trained_on, to_document, _TOKENIZER.value)
     train_sentencepiece(texts, _TOKENIZER.value, _TRAIN_TOKENIZER_VOCAB.value)
   tokenizer = load_tokenizer(_TOKENIZER.value)
-  inputs = [source]
   with DatasetWriter(_OUTPUT.value, tokenizer) as writer:
     prepare.add_documents(writer, source, tokenizer, to_document, split)
-    if _VALIDATION_INPUT.value:
-      inputs.append(_open(source.kind, _VALIDATION_INPUT.value))
-      prepare.add_documents(writer, inputs[1], tokenizer, to_document, lambda record: VALIDATION)
+    for held_out in inputs[1:]:
+      prepare.add_documents(writer, held_out, tokenizer, to_document, lambda record: VALIDATION)
     if TRAIN not in writer.splits:
       raise UserError(
         f"--validation_fraction={_VALIDATION_FRACTION.value} holds out every document: lower it."

@@ -194,6 +194,10 @@ def _checked(messages: Any) -> list[dict[str, Any]]:
   """The messages, with role and content as text. Raises BadDocument for anything else."""
   if isinstance(messages, dict) and all(isinstance(value, list) for value in messages.values()):
     # TFDS keeps a sequence of dictionaries as a dictionary of sequences.
+    lengths = {name: len(values) for name, values in messages.items()}
+    if len(set(lengths.values())) > 1:
+      counts = ", ".join(f"{name} {length}" for name, length in lengths.items())
+      raise BadDocument(f"the lists of the messages differ in length: {counts}")
     messages = [dict(zip(messages, row)) for row in zip(*messages.values())]
   if not isinstance(messages, list):
     raise BadDocument(f"the messages are {type(messages).__name__}, not a list")

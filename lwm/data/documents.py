@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from lwm.config.vqgan import LWM_LAYOUT, VisionLayout
+from lwm.data.sources import Problem
 from lwm.data.tokenizer import TextError, Tokenizer
 from lwm.data.vision_tokens import VISION_END, VISION_START, frame_tokens
 
@@ -176,9 +177,11 @@ def choose(alternatives: Sequence[str], seed: int, where: str) -> str:
 
 
 def get_field(record: dict[str, Any], name: str) -> Any:
-  """A field of a record. Raises BadDocument if the record has no field of that name."""
+  """A field of a record. Raises BadDocument if it does not exist or could not be read."""
   if name not in record:
     raise BadDocument(f"there is no field {name!r}")
+  if isinstance(record[name], Problem):
+    raise BadDocument(f"field {name!r}: {record[name].reason}")
   return record[name]
 
 

@@ -51,11 +51,17 @@ def from_fields(fields: Sequence[str], fields_from: str, seed: int) -> ToDocumen
     fields: alternatives, of which each record takes one; if empty, each record names its own.
     fields_from: the record's field with the specification, or a list of alternatives.
     seed: decides the choice among alternatives, together with the record's key.
+
+  Raises:
+    UserError: a specification in `fields` has an empty entry.
   """
+  for specification in fields:
+    if not all(name.strip(" []") for name in re.split("[,+]", specification)):
+      raise UserError(f"--fields={specification!r} has an empty entry: name a field, or delete it.")
 
   def to_document(tokenizer: Tokenizer, record: Record) -> Document:
     value = _fields(record)
-    alternatives: Any = fields or value.get(fields_from)
+    alternatives: Any = fields or (fields_from in value and get_field(value, fields_from))
     if isinstance(alternatives, str):
       alternatives = [alternatives]
     if not _is_text_list(alternatives):
@@ -130,7 +136,7 @@ def add_documents(
       except BadDocument as error:
         problem = str(error)
     writer.bad(record.where, problem)
-    first_bad = first_bad or f"; the first: {record.where}: {problem}"
+    first_bad = first_bad or f"; the first: {record.where}: {problem.removesuffix('.')}"
   if not good:
     raise UserError(f"No good document in the input, {writer.bad_records} bad ones{first_bad}.")
 

@@ -231,4 +231,4 @@ class DatasetWriter:
 def entropy(counts: np.ndarray) -> float:
   """Entropy, in nats, of the distribution proportional to `counts`."""
   p = counts[counts > 0] / counts.sum()
-  return float(-(p * np.log(p)).sum())
+  return abs(float((p * np.log(p)).sum()))

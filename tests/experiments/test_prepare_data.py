@@ -178,6 +178,36 @@ def test_a_feature_that_is_no_text_is_refused(tmp_path, tokenizer):
   )
 
 
+def test_columns_that_python_cannot_hold(tmp_path, tokenizer):
+  """They cost no row unless the document is made of them."""
+  columns = {
+    "text": ["the fox", "jumps"],
+    "year": pyarrow.array([2**55, 0], pyarrow.timestamp("ms")),
+    "day": pyarrow.array([2**30, 0], pyarrow.date32()),
+    "zone": pyarrow.array([0, 0], pyarrow.timestamp("s", "Nowhere/Land")),
+  }
+  path = tmp_path / "x.parquet"
+  parquet.write_table(pyarrow.table(columns), path)
+  documents, bad = _prepare(tmp_path, tokenizer, f"--input={path}", "--fields=text")
+  assert _ids(documents) == [[1, *tokenizer.encode(text), 2] for text in columns["text"]]
+  assert not bad
+  for field, flags in {"zone": ["--fields=zone"], "year": ["--fields_from=year"]}.items():
+    done = _run(
+      f"--tokenizer={tokenizer.path}", f"--output={tmp_path / field}", f"--input={path}", *flags
+    )
+    assert f"the first: {path}:1: field '{field}': cannot be read: " in done.stderr
+
+
+def test_a_flag_without_effect_on_tfds_is_refused(tmp_path, tokenizer):
+  TokensTfds(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+  flags = ["--source=tfds", f"--input={tmp_path / 'tokens_tfds' / '1.0.0'}", "--ids_field=tokens"]
+  command = [*flags, f"--tokenizer={tokenizer.path}", f"--output={tmp_path / 'out'}"]
+  done = _run(*command, "--suffix=.py")
+  assert done.stderr == "error: --suffix has no effect on tfds input: leave it out.\n"
+  done = _run(*command, "--text_feature=tokens")
+  assert done.stderr.startswith("error: Give --ids_field or --text_feature, not both")
+
+
 def test_chats(tmp_path, tokenizer):
   chat = [{"role": "user", "content": "the fox?"}, {"role": "assistant", "content": "jumps"}]
   path = tmp_path / "x.parquet"
@@ -250,6 +280,52 @@ def test_a_tokenizer_learns_from_what_is_trained_on(tmp_path):
   assert "1 bad records" in done.stdout
 
 
+def test_held_out_files_are_not_trained_on(tmp_path):
+  """They are below --input, under their own name or another."""
+  root = tmp_path / "in"
+  (root / "validation").mkdir(parents=True)
+  for i in range(3):
+    (root / f"{i}.txt").write_text(f"the {i}th fox jumps\n" * 20)
+    (root / "validation" / f"{i}.txt").write_text(f"漢字 {i}")
+  (root / "other_name.txt").hardlink_to(root / "validation" / "0.txt")
+  tokenizer = tmp_path / "t.model"
+  command = [f"--tokenizer={tokenizer}", f"--output={tmp_path / 'out'}"]
+  done = _run(
+    f"--input={root}",
+    f"--validation_input={root / 'validation'}",
+    "--train_tokenizer_vocab=280",
+    *command,
+  )
+  assert done.returncode == 0, done.stderr
+  splits = Dataset(tmp_path / "out").manifest["splits"]
+  assert [splits[name]["documents"] for name in ("train", "validation")] == [3, 3]
+  left_out = done.stdout.splitlines()[2].partition("left out: ")[2]
+  assert set(left_out.split(", ")) == {
+    "held out by --validation_input 3",
+    "further links to one file or folder 1",
+  }
+  pieces = load_tokenizer(tokenizer)
+  assert "漢" not in {pieces.decode([i]) for i in range(280)}
+
+
+def test_an_input_that_is_all_held_out_is_refused(tmp_path, tokenizer):
+  path = tmp_path / "x.txt"
+  path.write_text("the fox")
+  command = [f"--tokenizer={tokenizer.path}", f"--output={tmp_path / 'out'}"]
+  done = _run(f"--input={path}", f"--validation_input={tmp_path}", *command)
+  assert done.stderr == (
+    f"error: --validation_input={tmp_path} holds out every file of --input={path}: name other "
+    "files.\n"
+  )
+  TokensTfds(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+  flags = ["--source=tfds", f"--input={tmp_path / 'tokens_tfds' / '1.0.0'}", "--ids_field=tokens"]
+  done = _run(*flags, "--validation_input=train", *command)
+  assert done.stderr.startswith(
+    "error: --validation_input=train and --tfds_split=train have examples in common: "
+  )
+  assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
   "flags, message",
   [
@@ -259,6 +335,11 @@ def test_a_tokenizer_learns_from_what_is_trained_on(tmp_path):
     (["--chat_field=a", "--ids_field=b"], "Give --chat_field or --ids_field, not both"),
     (["--validation_fraction=2"], "--validation_fraction=2.0 is not in"),
     (["--validation_fraction=0.5", "--validation_input=x"], "not both"),
+    (["--suffix=.md"], "--suffix chooses files in a folder, and --input=README.md is a file: "),
+    (["--text_feature=x"], "--text_feature has no effect on text input: leave it out."),
+    (["--source=jsonl", "--tfds_split=x"], "--tfds_split has no effect on jsonl input: leave it"),
+    (["--source=jsonl", "--fields=a,"], "--fields='a,' has an empty entry"),
+    (["--source=jsonl", "--fields=a", "--fields_from=b"], "Give --fields or --fields_from, not"),
     (["--output=gs://bucket/out"], "--output=gs://bucket/out is no directory"),
   ],
 )

@@ -29,7 +29,12 @@ READERS = {
 }
 # Compressed files are recognised by their first bytes, because names can be wrong. No file of the
 # above kinds begins with these bytes.
-_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_COMPRESSIONS = {
+  b"\x1f\x8b": "gzip",
+  b"\x28\xb5\x2f\xfd": "zstd",
+  # zstd that begins with a skippable frame, as parallel compressors write it.
+  **{bytes([first, 0x2A, 0x4D, 0x18]): "zstd" for first in range(0x50, 0x60)},
+}
 _COMPRESSED_SUFFIXES = (".gz", ".zst")
 
 
@@ -85,6 +90,23 @@ class FileSource:
       if problem:
         yield Record(name, str(file), name, None, problem)
 
+  def leave_out(self, held_out: "FileSource") -> None:
+    """Leaves the files of --validation_input out, under whatever names this source has them.
+
+    Raises:
+      UserError: no file remains.
+    """
+    identities = {_identity(file.stat()) for file in held_out._files}
+    files = [file for file in self._files if _identity(file.stat()) not in identities]
+    if not files:
+      raise UserError(
+        f"--validation_input={held_out.name} holds out every file of --input={self.name}: name "
+        "other files."
+      )
+    count = len(self._files) - len(files)
+    self.left_out.update(["held out by --validation_input"] * count)
+    self._files = files
+
   def _find(self) -> list[pathlib.Path]:
     """All files of the folder, in the order of their paths; other paths are counted or reported."""
     files = []
@@ -96,7 +118,7 @@ class FileSource:
       path = (paths or links).popleft()
       try:
         status = path.stat()
-        identity = (status.st_dev, status.st_ino)
+        identity = _identity(status)
         if identity in known:
           self.left_out["further links to one file or folder"] += 1
         elif stat.S_ISREG(status.st_mode):
@@ -144,6 +166,11 @@ class FileSource:
 
   def _report(self, path: pathlib.Path, problem: str) -> None:
     self._problems.append(Record(self._relative(path), str(path), self._root.name, None, problem))
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+  """The same for all names of one file."""
+  return status.st_dev, status.st_ino
 
 
 def _decompressed(raw: io.BufferedReader) -> io.BufferedReader:

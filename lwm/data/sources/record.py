@@ -36,7 +36,7 @@ class Source(Protocol):
 
 
 class Problem(NamedTuple):
-  """Why a reader cannot give a record; it takes the place of the value."""
+  """Why a reader cannot give a record or one of its fields; it takes the place of the value."""
 
   reason: str
 

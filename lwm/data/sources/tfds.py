@@ -64,3 +64,13 @@ class TfdsSource:
         yield Record(key, where, self.name, None, reason(error))
       else:
         yield Record(key, where, self.name, value)
+
+  def overlaps(self, other: "TfdsSource") -> bool:
+    """Whether this split and another of the same dataset have examples in common."""
+    splits = self._examples.dataset_info.splits
+    return any(
+      one.filename == two.filename
+      and max(one.skip, two.skip) < min(one.skip + one.take, two.skip + two.take)
+      for one in splits[self._split].file_instructions
+      for two in splits[other._split].file_instructions
+    )

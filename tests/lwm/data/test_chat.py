@@ -190,6 +190,10 @@ def test_the_default_form_is_the_one_of_lwm(tokenizer):
   [
     ("hi", "messages are str, not a list"),
     ({"role": "user"}, "messages are dict, not a list"),
+    (
+      {"role": ["user", "assistant", "user"], "content": ["hi", "ho"]},
+      "the lists of the messages differ in length: role 3, content 2",
+    ),
     (["hi"], "message 1 has no role and content, only str"),
     ([{"from": "human", "value": "hi"}], "message 1 has no role and content, only from, value"),
     ([{"role": "user", "content": None}], "content of message 1 is NoneType, not text"),

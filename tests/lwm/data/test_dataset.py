@@ -17,6 +17,7 @@ from lwm.data import (
   text_document,
   train_sentencepiece,
 )
+from lwm.data.writer import entropy
 from lwm.errors import UserError
 
 
@@ -66,6 +67,10 @@ def test_a_slice_reads_only_the_records_that_it_meets(datasets, documents):
     tokens, _ = split.read(1, start, stop)
     np.testing.assert_array_equal(tokens, documents["video"][1].tokens[start:stop])
     assert read == [first + chunk for chunk in chunks]
+
+
+def test_the_entropy_of_one_token_is_not_negative_zero():
+  assert f"{entropy(np.array([0, 3])):.3f}" == "0.000"
 
 
 def test_manifest_counts_targets_and_their_entropy(datasets, documents, tokenizer):

@@ -107,6 +107,12 @@ def test_a_record_says_its_own_fields(tokenizer, tmp_path):
   assert outputs[0][30] == record_document(tokenizer, records[1], "q").tokens.tolist()
 
 
+@pytest.mark.parametrize("fields", ["q, text,", "q,,text", "", "[]", "[q+],text"])
+def test_fields_with_an_empty_entry(fields):
+  with pytest.raises(UserError, match=r"--fields='.*' has an empty entry"):
+    prepare.from_fields(["q", fields], "fields", seed=0)
+
+
 class TinyTfds(tfds.core.GeneratorBasedBuilder):
   """Three texts, one of them blank."""
 
@@ -146,6 +152,12 @@ def test_tfds_by_name_and_by_directory(tokenizer, tmp_path):
   assert last.where == f"{directory}/train:2" and last.problem.startswith("cannot be read: ")
   shard.write_bytes(content)
 
+  def overlap(one, two):
+    return sources.TfdsSource(directory, one).overlaps(sources.TfdsSource(directory, two))
+
+  assert overlap("train", "train") and overlap("train", "all") and overlap("train[:2]", "train[1:]")
+  assert not overlap("train[:1]", "train[1:]") and not overlap("train[2:]", "train[:2]")
+
   with pytest.raises(UserError, match="no feature 'text', only body, label"):
     sources.TfdsSource(directory, "train", ["text"])
   with pytest.raises(UserError, match="split 'test'"):
@@ -159,6 +171,9 @@ def test_a_source_without_a_good_document_ends_the_run(tokenizer, tmp_path):
   with pytest.raises(UserError, match=r"No good document .* 1 bad .*in.txt: not UTF-8"):
     _prepare(tmp_path / "out", tokenizer, sources.FileSource(tmp_path, "text"))
   assert not (tmp_path / "out").exists()
+  (tmp_path / "x.parquet").write_bytes(b"\0" * 100)
+  with pytest.raises(UserError, match=r"not a parquet file\.$"):
+    _prepare(tmp_path / "out", tokenizer, sources.FileSource(tmp_path, "parquet"))
   with pytest.raises(UserError, match="no file that ends in .jsonl in"):
     _prepare(tmp_path / "out", tokenizer, sources.FileSource(tmp_path, "jsonl"))
   with pytest.raises(UserError, match="no input .*missing"):

@@ -4,10 +4,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from lwm.data.sources import READERS, FileSource
+from lwm.data.sources import READERS, FileSource, Problem
 from lwm.errors import UserError
 
 MARK = b"\xef\xbb\xbf"
+SKIPPABLE_FRAME = b"\x5a\x2a\x4d\x18\3\0\0\0abc"  # Of zstd: magic number, length, content.
 
 
 def _read(path, content, kind=None):
@@ -16,8 +17,12 @@ def _read(path, content, kind=None):
   return [record.problem or record.value for record in FileSource(path, kind)]
 
 
+def _zstd(content):
+  return pyarrow.compress(content, "zstd", True)
+
+
 @pytest.mark.parametrize(
-  "pack", [bytes, gzip.compress, lambda b: pyarrow.compress(b, "zstd", True)]
+  "pack", [bytes, gzip.compress, _zstd, lambda content: SKIPPABLE_FRAME + _zstd(content)]
 )
 @pytest.mark.parametrize(
   "content, outcome",
@@ -58,12 +63,15 @@ def test_text(tmp_path, pack, content, outcome):
     (b'["\xff"]', ["not UTF-8: byte 0xff at 2"]),
     (b'[{"a": 1, "a": 2}]', ["not JSON: field 'a' occurs twice"]),
     ("[]".encode("utf-16"), ["cannot be read: it looks like UTF-16, so convert it to UTF-8"]),
+    (b" \n" * 9000 + b" " * 9000 + b'[{"a": 1}]', [{"a": 1}]),
+    (b"{\n}", ["holds one JSON object, not an array or one object per line"]),
     (
-      b"{\n}",
-      [
-        "not JSON: Expecting property name enclosed in double quotes: line 2 column 1 (char 2)",
-        "not JSON: Expecting value: line 1 column 1 (char 0)",
-      ],
+      b'{"data": [\n{"a": 1},\n{"a": 2}\n]}',
+      ["holds one JSON object, not an array or one object per line"],
+    ),
+    (
+      b'\n{"a"\n{"a": 2}\n{"a": 3}\n',
+      ["not JSON: Expecting ':' delimiter: line 2 column 1 (char 5)", {"a": 2}, {"a": 3}],
     ),
   ],
 )
@@ -105,7 +113,7 @@ def test_parquet(tmp_path):
     {"text": None, "ids": [], "messages": None},
   ]
   assert _read(tmp_path / "x.parquet", _parquet(pyarrow.table({"text": not_utf8}))) == [
-    "not UTF-8: byte 0xff at 0",
+    {"text": Problem("not UTF-8: byte 0xff at 0")},
     {"text": "a"},
   ]
   twins = pyarrow.Table.from_arrays([pyarrow.array([1]), pyarrow.array([2])], names=["a", "a"])
