@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from lwm.config.batch import FIELDS
+
 CONFIG = "--config=tests/lwm/plan/planned.py"
 
 
@@ -45,9 +47,10 @@ def test_gpus_keep_block_inputs_in_the_hosts_memory(gpu):
   inputs, moments = 4 * 8192 // 4 * 128 * 2, 2 * memory["parameters"]
   assert answer["fits"]
   assert inputs + moments <= memory["host"] < 1.01 * (inputs + moments)
-  # The count of updates is on the device; the batch is eight arrays, over two devices.
+  # The count of updates is on the device; the batch has one array per field, over two devices.
   assert memory["optimizer"] < 64
-  assert 8 * 8192 * 4 // 2 <= memory["batch"] < 8 * 8192 * 4 // 2 + 64
+  batch = len(FIELDS) * 8192 * 4 // 2
+  assert batch <= memory["batch"] < batch + 64
 
 
 @pytest.mark.parametrize(
