@@ -137,8 +137,8 @@ def test_a_file_that_is_not_a_video_and_steps_that_do_not_fit(clip, tmp_path):
   "flag, message",
   [
     ("--vqgan.codbook_size=9", "has no setting 'codbook_size'; did you mean 'codebook_size'?"),
-    ("--vqgan.codebook_size=x", "--vqgan.codebook_size=x: this setting takes a whole number."),
-    ("--vqgan=9", "--vqgan=9: --vqgan is a group of settings; override one of them."),
+    ("--vqgan.codebook_size=x", "--vqgan.codebook_size=x must be a whole number."),
+    ("--vqgan=9", "--vqgan=9: --vqgan is a group of settings; set one of them."),
     ("--training.batch_size=0", "--training: batch_size=0 must be at least 1."),
     ("--vqgan.codebook_size=0", "--vqgan: codebook_size=0: sizes are whole numbers of at least 1."),
   ],

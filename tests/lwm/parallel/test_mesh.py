@@ -62,8 +62,8 @@ def test_an_axis_that_would_cross_slices_is_named():
     ),
     (
       dict(tensor=2),
-      dict(text_vocab_size=257),
-      "text_vocab_size + vision_vocab_size = 257 does not divide over mesh.tensor = 2",
+      dict(text_vocab_size=257, vocab_multiple=1),
+      "config.model.vocab_multiple=1 = 257 does not divide over mesh.tensor = 2",
     ),
     (dict(tensor=2), dict(feed_forward_width=129), "config.model.feed_forward_width = 129"),
     (
@@ -82,6 +82,8 @@ def test_an_axis_that_would_cross_slices_is_named():
 def test_what_does_not_fit_is_named(sizes, changes, message):
   ones = dict(data=1, fsdp=1, ring=1, ulysses=1, tensor=1)
   check_model_fits_mesh(ModelConfig(), ones | dict(fsdp=8, tensor=2))
+  # Without a multiple, the tables are padded to what the meshes need.
+  check_model_fits_mesh(ModelConfig(text_vocab_size=257), ones | dict(tensor=2))
   with pytest.raises(ConfigError, match=re.escape(message)):
     check_model_fits_mesh(ModelConfig(**changes), ones | sizes)
 
