@@ -152,8 +152,8 @@ def test_ends_with_a_sentence_when_the_disk_is_full(start_program, undisturbed, 
   with small_disk(tmp_path / "disk", 64) as disk:
     workdir = disk / "run"
     newest = 0
-    # Two checkpoints of the end do not fit at first; after that, not one does. Those of the beginning
-    # are smaller, because moments of ids that were not seen are zero.
+    # Two checkpoints of the end do not fit at first; after that, not one does. Those of the
+    # beginning are smaller, because moments of ids that were not seen are zero.
     for checkpoints in (1.5, 0.5):
       room = int(checkpoints * size_of(undisturbed / "checkpoints" / "51"))
       with ballast.open("wb") as file:
