@@ -243,8 +243,8 @@ def test_a_workdir_that_is_not_shared_is_one_sentence(run, tmp_path):
   for process, (status, _, errors) in enumerate(started.ends()):
     assert status == 1
     assert errors == (
-      f"error: --workdir={tmp_path}/{process}: process 1 does not see there what process 0 "
-      "writes; it must be on a disk that all hosts share.\n"
+      f"error: --workdir={tmp_path}/{process}: process 1 does not see what process 0 "
+      "writes there; use a directory on a disk that all hosts share.\n"
     )
 
 
