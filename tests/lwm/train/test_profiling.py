@@ -131,11 +131,11 @@ def test_a_run_that_is_past_the_steps_says_so_once(tmp_path):
   for step in (9, 10):
     profiler.step(step)
   profiler.close()
-  assert said == ["--profile_steps: nothing to trace, the run is at step 9 already"]
+  assert said == ["--profile_steps: nothing to trace, because the run is at step 9 already"]
 
 
 def test_steps():
   assert parse_steps("10:13") == range(10, 13)
   for text in ("10", "13:10", "0:4", "a:b", "5:5", "-1:4"):
-    with pytest.raises(UserError, match=f"--profile_steps={text}: give two"):
+    with pytest.raises(UserError, match=f"--profile_steps={text}: give a range"):
       parse_steps(text)
