@@ -1,4 +1,4 @@
-"""Names of tensors in Hugging Face's directories, for each class of models that is a Llama at heart.
+"""Names of the tensors in Hugging Face's directories, for classes of models that are like Llama.
 
 Both codebases rotate the pairs (i, i + D/2) in RoPE, so only names and shapes change.
 """
@@ -30,11 +30,7 @@ _SEPARATE: list[LayerRow] = [
   ("mlp.up_proj.weight", ("feed_forward.up",), linear()),
 ]
 _FUSED: list[LayerRow] = [
-  (
-    "self_attn.qkv_proj.weight",
-    ("attention.query", "attention.key", "attention.value"),
-    linear(),
-  ),
+  ("self_attn.qkv_proj.weight", ("attention.query", "attention.key", "attention.value"), linear()),
   ("mlp.gate_up_proj.weight", ("feed_forward.gate", "feed_forward.up"), linear()),
 ]
 _BIASES: list[LayerRow] = [
@@ -93,15 +89,9 @@ _QWEN = {
   "sliding_window": 4096,
   "max_window_layers": 28,
 }
-QWEN2 = Architecture(
-  "qwen2", "Qwen2ForCausalLM", _QWEN, attention_bias=True, window="named"
-)
+QWEN2 = Architecture("qwen2", "Qwen2ForCausalLM", _QWEN, attention_bias=True, window="named")
 QWEN3 = Architecture(
-  "qwen3",
-  "Qwen3ForCausalLM",
-  _QWEN | {"head_dim": 128},
-  query_key_norm=True,
-  window="named",
+  "qwen3", "Qwen3ForCausalLM", _QWEN | {"head_dim": 128}, query_key_norm=True, window="named"
 )
 # Not in transformers: its models bring their own code, which has Llama's names and computation.
 XVERSE = Architecture("xverse", "XverseForCausalLM", {"max_position_embeddings": 8192})

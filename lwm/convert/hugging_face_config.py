@@ -10,7 +10,8 @@ from lwm.config.vqgan import VisionLayout
 from lwm.convert.hugging_face import ARCHITECTURES, LLAMA, MISTRAL, QWEN2, QWEN3, Architecture
 from lwm.errors import UserError
 
-# Our own key in the config.json of a model with vision ids.
+CONFIG = "config.json"
+# Our own key there for models with vision ids.
 VISION = "lwm_vision"
 
 # Defaults of all classes; those of a class that differ are in its Architecture. Sizes have none.

@@ -4,14 +4,13 @@ import pathlib
 
 from lwm.config.model import ModelConfig
 from lwm.convert.hugging_face import EMBEDDING, HEAD, INVERSE_FREQUENCIES, table
-from lwm.convert.hugging_face_config import read_config
+from lwm.convert.hugging_face_config import CONFIG, read_config
 from lwm.convert.safetensors import SafetensorsSource, read_json
 from lwm.convert.table import describe
 from lwm.convert.weights import Weights
 from lwm.data.tokenizer import load_tokenizer, tokenizer_files
 from lwm.errors import UserError
 
-CONFIG = "config.json"
 # The first that exists is used. A tokenizer.json also has the tokens that were added later, and it
 # is the one that transformers loads.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")

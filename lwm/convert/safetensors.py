@@ -84,9 +84,7 @@ class SafetensorsSink:
   the caller's, who removes it after an error.
   """
 
-  def __init__(
-    self, directory: pathlib.Path, tensors: Mapping[str, ArrayInfo], shard_bytes: int
-  ):
+  def __init__(self, directory: pathlib.Path, tensors: Mapping[str, ArrayInfo], shard_bytes: int):
     """Plans the files, and writes their index if there are several.
 
     Args:

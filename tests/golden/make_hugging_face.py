@@ -1,4 +1,4 @@
-"""Writes tests/golden/hugging_face/: tiny random models as transformers saves them, and their logits.
+"""Writes tests/golden/hugging_face/: tiny random models that transformers saved, and their logits.
 
 Run it by hand from the root of the repository, in an environment with torch and transformers:
 
