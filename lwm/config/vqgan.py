@@ -55,8 +55,8 @@ class VQGANConfig:
   codebook_size: int = _LWM_CODEBOOK_SIZE
   codebook_width: int = 64
   norm_groups: int = 32
-  # The values of a black and of a white pixel, in and out. LWM's VQGAN uses [-1, 1], aMUSEd's, which
-  # is the same network, uses [0, 1].
+  # The values of black and of white, in and out. LWM's VQGAN uses -1 and 1; aMUSEd's, which is the
+  # same network, uses 0 and 1.
   pixel_range: tuple[int, int] = (-1, 1)
 
   @property
