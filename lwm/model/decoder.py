@@ -77,7 +77,9 @@ class Decoder(nnx.Module):
           f"config.model.stretches[{index}].kind={stretch.kind!r} must be one of "
           f"{', '.join(repr(kind) for kind in KINDS)}."
         )
-      setattr(self, _name(index), KINDS[stretch.kind](config, stretch.num_layers, rules, rngs))
+      setattr(
+        self, stretch_name(index), KINDS[stretch.kind](config, stretch.num_layers, rules, rngs)
+      )
     self.norm = RMSNorm(config, stack=())
     if "output" in tables:
       self.output = table(rngs, rules, tables["output"], ("model", "vocab"), config)
@@ -147,7 +149,9 @@ class Decoder(nnx.Module):
 
   @property
   def _stretches(self) -> list[nnx.Module]:
-    return [getattr(self, _name(index)) for index in range(len(self.config.resolved_stretches))]
+    return [
+      getattr(self, stretch_name(index)) for index in range(len(self.config.resolved_stretches))
+    ]
 
   def _embedding(self, whole: bool) -> jax.Array:
     return self.rules.gather(self.embedding[...], jnp.float32, "vocab", "model", whole=whole)
@@ -179,7 +183,7 @@ class Decoder(nnx.Module):
     return rope.rotations(positions_BxS, frequency_P)
 
 
-def _name(stretch: int) -> str:
+def stretch_name(stretch: int) -> str:
   """The attribute that holds a stretch, which names its parameters in checkpoints."""
   return f"blocks_{stretch}" if stretch else "blocks"
 
