@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from lwm.errors import UserError
+from lwm.errors import UserError, disk_error
 
 Keys = tuple[str, ...]
 
@@ -27,8 +27,6 @@ _ARRAY_EXTENSION = 1
 # flax splits larger arrays into chunks; this mark stands in the dictionary of the chunks.
 _CHUNKED = "__msgpack_chunked_array__"
 _CHUNK_BYTES = 2**30
-# A record's bytes have a 32-bit length.
-_MOST_RECORD_BYTES = 2**32 - 1
 _DTYPES = {
   name: np.dtype(getattr(jnp, name)) for name in ("float16", "bfloat16", "float32", "float64")
 }
@@ -133,7 +131,7 @@ def _index(path, scan) -> dict[Keys, StoredArray]:
           raise _Malformed(f"it holds {last} twice")
         arrays[keys] = stored
   except OSError as error:
-    raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    raise UserError(f"{path} cannot be read: {disk_error(error)}.") from error
   except (_Malformed, UnicodeDecodeError) as error:
     reason = str(error) if isinstance(error, _Malformed) else "a key is not text"
     raise UserError(
@@ -254,103 +252,40 @@ class _Scanner:
     return StoredArray(tuple(shape), chunks[0].dtype, pieces)
 
 
-def read_array(
-  path: pathlib.Path, stored: StoredArray, layer: int | None = None, axis: int = 0
-) -> np.ndarray:
-  """Reads an array, or one layer of it, and nothing else.
-
-  Args:
-    path: the file in which the array was found.
-    stored: where the array lies.
-    layer: index on `axis`, which the result lacks; None: the whole array.
-    axis: of the layers.
-
-  Raises:
-    UserError: the file cannot be read, or has become shorter.
-  """
-  if layer is None:
-    shape, outer, layers, layer = stored.shape, 1, 1, 0
-  else:
-    shape = stored.shape[:axis] + stored.shape[axis + 1 :]
-    outer, layers = math.prod(stored.shape[:axis]), stored.shape[axis]
-  array = np.empty(shape, stored.dtype)
-  content = memoryview(array.reshape(-1).view(np.uint8))
-  step = array.nbytes // outer
+def read_array(path: pathlib.Path, stored: StoredArray) -> np.ndarray:
+  """Reads one array of a file that was indexed. Raises UserError if the file cannot be read."""
+  array = np.empty(stored.shape, stored.dtype)
+  missing = memoryview(array.reshape(-1).view(np.uint8))
   try:
     with open(path, "rb", buffering=0) as file:
-      for row in range(outer):
-        start = (row * layers + layer) * step
-        _read_into(file, stored.pieces, start, content[row * step : (row + 1) * step])
+      for offset, size in stored.pieces:
+        file.seek(offset)
+        while size:
+          count = file.readinto(missing[:size])  # Linux reads at most 2 GiB at a time.
+          if not count:
+            raise UserError(f"{path} has become shorter while it was read: import it again.")
+          missing, size = missing[count:], size - count
   except OSError as error:
-    raise UserError(f"{path} cannot be read: {error}.") from error
+    raise UserError(f"{path} cannot be read: {disk_error(error)}.") from error
   return array
 
 
-def _read_into(file, pieces: tuple[tuple[int, int], ...], start: int, content: memoryview) -> None:
-  """Fills `content` with the bytes of the pieces, joined, from `start` on."""
-  for offset, size in pieces:
-    part = content[: max(size - start, 0)]
-    content = content[len(part) :]
-    file.seek(offset + start)
-    while part:
-      count = file.readinto(part)
-      if not count:
-        raise OSError("it has become shorter")
-      part = part[count:]
-    start = max(start - size, 0)
+def fits_record(shape: tuple[int, ...], dtype: np.dtype) -> bool:
+  """Whether an array can be written to a stream: the bytes of a record are less than 4 GiB."""
+  return sum(len(header) + count for header, count in _layout(shape, dtype)) < 2**32
 
 
-class StreamWriter:
-  """Writes a stream; the file gets its name when `close` is called.
-
-  `begin` starts an array and `append` adds its content, so one array may come in several parts.
-  """
-
-  def __init__(self, path: pathlib.Path):
-    self._path = path
-    self._unfinished = path.with_name(path.name + ".unfinished")
-    self._file = open(self._unfinished, "wb")  # noqa: SIM115  # close() or abandon() closes it
-    # What is still to be written of the array: (header of a piece, its number of bytes).
-    self._pieces: list[tuple[bytes, int]] = []
-
-  def begin(self, keys: Keys, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Starts an array, after the one before it is complete.
-
-    Raises:
-      UserError: the array is too large for a record.
-    """
-    assert not self._pieces
-    self._pieces = _layout(shape, dtype)
-    size = sum(len(header) + count for header, count in self._pieces)
-    if size > _MOST_RECORD_BYTES:
-      raise UserError(
-        f"{self._path}: {'/'.join(keys)} of {shape} {dtype} has {size} bytes, but a record of "
-        "LWM's streams holds less than 4 GiB: export unscanned layers."
-      )
-    self._file.write(b"\x92" + _sized(0xDC, 2, len(keys)))
-    self._file.write(b"".join(_text(key) for key in keys) + _sized(0xC6, 4, size))
-
-  def append(self, array: np.ndarray) -> None:
-    """Adds the next part of the content, in C order."""
-    content = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    while content:
-      header, missing = self._pieces.pop(0)
-      self._file.write(header)
-      self._file.write(content[:missing])
-      if len(content) < missing:
-        self._pieces.insert(0, (b"", missing - len(content)))
-      content = content[missing:]
-
-  def close(self) -> None:
-    """Completes the file."""
-    assert not self._pieces
-    self._file.close()
-    self._unfinished.rename(self._path)
-
-  def abandon(self) -> None:
-    """Removes what has been written."""
-    self._file.close()
-    self._unfinished.unlink()
+def write_record(file: BinaryIO, keys: Keys, array: np.ndarray) -> None:
+  """Adds a record to a stream; the array must fit one."""
+  content = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+  pieces = _layout(array.shape, array.dtype)
+  size = sum(len(header) + count for header, count in pieces)
+  file.write(b"\x92" + _sized(0xDC, 2, len(keys)))
+  file.write(b"".join(_text(key) for key in keys) + _sized(0xC6, 4, size))
+  for header, count in pieces:
+    file.write(header)
+    file.write(content[:count])
+    content = content[count:]
 
 
 def _layout(shape: tuple[int, ...], dtype: np.dtype) -> list[tuple[bytes, int]]:

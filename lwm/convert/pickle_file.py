@@ -100,7 +100,7 @@ def _interpret(file: BinaryIO) -> Any:
   """The value of the pickle, with `_Named`, `_Dtype` and `_Array` for what it constructs."""
   stack: list[Any] = []
   marks: list[int] = []
-  memo: dict[int, Any] = {}
+  memo: dict[Any, Any] = {}
 
   def since_mark() -> list[Any]:
     start = marks.pop()
@@ -150,7 +150,7 @@ def _interpret(file: BinaryIO) -> Any:
         items = since_mark()
         _set_items(stack[-1], items[::2], items[1::2])
       case "GLOBAL":
-        stack.append(_named(*argument.split(" ")))
+        stack.append(_named(*str(argument).split(" ")))
       case "STACK_GLOBAL":
         name, module = stack.pop(), stack.pop()
         stack.append(_named(module, name))
@@ -238,7 +238,7 @@ def _flat(tree: Any) -> dict[str, np.ndarray]:
   """The arrays of nested dictionaries, each of which is nested in one place only."""
   arrays: dict[str, np.ndarray] = {}
   seen: set[int] = set()
-  pending = [((), tree)]
+  pending: list[tuple[tuple[str, ...], Any]] = [((), tree)]
   while pending:
     keys, node = pending.pop()
     if isinstance(node, dict):
