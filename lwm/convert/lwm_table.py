@@ -81,7 +81,7 @@ def _interleaved() -> Transform:
 
   def to_theirs(array: np.ndarray) -> np.ndarray:
     M, H, D = array.shape
-    return kernel.to_theirs(array.reshape(M, H, 2, D // 2).swapaxes(2, 3))
+    return array.reshape(M, H, 2, D // 2).swapaxes(2, 3).reshape(M, H * D)
 
   def to_ours(array: np.ndarray, shape: Shape) -> np.ndarray:
     M, H, D = shape
