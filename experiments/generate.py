@@ -158,7 +158,7 @@ def with_border(frame_HxWx3: np.ndarray) -> np.ndarray:
 def video_dataset(experiment: Experiment) -> Dataset | None:
   """The first of the experiment's datasets with held-out clips and a recorded VQGAN."""
   for config in experiment.datasets:
-    dataset = Dataset(config.path)
+    dataset = Dataset(config.path, experiment.model.text_vocab_size)
     layout = dataset.vision_layout
     if layout and dataset.manifest["vqgan_sha256"] and dataset.has_split(VALIDATION):
       if len(clips(dataset.split(VALIDATION), layout)):
