@@ -14,7 +14,7 @@ BIN := .venv/bin
 
 train: data
 	$(BIN)/python -m experiments.train --config=configs/laptop.py --workdir=$(WORKDIR)
-	$(BIN)/python -m experiments.generate --config=configs/laptop.py --workdir=$(WORKDIR)
+	$(BIN)/python -m experiments.generate --workdir=$(WORKDIR)
 
 data: .venv/.train
 	$(BIN)/python -m experiments.laptop_data --output=data/laptop

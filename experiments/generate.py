@@ -1,8 +1,11 @@
-"""Samples from the newest checkpoint of a run: continues a text and a held-out clip.
+"""Samples from a run or from imported weights: continues a text and a held-out clip.
 
-    python -m experiments.generate --config=configs/laptop.py --workdir=runs/laptop
+    python -m experiments.generate --workdir=runs/laptop
+    python -m experiments.generate --workdir=weights/smollm2 --chat \\
+        --prompt="What is the capital of France?"
 
-Writes WORKDIR/samples/text.txt. Also writes WORKDIR/samples/video.png if a dataset of the run has
+Everything but the sampling comes from the newest checkpoint of the run. Writes
+WORKDIR/samples/text.txt. Also writes WORKDIR/samples/video.png if a dataset of the run has
 validation documents with clips and records which VQGAN its codes come from. The picture shows the
 ground truth above, as the VQGAN decodes it, and the prediction below; frames that the model was
 given have a border.
@@ -21,9 +24,9 @@ from experiments.runtime import devices
 from lwm import infer
 from lwm.config.batch import MODALITIES
 from lwm.config.experiment import Experiment
-from lwm.config.validate import validate
 from lwm.config.vqgan import VisionLayout
 from lwm.data import VALIDATION, Dataset, Tokenizer, load_tokenizer
+from lwm.data.chat import ChatFormat
 from lwm.data.dataset import Split
 from lwm.errors import UserError
 from lwm.parallel.mesh import make_mesh
@@ -31,9 +34,13 @@ from lwm.parallel.sharding import MeshConfig
 from lwm.vision.codec import Codec
 from lwm.vision.pictures import save_contact_sheet
 
-_CONFIG = experiment_flags.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "The --workdir of experiments.train.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "The --workdir of experiments.train, or the --output of import_weights."
+)
 _PROMPT = flags.DEFINE_string("prompt", "def main(", "Text to continue.")
+_CHAT = flags.DEFINE_bool(
+  "chat", False, "Take the prompt as a user's message, in the tokenizer's chat template."
+)
 _NUM_TOKENS = flags.DEFINE_integer("num_tokens", 256, "Text tokens to generate.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float(
   "temperature", 0.8, "Temperature for text; 0 takes the likeliest token.", lower_bound=0
@@ -54,7 +61,7 @@ _VISION_TOP_K = flags.DEFINE_integer(
   "vision_top_k", 1000, "Draw each code from this many of the likeliest.", lower_bound=1
 )
 _VQGAN = flags.DEFINE_string(
-  "vqgan", None, "The VQGAN's file. Default: vqgan.npz beside the config's tokenizer."
+  "vqgan", None, "The VQGAN's file. Default: vqgan.npz beside the run's tokenizer."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same samples.")
 flags.mark_flag_as_required("workdir")
@@ -90,13 +97,19 @@ def decode_after(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> 
 
 
 def write_text(trained: infer.TrainedModel, tokenizer: Tokenizer, path: pathlib.Path) -> str:
-  """Continues the prompt up to <eos>, and writes prompt and continuation to `path`."""
-  prompt = [tokenizer.bos_id, *tokenizer.encode(_PROMPT.value)]
+  """Continues or answers the prompt up to <eos>, and writes the text to `path`."""
+  if _CHAT.value:
+    message = {"role": "user", "content": _PROMPT.value}
+    prompt = ChatFormat(tokenizer).prompt([message])
+  else:
+    prompt = [tokenizer.bos_id, *tokenizer.encode(_PROMPT.value)]
   choice = infer.Choice(0, tokenizer.vocab_size, _TEMPERATURE.value, _TOP_K.value)
   tokens = sample(trained, prompt, np.full(_NUM_TOKENS.value, infer.SAMPLED), choice).tolist()
   if tokenizer.eos_id in tokens:
     tokens = tokens[: tokens.index(tokenizer.eos_id)]
-  text = _PROMPT.value + decode_after(tokenizer, prompt, tokens)
+  text = decode_after(tokenizer, prompt, tokens)
+  if not _CHAT.value:
+    text = _PROMPT.value + text
   path.write_text(text + "\n")
   return text
 
@@ -145,7 +158,7 @@ def with_border(frame_HxWx3: np.ndarray) -> np.ndarray:
 def video_dataset(experiment: Experiment) -> Dataset | None:
   """The first of the experiment's datasets with held-out clips and a recorded VQGAN."""
   for config in experiment.datasets:
-    dataset = Dataset(config.path)
+    dataset = Dataset(config.path, experiment.model.text_vocab_size)
     layout = dataset.vision_layout
     if layout and dataset.manifest["vqgan_sha256"] and dataset.has_split(VALIDATION):
       if len(clips(dataset.split(VALIDATION), layout)):
@@ -168,17 +181,16 @@ def load_codec(experiment: Experiment, dataset: Dataset) -> Codec:
 def main(argv: list[str]) -> None:
   del argv
   assert _WORKDIR.value  # absl requires it.
-  experiment, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
-  validate(experiment)
-  tokenizer = load_tokenizer(experiment.tokenizer)
+  workdir = pathlib.Path(_WORKDIR.value)
   with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), devices()[:1])):
-    trained = infer.load_trained(experiment, workdir)
+    trained = infer.load_trained(workdir)
+    experiment, tokenizer = trained.experiment, load_tokenizer(trained.tokenizer)
     dataset = video_dataset(experiment)
     clip_and_codec = None
     if dataset:
       codec = load_codec(experiment, dataset)
       clip_and_codec = held_out_clip(dataset, codec.config.layout), codec
-    print(f"{workdir}: step {trained.total_steps}, stage {trained.stage}")
+    print(f"{workdir}: step {trained.total_steps}, stage {trained.stage.name}")
     samples = workdir / "samples"
     samples.mkdir(exist_ok=True)
     print(write_text(trained, tokenizer, samples / "text.txt"))

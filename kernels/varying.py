@@ -1,7 +1,7 @@
 """Tracks which mesh axes an array varies over inside `jax.shard_map` (JAX's varying axes)."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import jax
 
@@ -17,6 +17,12 @@ def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
   return tuple(
     jax.lax.pcast(array, tuple(axes - own), to="varying") for array, own in zip(arrays, varying)
   )
+
+
+def vary_trees_alike(*trees: Any) -> tuple[Any, ...]:
+  """`vary_alike` for all arrays of trees."""
+  leaves, structure = jax.tree.flatten(trees)
+  return jax.tree.unflatten(structure, vary_alike(*leaves))
 
 
 def vary_as[T: tuple](arguments: Sequence[jax.Array], results: T) -> T:

@@ -1,5 +1,8 @@
 """Errors that end in a sentence at the terminal instead of a stack trace."""
 
+import os
+import re
+
 # EX_TEMPFAIL in sysexits.h: start the same command again.
 RESUME_EXIT_CODE = 75
 
@@ -22,3 +25,14 @@ class ResumeError(UserError):
   The message is one sentence that says why. Programs in experiments/ print it and exit with status
   RESUME_EXIT_CODE, after which a launcher starts them again.
   """
+
+
+def disk_error(error: BaseException) -> str | None:
+  """Why a disk failed, in words, or None if the error has another cause."""
+  # TensorStore raises a ValueError of many lines.
+  if isinstance(error, ValueError):
+    code = re.search(r"\[os_error_code='(\d+)'\]", str(error))
+    return os.strerror(int(code[1])) if code else None
+  if isinstance(error, OSError):
+    return error.strerror or str(error)
+  return None

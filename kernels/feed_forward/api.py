@@ -7,24 +7,27 @@ chunk.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kernels.feed_forward import reference
+from kernels.feed_forward.reference import Linear, dense
 from kernels.neighbours import gather_tokens, scatter_tokens
-from kernels.varying import vary_alike
+from kernels.varying import vary_trees_alike
 
 
 def feed_forward(
   x_BxSxM: jax.Array,
-  gate_MxF: jax.Array,
-  up_MxF: jax.Array,
-  down_FxM: jax.Array,
+  gate_MxF: Any,
+  up_MxF: Any,
+  down_FxM: Any,
   *,
   chunk: int,
   axis_name: str | None = None,
   has_part_of_tokens: bool = False,
+  linear: Linear = dense,
 ) -> jax.Array:
   """silu(x gate) * (x up), projected down, for at most `chunk` tokens of each row at a time.
 
@@ -41,63 +44,65 @@ def feed_forward(
 
   Args:
     x_BxSxM: float. Products run in its dtype.
-    gate_MxF: float. With several chunks, the gradients of the weights accumulate in float32.
-    up_MxF: float.
-    down_FxM: float.
+    gate_MxF: a float array, or the tree of arrays that `linear` takes. With several chunks, the
+      gradients of the weights accumulate in float32.
+    up_MxF: likewise.
+    down_FxM: likewise.
     chunk: the most tokens per row at a time.
     axis_name: the mesh axis that shards F.
     has_part_of_tokens: whether x is this device's equal part of the tokens along `axis_name`.
+    linear: the product of tokens with weights.
 
   Returns:
     [B, S, M] in the dtype of x.
   """
-  x_BxSxM, *weights = vary_alike(x_BxSxM, gate_MxF, up_MxF, down_FxM)
+  x_BxSxM, *weights = vary_trees_alike(x_BxSxM, gate_MxF, up_MxF, down_FxM)
   token_axis = axis_name if has_part_of_tokens else None
   length = x_BxSxM.shape[1] * (jax.lax.axis_size(token_axis) if token_axis else 1)
   num_chunks = -(-length // chunk)
   if num_chunks == 1:
-    out_BxSxM = _whole(token_axis, x_BxSxM, *weights)
+    out_BxSxM = _whole(token_axis, linear, x_BxSxM, weights)
   else:
-    out_BxSxM = _by_chunks(num_chunks, token_axis, x_BxSxM, *weights)
+    out_BxSxM = _by_chunks(num_chunks, token_axis, linear, x_BxSxM, weights)
   if axis_name is None or has_part_of_tokens:
     return out_BxSxM
   return jax.lax.psum(out_BxSxM, axis_name)
 
 
-def _whole(token_axis: str | None, x_BxSxM, *weights):
+def _whole(token_axis: str | None, linear: Linear, x_BxSxM, weights):
   """The network for these tokens and those of the other devices of `token_axis`, if given."""
   if token_axis is None:
-    return reference.feed_forward(x_BxSxM, *weights)
+    return reference.feed_forward(x_BxSxM, *weights, linear)
   x_BxSxM = gather_tokens(x_BxSxM, token_axis)
-  return scatter_tokens(reference.feed_forward(x_BxSxM, *weights), token_axis)
+  return scatter_tokens(reference.feed_forward(x_BxSxM, *weights, linear), token_axis)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _by_chunks(num_chunks: int, token_axis: str | None, x_BxSxM, *weights):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _by_chunks(num_chunks: int, token_axis: str | None, linear: Linear, x_BxSxM, weights):
   out_NxBxCxM = jax.lax.map(
-    lambda x_BxCxM: _whole(token_axis, x_BxCxM, *weights), _split(x_BxSxM, num_chunks)
+    lambda x_BxCxM: _whole(token_axis, linear, x_BxCxM, weights), _split(x_BxSxM, num_chunks)
   )
   return _join(out_NxBxCxM, x_BxSxM.shape[1])
 
 
-def _forward(num_chunks, token_axis, x_BxSxM, *weights):
-  return _by_chunks.fun(num_chunks, token_axis, x_BxSxM, *weights), (x_BxSxM, *weights)
+def _forward(num_chunks, token_axis, linear, x_BxSxM, weights):
+  return _by_chunks.fun(num_chunks, token_axis, linear, x_BxSxM, weights), (x_BxSxM, weights)
 
 
-def _backward(num_chunks, token_axis, residuals, out_gradient_BxSxM):
-  x_BxSxM, *weights = residuals
+def _backward(num_chunks, token_axis, linear, residuals, out_gradient_BxSxM):
+  x_BxSxM, weights = residuals
 
   def add_chunk(totals, chunk):
     x_BxCxM, out_gradient_BxCxM = chunk
-    _, transpose = jax.vjp(functools.partial(_whole, token_axis), x_BxCxM, *weights)
-    x_gradient_BxCxM, *gradients = transpose(out_gradient_BxCxM)
-    return [total + gradient for total, gradient in zip(totals, gradients)], x_gradient_BxCxM
+    _, transpose = jax.vjp(functools.partial(_whole, token_axis, linear), x_BxCxM, weights)
+    x_gradient_BxCxM, gradients = transpose(out_gradient_BxCxM)
+    return jax.tree.map(jnp.add, totals, gradients), x_gradient_BxCxM
 
-  zeros = [jnp.zeros_like(weight, jnp.float32) for weight in weights]
+  zeros = jax.tree.map(lambda weight: jnp.zeros_like(weight, jnp.float32), weights)
   chunks = _split(x_BxSxM, num_chunks), _split(out_gradient_BxSxM, num_chunks)
   totals, x_gradient_NxBxCxM = jax.lax.scan(add_chunk, zeros, chunks)
-  gradients = (total.astype(weight.dtype) for total, weight in zip(totals, weights))
-  return _join(x_gradient_NxBxCxM, x_BxSxM.shape[1]), *gradients
+  gradients = jax.tree.map(lambda total, weight: total.astype(weight.dtype), totals, weights)
+  return _join(x_gradient_NxBxCxM, x_BxSxM.shape[1]), gradients
 
 
 _by_chunks.defvjp(_forward, _backward)

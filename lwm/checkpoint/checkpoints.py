@@ -7,7 +7,7 @@ A checkpoint is a directory `checkpoints/STEP`, where STEP counts over all stage
     progress    the position (see position.py)
     config      the experiment
     datasets    SHA-256 of each dataset's manifest
-    tokenizer   the tokenizer's file
+    tokenizer   the tokenizer's file and its settings
 
 Orbax writes it in the background, into a directory that gets its final name only at the end. So a
 checkpoint is complete or absent; the next run removes what a killed one left incomplete. Older
@@ -20,9 +20,7 @@ the one before it is used. If all are damaged, that is an error and they keep th
 
 import contextlib
 import dataclasses
-import os
 import pathlib
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -34,10 +32,10 @@ from jax.experimental import multihost_utils
 
 from lwm.checkpoint import digests
 from lwm.checkpoint.identity import Identity, change_of_the_past, datasets_of_the_past
-from lwm.checkpoint.items import ArraysSave, FileSave
+from lwm.checkpoint.items import ArraysSave, FilesSave
 from lwm.checkpoint.position import Position
 from lwm.checkpoint.reader import StoredCheckpoint, all_steps
-from lwm.errors import ResumeError, UserError
+from lwm.errors import ResumeError, UserError, disk_error
 from lwm.program.state import TrainState
 
 
@@ -118,7 +116,7 @@ class Checkpoints:
           progress=ocp.args.JsonSave(dataclasses.asdict(position)),
           config=ocp.args.JsonSave(dataclasses.asdict(identity.experiment)),
           datasets=ocp.args.JsonSave(identity.manifests),
-          tokenizer=FileSave(pathlib.Path(identity.experiment.tokenizer).name, identity.tokenizer),
+          tokenizer=FilesSave(identity.tokenizer_files),
         ),
       )
 
@@ -241,11 +239,9 @@ class Checkpoints:
     try:
       yield
     except (OSError, ValueError) as error:
-      # TensorStore raises a ValueError of many lines.
-      code = re.search(r"\[os_error_code='(\d+)'\]", str(error))
-      if not code and not isinstance(error, OSError):
+      reason = disk_error(error)
+      if reason is None:
         raise
-      reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or error
       failed, self._saving, self._failed = self._saving, None, False
       assert failed is not None
       if jax.process_index() == 0:

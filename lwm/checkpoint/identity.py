@@ -38,13 +38,18 @@ class Identity:
 
   Attributes:
     experiment: its settings.
-    tokenizer: content of the tokenizer's file.
+    tokenizer_files: contents of the tokenizer's file and of its settings, by name, its own first.
     manifests: SHA-256 of each dataset's manifest, by the dataset's name.
   """
 
   experiment: Experiment
-  tokenizer: bytes
+  tokenizer_files: dict[str, bytes]
   manifests: dict[str, str]
+
+  @property
+  def tokenizer(self) -> bytes:
+    """Content of the tokenizer's file."""
+    return next(iter(self.tokenizer_files.values()))
 
 
 def with_defaults(stored: Any, kind: Any) -> Any:
@@ -61,6 +66,25 @@ def with_defaults(stored: Any, kind: Any) -> Any:
   if isinstance(stored, list) and typing.get_origin(kind) is list:
     return [with_defaults(entry, *typing.get_args(kind)) for entry in stored]
   return stored
+
+
+def as_dataclass(stored: Any, kind: Any) -> Any:
+  """A stored experiment, complete, as the dataclasses that it was stored from.
+
+  Args:
+    stored: the experiment, or a part of it, as `with_defaults` returns it.
+    kind: the type of that part, as the dataclass that holds it declares it.
+  """
+  if isinstance(stored, list):
+    return [as_dataclass(entry, *typing.get_args(kind)) for entry in stored]
+  if not isinstance(stored, dict):
+    return stored
+  # A setting that may be None holds a group of settings here.
+  kind = next(
+    (member for member in typing.get_args(kind) if dataclasses.is_dataclass(member)), kind
+  )
+  kinds = {field.name: field.type for field in dataclasses.fields(kind)}
+  return kind(**{name: as_dataclass(value, kinds[name]) for name, value in stored.items()})
 
 
 def change_of_the_past(

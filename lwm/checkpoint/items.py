@@ -9,37 +9,37 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lwm.checkpoint import digests
+from lwm.data.tokenizer import SETTINGS_FILES
 
 # Orbax puts this file into the directory of every complete item.
 _ORBAX_MARK = "commit_success.txt"
 
 
-def stored_file(item: pathlib.Path) -> pathlib.Path:
-  """The file in the directory of an item that `FileSave` wrote."""
-  (path,) = (path for path in item.iterdir() if path.name != _ORBAX_MARK)
+def stored_tokenizer(item: pathlib.Path) -> pathlib.Path:
+  """The tokenizer's file in an item that `FilesSave` wrote; its settings may be beside it."""
+  (path,) = (path for path in item.iterdir() if path.name not in (_ORBAX_MARK, *SETTINGS_FILES))
   return path
 
 
-class FileHandler(ocp.CheckpointHandler):
-  """Stores one small file under its own name."""
+class FilesHandler(ocp.CheckpointHandler):
+  """Stores a few small files under their own names."""
 
-  def save(self, directory: epath.Path, args: "FileSave") -> None:
+  def save(self, directory: epath.Path, args: "FilesSave") -> None:
     if jax.process_index() == 0:
-      (directory / args.name).write_bytes(args.content)
+      for name, content in args.files.items():
+        (directory / name).write_bytes(content)
 
-  def restore(self, directory: epath.Path, args: ocp.args.CheckpointArgs | None = None) -> bytes:
-    del args
-    return stored_file(pathlib.Path(directory)).read_bytes()
+  def restore(self, directory: epath.Path, args: ocp.args.CheckpointArgs | None = None) -> None:
+    raise NotImplementedError("lwm/checkpoint/reader.py reads the files themselves")
 
 
 # Orbax wants arguments for restoring too; lwm/checkpoint/reader.py reads without its manager.
-@ocp.args.register_with_handler(FileHandler, for_save=True, for_restore=True)
+@ocp.args.register_with_handler(FilesHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
-class FileSave(ocp.args.CheckpointArgs):
-  """Saves `content` as a file called `name`."""
+class FilesSave(ocp.args.CheckpointArgs):
+  """Saves files, by name."""
 
-  name: str
-  content: bytes
+  files: dict[str, bytes]
 
 
 class ArraysHandler(ocp.StandardCheckpointHandler):

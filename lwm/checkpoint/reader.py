@@ -14,8 +14,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from lwm.checkpoint import digests
-from lwm.checkpoint.identity import with_defaults
-from lwm.checkpoint.items import stored_file
+from lwm.checkpoint.arrays import ArrayReader
+from lwm.checkpoint.identity import as_dataclass, with_defaults
+from lwm.checkpoint.items import stored_tokenizer
 from lwm.checkpoint.position import Position
 from lwm.config.experiment import Experiment
 from lwm.errors import UserError
@@ -49,7 +50,8 @@ def newest(run: pathlib.Path) -> "StoredCheckpoint":
     if not steps:
       raise UserError(
         f"There is no checkpoint in {run}: name the --workdir of a run of `python -m "
-        "experiments.train` that has saved one."
+        "experiments.train` that has saved one, or weights that `python -m "
+        "experiments.import_weights` has made."
       )
     path = directory / str(steps[0])
   # Checkpoints of older versions have no digests.
@@ -95,13 +97,37 @@ class StoredCheckpoint:
     """SHA-256 of each dataset's manifest, by the dataset's name."""
     return self._json("datasets")
 
+  @functools.cached_property
+  def experiment(self) -> Experiment:
+    """The experiment that it was made with.
+
+    Raises:
+      UserError: a newer version of this program wrote it.
+    """
+    try:
+      return as_dataclass(self.config, Experiment)
+    except KeyError as error:
+      raise UserError(
+        f"{self.path} was written by a newer version of this program, which has the setting "
+        f"{error}: read it with that version."
+      ) from error
+
+  @property
+  def tokenizer_path(self) -> pathlib.Path:
+    """The tokenizer's file in the checkpoint; its settings are beside it."""
+    try:
+      return stored_tokenizer(self.path / "tokenizer")
+    except (OSError, ValueError) as error:
+      raise _damaged(self.path, "tokenizer") from error
+
   @property
   def tokenizer(self) -> bytes:
     """Content of the tokenizer's file."""
-    try:
-      return stored_file(self.path / "tokenizer").read_bytes()
-    except (OSError, ValueError) as error:
-      raise _damaged(self.path, "tokenizer") from error
+    return self.tokenizer_path.read_bytes()
+
+  def reader(self) -> ArrayReader:
+    """Reads the parameters one at a time, without devices."""
+    return ArrayReader(self.path / "params")
 
   @property
   def predates_digests(self) -> bool:

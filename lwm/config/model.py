@@ -48,6 +48,11 @@ class ModelConfig:
   vocab_multiple: int = 0
   norm_epsilon: float = 1e-5
   tied_head: bool = False
+  # Biases of the query, key and value projections (Qwen2, arXiv 2407.10671).
+  attention_bias: bool = False
+  # RMSNorm of each head's query and key, with a learned scale, before RoPE (Qwen3, arXiv
+  # 2505.09388).
+  query_key_norm: bool = False
   rope_scaling: RopeScaling | None = None
   # A token attends to itself and the `sliding_window` - 1 tokens before it (Mistral 7B, arXiv
   # 2310.06825). None: to all earlier tokens of its document.

@@ -24,7 +24,14 @@ import jinja2.sandbox
 import numpy as np
 
 from lwm.data.documents import BadDocument, Document, as_text
-from lwm.data.tokenizer import TextError, Tokenizer, mark_pattern, read_settings, token_name
+from lwm.data.tokenizer import (
+  SETTINGS_FILES,
+  TextError,
+  Tokenizer,
+  mark_pattern,
+  read_settings,
+  token_name,
+)
 from lwm.errors import UserError
 
 # LWM's form of a chat, for tokenizers without a template.
@@ -35,6 +42,8 @@ USER: {{ message.content }} {% elif message.role == 'assistant' %}
 ASSISTANT: {{ message.content }}{{ eos_token }}{% else %}
 {{ raise_exception('role ' ~ message.role ~ ' is not system, user or assistant') }}{% endif %}
 {% endfor %}
+{% if add_generation_prompt %}
+ASSISTANT:{% endif %}
 """
 # Each pair encloses characters: those of a message, or those that count in the loss.
 _MARKERS = _MESSAGE, _MESSAGE_END, _ANSWER, _ANSWER_END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
@@ -74,6 +83,17 @@ class ChatFormat:
     tokens |= {name: token_name(settings[name]) for name in settings if name.endswith("_token")}
     self._variables = {name: token for name, token in tokens.items() if isinstance(token, str)}
 
+  def prompt(self, messages: Any) -> list[int]:
+    """The ids of a conversation, up to where the assistant's answer begins.
+
+    Raises:
+      BadDocument: as `document` does.
+    """
+    text, contents, _ = self._render(_checked(messages), add_generation_prompt=True)
+    marks = mark_pattern(self._tokenizer.marks)
+    spans = [content for content in contents if marks.search(text[slice(*content)])]
+    return [index for index, _, _ in self._encode(text, spans)]
+
   def document(self, messages: Any) -> Document:
     """The document of a conversation.
 
@@ -108,14 +128,17 @@ class ChatFormat:
       loss_mask_L |= (starts_L < stop) & (start < stops_L)
     return Document(ids_L.astype(np.int32), loss_mask_L)
 
-  def _render(self, messages: list[dict[str, Any]]) -> tuple[str, list[Range], list[Range]]:
+  def _render(
+    self, messages: list[dict[str, Any]], add_generation_prompt: bool = False
+  ) -> tuple[str, list[Range], list[Range]]:
     """The conversation as text, and the ranges in it of the contents and of the answers."""
+    variables = self._variables | {"add_generation_prompt": add_generation_prompt}
     try:
-      text = _MARKER.sub("", self._template.render(messages=messages, **self._variables))
+      text = _MARKER.sub("", self._template.render(messages=messages, **variables))
       # A template that strips a content does so only if its outer spaces are outside the markers.
       for strip in (False, True):
         marked_messages = [self._with_markers(message, strip) for message in messages]
-        marked = self._template.render(messages=marked_messages, **self._variables)
+        marked = self._template.render(messages=marked_messages, **variables)
         if _MARKER.sub("", marked) == text:
           break
     except Exception as error:  # A template can raise anything.
@@ -172,7 +195,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 def _template_source(path: pathlib.Path, settings: dict[str, Any]) -> str:
-  file = path.with_name("chat_template.jinja")
+  file = path.with_name(SETTINGS_FILES[1])
   if file.exists():
     return file.read_text("utf-8-sig")
   template = settings.get("chat_template")

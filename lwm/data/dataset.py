@@ -47,6 +47,8 @@ class Split:
     name: str,
     *,
     chunk_tokens: int,
+    stored_text_ids: int,
+    text_ids: int,
     has_target_runs: bool,
     source: Sequence[dict],
     files: Sequence[tuple[str, int]],
@@ -56,6 +58,8 @@ class Split:
       path: of the dataset.
       name: of the split.
       chunk_tokens: tokens per record, at most.
+      stored_text_ids: number of text ids in the records; vision ids follow them.
+      text_ids: number of text ids in what is read.
       has_target_runs: whether the split was written with its runs of targets.
       source: its records.
       files: the files of the records, each with its number of records.
@@ -73,6 +77,8 @@ class Split:
     if has_target_runs:
       self.target_runs = TargetRuns(self.lengths, _load_index(path / f"{name}_target_runs.npy"))
     self._chunk_tokens = chunk_tokens
+    self._stored_text_ids = stored_text_ids
+    self._vision_shift = np.int32(text_ids - stored_text_ids)
     self._source = source
     records = -(-self.lengths // chunk_tokens)
     self._first_record = np.cumsum(records) - records
@@ -96,7 +102,10 @@ class Split:
     if len(records) > 1:
       tokens = np.concatenate([record["tokens"] for record in records])
       loss_mask = np.concatenate([record["loss_mask"] for record in records])
-    return tokens[inside], loss_mask[inside].astype(bool)
+    tokens = tokens[inside]
+    if self._vision_shift:
+      tokens = np.where(tokens < self._stored_text_ids, tokens, tokens + self._vision_shift)
+    return tokens, loss_mask[inside].astype(bool)
 
   def _record(self, document: int, chunk: int) -> dict:
     index = int(self._first_record[document]) + chunk
@@ -131,8 +140,16 @@ def _load_index(path: pathlib.Path) -> np.ndarray:
 class Dataset:
   """A prepared dataset on disk, opened for reading."""
 
-  def __init__(self, path: str | os.PathLike):
-    """Raises UserError unless `path` is a complete dataset."""
+  def __init__(self, path: str | os.PathLike, text_vocab_size: int | None = None):
+    """
+    Args:
+      path: its directory.
+      text_vocab_size: number of text ids of the model that reads it, at least as many as its
+        tokenizer has; vision ids follow them. Default: as many as its tokenizer has.
+
+    Raises:
+      UserError: `path` is not a complete dataset, or has more text ids than the model.
+    """
     self.path = pathlib.Path(path)
     try:
       self.manifest = json.loads((self.path / "manifest.json").read_text())
@@ -148,10 +165,13 @@ class Dataset:
         f"Dataset {path} has format {self.manifest.get('format_version')}, but this program reads "
         f"format {FORMAT_VERSION}: prepare the dataset again."
       )
-
-  @property
-  def text_vocab_size(self) -> int:
-    return self.manifest["text_vocab_size"]
+    own = self.manifest["text_vocab_size"]
+    self.text_vocab_size = own if text_vocab_size is None else text_vocab_size
+    if self.text_vocab_size < own:
+      raise UserError(
+        f"Dataset {path} has {own} text ids, but config.model.text_vocab_size is "
+        f"{text_vocab_size}: set it to at least the tokenizer's size."
+      )
 
   @property
   def has_vision(self) -> bool:
@@ -191,6 +211,8 @@ class Dataset:
       self.path,
       name,
       chunk_tokens=self.manifest["chunk_tokens"],
+      stored_text_ids=self.manifest["text_vocab_size"],
+      text_ids=self.text_vocab_size,
       has_target_runs="target_runs" in self.manifest["splits"][name],
       source=self._builder.as_data_source(name),
       files=list(zip(map(str, info.filepaths), info.shard_lengths)),

@@ -176,11 +176,12 @@ def open_datasets(experiment: Experiment, stage: Stage) -> dict[str, Dataset]:
       stage's other datasets, or has nothing to learn from in rows of this length.
   """
   paths = {config.name: config.path for config in experiment.datasets}
-  datasets = {name: Dataset(paths[name]) for name in _weights(stage)}
+  model = experiment.model
+  datasets = {name: Dataset(paths[name], model.text_vocab_size) for name in _weights(stage)}
   tokenizer = load_tokenizer(experiment.tokenizer)
   for dataset in datasets.values():
     dataset.check_tokenizer(tokenizer)
-  _check_model(datasets.values(), experiment.model)
+  _check_vision(datasets.values(), model)
   for name, dataset in datasets.items():
     check_learnable(experiment, stage, name, dataset.split(TRAIN))
   return datasets
@@ -195,15 +196,10 @@ def _weights(stage: Stage) -> dict[str, float]:
   return weights
 
 
-def _check_model(datasets: Iterable[Dataset], model: ModelConfig) -> None:
-  """Raises UserError unless the datasets' ids fit the model, and each other."""
+def _check_vision(datasets: Iterable[Dataset], model: ModelConfig) -> None:
+  """Raises UserError unless the datasets' vision ids fit the model, and each other."""
   first = None
   for dataset in datasets:
-    if dataset.text_vocab_size != model.text_vocab_size:
-      raise UserError(
-        f"Dataset {dataset.path} has {dataset.text_vocab_size} text ids, but "
-        f"config.model.text_vocab_size is {model.text_vocab_size}: set it to the tokenizer's size."
-      )
     layout = dataset.vision_layout
     if layout is None:
       continue

@@ -26,6 +26,8 @@ _MARKS = (
 # "user-defined". With the type "unused", no text becomes such a piece, but decoding shows it.
 _VISION_SYMBOLS = re.compile(rb"(\n(?:\x08<vision>|\t</vision>)\x15.{4}\x18)\x04", re.DOTALL)
 _UNUSED = b"\x05"
+# What may be beside a tokenizer's file and belongs to it; see `read_settings` and chat.py.
+SETTINGS_FILES = ("tokenizer_config.json", "chat_template.jinja")
 # Longer lines, in characters, are split: the trainer leaves out lines of more than a mebibyte.
 _LONGEST_LINE = 1 << 14
 # The trainer uses this character internally, and leaves out every line that contains it.
@@ -313,13 +315,19 @@ def mark_pattern(marks: Iterable[str]) -> re.Pattern[str]:
   return re.compile(f"({'|'.join(names) or '(?!)'})")
 
 
+def tokenizer_files(path: pathlib.Path) -> dict[str, bytes]:
+  """A tokenizer's file and the settings beside it: their contents by name, its own first."""
+  files = [path, *(path.with_name(name) for name in SETTINGS_FILES)]
+  return {file.name: file.read_bytes() for file in files if file.exists()}
+
+
 def read_settings(path: pathlib.Path) -> dict[str, Any]:
   """The tokenizer_config.json beside a tokenizer's file; empty if there is none.
 
   Raises:
     UserError: it is not a JSON object.
   """
-  path = path.with_name("tokenizer_config.json")
+  path = path.with_name(SETTINGS_FILES[0])
   if not path.exists():
     return {}
   try:

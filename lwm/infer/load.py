@@ -1,4 +1,4 @@
-"""The trained model of a run, for sampling."""
+"""The trained model of a run, or imported weights, for sampling."""
 
 import dataclasses
 import pathlib
@@ -7,10 +7,8 @@ from typing import Any
 import jax
 
 from lwm import model as model_lib
-from lwm.checkpoint.identity import first_difference
 from lwm.checkpoint.reader import newest
-from lwm.config.experiment import Experiment
-from lwm.errors import UserError
+from lwm.config.experiment import Experiment, Stage
 from lwm.parallel.sharding import ShardingRules
 
 
@@ -21,42 +19,38 @@ class TrainedModel:
   Attributes:
     model: call it under that mesh.
     params: float32, sharded by the model's rules.
-    rope_theta: of the stage that the parameters come from.
-    stage: name of that stage.
-    step: steps done of that stage.
-    total_steps: steps done of the whole run.
+    experiment: what the checkpoint was made with.
+    tokenizer: the tokenizer's file in the checkpoint.
+    stage: of the experiment, the one that the parameters come from.
+    total_steps: steps done of the whole run; 0 for imported weights.
   """
 
   model: model_lib.Model
   params: Any
-  rope_theta: float
-  stage: str
-  step: int
+  experiment: Experiment
+  tokenizer: pathlib.Path
+  stage: Stage
   total_steps: int
 
+  @property
+  def rope_theta(self) -> float:
+    """Base of RoPE of the stage that the parameters come from."""
+    return self.stage.rope_theta
 
-def load_trained(experiment: Experiment, workdir: pathlib.Path) -> TrainedModel:
+
+def load_trained(workdir: pathlib.Path) -> TrainedModel:
   """The model in the newest checkpoint of `workdir`. Call it under `jax.set_mesh`.
 
   It is safe to call this while the run is still training.
 
   Args:
-    experiment: must have the run's model and tokenizer; everything else comes from the run.
-    workdir: of `experiments.train`.
+    workdir: of `experiments.train`, one of its checkpoints, or imported weights.
 
   Raises:
-    UserError: there is no checkpoint, it is damaged, or it holds another model or tokenizer.
+    UserError: there is no checkpoint, or it is damaged.
   """
   stored = newest(workdir)
-  model_config = dataclasses.asdict(experiment.model)
-  difference = first_difference(stored.config["model"], model_config, "model")
-  if difference is None and stored.tokenizer != pathlib.Path(experiment.tokenizer).read_bytes():
-    difference = f"another tokenizer than {experiment.tokenizer}"
-  if difference:
-    raise UserError(
-      f"{workdir} holds a model with {difference}: give the --config that it was trained with."
-    )
-
+  experiment = stored.experiment
   # A single token cannot be divided over a ring.
   rules = ShardingRules(sequence=None)
   model = model_lib.build(experiment.model, rules)
@@ -66,13 +60,11 @@ def load_trained(experiment: Experiment, workdir: pathlib.Path) -> TrainedModel:
     model.abstract(),
     shardings,
   )
-  position = stored.position
-  stage = stored.config["stages"][position.stage]
   return TrainedModel(
     model=model,
     params=stored.params(abstract),
-    rope_theta=stage["rope_theta"],
-    stage=stage["name"],
-    step=position.step,
-    total_steps=position.total_steps,
+    experiment=experiment,
+    tokenizer=stored.tokenizer_path,
+    stage=experiment.stages[stored.position.stage],
+    total_steps=stored.position.total_steps,
   )

@@ -16,12 +16,13 @@ from flax import nnx
 
 from kernels.attention import SAVED_NAMES, KeyIntervals, windowed
 from kernels.neighbours import gather_tokens, scatter_tokens
-from kernels.varying import vary_alike
+from kernels.varying import vary_trees_alike
 from lwm.config.model import ModelConfig
 from lwm.cost.layer import FLOAT32_BYTES, KEPT, Division, LayerCost, dtype_bytes
 from lwm.model import rope
-from lwm.model.parameters import matrix, residual_std
-from lwm.parallel.sharding import LogicalAxes, ShardingRules
+from lwm.model.parameters import RMSNorm, residual_std
+from lwm.model.projection import Projection, Weights, product
+from lwm.parallel.sharding import ShardingRules
 
 # A remat policy that keeps what the backward pass of attention would otherwise recompute.
 SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
@@ -29,6 +30,11 @@ SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
 # (query [B, S, H, D], key, value [B, S, G, D]) -> (out [B, S, H, D], what the caller carries on:
 # a cache, or None).
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+_QUERY = Projection("query", ("model", "heads", "head_dim"))
+_KEY = Projection("key", ("model", "kv_heads", "head_dim"))
+_VALUE = Projection("value", ("model", "kv_heads", "head_dim"))
+_OUT = Projection("out", ("heads", "head_dim", "model"), num_inputs=2)
 
 
 def attended(config: ModelConfig, intervals: KeyIntervals) -> KeyIntervals:
@@ -42,15 +48,16 @@ class Attention(nnx.Module):
   """Grouped-query attention (arXiv 2305.13245) with rotary positions."""
 
   def __init__(self, config: ModelConfig, num_layers: int, rules: ShardingRules, rngs: nnx.Rngs):
-    L, M, D = num_layers, config.width, config.head_dim
-    H, G, std = config.num_heads, config.num_kv_heads, config.initializer_std
+    M, D, std = config.width, config.head_dim, config.initializer_std
+    H, G = config.num_heads, config.num_kv_heads
     self.rules = rules
-    declare = functools.partial(matrix, rngs, rules)
-    self.query = declare((L, M, H, D), ("layers", "model", "heads", "head_dim"), std)
-    self.key = declare((L, M, G, D), ("layers", "model", "kv_heads", "head_dim"), std)
-    self.value = declare((L, M, G, D), ("layers", "model", "kv_heads", "head_dim"), std)
-    out_axes = ("layers", "heads", "head_dim", "model")
-    self.out = declare((L, H, D, M), out_axes, residual_std(config))
+    for projection, heads in ((_QUERY, H), (_KEY, G), (_VALUE, G)):
+      projection.declare(self, (M, heads, D), std, num_layers, rngs, config.attention_bias)
+    _OUT.declare(self, (H, D, M), residual_std(config), num_layers, rngs)
+    self.has_norms = config.query_key_norm
+    if config.query_key_norm:
+      self.query_norm = RMSNorm(config, (num_layers,), D)
+      self.key_norm = RMSNorm(config, (num_layers,), D)
 
   def __call__(
     self,
@@ -65,16 +72,14 @@ class Attention(nnx.Module):
     With several head groups, processed in turn, the queries, keys, values and gradients of only one
     group exist at a time; `attend` must then carry nothing on.
     """
-    rules = self.rules
-    weights = [
-      rules.gather(kernel[...], x_BxSxM.dtype, *axes)
-      for kernel, axes in zip((self.query, self.key, self.value), self._axes)
-    ]
+    weights = [projection.gather(self, x_BxSxM.dtype) for projection in (_QUERY, _KEY, _VALUE)]
 
     def group(x_BxSxM, weights, index):
       query_BxSxhxD, key_BxSxgxD, value_BxSxgxD = self._project(
         x_BxSxM, weights, index, head_groups
       )
+      if self.has_norms:
+        query_BxSxhxD, key_BxSxgxD = self.query_norm(query_BxSxhxD), self.key_norm(key_BxSxgxD)
       query_BxSxhxD = rope.rotate(query_BxSxhxD, cosine_BxSxP, sine_BxSxP)
       key_BxSxgxD = rope.rotate(key_BxSxgxD, cosine_BxSxP, sine_BxSxP)
       return attend(query_BxSxhxD, key_BxSxgxD, value_BxSxgxD)
@@ -92,21 +97,16 @@ class Attention(nnx.Module):
     )
     return self._project_back(out_NxBxSxhxD), None
 
-  @property
-  def _axes(self) -> list[LogicalAxes]:
-    return [("model", heads, "head_dim") for heads in ("heads", "kv_heads", "kv_heads")]
-
-  def _project(self, x_BxSxM, weights, index, head_groups: int):
+  def _project(self, x_BxSxM, weights: list[Weights], index, head_groups: int):
     """Query, key and value of all tokens, for this device's heads in one group."""
-    rules = self.rules
+    rules, projections = self.rules, (_QUERY, _KEY, _VALUE)
 
     def local(x_BxSxM, index, *weights):
       if rules.residual:
         x_BxSxM = gather_tokens(x_BxSxM, rules.tensor)
-      x_BxSxM, index, *varying = vary_alike(x_BxSxM, index, *weights)
+      x_BxSxM, index, *weights = vary_trees_alike(x_BxSxM, index, *weights)
       return tuple(
-        jnp.einsum("bsm,mhd->bshd", x_BxSxM, _group_of(weight_MxHxD, index, head_groups))
-        for weight_MxHxD in varying
+        product("bsm,mhd->bshd", x_BxSxM, own.output_group(index, head_groups)) for own in weights
       )
 
     return jax.shard_map(
@@ -114,39 +114,34 @@ class Attention(nnx.Module):
       in_specs=(
         rules.spec("batch", "residual", None),
         rules.spec(),
-        *(rules.gathered(*axes) for axes in self._axes),
+        *(projection.specs(self) for projection in projections),
       ),
-      out_specs=tuple(rules.spec("batch", "sequence", *axes[1:]) for axes in self._axes),
+      out_specs=tuple(
+        rules.spec("batch", "sequence", *projection.axes[1:]) for projection in projections
+      ),
     )(x_BxSxM, index, *weights)
 
   def _project_back(self, out_NxBxSxhxD: jax.Array) -> jax.Array:
     """Sums over the heads of all groups; each device gets its part of the residual stream."""
-    rules, axes = self.rules, ("heads", "head_dim", "model")
+    rules = self.rules
 
-    def local(out_NxBxSxhxD, weight_HxDxM):
-      out_NxBxSxhxD, weight_HxDxM = vary_alike(out_NxBxSxhxD, weight_HxDxM)
-      weight_NxhxDxM = weight_HxDxM.reshape(out_NxBxSxhxD.shape[0], -1, *weight_HxDxM.shape[1:])
-      x_BxSxM = jnp.einsum("nbshd,nhdm->bsm", out_NxBxSxhxD, weight_NxhxDxM)
+    def local(out_NxBxSxhxD, weights):
+      out_NxBxSxhxD, weights = vary_trees_alike(out_NxBxSxhxD, weights)
+      by_group = weights.split_inputs(out_NxBxSxhxD.shape[0])
+      x_BxSxM = product("nbshd,nhdm->bsm", out_NxBxSxhxD, by_group)
       if rules.residual:
         return scatter_tokens(x_BxSxM, rules.tensor)
       return jax.lax.psum(x_BxSxM, rules.tensor)
 
     return jax.shard_map(
       local,
-      in_specs=(rules.spec(None, "batch", "sequence", "heads", "head_dim"), rules.gathered(*axes)),
+      in_specs=(rules.spec(None, "batch", "sequence", "heads", "head_dim"), _OUT.specs(self)),
       out_specs=rules.spec("batch", "residual", None),
-    )(out_NxBxSxhxD, rules.gather(self.out[...], out_NxBxSxhxD.dtype, *axes))
-
-
-def _group_of(weight_MxHxD: jax.Array, index: jax.Array, head_groups: int) -> jax.Array:
-  if head_groups == 1:
-    return weight_MxHxD
-  size = weight_MxHxD.shape[1] // head_groups
-  return jax.lax.dynamic_slice_in_dim(weight_MxHxD, index * size, size, axis=1)
+    )(out_NxBxSxhxD, _OUT.gather(self, out_NxBxSxhxD.dtype))
 
 
 def attention_cost(config: ModelConfig, division: Division) -> LayerCost:
-  """The cost of one attention layer, projections included."""
+  """The cost of one attention layer with its projections, without their biases."""
   M, H, G, D = config.width, config.num_heads, config.num_kv_heads, config.head_dim
   kept, number, groups = KEPT[config.remat], dtype_bytes(config.compute_dtype), config.head_groups
   out = M * H * D
@@ -169,7 +164,8 @@ def attention_cost(config: ModelConfig, division: Division) -> LayerCost:
   if kept.products:
     kept_bytes += (query + 2 * key + M) * number
   if kept.everything:
-    kept_bytes += M * number
+    # The input of attention and, if queries and keys are normalised, theirs.
+    kept_bytes += (M + config.query_key_norm * (query + key)) * number
   return LayerCost(
     weights=projections + out,
     flops=2 * (projections + out),

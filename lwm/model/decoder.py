@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from kernels import decode
 from kernels.attention import SAVED_NAMES, KeyIntervals
@@ -29,8 +30,10 @@ from lwm.model.block import KINDS
 from lwm.model.cache import Cache
 from lwm.model.extras import Extras
 from lwm.model.parameters import RMSNorm, table
+from lwm.model.projection import Projection, Weights
 from lwm.parallel.sharding import ShardingRules
 
+HEAD = Projection("output", ("model", "vocab"))
 _BLOCK_INPUT = "block_input"
 
 
@@ -77,10 +80,12 @@ class Decoder(nnx.Module):
           f"config.model.stretches[{index}].kind={stretch.kind!r} must be one of "
           f"{', '.join(repr(kind) for kind in KINDS)}."
         )
-      setattr(self, _name(index), KINDS[stretch.kind](config, stretch.num_layers, rules, rngs))
+      setattr(
+        self, stretch_name(index), KINDS[stretch.kind](config, stretch.num_layers, rules, rngs)
+      )
     self.norm = RMSNorm(config, stack=())
     if "output" in tables:
-      self.output = table(rngs, rules, tables["output"], ("model", "vocab"), config)
+      self.output = table(rngs, rules, tables["output"], HEAD.axes, config)
 
   def hidden(
     self,
@@ -135,22 +140,25 @@ class Decoder(nnx.Module):
     x_BxQxM, cache = carry
     return self.norm(x_BxQxM), cache.advance(num_tokens)
 
-  def head(self, whole: bool = False) -> jax.Array:
-    """The output projection, float32 [M, V], whole along M: the transposed embedding if tied.
+  def head(self, dtype: DTypeLike, whole: bool = False) -> Weights:
+    """The output projection, [M, V], whole along M: the transposed embedding if tied.
 
     Args:
+      dtype: of the weights.
       whole: the projection is whole along V too, for tokens that are divided over `tensor`.
     """
     if self.config.tied_head:
-      return self._embedding(whole).T
-    return self.rules.gather(self.output[...], jnp.float32, "model", "vocab", whole=whole)
+      return Weights(self._embedding(dtype, whole).T)
+    return HEAD.gather(self, dtype, whole)
 
   @property
   def _stretches(self) -> list[nnx.Module]:
-    return [getattr(self, _name(index)) for index in range(len(self.config.resolved_stretches))]
+    return [
+      getattr(self, stretch_name(index)) for index in range(len(self.config.resolved_stretches))
+    ]
 
-  def _embedding(self, whole: bool) -> jax.Array:
-    return self.rules.gather(self.embedding[...], jnp.float32, "vocab", "model", whole=whole)
+  def _embedding(self, dtype: DTypeLike, whole: bool) -> jax.Array:
+    return self.rules.gather(self.embedding[...], dtype, "vocab", "model", whole=whole)
 
   def _embed(self, tokens_BxS: jax.Array) -> jax.Array:
     rules = self.rules
@@ -169,7 +177,7 @@ class Decoder(nnx.Module):
       local,
       in_specs=(rules.gathered("vocab", "model", whole=whole), rules.spec("batch", "residual")),
       out_specs=rules.spec("batch", "residual", None),
-    )(self._embedding(whole), jax.reshard(tokens_BxS, rules.spec("batch", "residual")))
+    )(self._embedding(jnp.float32, whole), jax.reshard(tokens_BxS, rules.spec("batch", "residual")))
     return x_BxSxM.astype(self.config.compute_dtype)
 
   def _rotations(
@@ -179,7 +187,7 @@ class Decoder(nnx.Module):
     return rope.rotations(positions_BxS, frequency_P)
 
 
-def _name(stretch: int) -> str:
+def stretch_name(stretch: int) -> str:
   """The attribute that holds a stretch, which names its parameters in checkpoints."""
   return f"blocks_{stretch}" if stretch else "blocks"
 

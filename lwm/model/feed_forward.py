@@ -12,26 +12,30 @@ from flax import nnx
 from kernels.feed_forward import feed_forward
 from lwm.config.model import ModelConfig
 from lwm.cost.layer import KEPT, Division, LayerCost, dtype_bytes
-from lwm.model.parameters import matrix, residual_std
+from lwm.model.parameters import residual_std
+from lwm.model.projection import Projection, product
 from lwm.parallel.sharding import ShardingRules
+
+_GATE = Projection("gate", ("model", "feed_forward"))
+_UP = Projection("up", ("model", "feed_forward"))
+_DOWN = Projection("down", ("feed_forward", "model"))
+_PROJECTIONS = (_GATE, _UP, _DOWN)
+_linear = functools.partial(product, "bsi,io->bso")
 
 
 class FeedForward(nnx.Module):
   """SwiGLU (arXiv 2002.05202)."""
 
   def __init__(self, config: ModelConfig, num_layers: int, rules: ShardingRules, rngs: nnx.Rngs):
-    L, M, F = num_layers, config.width, config.feed_forward_width
-    std = config.initializer_std
+    M, F, std = config.width, config.feed_forward_width, config.initializer_std
     self.rules = rules
     self.chunk = config.feed_forward_chunk
-    declare = functools.partial(matrix, rngs, rules)
-    self.gate = declare((L, M, F), ("layers", "model", "feed_forward"), std)
-    self.up = declare((L, M, F), ("layers", "model", "feed_forward"), std)
-    self.down = declare((L, F, M), ("layers", "feed_forward", "model"), residual_std(config))
+    _GATE.declare(self, (M, F), std, num_layers, rngs)
+    _UP.declare(self, (M, F), std, num_layers, rngs)
+    _DOWN.declare(self, (F, M), residual_std(config), num_layers, rngs)
 
   def __call__(self, x_BxSxM: jax.Array) -> jax.Array:
     """The feed-forward of each token, [B, S, M]; the caller adds it to the residual stream."""
-    wide, narrow = ("model", "feed_forward"), ("feed_forward", "model")
     spec = self.rules.spec("batch", "residual", None)
     run = jax.shard_map(
       functools.partial(
@@ -39,16 +43,12 @@ class FeedForward(nnx.Module):
         chunk=self.chunk,
         axis_name=self.rules.tensor,
         has_part_of_tokens=self.rules.residual is not None,
+        linear=_linear,
       ),
-      in_specs=(spec, *(self.rules.gathered(*axes) for axes in (wide, wide, narrow))),
+      in_specs=(spec, *(projection.specs(self) for projection in _PROJECTIONS)),
       out_specs=spec,
     )
-    return run(
-      x_BxSxM,
-      self.rules.gather(self.gate[...], x_BxSxM.dtype, *wide),
-      self.rules.gather(self.up[...], x_BxSxM.dtype, *wide),
-      self.rules.gather(self.down[...], x_BxSxM.dtype, *narrow),
-    )
+    return run(x_BxSxM, *(projection.gather(self, x_BxSxM.dtype) for projection in _PROJECTIONS))
 
 
 def feed_forward_cost(config: ModelConfig, division: Division) -> LayerCost:

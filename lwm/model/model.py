@@ -12,12 +12,14 @@ from flax import nnx
 
 from kernels.attention import KeyIntervals
 from kernels.ring import Layout
+from kernels.varying import vary_trees_alike
 from lwm.config.experiment import LossConfig
 from lwm.config.model import ModelConfig
 from lwm.model.attention import attended
 from lwm.model.cache import Cache
-from lwm.model.decoder import Decoder
+from lwm.model.decoder import HEAD, Decoder
 from lwm.model.loss import LossSums, sums_by_modality, token_losses
+from lwm.model.projection import product
 from lwm.parallel.sharding import ShardingRules, require_explicit_mesh
 
 # Nested dicts of arrays by module and parameter name.
@@ -114,7 +116,7 @@ class Model:
     )
     loss_BxS, nll_BxS = token_losses(
       hidden_BxSxM,
-      decoder.head(whole=True),
+      decoder.head(jnp.float32, whole=True).kernel,
       # The target -1 costs nothing.
       jnp.where(weight_BxS > 0, targets_BxS, -1),
       config=self.config,
@@ -177,14 +179,16 @@ class Model:
     return jax.tree.map(lambda array: jax.reshard(array, spec), rows_BxS)
 
   def _logits(self, decoder: Decoder, hidden_BxSxM: jax.Array) -> jax.Array:
-    spec = self.rules.spec("batch", "sequence", "vocab")
-    logits_BxSxV = jnp.einsum(
-      "bsm,mv->bsv",
-      jax.reshard(hidden_BxSxM, self.rules.spec("batch", "sequence", None)),
-      decoder.head().astype(hidden_BxSxM.dtype),
-      preferred_element_type=jnp.float32,
-      out_sharding=spec,
-    )
+    rules, spec = self.rules, self.rules.spec("batch", "sequence", "vocab")
+    rows = rules.spec("batch", "sequence", None)
+
+    def local(hidden_BxSxM, weights):
+      hidden_BxSxM, weights = vary_trees_alike(hidden_BxSxM, weights)
+      return product("bsm,mv->bsv", hidden_BxSxM, weights, jnp.float32)
+
+    logits_BxSxV = jax.shard_map(
+      local, in_specs=(rows, rules.gathered(*HEAD.axes)), out_specs=spec
+    )(jax.reshard(hidden_BxSxM, rows), decoder.head(hidden_BxSxM.dtype))
     if self.config.padded_vocab_size == self.config.vocab_size:
       return logits_BxSxV
     id_BxSxV = jax.lax.broadcasted_iota(jnp.int32, logits_BxSxV.shape, 2, out_sharding=spec)

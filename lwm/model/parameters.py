@@ -1,6 +1,6 @@
 """How parameters are declared, and the norm.
 
-B batch, S sequence, M model width, L layers of a stretch.
+L layers of a stretch, W the normalised width.
 """
 
 import jax
@@ -14,17 +14,18 @@ from lwm.parallel.sharding import LogicalAxes, ShardingRules
 class RMSNorm(nnx.Module):
   """Root-mean-square normalisation (arXiv 1910.07467), computed in float32."""
 
-  def __init__(self, config: ModelConfig, stack: tuple[int, ...]):
-    """Declares scales [M], or [L, M] if `stack` is (L,)."""
+  def __init__(self, config: ModelConfig, stack: tuple[int, ...], width: int | None = None):
+    """Declares scales [W], or [L, W] if `stack` is (L,); default width: that of the model."""
     self.epsilon = config.norm_epsilon
     axes = ("layers",) * len(stack) + (None,)
-    self.scale = nnx.Param(jnp.ones((*stack, config.width)), logical_axes=axes)
+    self.scale = nnx.Param(jnp.ones((*stack, width or config.width)), logical_axes=axes)
 
-  def __call__(self, x_BxSxM: jax.Array) -> jax.Array:
-    x_BxSxM, dtype = x_BxSxM.astype(jnp.float32), x_BxSxM.dtype
-    mean_square_BxSx1 = jnp.mean(jnp.square(x_BxSxM), axis=-1, keepdims=True)
-    normal_BxSxM = x_BxSxM * jax.lax.rsqrt(mean_square_BxSx1 + self.epsilon)
-    return (normal_BxSxM * self.scale[...][None, None]).astype(dtype)
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Normalises along the last axis, [..., W]."""
+    x, dtype = x.astype(jnp.float32), x.dtype
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    normal = x * jax.lax.rsqrt(mean_square + self.epsilon)
+    return (normal * jnp.expand_dims(self.scale[...], range(x.ndim - 1))).astype(dtype)
 
 
 def matrix(
@@ -47,6 +48,17 @@ def matrix(
   spec = None if mesh.empty else rules.spec(*logical_axes)
   value = jax.random.normal(rngs.params(), shape, out_sharding=spec)
   return nnx.Param(standard_deviation * value, logical_axes=logical_axes)
+
+
+def constant(
+  rules: ShardingRules, shape: tuple[int, ...], logical_axes: LogicalAxes, value: float
+) -> nnx.Param:
+  """A float32 parameter whose elements are all `value` at first; the arguments are as above."""
+  mesh = jax.sharding.get_abstract_mesh()
+  spec = None if mesh.empty else rules.spec(*logical_axes)
+  return nnx.Param(
+    jnp.full(shape, value, jnp.float32, out_sharding=spec), logical_axes=logical_axes
+  )
 
 
 def table(

@@ -192,7 +192,9 @@ def _gather_backward(dtype, rules, logical_axes, whole, _, gradient):
 
   # The transpose of `reshard` would be an all-reduce in `dtype`, with twice the traffic.
   scattered = {"model": rules.model, **({"vocab": rules.vocab} if whole else {})}
-  summed = tuple(axis for axis in rules.token_axes if axis not in rules.model)
+  scattered = {name: axes for name, axes in scattered.items() if name in logical_axes}
+  stored = rules.model if "model" in logical_axes else ()
+  summed = tuple(axis for axis in rules.token_axes if axis not in stored)
 
   def reduce(gradient):
     gradient = gradient.astype(jnp.float32)

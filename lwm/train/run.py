@@ -15,6 +15,7 @@ from lwm.checkpoint.position import START, Position
 from lwm.checkpoint.reader import DIRECTORY
 from lwm.config.experiment import Experiment
 from lwm.data import Dataset, load_tokenizer, open_datasets
+from lwm.data.tokenizer import tokenizer_files
 from lwm.errors import ResumeError
 from lwm.program.stage import StageProgram
 from lwm.program.state import TrainState
@@ -170,4 +171,4 @@ def run_identity(experiment: Experiment) -> Identity:
   # A stage that cannot run is an error before the stages ahead of it are trained.
   for stage in experiment.stages:
     open_datasets(experiment, stage)
-  return Identity(experiment, tokenizer.path.read_bytes(), manifests)
+  return Identity(experiment, tokenizer_files(tokenizer.path), manifests)

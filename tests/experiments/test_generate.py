@@ -19,6 +19,7 @@ from lwm import data, model as model_lib
 from lwm.checkpoint.checkpoints import Checkpoints, Identity
 from lwm.checkpoint.position import Position
 from lwm.config.vqgan import VQGANConfig
+from lwm.data.tokenizer import tokenizer_files
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig
 from lwm.program.state import TrainState
@@ -78,7 +79,7 @@ def directory(tmp_path_factory) -> pathlib.Path:
   with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])):
     params = jax.jit(model_lib.build(experiment.model).init)(jax.random.key(0))
     checkpoints = Checkpoints(directory / "run" / "checkpoints", keep=1)
-    identity = Identity(experiment, tokenizer_path.read_bytes(), {})
+    identity = Identity(experiment, tokenizer_files(tokenizer_path), {})
     state = TrainState(params, {"moments": jnp.zeros(3)}, jnp.int32(5))
     checkpoints.save(state, Position(0, 5, 5), identity)
     checkpoints.close()
@@ -87,8 +88,8 @@ def directory(tmp_path_factory) -> pathlib.Path:
 
 def run(directory: pathlib.Path, *arguments: str, workdir: str = "run"):
   command = [
-      sys.executable, "-m", "experiments.generate", f"--config={directory}/config.py:{directory}",
-      f"--workdir={directory / workdir}", "--num_tokens=5", "--given_frames=1", "--frames=2",
+      sys.executable, "-m", "experiments.generate", f"--workdir={directory / workdir}",
+      f"--vqgan={directory / 'vqgan.npz'}", "--num_tokens=5", "--given_frames=1", "--frames=2",
   ]  # fmt: skip
   return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
 

@@ -21,7 +21,7 @@ PROGRESS = Position(stage=0, step=5, total_steps=5)
 
 @pytest.fixture
 def identity(experiment):
-  return Identity(experiment, b"pieces", {"text": "abc", "video": "def"})
+  return Identity(experiment, {"tokenizer.model": b"pieces"}, {"text": "abc", "video": "def"})
 
 
 def state_on(experiment, mesh, devices=None):
@@ -131,7 +131,7 @@ def test_another_run_is_refused_in_one_sentence(experiment, identity, tmp_path):
     "new run with another --workdir."
   )
   with pytest.raises(UserError, match="another tokenizer than .*tokenizer.model: set it back"):
-    checkpoints.latest(dataclasses.replace(identity, tokenizer=b"other"))
+    checkpoints.latest(dataclasses.replace(identity, tokenizer_files={"t.model": b"other"}))
   with pytest.raises(UserError, match="dataset 'text' as it was before"):
     checkpoints.latest(dataclasses.replace(identity, manifests={"text": "new", "video": "def"}))
   # No stage has read it yet.

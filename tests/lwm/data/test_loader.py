@@ -234,10 +234,10 @@ def test_evaluation_rows_are_fixed_and_padded(experiment, make_mesh):
 
 def test_what_does_not_go_together_is_an_error(experiment, make_mesh, tmp_path):
   mesh = make_mesh()
-  experiment.model.text_vocab_size += 1
-  with pytest.raises(UserError, match="text_vocab_size is 291"):
-    Loader(experiment, 0, mesh)
   experiment.model.text_vocab_size -= 1
+  with pytest.raises(UserError, match="has 290 text ids, but config.model.text_vocab_size is 289"):
+    Loader(experiment, 0, mesh)
+  experiment.model.text_vocab_size += 1
   right, experiment.model.vision_vocab_size = experiment.model.vision_vocab_size, 0
   with pytest.raises(UserError, match="vision_vocab_size is 0"):
     Loader(experiment, 0, mesh)
@@ -256,6 +256,18 @@ def test_what_does_not_go_together_is_an_error(experiment, make_mesh, tmp_path):
   with pytest.raises(UserError, match="prepared with tokenizer") as error:
     Loader(experiment, 0, mesh)
   assert right in str(error.value) and experiment.tokenizer in str(error.value)
+
+
+def test_vision_ids_follow_the_text_ids_of_the_model(experiment, make_mesh):
+  """A model may have more text ids than its tokenizer, as Qwen's have; their rows are unused."""
+  mesh = make_mesh()
+  expected = Loader(experiment, 0, mesh).batch(0)
+  experiment.model.text_vocab_size += 7
+  batch = Loader(experiment, 0, mesh).batch(0)
+  assert set(batch) == set(expected) and (batch["modality"] == 1).any()
+  for name, array in batch.items():
+    moved = 7 * (expected[name] >= 290) if name in ("tokens", "targets") else 0
+    np.testing.assert_array_equal(array, expected[name] + moved)
 
 
 def test_each_document_is_read_once_for_all_local_devices(experiment, make_mesh, monkeypatch):

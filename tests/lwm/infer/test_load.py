@@ -1,6 +1,6 @@
 """Reading the model out of a run's checkpoints."""
 
-import dataclasses
+import json
 import pathlib
 
 import jax
@@ -12,7 +12,9 @@ from configs import models
 from lwm import model as model_lib
 from lwm.checkpoint.checkpoints import Checkpoints, Identity
 from lwm.checkpoint.position import Position
+from lwm.checkpoint.reader import StoredCheckpoint
 from lwm.config.experiment import Experiment, Stage
+from lwm.data.tokenizer import tokenizer_files
 from lwm.errors import UserError
 from lwm.infer import load_trained
 from lwm.parallel.mesh import make_mesh
@@ -35,7 +37,7 @@ def save(experiment: Experiment, workdir: pathlib.Path, *all_progress: Position)
   """Checkpoints whose parameters differ by their step; the initial ones."""
   params = jax.jit(model_lib.build(experiment.model).init)(jax.random.key(0))
   checkpoints = Checkpoints(workdir / "checkpoints", keep=2)
-  identity = Identity(experiment, pathlib.Path(experiment.tokenizer).read_bytes(), {})
+  identity = Identity(experiment, tokenizer_files(pathlib.Path(experiment.tokenizer)), {})
   for progress in all_progress:
     moved = jax.tree.map(lambda w: w + progress.total_steps, params)
     state = TrainState(moved, {"moments": jnp.zeros(3)}, jnp.int32(progress.step))
@@ -54,10 +56,8 @@ def mesh():
 def test_newest_parameters_and_the_theta_of_their_stage(experiment, tmp_path):
   params = save(experiment, tmp_path / "run", Position(0, 4, 4), Position(1, 2, 6))
   before = sorted((tmp_path / "run").rglob("*"))
-  experiment.stages[1].rope_theta = 7.0  # What the run did counts, not what its config says now.
-  trained = load_trained(experiment, tmp_path / "run")
-  assert (trained.stage, trained.step, trained.total_steps) == ("long", 2, 6)
-  assert trained.rope_theta == 1e6
+  trained = load_trained(tmp_path / "run")
+  assert (trained.stage.name, trained.total_steps, trained.rope_theta) == ("long", 6, 1e6)
   for actual, initial in zip(jax.tree.leaves(trained.params), jax.tree.leaves(params), strict=True):
     np.testing.assert_array_equal(actual, initial + 6)
   assert sorted((tmp_path / "run").rglob("*")) == before
@@ -67,7 +67,7 @@ def test_a_checkpoint_being_written_is_left_alone(experiment, tmp_path):
   save(experiment, tmp_path / "run", Position(0, 4, 4))
   unfinished = tmp_path / "run" / "checkpoints" / "9.orbax-checkpoint-tmp"
   unfinished.mkdir()
-  assert load_trained(experiment, tmp_path / "run").total_steps == 4
+  assert load_trained(tmp_path / "run").total_steps == 4
   assert unfinished.is_dir()
 
 
@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_is_one_sentence(experiment, tmp_path):
   with pytest.raises(
     UserError, match=rf"checkpoints/4 is damaged \({path.relative_to(checkpoint)}"
   ):
-    load_trained(experiment, tmp_path / "run")
+    load_trained(tmp_path / "run")
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -89,14 +89,26 @@ def test_no_checkpoint_is_one_sentence(experiment, tmp_path, exists):
   if exists:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
   with pytest.raises(UserError, match=r"no checkpoint in .*run: name the --workdir of a run"):
-    load_trained(experiment, tmp_path / "run")
+    load_trained(tmp_path / "run")
 
 
-def test_another_model_or_tokenizer_is_one_sentence(experiment, tmp_path):
+def test_the_experiment_comes_from_the_checkpoint(experiment, tmp_path):
+  (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
   save(experiment, tmp_path / "run", Position(0, 4, 4))
-  wider = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, width=64))
-  with pytest.raises(UserError, match=r"config.model.width=32, not 64"):
-    load_trained(wider, tmp_path / "run")
   pathlib.Path(experiment.tokenizer).write_bytes(b"others")
-  with pytest.raises(UserError, match="another tokenizer than"):
-    load_trained(experiment, tmp_path / "run")
+  trained = load_trained(tmp_path / "run")
+  assert trained.experiment == experiment
+  assert trained.tokenizer.read_bytes() == b"pieces"
+  assert trained.tokenizer.with_name("chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_a_setting_of_a_newer_version_is_one_sentence(experiment, tmp_path):
+  save(experiment, tmp_path / "run", Position(0, 4, 4))
+  path = tmp_path / "run" / "checkpoints" / "4" / "config" / "metadata"
+  config = json.loads(path.read_text())
+  config["model"]["rotors"] = 3
+  path.write_text(json.dumps(config))
+  with pytest.raises(
+    UserError, match="newer version of this program, which has the setting 'rotors'"
+  ):
+    _ = StoredCheckpoint(path.parent.parent).experiment

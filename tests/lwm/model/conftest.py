@@ -95,6 +95,14 @@ def compile_quickly(function, **options):
 _params_on_one_device: dict[str, Any] = {}
 
 
+def _drawn_too(path, value):
+  """Draws biases and the norms of queries and keys, whose initial values would hide mistakes."""
+  if not any(part in jax.tree_util.keystr(path) for part in ("_bias", "query_norm", "key_norm")):
+    return value
+  rng = np.random.default_rng(len(jax.tree_util.keystr(path)))
+  return np.asarray(value + rng.normal(0, 0.3, value.shape), np.float32)
+
+
 def init(model, mesh):
   """The parameters of seed 0 on the mesh."""
   # Settings that do not change the parameters share one initialisation.
@@ -102,7 +110,8 @@ def init(model, mesh):
   if repr(config) not in _params_on_one_device:
     with jax.set_mesh(mesh_of()):
       drawn = compile_quickly(build(config).init)(jax.random.key(0))
-    _params_on_one_device[repr(config)] = jax.tree.map(np.asarray, drawn)
+    drawn = jax.tree.map(np.asarray, drawn)
+    _params_on_one_device[repr(config)] = jax.tree_util.tree_map_with_path(_drawn_too, drawn)
   params = _params_on_one_device[repr(config)]
   return jax.device_put(params, model.rules.tree_shardings(model.logical_axes, mesh))
 

@@ -15,7 +15,10 @@ LENGTHS = (11, 8)
 
 
 # Settings of the model, and tokens of the prompt; a long one is read by another kernel.
-CASES = [({}, 6), (dict(sliding_window=4, attention_soft_cap=0.5), 9)]
+CASES = [
+  (dict(attention_bias=True, query_key_norm=True), 6),
+  (dict(sliding_window=4, attention_soft_cap=0.5), 9),
+]
 
 
 def full_logits(tiny, config, tokens):

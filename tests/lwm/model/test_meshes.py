@@ -31,6 +31,18 @@ def expected(tiny):
   return tiny.loss_and_gradients(tiny.config(), tiny.mesh(), "contiguous", batch_of(tiny))
 
 
+@pytest.mark.parametrize(
+  "sizes", [dict(fsdp=2, ring=2, tensor=2), dict(data=2, ulysses=2, tensor=2)], ids=str
+)
+def test_biases_and_norms_of_queries_and_keys_equal_one_device(tiny, sizes):
+  settings = dict(attention_bias=True, query_key_norm=True, num_kv_heads=4)
+  batch = batch_of(tiny)
+  expected = tiny.loss_and_gradients(tiny.config(**settings), tiny.mesh(), "contiguous", batch)
+  config = tiny.config(**settings, head_groups=2)
+  mesh = tiny.mesh(**{"fsdp": 1, **sizes})
+  tiny.assert_close(tiny.loss_and_gradients(config, mesh, "zigzag", batch), expected, 1e-5)
+
+
 @pytest.mark.parametrize("sizes,kind", MESHES, ids=str)
 def test_losses_and_gradients_equal_one_device(tiny, expected, sizes, kind):
   actual = tiny.loss_and_gradients(tiny.config(), tiny.mesh(**sizes), kind, batch_of(tiny))

@@ -1,0 +1,47 @@
+"""The parameters of a checkpoint alone, as a directory that any program with Orbax restores."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+
+from lwm.checkpoint.arrays import ArrayInfo, ArrayWriter, is_stacked
+from lwm.checkpoint.parameters import unfinished
+from lwm.checkpoint.reader import StoredCheckpoint
+from lwm.convert.table import describe, parameter_shapes, write_manifest
+
+_CONFIG = "model.json"
+
+
+def export_orbax(stored: StoredCheckpoint, output: pathlib.Path, dtype: str) -> None:
+  """Writes the parameters as nested dictionaries of arrays, and the model's settings.
+
+      orbax.checkpoint.StandardCheckpointer().restore(OUTPUT / "params")
+
+  Rows of tables that pad the vocabulary are cut.
+
+  Args:
+    stored: the checkpoint.
+    output: must not exist.
+    dtype: of the arrays.
+
+  Raises:
+    UserError: the output exists or cannot be written; nothing is left then.
+  """
+  reader, shapes = stored.reader(), parameter_shapes(stored.experiment.model)
+  arrays = {path: ArrayInfo(shape, np.dtype(dtype)) for path, shape in shapes.items()}
+  manifest = {}
+  with unfinished(output) as new:
+    with ArrayWriter(new / "params", arrays) as writer:
+      for path, shape in shapes.items():
+        for where in [(layer,) for layer in range(shape[0])] if is_stacked(path) else [()]:
+          array = reader.read(path, where)
+          array = array[tuple(map(slice, shape[len(where) :]))].astype(dtype)
+          writer.write(path, array, where)
+          manifest[".".join([path, *map(str, where)])] = describe(array)
+    stage = stored.experiment.stages[stored.position.stage]
+    settings = {"rope_theta": stage.rope_theta, "context": stage.sequence_length}
+    settings["model"] = dataclasses.asdict(stored.experiment.model)
+    (new / _CONFIG).write_text(json.dumps(settings, indent=1) + "\n")
+    write_manifest(new, manifest)
