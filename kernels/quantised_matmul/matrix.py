@@ -49,7 +49,8 @@ class QuantizedMatrix:
 
   Attributes:
     codes: int8 [L, P, N].
-    scales: [L, J, N], float16, or float32 if the grid has no groups (J = 1).
+    scales: [L, J, N], float32 if the grid has no groups (J = 1), else the bits of float16 in int16,
+      because TPU kernels take no float16.
     grid: of the codes.
   """
 
@@ -77,7 +78,7 @@ def quantize(weight_KxN: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray
     grid: to round to.
 
   Returns:
-    (codes int8 [P, N], scales [J, N]), one layer of a `QuantizedMatrix`.
+    (codes [P, N], scales [J, N]), one layer of a `QuantizedMatrix`.
   """
   K, N = weight_KxN.shape
   g = grid.group or K
@@ -100,8 +101,10 @@ def quantize(weight_KxN: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray
     code_JxgxN = np.minimum(rounded_JxgxN, 15).astype(np.int8) - np.int8(8)
     low_JxhxN, high_JxhxN = code_JxgxN[:, : g // 2], code_JxgxN[:, g // 2 :]
     codes_JxpxN = (low_JxhxN & np.int8(15)) | (high_JxhxN << np.int8(4))
-  scale_dtype = np.float32 if grid.group is None else np.float16
-  return codes_JxpxN.reshape(-1, N), scale_Jx1xN[:, 0].astype(scale_dtype)
+  scale_JxN = scale_Jx1xN[:, 0]
+  if grid.group:
+    scale_JxN = scale_JxN.astype(np.float16).view(np.int16)
+  return codes_JxpxN.reshape(-1, N), scale_JxN
 
 
 def dequantize(matrix: QuantizedMatrix) -> jax.Array:
@@ -112,8 +115,23 @@ def dequantize(matrix: QuantizedMatrix) -> jax.Array:
   else:
     packed = matrix.codes.reshape(L, J, -1, N)
     codes = jnp.concatenate(unpack(packed), axis=2)
-  scales = matrix.scales.astype(jnp.float32)[:, :, None]
+  scales = float_scales(matrix.scales)[:, :, None]
   return (codes.astype(jnp.float32) * scales).reshape(L, -1, N)
+
+
+def float_scales(scales: jax.Array) -> jax.Array:
+  """The scales of a matrix in float32."""
+  if scales.dtype == jnp.float32:
+    return scales
+  bits = scales.astype(jnp.int32)
+  # Exponent and mantissa, where float32 has them, and with its bias.
+  magnitude = ((bits & 0x7FFF) << 13) + ((127 - 15) << 23)
+  # A subnormal number lacks the implicit one: add it, and subtract it again.
+  lowest = 1 << 23
+  is_subnormal = (bits & 0x7C00) == 0
+  normal = jax.lax.bitcast_convert_type(magnitude + lowest * is_subnormal, jnp.float32)
+  absolute = jnp.where(is_subnormal, normal - 2.0**-14, normal)
+  return jnp.where(bits < 0, -absolute, absolute)
 
 
 def unpack(packed: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.attention.pallas_tpu import parts
 from kernels.attention.pallas_tpu.block_sizes import vmem_bytes
-from kernels.quantised_matmul.matrix import Grid, QuantizedMatrix, unpack
+from kernels.quantised_matmul.matrix import Grid, QuantizedMatrix, float_scales, unpack
 
 LANES = 128
 # Rows of codes per tile of memory.
@@ -37,9 +37,6 @@ def product(x_RxK: jax.Array, matrix: QuantizedMatrix, layer: jax.Array) -> jax.
   # Bytes hold the codes of the two halves of a group.
   x_RxJxHxr = x_RxK.reshape(R, J, halves, -1)
   x_CxHxRxp = x_RxJxHxr.transpose(2, 0, 1, 3).reshape(halves, R, P // p, p).transpose(2, 0, 1, 3)
-  scales_LxJxN = matrix.scales
-  if scales_LxJxN.dtype == jnp.float16:
-    pass
   return pl.pallas_call(
     functools.partial(_kernel, grid=matrix.grid),
     grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -58,7 +55,7 @@ def product(x_RxK: jax.Array, matrix: QuantizedMatrix, layer: jax.Array) -> jax.
       dimension_semantics=("parallel",), vmem_limit_bytes=vmem_bytes(parts.device().device_kind)
     ),
     name="quantised_matmul",
-  )(layer[None], x_CxHxRxp, matrix.codes, scales_LxJxN)
+  )(layer[None], x_CxHxRxp, matrix.codes, matrix.scales)
 
 
 def block_outputs(matrix: QuantizedMatrix) -> int:
@@ -80,7 +77,7 @@ def _kernel(layer_ref, x_ref, codes_ref, scales_ref, out_ref, float_scales_ref, 
   steps, halves, _, p = x_ref.shape
   if grid.group:
     j = float_scales_ref.shape[1]
-    scales_Jxn = _from_float16_bits(scales_ref.bitcast(jnp.int16)[0])
+    scales_Jxn = float_scales(scales_ref[0])
     for index in range(steps):
       float_scales_ref[index] = scales_Jxn[index * j : (index + 1) * j]
 
@@ -97,17 +94,3 @@ def _kernel(layer_ref, x_ref, codes_ref, scales_ref, out_ref, float_scales_ref, 
 
   out_Rxn = jax.lax.fori_loop(0, steps, step, jnp.zeros(out_ref.shape, jnp.float32))
   out_ref[...] = out_Rxn if grid.group else out_Rxn * scales_ref[0]
-
-
-def _from_float16_bits(bits: jax.Array) -> jax.Array:
-  """The float32 equal to a finite float16; TPUs have no float16."""
-  bits = bits.astype(jnp.int32)
-  # The exponent and mantissa of float16 at the place of float32's.
-  magnitude = (bits & 0x7FFF) << 13
-  is_subnormal = magnitude < (1 << 23)
-  # A subnormal gets an implicit one, which is then subtracted.
-  exponent = (127 - 15) << 23
-  normal = jax.lax.bitcast_convert_type(magnitude + exponent, jnp.float32)
-  subnormal = jax.lax.bitcast_convert_type(magnitude + exponent + (1 << 23), jnp.float32) - 2.0**-14
-  absolute = jnp.where(is_subnormal, subnormal, normal)
-  return jnp.where(bits < 0, -absolute, absolute)
