@@ -6,9 +6,9 @@ The run starts from imported weights, and its datasets are prepared with their t
     python -m experiments.train --config=configs/text_llama3_8b.py --workdir=/shared/runs/llama3 \\
         '--config.datasets[0].path=/shared/data/books-500k-1m'
 
-The model reads 128K tokens already. Theta rises with the NTK-aware rule, theta x s^(D / (D - 2)) for
-a context s times longer and heads of D (bloc97, 2023), on top of the scaled RoPE that the model was
-trained with. Batches, steps and learning rate are those of LWM's last two stages
+The model reads 128K tokens already. Theta rises with the NTK-aware rule, theta x s^(D / (D - 2))
+for a context s times longer and heads of D (bloc97, 2023), on top of the scaled RoPE that the model
+was trained with. Batches, steps and learning rate are those of LWM's last two stages
 (configs/lwm_text_7b.py), which also says what the datasets are.
 """
 

@@ -6,9 +6,9 @@ The run starts from imported weights, and its datasets are prepared with their t
     python -m experiments.train --config=configs/text_qwen3_8b.py --workdir=/shared/runs/qwen3 \\
         '--config.datasets[0].path=/shared/data/books-100k-200k'
 
-The model reads 32K tokens already. Theta rises with the NTK-aware rule of configs/text_llama3_8b.py;
-batches, steps and learning rate are those of LWM's stages of the same length
-(configs/lwm_text_7b.py), which also says what the datasets are.
+The model reads 32K tokens already. Theta rises with the NTK-aware rule of
+configs/text_llama3_8b.py; batches, steps and learning rate are those of LWM's stages of the same
+length (configs/lwm_text_7b.py), which also says what the datasets are.
 """
 
 from configs import lwm_text_7b, models

@@ -7,8 +7,9 @@
 
 --input is a Hugging Face directory with safetensors files, a GGUF file, or a release of LWM's
 (docs/lwm_weights.md). --output becomes a checkpoint: give it to --config.init_from of
-experiments.train, or to --workdir of experiments.generate and experiments.export_weights. Parameters keep
-their dtype; quantised ones become float32. OUTPUT/manifest.json has the SHA-256 of every tensor.
+experiments.train, or to --workdir of experiments.generate and experiments.export_weights.
+Parameters keep their dtype; quantised ones become float32. OUTPUT/manifest.json has the SHA-256 of
+every tensor.
 """
 
 import pathlib

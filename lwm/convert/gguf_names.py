@@ -41,9 +41,7 @@ def _split(weight_NxM: np.ndarray, shape: Shape) -> np.ndarray:
 
 
 _INTERLEAVED = Transform(
-  their_shape=lambda shape: (math.prod(shape[1:]), shape[0]),
-  to_theirs=_interleave,
-  to_ours=_split,
+  their_shape=lambda shape: (math.prod(shape[1:]), shape[0]), to_theirs=_interleave, to_ours=_split
 )
 
 _NORMS: list[LayerRow] = [

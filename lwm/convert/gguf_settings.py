@@ -96,9 +96,7 @@ def architecture_of(config: ModelConfig) -> str:
   if getattr(config, "attention_bias", 0) and 1:
     unknown.append("both model.attention_bias and model.query_key_norm")
   if unknown:
-    raise UserError(
-      f"No GGUF architecture has {unknown[0]}: export the model to another format."
-    )
+    raise UserError(f"No GGUF architecture has {unknown[0]}: export the model to another format.")
   if getattr(config, "attention_bias", 0):
     return "qwen2"
   return "qwen3" if getattr(config, "query_key_norm", 0) else "llama"
@@ -173,8 +171,6 @@ def read_model(source: GGUFSource) -> GGUFModel:
     vision_vocab_size=num_vision,
     norm_epsilon=_shortest(values[_EPSILON]),
     tied_head=HEAD not in source.tensors,
-
-
     rope_scaling=_read_scaling(source, settings["head_dim"], theta),
   )
   name = str(metadata.get("general.name", source.path.stem))

@@ -143,11 +143,7 @@ def _from_json(path: pathlib.Path) -> _Tokens:
   for index, token in enumerate(tokens):
     if _BYTE.fullmatch(token):
       types[index] = TokenType.BYTE
-  metadata |= {
-    "model": "llama",
-    "pre": "default",
-    "add_space_prefix": plain[0].startswith(_SPACE),
-  }
+  metadata |= {"model": "llama", "pre": "default", "add_space_prefix": plain[0].startswith(_SPACE)}
   if (unknown := model.get("unk_token")) in ids:
     types[ids[unknown]] = TokenType.UNKNOWN
     metadata["unknown_token_id"] = ids[unknown]

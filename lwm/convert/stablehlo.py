@@ -60,11 +60,7 @@ class Sizes:
 
 
 def export_programs(
-  stored: StoredCheckpoint,
-  output: pathlib.Path,
-  sizes: Sizes,
-  dtype: str,
-  platforms: Sequence[str],
+  stored: StoredCheckpoint, output: pathlib.Path, sizes: Sizes, dtype: str, platforms: Sequence[str]
 ) -> None:
   """Writes the programs, their signatures and the parameters into a new directory.
 

@@ -56,7 +56,12 @@ def test_lwm_recipes_train_on_the_tokens_that_the_paper_says():
 
 @pytest.mark.parametrize(
   "model, billions",
-  [(models.lwm_7b(), 6.738), (models.lwm_13b(), 13.016), (models.llama3_8b(), 8.030), (models.qwen3_8b(), 8.191)],
+  [
+    (models.lwm_7b(), 6.738),
+    (models.lwm_13b(), 13.016),
+    (models.llama3_8b(), 8.030),
+    (models.qwen3_8b(), 8.191),
+  ],
 )
 def test_model_sizes_have_the_published_number_of_parameters(model: ModelConfig, billions):
   attention = model.width * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
