@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from lwm.checkpoint.arrays import ArrayReader, Index
+from lwm.checkpoint.arrays import ArrayInfo, ArrayReader, Index
 from lwm.checkpoint.reader import PARAMS, StoredCheckpoint
 from lwm.config.experiment import Experiment
 from lwm.config.model import LoraConfig
@@ -21,11 +21,18 @@ class MergedReader(ArrayReader):
     self._lora = lora
     added = (lora_lib.A, lora_lib.B)
     self._added = {path for path in self.arrays if path.endswith(added)}
-    self.arrays = {path: info for path, info in self.arrays.items() if path not in self._added}
+    self.arrays = {
+      path: ArrayInfo(info.shape, np.dtype(np.float32)) if self._is_merged(path) else info
+      for path, info in self.arrays.items()
+      if path not in self._added
+    }
+
+  def _is_merged(self, path: str) -> bool:
+    return path + lora_lib.A in self._added
 
   def read(self, path: str, where: Index = ()) -> np.ndarray:
     array = super().read(path, where)
-    if path + lora_lib.A not in self._added:
+    if not self._is_merged(path):
       return array
     a, b = (super(MergedReader, self).read(path + name, where) for name in (lora_lib.A, lora_lib.B))
     if where:

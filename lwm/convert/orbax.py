@@ -30,10 +30,8 @@ def export_orbax(stored: StoredCheckpoint, output: pathlib.Path, dtype: str | No
     UserError: the output exists or cannot be written; nothing is left then.
   """
   reader, shapes = stored.reader(), parameter_shapes(stored.experiment.model)
-  arrays = {
-    path: ArrayInfo(shape, np.dtype(dtype or reader.arrays[path].dtype))
-    for path, shape in shapes.items()
-  }
+  dtypes = {path: np.dtype(dtype or info.dtype) for path, info in reader.arrays.items()}
+  arrays = {path: ArrayInfo(shape, dtypes[path]) for path, shape in shapes.items()}
   manifest = {}
   with unfinished(output) as new:
     with ArrayWriter(new / "params", arrays) as writer:
@@ -44,7 +42,10 @@ def export_orbax(stored: StoredCheckpoint, output: pathlib.Path, dtype: str | No
           writer.write(path, array, where)
           manifest[".".join([path, *map(str, where)])] = describe(array)
     stage = stored.experiment.stages[stored.position.stage]
-    settings = {"rope_theta": stage.rope_theta, "context": stage.sequence_length}
-    settings["model"] = dataclasses.asdict(stored.experiment.model)
+    settings = {
+      "rope_theta": stage.rope_theta,
+      "context": stage.sequence_length,
+      "model": dataclasses.asdict(stored.experiment.model),
+    }
     (new / _CONFIG).write_text(json.dumps(settings, indent=1) + "\n")
     write_manifest(new, manifest)

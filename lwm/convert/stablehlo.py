@@ -9,7 +9,7 @@ B batch, P prompt tokens, V vocabulary.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -143,7 +143,7 @@ def programs(
       return logits_BxV, cache_._asdict()
 
     logits_and_cache = jax.eval_shape(prefill, params, prompt, rows)
-    arguments = {
+    arguments: dict[Callable[..., Any], dict[str, Any]] = {
       prefill: {"params": params, "tokens": prompt, "start": rows},
       decode: {"params": params, "tokens": token, "cache": logits_and_cache[1]},
     }
