@@ -2,6 +2,7 @@
 
 from lwm.convert.formats import read_weights
 from lwm.convert.gguf import export_gguf
+from lwm.convert.hugging_face_read import read_hugging_face
 from lwm.convert.hugging_face_write import export_hugging_face
 from lwm.convert.lwm_release import ReleaseOptions, export_release
 from lwm.convert.merged import merged
