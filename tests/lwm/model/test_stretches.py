@@ -37,6 +37,14 @@ def in_stretches(params):
   }
 
 
+@pytest.fixture(scope="module")
+def of_one_stretch(tiny):
+  """The parameters of three layers, their losses and their gradients, on one device."""
+  config = tiny.config(num_layers=3)
+  params = tiny.init(build(config), tiny.mesh())
+  return params, *tiny.loss_and_gradients(config, tiny.mesh(), "contiguous", batch_of(tiny))
+
+
 @pytest.mark.parametrize(
   "sizes,changes",
   [
@@ -46,15 +54,12 @@ def in_stretches(params):
   ],
   ids=str,
 )
-def test_two_stretches_equal_one(tiny, sizes, changes):
-  config = tiny.config(num_layers=3, **changes)
-  mesh, kind = tiny.mesh(**sizes), "zigzag" if sizes else "contiguous"
-  params = tiny.init(build(config), tiny.mesh())
-  sums, gradients = tiny.loss_and_gradients(config, mesh, kind, batch_of(tiny), params=params)
+def test_two_stretches_equal_one(tiny, of_one_stretch, sizes, changes):
+  params, sums, gradients = of_one_stretch
   actual = tiny.loss_and_gradients(
-    dataclasses.replace(config, stretches=STRETCHES),
-    mesh,
-    kind,
+    tiny.config(num_layers=3, stretches=STRETCHES, **changes),
+    tiny.mesh(**sizes),
+    "zigzag" if sizes else "contiguous",
     batch_of(tiny),
     params=in_stretches(params),
   )
