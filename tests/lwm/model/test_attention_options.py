@@ -73,6 +73,7 @@ def options_and_expected(request, tiny, plain):
   return request.param, expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes,kind", MESHES, ids=str)
 def test_losses_and_gradients_equal_dense_attention(tiny, options_and_expected, sizes, kind):
   options, expected = options_and_expected

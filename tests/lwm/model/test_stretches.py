@@ -45,6 +45,7 @@ def of_one_stretch(tiny):
   return params, *tiny.loss_and_gradients(config, tiny.mesh(), "contiguous", batch_of(tiny))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "sizes,changes",
   [
@@ -66,6 +67,7 @@ def test_two_stretches_equal_one(tiny, of_one_stretch, sizes, changes):
   tiny.assert_close(actual, (sums, in_stretches(gradients)), 1e-5)
 
 
+@pytest.mark.slow
 def test_two_stretches_decode_like_one(tiny):
   config = tiny.config(num_layers=3)
   mesh, rules = tiny.mesh(), ShardingRules(sequence=None)
@@ -107,6 +109,7 @@ class Reporting(nnx.Module):
     return x_BxSxM, None, Extras({"size_loss": loss}, statistics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "sizes,accumulation_steps,remat",
   [

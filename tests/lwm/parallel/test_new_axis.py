@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from tests.lwm.parallel import new_axis_worker
 
@@ -27,6 +28,7 @@ EDITS = (
 AXIS = re.compile(r'"(data|fsdp|ring|ulysses|tensor)"')
 
 
+@pytest.mark.slow
 def test_a_new_axis_trains_and_is_planned(tmp_path):
   for folder in ("kernels", "lwm"):
     shutil.copytree(
