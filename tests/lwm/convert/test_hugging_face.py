@@ -250,7 +250,11 @@ SCALED = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0], "lo
     ),
     ("llama", {"lwm_vision": {"text_vocab_size": 8}}, "lwm_vision do not add up to vocab_size 64"),
     ("qwen3", {"head_dim": 10}, r"o_proj.weight has shape \(24, 48\), but .* make it \(24, 40\)"),
-    ("qwen3", {"num_hidden_layers": 3}, "lacks the tensor model.layers.2.input_layernorm.weight and 10"),
+    (
+      "qwen3",
+      {"num_hidden_layers": 3},
+      "lacks the tensor model.layers.2.input_layernorm.weight and 10",
+    ),
     ("qwen3", {"num_hidden_layers": 1}, "holds the tensor model.layers.1"),
     ("qwen3", {"model_type": "llama"}, "holds the tensor model.layers.0.self_attn.k_norm.weight"),
     ("llama_tied", {"tie_word_embeddings": False}, "lacks the tensor lm_head.weight"),
