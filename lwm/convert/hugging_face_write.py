@@ -17,13 +17,12 @@ from lwm.checkpoint.reader import StoredCheckpoint
 from lwm.convert.hugging_face import table
 from lwm.convert.hugging_face_config import CONFIG, Settings, architecture_of, write_config
 from lwm.convert.hugging_face_readme import readme
-from lwm.convert.safetensors import SafetensorsSink, read_json
+from lwm.convert.safetensors import SHARD_BYTES, SafetensorsSink, read_json
 from lwm.convert.table import convert_out, their_shapes, write_manifest
 from lwm.data.tokenizer import load_tokenizer, tokenizer_files
 from lwm.errors import UserError
 from lwm.vision.codec import Codec
 
-SHARD_BYTES = 5 * 10**9
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _GENERATION_CONFIG = "generation_config.json"
 

@@ -30,6 +30,8 @@ _DTYPES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # The key of a header that is not a tensor.
 _METADATA = "__metadata__"
+# Size of a file of tensors, unless the user names another.
+SHARD_BYTES = 5 * 10**9
 # The limit of the format's reference implementation.
 _MAX_HEADER_BYTES = 100_000_000
 
