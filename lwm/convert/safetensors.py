@@ -74,9 +74,9 @@ class SafetensorsSource:
     info, place = self.tensors[name], self._places[name]
     try:
       data = np.fromfile(place.file, np.uint8, info.nbytes, offset=place.offset)
-    except OSError as error:
-      raise UserError(f"{place.file}: {name} cannot be read: {error.strerror}.") from error
-    return data.view(info.dtype).reshape(info.shape)
+      return data.view(info.dtype).reshape(info.shape)
+    except (OSError, ValueError) as error:
+      raise UserError(f"{place.file}: {name} cannot be read: {error}.") from error
 
 
 class SafetensorsSink:
@@ -165,9 +165,11 @@ def _files(directory: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
   files: dict[pathlib.Path, set[str] | None] = {}
   for name, file in weight_map.items():
     # Anything but a plain name could be a file outside of the directory.
-    if not isinstance(file, str) or not file or pathlib.PurePath(file).name != file or "\0" in file:
+    is_plain = isinstance(file, str) and pathlib.PurePath(file).name == file and "\0" not in file
+    if not is_plain or not file.endswith(".safetensors"):
       raise UserError(
-        f"{index} puts {name} into {file!r}, which is not a file beside it: do not trust the model."
+        f"{index} puts {name} into {file!r}, which is not a safetensors file beside it: do not "
+        "trust the model."
       )
     path = directory / file
     if path not in files and not path.is_file():
