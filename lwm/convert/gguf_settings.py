@@ -93,15 +93,15 @@ def architecture_of(config: ModelConfig) -> str:
   unknown = [f"model.stretches of kind {kind!r}" for kind in sorted(kinds)]
   if config.attention_soft_cap is not None:
     unknown.append("model.attention_soft_cap")
-  if getattr(config, "attention_bias", 0) and 1:
+  if config.attention_bias and config.query_key_norm:
     unknown.append("both model.attention_bias and model.query_key_norm")
   if unknown:
     raise UserError(
       f"No GGUF architecture has {unknown[0]}: export the model to another format."
     )
-  if getattr(config, "attention_bias", 0):
+  if config.attention_bias:
     return "qwen2"
-  return "qwen3" if getattr(config, "query_key_norm", 0) else "llama"
+  return "qwen3" if config.query_key_norm else "llama"
 
 
 def model_metadata(model: GGUFModel) -> Metadata:
@@ -173,8 +173,8 @@ def read_model(source: GGUFSource) -> GGUFModel:
     vision_vocab_size=num_vision,
     norm_epsilon=_shortest(values[_EPSILON]),
     tied_head=HEAD not in source.tensors,
-
-
+    attention_bias=architecture == "qwen2",
+    query_key_norm=architecture == "qwen3",
     rope_scaling=_read_scaling(source, settings["head_dim"], theta),
   )
   name = str(metadata.get("general.name", source.path.stem))
