@@ -60,18 +60,13 @@ SPLITS = {
   "smollm": Split(
     {
       "type": "Sequence",
-      "pretokenizers": [
-        {"type": "Digits", "individual_digits": True},
-        _byte_level(use_regex=True),
-      ],
+      "pretokenizers": [{"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)],
     }
   ),
   "llama-bpe": Split(_by_regexes(_LLAMA_3 % "{1,3}"), whole_words=True, adds_bos=True),
   "qwen2": Split(_by_regexes(_LLAMA_3 % "")),
   "tekken": Split(_by_regexes(_TEKKEN), whole_words=True, adds_bos=True),
-  "default": Split(
-    _by_regexes(r"[\p{P}\$\+<=>\^~\|]+", _GPT_2, r"\p{N}+", r"[0-9][0-9][0-9]")
-  ),
+  "default": Split(_by_regexes(r"[\p{P}\$\+<=>\^~\|]+", _GPT_2, r"\p{N}+", r"[0-9][0-9][0-9]")),
 }
 # Other names of the same.
 _ALIASES = {
@@ -107,7 +102,7 @@ def byte_level_of(split: Split) -> dict[str, Any]:
 
 
 def name_of_split(tokenizer: tokenizers.Tokenizer) -> str | None:
-  """The name of how a tokenizer.json splits, or None. A probe decides, not the regexes' spelling."""
+  """The name of how a tokenizer.json splits a probe, or None if GGUF has no known name for it."""
   words = _words(tokenizer)
   for name, split in SPLITS.items():
     settings = {"model": {"type": "BPE", "vocab": {}, "merges": []}}

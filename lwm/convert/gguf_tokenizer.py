@@ -214,9 +214,7 @@ def _with_bos(vocabulary: _Vocabulary) -> dict[str, Any]:
     "type": "TemplateProcessing",
     "single": [mark, first],
     "pair": [mark, first, mark, second],
-    "special_tokens": {
-      bos: {"id": bos, "ids": [vocabulary.tokens.index(bos)], "tokens": [bos]}
-    },
+    "special_tokens": {bos: {"id": bos, "ids": [vocabulary.tokens.index(bos)], "tokens": [bos]}},
   }
 
 
