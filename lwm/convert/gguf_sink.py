@@ -11,7 +11,6 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as TensorType, LlamaFileType
 
-from lwm.checkpoint.arrays import ArrayInfo
 from lwm.convert.gguf_file import PLAIN_DTYPES, ROPE_FACTORS
 from lwm.errors import UserError, disk_error
 
@@ -72,8 +71,8 @@ class GGUFSink:
     if undivided:
       block, _ = gguf.GGML_QUANT_SIZES[self._matrices]
       self.notes.append(
-        f"{len(undivided)} tensors, such as {undivided[0]}, are stored as {_UNDIVIDED.name}, because "
-        f"blocks of {block} do not divide their rows"
+        f"{len(undivided)} tensors, such as {undivided[0]}, are stored as {_UNDIVIDED.name}, "
+        f"because blocks of {block} do not divide their rows"
       )
     self._unfinished = self.path.with_name(self.path.name + ".unfinished")
     self._file: BinaryIO
