@@ -32,6 +32,8 @@ _DTYPES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # The key of a header that is not a tensor.
 _METADATA = "__metadata__"
+# Size of a file of tensors, unless the user names another.
+SHARD_BYTES = 5 * 10**9
 # The limit of the format's reference implementation.
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -78,9 +80,9 @@ class SafetensorsSource:
     info, place = self.tensors[name], self._places[name]
     try:
       data = np.fromfile(place.file, np.uint8, info.nbytes, offset=place.offset)
-    except OSError as error:
-      raise UserError(f"{place.file}: {name} cannot be read: {error.strerror}.") from error
-    return data.view(info.dtype).reshape(info.shape)
+      return data.view(info.dtype).reshape(info.shape)
+    except (OSError, ValueError) as error:
+      raise UserError(f"{place.file}: {name} cannot be read: {error}.") from error
 
 
 class SafetensorsSink:
@@ -179,9 +181,11 @@ def _files(directory: pathlib.Path, stem: str) -> dict[pathlib.Path, set[str] | 
   files: dict[pathlib.Path, set[str] | None] = {}
   for name, file in weight_map.items():
     # Anything but a plain name could be a file outside of the directory.
-    if not isinstance(file, str) or not file or pathlib.PurePath(file).name != file or "\0" in file:
+    is_plain = isinstance(file, str) and pathlib.PurePath(file).name == file and "\0" not in file
+    if not is_plain or not file.endswith(".safetensors"):
       raise UserError(
-        f"{index} puts {name} into {file!r}, which is not a file beside it: do not trust the model."
+        f"{index} puts {name} into {file!r}, which is not a safetensors file beside it: do not "
+        "trust the model."
       )
     path = directory / file
     if path not in files and not path.is_file():
