@@ -20,7 +20,7 @@ from lwm.checkpoint.arrays import ArrayInfo
 from lwm.checkpoint.parameters import unfinished
 from lwm.config.vqgan import PIXEL_RANGES, VQGANConfig
 from lwm.convert.pickle_file import read_pickle
-from lwm.convert.safetensors import SafetensorsSink, SafetensorsSource, read_json
+from lwm.convert.safetensors import SHARD_BYTES, SafetensorsSink, SafetensorsSource, read_json
 from lwm.errors import UserError
 from lwm.vision.codec import Codec, save_vqgan
 from lwm.vision.vqgan import VQGAN
@@ -308,9 +308,7 @@ def _to_ours(
 
 
 def export_vqgan(path: pathlib.Path, output: pathlib.Path) -> None:
-  """Writes a VQGAN as a directory that diffusers' `VQModel.from_pretrained` loads.
-
-  Its config.json has two settings of ours besides: `pixel_range` and `resolution`.
+  """Writes a VQGAN as the directory of a `VQModel`; see `write_vqmodel`.
 
   Args:
     path: a file that `lwm.vision.save_vqgan` wrote.
@@ -319,12 +317,27 @@ def export_vqgan(path: pathlib.Path, output: pathlib.Path) -> None:
   Raises:
     UserError: VQModel cannot be this network, or the directory exists or cannot be written.
   """
-  codec = Codec(path)
+  with unfinished(output) as new:
+    write_vqmodel(Codec(path), new)
+
+
+def write_vqmodel(codec: Codec, directory: pathlib.Path) -> None:
+  """Writes what diffusers' `VQModel.from_pretrained` loads.
+
+  Its config.json has two more settings, which are ours: `pixel_range` and `resolution`.
+
+  Args:
+    codec: the VQGAN.
+    directory: exists.
+
+  Raises:
+    UserError: VQModel cannot be this network.
+  """
   config = codec.config
   if config.channel_multipliers[0] != 1 or not config.num_res_blocks:
     raise UserError(
-      f"{path}: channel_multipliers={config.channel_multipliers} with num_res_blocks="
-      f"{config.num_res_blocks} is no VQModel of diffusers, which starts with the channels of its "
+      f"{codec.path}: channel_multipliers={config.channel_multipliers} with num_res_blocks="
+      f"{config.num_res_blocks} is no VQModel of diffusers, which begins with the channels of its "
       "first level and has residual blocks in every level: train one of that form."
     )
   levels = len(config.level_channels)
@@ -343,15 +356,13 @@ def export_vqgan(path: pathlib.Path, output: pathlib.Path) -> None:
     "pixel_range": config.pixel_range,
     "resolution": config.resolution,
   }
+  (directory / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
   flat = {".".join(map(str, keys)): variable for keys, variable in nnx.to_flat_state(codec.state)}
   tensors = {}
   for row in _arrays(config):
     array = np.asarray(flat[row.ours][...])
     tensors[row.diffusers] = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
   infos = {name: ArrayInfo(array.shape, array.dtype) for name, array in tensors.items()}
-  with unfinished(output) as new:
-    (new / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-    size = sum(info.nbytes for info in infos.values())
-    with SafetensorsSink(new, infos, size, _STEM) as sink:
-      for name, array in tensors.items():
-        sink.write(name, array)
+  with SafetensorsSink(directory, infos, SHARD_BYTES, _STEM) as sink:
+    for name, array in tensors.items():
+      sink.write(name, array)
