@@ -7,11 +7,13 @@
     python -m experiments.import_weights --input=LWM-1M/vqgan --output=weights/vqgan.npz
 
 --input is a Hugging Face directory with safetensors files, a GGUF file, or a release of LWM's
-(docs/lwm_weights.md). If it is a VQGAN, which is LWM's pickle or a VQModel of diffusers, --output
-is its file for experiments.prepare_data. Otherwise --output becomes a checkpoint: give it to --config.init_from of
+(docs/lwm_weights.md). --output becomes a checkpoint: give it to --config.init_from of
 experiments.train, or to --workdir of experiments.generate and experiments.export_weights.
 Parameters keep their dtype; quantised ones become float32. OUTPUT/manifest.json has the SHA-256 of
 every tensor.
+
+--input may also be a VQGAN: LWM's pickle, or the directory of a VQModel of diffusers. --output is
+then the .npz file that experiments.prepare_data and experiments.generate take with --vqgan.
 """
 
 import pathlib
@@ -36,7 +38,7 @@ _PIXEL_RANGE = flags.DEFINE_enum(
   "pixel_range",
   None,
   ["-1,1", "0,1"],
-  "Black and white of a VQGAN: -1,1 (LWM) or 0,1 (aMUSEd). Default: what it records, or LWM's for a "
+  "Black and white of a VQGAN: -1,1 (LWM) or 0,1 (aMUSEd). Default: what it records; LWM's for a "
   "pickle.",
 )
 _RESOLUTION = flags.DEFINE_integer(
