@@ -13,7 +13,7 @@ Parameters keep their dtype; quantised ones become float32. OUTPUT/manifest.json
 every tensor.
 
 --input may also be a VQGAN: LWM's pickle, or the directory of a VQModel of diffusers. --output is
-then the .npz file that experiments.prepare_data and experiments.generate take with --vqgan.
+then the .npz file that `lwm.vision.Codec` reads and experiments.generate takes with --vqgan.
 """
 
 import pathlib
