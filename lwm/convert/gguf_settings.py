@@ -4,7 +4,6 @@ The keys are documented in https://github.com/ggml-org/ggml/blob/master/docs/ggu
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np

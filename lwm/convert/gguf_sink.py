@@ -11,7 +11,6 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as TensorType, LlamaFileType
 
-from lwm.checkpoint.arrays import ArrayInfo
 from lwm.convert.gguf_file import PLAIN_DTYPES, ROPE_FACTORS
 from lwm.errors import UserError, disk_error
 

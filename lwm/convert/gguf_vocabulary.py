@@ -7,7 +7,7 @@ stands for get names: <|padding_0|>, ... among the text, and <vision_0>, ... for
 import json
 import pathlib
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tokenizers
 from gguf import TokenType
