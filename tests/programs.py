@@ -15,6 +15,7 @@ import tempfile
 import types
 
 ROOT = pathlib.Path(__file__).parents[1]
+TIMEOUT = 600
 # What programs import. Programs themselves define flags, so each is imported in its own process.
 LIBRARIES = (
   "experiments.flags",
@@ -28,28 +29,43 @@ LIBRARIES = (
 )
 
 
-def run(program: str, *arguments: object, timeout: float = 600) -> subprocess.CompletedProcess:
-  """Runs `python -m program`, or `python -c program` if it has several lines, in the checkout."""
+def one_device() -> dict[str, str]:
+  """The environment of a process with one CPU device, as on most machines."""
+  flags = os.environ["XLA_FLAGS"].split()
+  flags = flags[flags.index("--xla_backend_optimization_level=0") :]
+  environment = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
+  return environment | {"XLA_FLAGS": " ".join(flags)}
+
+
+def run(program: str, *arguments: object, several_devices: bool = False):
+  """Runs `python -m program`, or `python -c program` if it has several lines, in the checkout.
+
+  Returns:
+    A subprocess.CompletedProcess. The program had one device, or all those of this process.
+  """
   context = multiprocessing.get_context("forkserver")
   context.set_forkserver_preload(list(LIBRARIES))
   with tempfile.TemporaryDirectory() as folder:
     paths = [pathlib.Path(folder, name) for name in ("stdout", "stderr")]
-    process = context.Process(target=_run, args=(program, list(map(str, arguments)), paths))
+    command = [program, *map(str, arguments)]
+    environment = dict(os.environ) if several_devices else one_device()
+    process = context.Process(target=_run, args=(command, environment, paths))
     process.start()
-    process.join(timeout)
+    process.join(TIMEOUT)
     if process.is_alive():
       process.kill()
-      raise subprocess.TimeoutExpired(program, timeout)
-    command = [program, *map(str, arguments)]
-    return subprocess.CompletedProcess(
-      command, process.exitcode, *(path.read_text() for path in paths)
-    )
+      raise subprocess.TimeoutExpired(command, TIMEOUT)
+    output, errors = (path.read_text() if path.exists() else "" for path in paths)
+    return subprocess.CompletedProcess(command, process.exitcode, output, errors)
 
 
-def _run(program: str, arguments: list[str], paths: list[pathlib.Path]) -> None:
+def _run(command: list[str], environment: dict[str, str], paths: list[pathlib.Path]) -> None:
   for descriptor, path in enumerate(paths, start=1):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+  os.environ.clear()
+  os.environ.update(environment)
   os.chdir(ROOT)
+  program, *arguments = command
   sys.argv = ["-c", *arguments]
   if "\n" in program:
     main = sys.modules["__main__"] = types.ModuleType("__main__")

@@ -119,7 +119,6 @@ def write_gguf(
   notes = list(sink.notes)
   if config.sliding_window is not None:
     notes.append(
-      f"runtimes that do not know {model.architecture}.attention.sliding_window attend to the whole "
-      "context"
+      f"runtimes that ignore {model.architecture}.attention.sliding_window attend to all tokens"
     )
   return Export(manifest, notes)

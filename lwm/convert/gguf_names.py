@@ -1,8 +1,8 @@
 """The tensors of a model in GGUF: a table used in both directions.
 
-GGUF's linear layers are [out, in], as Hugging Face's. The architecture says which pairs of a head
-RoPE rotates: `llama` pairs 2i with 2i + 1, so that the rows of its queries and keys are interleaved;
-the others pair i with i + D/2, as we do.
+Linear layers are [out, in], as in Hugging Face's format. The architecture says which pairs of a
+head RoPE rotates: `llama` pairs 2i with 2i + 1, so the rows of its queries and keys are
+interleaved; the others pair i with i + D/2, as we do.
 
 M model width, H heads, D head_dim, P = D/2 pairs.
 """

@@ -92,13 +92,13 @@ def architecture_of(config: ModelConfig) -> str:
   unknown = [f"model.stretches of kind {kind!r}" for kind in sorted(kinds)]
   if config.attention_soft_cap is not None:
     unknown.append("model.attention_soft_cap")
-  if getattr(config, "attention_bias", 0) and 1:
+  if config.attention_bias and config.query_key_norm:
     unknown.append("both model.attention_bias and model.query_key_norm")
   if unknown:
     raise UserError(f"No GGUF architecture has {unknown[0]}: export the model to another format.")
-  if getattr(config, "attention_bias", 0):
+  if config.attention_bias:
     return "qwen2"
-  return "qwen3" if getattr(config, "query_key_norm", 0) else "llama"
+  return "qwen3" if config.query_key_norm else "llama"
 
 
 def model_metadata(model: GGUFModel) -> Metadata:
@@ -162,14 +162,21 @@ def read_model(source: GGUFSource) -> GGUFModel:
         f"{source.path}: {architecture}.{key} is {values[key]} and not the size of a head, "
         f"{settings['head_dim']}, which is not supported: convert another model."
       )
+  num_rows = source.tensors[EMBEDDING].shape[0]
   num_vision = metadata.get(_VISION, 0)
+  if not isinstance(num_vision, int) or num_vision >= num_rows:
+    raise UserError(
+      f"{source.path}: {_VISION} is {num_vision!r} of {num_rows} ids: get the file again."
+    )
   theta = _shortest(values.get(_THETA, _DEFAULT_THETA))
   config = ModelConfig(
     **settings,
-    text_vocab_size=source.tensors[EMBEDDING].shape[0] - num_vision,
+    text_vocab_size=num_rows - num_vision,
     vision_vocab_size=num_vision,
     norm_epsilon=_shortest(values[_EPSILON]),
     tied_head=HEAD not in source.tensors,
+    attention_bias=architecture == "qwen2",
+    query_key_norm=architecture == "qwen3",
     rope_scaling=_read_scaling(source, settings["head_dim"], theta),
   )
   name = str(metadata.get("general.name", source.path.stem))
@@ -208,8 +215,8 @@ def _checked_values(source: GGUFSource, prefix: str) -> Metadata:
     )
   if long := [name for name in source.tensors if name.startswith("rope_factors_")]:
     raise UserError(
-      f"{source.path} holds the tensor {long[0]}: longrope is not supported, so convert the form of "
-      "the model with the short context."
+      f"{source.path} holds the tensor {long[0]}: longrope is not supported, so convert a "
+      "model with the short context."
     )
   return known
 
@@ -231,8 +238,8 @@ def _read_scaling(source: GGUFSource, head_dim: int, theta: float) -> RopeScalin
   expected = _factors(head_dim, theta, scaling)
   if factors.shape != expected.shape or not np.allclose(factors, expected, _TOLERANCE, 0):
     raise UserError(
-      f"{source.path}: the factors in the tensor rope_freqs.weight are not those of Llama-3 scaling "
-      f"by {scaling.factor:g}: other scalings are not supported."
+      f"{source.path}: the factors in the tensor rope_freqs.weight are not those of Llama-3 "
+      f"scaling by {scaling.factor:g}: other scalings are not supported."
     )
   return scaling
 

@@ -71,8 +71,8 @@ class GGUFSink:
     if undivided:
       block, _ = gguf.GGML_QUANT_SIZES[self._matrices]
       self.notes.append(
-        f"{len(undivided)} tensors, such as {undivided[0]}, are stored as {_UNDIVIDED.name}, because "
-        f"blocks of {block} do not divide their rows"
+        f"{len(undivided)} tensors, such as {undivided[0]}, are stored as {_UNDIVIDED.name}, "
+        f"because blocks of {block} do not divide their rows"
       )
     self._unfinished = self.path.with_name(self.path.name + ".unfinished")
     self._file: BinaryIO

@@ -102,7 +102,7 @@ def byte_level_of(split: Split) -> dict[str, Any]:
 
 
 def name_of_split(tokenizer: tokenizers.Tokenizer) -> str | None:
-  """The name of how a tokenizer.json splits, or None. A probe decides, not the regexes' spelling."""
+  """The name of how a tokenizer.json splits a probe, or None if GGUF has no known name for it."""
   words = _words(tokenizer)
   for name, split in SPLITS.items():
     settings = {"model": {"type": "BPE", "vocab": {}, "merges": []}}

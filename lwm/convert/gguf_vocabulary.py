@@ -136,7 +136,7 @@ def _from_json(path: pathlib.Path) -> _Tokens:
   metadata: Metadata = {"add_bos_token": marked[: -len(plain)] != []}
   if split is not None:
     return _Tokens(tokens, types, metadata | {"model": "gpt2", "pre": split, "merges": merges}, [])
-  # A sentencepiece model that was converted: the earlier a merge, the higher the score of its piece.
+  # A converted sentencepiece model: the earlier a merge, the higher the score of its piece.
   scores = [_LOWEST_SCORE] * len(tokens)
   for rank, merge in reversed(list(enumerate(merges))):
     scores[ids[merge.replace(" ", "")]] = -float(rank)

@@ -16,9 +16,10 @@ from lwm.checkpoint.parameters import unfinished
 from lwm.checkpoint.reader import StoredCheckpoint
 from lwm.convert.hugging_face import table
 from lwm.convert.hugging_face_config import CONFIG, Settings, architecture_of, write_config
-from lwm.convert.hugging_face_readme import readme
+from lwm.convert.hugging_face_readme import VQGAN, readme
 from lwm.convert.safetensors import SHARD_BYTES, SafetensorsSink, read_json
 from lwm.convert.table import common_dtype, convert_out, their_shapes, write_manifest
+from lwm.convert.vqgan import write_vqmodel
 from lwm.data.tokenizer import load_tokenizer, tokenizer_files
 from lwm.errors import UserError
 from lwm.vision.codec import Codec
@@ -68,6 +69,8 @@ def export_hugging_face(
     _write_json(new / CONFIG, write_config(settings, whole_dtype, marks, layout))
     if codec:
       (new / "README.md").write_text(readme(settings, codec.config))
+      (new / VQGAN).mkdir()
+      write_vqmodel(codec, new / VQGAN)
     with SafetensorsSink(new, tensors, shard_bytes) as sink:
       manifest = convert_out(reader.read, rows, config, sink, lambda name: tensors[name].dtype)
     write_manifest(new, manifest)
