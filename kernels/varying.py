@@ -12,11 +12,18 @@ def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
   Outside `jax.shard_map` it changes nothing. Its transpose sums the cotangent over the added axes:
   where devices shared a value, the gradient is the sum over those devices.
   """
-  varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
-  axes = frozenset().union(*varying)
-  return tuple(
-    jax.lax.pcast(array, tuple(axes - own), to="varying") for array, own in zip(arrays, varying)
-  )
+  axes = frozenset().union(*(jax.typeof(array).manual_axis_type.varying for array in arrays))
+
+  def vary(array: jax.Array) -> jax.Array:
+    kinds = jax.typeof(array).manual_axis_type
+    added = axes - kinds.varying
+    # `pcast` takes axes of one kind at a time.
+    for group in (added & kinds.reduced, added - kinds.reduced):
+      if group:
+        array = jax.lax.pcast(array, tuple(group), to="varying")
+    return array
+
+  return tuple(vary(array) for array in arrays)
 
 
 def vary_trees_alike(*trees: Any) -> tuple[Any, ...]:

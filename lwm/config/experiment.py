@@ -59,6 +59,7 @@ class Stage:
   schedule: str | None = None
   peak_learning_rate: float | None = None
   end_learning_rate: float | None = None
+  trainable: list[str] | None = None
 
   @property
   def rows_per_batch(self) -> int:
@@ -81,6 +82,10 @@ class OptimizerConfig:
   # the device or in host memory.
   moment_dtype: str = "float32"
   offload: bool = False
+  # Names of the parameters to train, as globs over their dotted paths: "blocks*.attention.*",
+  # "embedding" (lwm/program/trainable.py). The others are frozen. Empty: all, or what `model.lora`
+  # adds.
+  trainable: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass

@@ -24,6 +24,26 @@ class Stretch:
   num_layers: int = 1
 
 
+# Projections that can have a low-rank addition.
+PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
+
+
+@dataclasses.dataclass
+class LoraConfig:
+  """Low-rank additions to projections: x W becomes x W + alpha / rank x A B (arXiv 2106.09685).
+
+  Only A and B are trained, unless `optimizer.trainable` names other parameters.
+  """
+
+  rank: int = 8
+  alpha: float = 16.0
+  targets: list[str] = dataclasses.field(default_factory=lambda: list(PROJECTIONS))
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / self.rank
+
+
 @dataclasses.dataclass
 class ModelConfig:
   """A decoder of the Llama family over one id space: text ids, then vision ids.
@@ -53,6 +73,8 @@ class ModelConfig:
   # RMSNorm of each head's query and key, with a learned scale, before RoPE (Qwen3, arXiv
   # 2505.09388).
   query_key_norm: bool = False
+  # Low-rank additions to a base model, trained in its place. None: there are none.
+  lora: LoraConfig | None = None
   rope_scaling: RopeScaling | None = None
   # A token attends to itself and the `sliding_window` - 1 tokens before it (Mistral 7B, arXiv
   # 2310.06825). None: to all earlier tokens of its document.

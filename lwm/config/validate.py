@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from lwm.config import experiment as experiment_lib
 from lwm.config.experiment import Experiment, Stage
-from lwm.config.model import COMPUTE_DTYPES, REMAT_POLICIES, ModelConfig
+from lwm.config.model import COMPUTE_DTYPES, PROJECTIONS, REMAT_POLICIES, ModelConfig
 from lwm.errors import ConfigError
 from lwm.parallel.sharding import ShardingRules
 
@@ -177,6 +177,13 @@ def _check_model(model: ModelConfig) -> None:
       f"config.model.num_kv_heads={model.num_kv_heads} must be a multiple of "
       f"config.model.head_groups={model.head_groups}."
     )
+  if model.lora is not None:
+    _at_least("model.lora.rank", model.lora.rank, 1)
+    _positive("model.lora.alpha", model.lora.alpha)
+    if not model.lora.targets:
+      raise ConfigError("config.model.lora.targets is empty: name at least one projection.")
+    for index, target in enumerate(model.lora.targets):
+      _one_of(f"model.lora.targets[{index}]", target, PROJECTIONS)
   if model.head_dim % 2:
     raise ConfigError(f"config.model.head_dim={model.head_dim} must be even: RoPE rotates pairs.")
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lwm.checkpoint.arrays import Index
+from lwm.checkpoint.reader import StoredCheckpoint
 from lwm.config.model import ModelConfig
 from lwm.convert.gguf_file import GGUFSource
 from lwm.convert.gguf_names import table
@@ -17,11 +18,36 @@ from lwm.convert.gguf_settings import (
   read_model,
   rope_factors,
 )
-from lwm.convert.gguf_sink import GGUFSink
+from lwm.convert.gguf_sink import FILE_TYPES, GGUFSink
 from lwm.convert.gguf_tokenizer import read_tokenizer
 from lwm.convert.gguf_vocabulary import tokenizer_metadata
 from lwm.convert.table import convert_out, their_shapes
 from lwm.convert.weights import Weights
+from lwm.errors import UserError
+
+
+def export_gguf(stored: StoredCheckpoint, path: pathlib.Path, file_type: str) -> list[str]:
+  """Writes a checkpoint as a GGUF file.
+
+  Args:
+    stored: the checkpoint.
+    path: the file; must not exist.
+    file_type: a key of `lwm.convert.gguf_sink.FILE_TYPES`.
+
+  Returns:
+    Sentences about what a user may not expect; usually none.
+
+  Raises:
+    UserError: no architecture of GGUF has this model, the tokenizer or a value cannot be expressed,
+      there is no such type, or the disk is full.
+  """
+  if file_type not in FILE_TYPES:
+    raise UserError(f"--type={file_type} is not one of {', '.join(FILE_TYPES)}.")
+  stage = stored.experiment.stages[stored.position.stage]
+  model = describe_model(
+    stored.experiment.name, stored.experiment.model, stage.rope_theta, stage.sequence_length
+  )
+  return write_gguf(path, model, stored.tokenizer_path, stored.reader().read, file_type).notes
 
 
 class Export(NamedTuple):

@@ -52,8 +52,8 @@ class Attention(nnx.Module):
     H, G = config.num_heads, config.num_kv_heads
     self.rules = rules
     for projection, heads in ((_QUERY, H), (_KEY, G), (_VALUE, G)):
-      projection.declare(self, (M, heads, D), std, num_layers, rngs, config.attention_bias)
-    _OUT.declare(self, (H, D, M), residual_std(config), num_layers, rngs)
+      projection.declare(self, config, (M, heads, D), std, num_layers, rngs, config.attention_bias)
+    _OUT.declare(self, config, (H, D, M), residual_std(config), num_layers, rngs)
     self.has_norms = config.query_key_norm
     if config.query_key_norm:
       self.query_norm = RMSNorm(config, (num_layers,), D)

@@ -30,9 +30,9 @@ class FeedForward(nnx.Module):
     M, F, std = config.width, config.feed_forward_width, config.initializer_std
     self.rules = rules
     self.chunk = config.feed_forward_chunk
-    _GATE.declare(self, (M, F), std, num_layers, rngs)
-    _UP.declare(self, (M, F), std, num_layers, rngs)
-    _DOWN.declare(self, (F, M), residual_std(config), num_layers, rngs)
+    _GATE.declare(self, config, (M, F), std, num_layers, rngs)
+    _UP.declare(self, config, (M, F), std, num_layers, rngs)
+    _DOWN.declare(self, config, (F, M), residual_std(config), num_layers, rngs)
 
   def __call__(self, x_BxSxM: jax.Array) -> jax.Array:
     """The feed-forward of each token, [B, S, M]; the caller adds it to the residual stream."""

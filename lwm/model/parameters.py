@@ -50,15 +50,11 @@ def matrix(
   return nnx.Param(standard_deviation * value, logical_axes=logical_axes)
 
 
-def constant(
-  rules: ShardingRules, shape: tuple[int, ...], logical_axes: LogicalAxes, value: float
-) -> nnx.Param:
-  """A float32 parameter whose elements are all `value` at first; the arguments are as above."""
+def zeros(rules: ShardingRules, shape: tuple[int, ...], logical_axes: LogicalAxes) -> nnx.Param:
+  """A float32 parameter that is zero at first; the arguments are those of `matrix`."""
   mesh = jax.sharding.get_abstract_mesh()
   spec = None if mesh.empty else rules.spec(*logical_axes)
-  return nnx.Param(
-    jnp.full(shape, value, jnp.float32, out_sharding=spec), logical_axes=logical_axes
-  )
+  return nnx.Param(jnp.zeros(shape, jnp.float32, out_sharding=spec), logical_axes=logical_axes)
 
 
 def table(

@@ -4,17 +4,18 @@ The seven linear maps of a block and the head all go through this file. A layer 
 projections once, gathers their weights for use, passes them into `jax.shard_map` and multiplies:
 
     QUERY = Projection("query", ("model", "heads", "head_dim"))
-    QUERY.declare(layer, (M, H, D), std, num_layers, rngs)                  # in the constructor
+    QUERY.declare(layer, config, (M, H, D), std, num_layers, rngs)          # in the constructor
     weights = QUERY.gather(layer, x.dtype)                                  # before jax.shard_map
     product("bsm,mhd->bshd", x, weights)                                    # inside, in_specs:
     QUERY.specs(layer)
 
 `Weights` is a tree, so only this file must know another kind of weights.
 
-L layers of a stretch, N head groups.
+L layers of a stretch, N head groups, R rank of a low-rank addition.
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from lwm.model.parameters import constant, matrix
+from lwm.config.model import ModelConfig
+from lwm.model import lora
+from lwm.model.parameters import matrix, zeros
 from lwm.parallel.sharding import LogicalAxes
 
 
@@ -32,27 +35,35 @@ class Weights(NamedTuple):
   Attributes:
     kernel: [inputs..., outputs...].
     bias: [outputs...], or None.
+    a: [inputs..., R], already scaled, or None; `a` and `b` add `a b` to the kernel (LoRA).
+    b: [R, outputs...], or None.
   """
 
   kernel: Any
   bias: Any = None
+  a: Any = None
+  b: Any = None
 
   def output_group(self, index: jax.Array, groups: int) -> "Weights":
     """The weights of one of N equal groups along the first output axis; one input axis."""
     if groups == 1:
       return self
 
-    def slice_axis(array: jax.Array, axis: int) -> jax.Array:
+    def part(array: jax.Array | None, axis: int) -> jax.Array | None:
+      if array is None:
+        return None
       size = array.shape[axis] // groups
       return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis)
 
-    bias = None if self.bias is None else slice_axis(self.bias, 0)
-    return Weights(slice_axis(self.kernel, 1), bias)
+    return Weights(part(self.kernel, 1), part(self.bias, 0), self.a, part(self.b, 1))
 
   def split_inputs(self, groups: int) -> "Weights":
     """The same weights with the first input axis split in two, of which the first has size N."""
-    kernel = self.kernel.reshape(groups, -1, *self.kernel.shape[1:])
-    return self._replace(kernel=kernel)
+
+    def split(array: jax.Array | None) -> jax.Array | None:
+      return None if array is None else array.reshape(groups, -1, *array.shape[1:])
+
+    return self._replace(kernel=split(self.kernel), a=split(self.a))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +71,8 @@ class Projection:
   """One linear map of a layer.
 
   Attributes:
-    name: of the kernel's parameter, an attribute of the layer. The bias is `NAME_bias`.
+    name: of the kernel's parameter, an attribute of the layer. The bias is `NAME_bias`, and a
+      low-rank addition `NAME_lora_a` and `NAME_lora_b`.
     axes: logical axes of the kernel, inputs first, without the axis of layers.
     num_inputs: how many of these axes are inputs.
   """
@@ -72,6 +84,7 @@ class Projection:
   def declare(
     self,
     layer: Any,
+    config: ModelConfig,
     shape: tuple[int, ...],
     standard_deviation: float,
     num_layers: int,
@@ -82,43 +95,58 @@ class Projection:
 
     Args:
       layer: the module that has the projection.
+      config: whether there is a low-rank addition.
       shape: of the kernel, without the axis of layers.
-      standard_deviation: of the kernel's initial distribution; biases are 0.
+      standard_deviation: of the kernel's initial distribution; biases and B are 0, and A has the
+        standard deviation that keeps the scale of its inputs.
       num_layers: length of the leading axis of layers.
       rngs: see `matrix`.
       bias: whether there is one.
     """
-    kernel = matrix(
-      rngs, layer.rules, (num_layers, *shape), ("layers", *self.axes), standard_deviation
-    )
-    setattr(layer, self.name, kernel)
+    L, rules, n = num_layers, layer.rules, self.num_inputs
+    axes = ("layers", *self.axes)
+    setattr(layer, self.name, matrix(rngs, rules, (L, *shape), axes, standard_deviation))
+    outputs = ("layers", *self.axes[n:])
     if bias:
-      bias_shape = (num_layers, *shape[self.num_inputs :])
-      axes = ("layers", *self._outputs)
-      setattr(layer, f"{self.name}_bias", constant(layer.rules, bias_shape, axes, 0))
+      setattr(layer, f"{self.name}_bias", zeros(rules, (L, *shape[n:]), outputs))
+    if config.lora and self.name in config.lora.targets:
+      R, num_inputs = config.lora.rank, math.prod(shape[:n])
+      a_axes, b_axes = ("layers", *self.axes[:n], None), ("layers", None, *self.axes[n:])
+      a = matrix(rngs, rules, (L, *shape[:n], R), a_axes, num_inputs**-0.5)
+      setattr(layer, self.name + lora.A, a)
+      setattr(layer, self.name + lora.B, zeros(rules, (L, R, *shape[n:]), b_axes))
+      layer.lora_scale = config.lora.scale
 
   def gather(self, layer: Any, dtype: DTypeLike, whole: bool = False) -> Weights:
     """The weights in `dtype`, whole along `model` (see `ShardingRules.gather`)."""
-    bias = self._bias(layer)
+
+    def gathered(parameter: nnx.Param, axes: LogicalAxes, scale: float = 1.0) -> jax.Array:
+      value = parameter[...] if scale == 1 else scale * parameter[...]
+      return layer.rules.gather(value, dtype, *axes, whole=whole)
+
+    kernel, bias, a, b = self._parts(layer)
     return Weights(
-      layer.rules.gather(getattr(layer, self.name)[...], dtype, *self.axes, whole=whole),
-      None if bias is None else layer.rules.gather(bias[...], dtype, *self._outputs),
+      gathered(*kernel),
+      bias and gathered(*bias),
+      a and gathered(*a, scale=layer.lora_scale),
+      b and gathered(*b),
     )
 
   def specs(self, layer: Any) -> Weights:
     """The partitions of what `gather` returns."""
-    bias = self._bias(layer)
-    return Weights(
-      layer.rules.gathered(*self.axes),
-      None if bias is None else layer.rules.gathered(*self._outputs),
+    return Weights(*(part and layer.rules.gathered(*part[1]) for part in self._parts(layer)))
+
+  def _parts(self, layer: Any) -> list[tuple[nnx.Param, LogicalAxes] | None]:
+    """The parameters of a layer in the order of `Weights`, with their logical axes."""
+    inputs, outputs = self.axes[: self.num_inputs], self.axes[self.num_inputs :]
+    parts = (
+      ("", self.axes),
+      ("_bias", outputs),
+      (lora.A, (*inputs, None)),
+      (lora.B, (None, *outputs)),
     )
-
-  @property
-  def _outputs(self) -> LogicalAxes:
-    return self.axes[self.num_inputs :]
-
-  def _bias(self, layer: Any) -> nnx.Param | None:
-    return getattr(layer, f"{self.name}_bias", None)
+    found = [(getattr(layer, self.name + suffix, None), axes) for suffix, axes in parts]
+    return [None if parameter is None else (parameter, axes) for parameter, axes in found]
 
 
 def product(
@@ -128,12 +156,20 @@ def product(
 
   Args:
     equation: of `jnp.einsum`, for x and the kernel. The kernel's outputs are the last axes of the
-      result, in the same order.
+      result, in the same order. The letter r is not used.
     x: in the dtype of the weights.
     weights: as gathered, or parts of them.
     dtype: of the result; default: that of x.
   """
   out = jnp.einsum(equation, x, weights.kernel, preferred_element_type=dtype)
-  if weights.bias is None:
-    return out
-  return out + jnp.expand_dims(weights.bias, range(out.ndim - weights.bias.ndim))
+  if weights.a is not None:
+    operands, result = equation.split("->")
+    given, kernel = operands.split(",")
+    inputs = "".join(axis for axis in kernel if axis not in result)
+    outputs = kernel.removeprefix(inputs)
+    low = result.removesuffix(outputs) + "r"
+    narrow = jnp.einsum(f"{given},{inputs}r->{low}", x, weights.a)
+    out += jnp.einsum(f"{low},r{outputs}->{result}", narrow, weights.b)
+  if weights.bias is not None:
+    out += jnp.expand_dims(weights.bias, range(out.ndim - weights.bias.ndim))
+  return out

@@ -15,6 +15,7 @@ from lwm.config.batch import MODALITIES
 from lwm.config.experiment import LossConfig
 from lwm.model import LossSums, Model, sums_by_modality
 from lwm.parallel.sharding import ShardingRules
+from lwm.program.trainable import Trainable
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -34,6 +35,7 @@ class Objective:
     rope_theta: base of RoPE.
     layout: how the columns are laid out over the ring.
     accumulation_steps: microbatches of a batch, processed in turn.
+    trainable: the parameters whose gradients are computed.
   """
 
   model: Model
@@ -41,6 +43,7 @@ class Objective:
   rope_theta: float
   layout: Layout
   accumulation_steps: int = 1
+  trainable: Trainable = Trainable()
 
   def sums(self, params: Any, batch: Batch) -> LossSums:
     """Sums over the targets of a batch or a microbatch."""
@@ -56,9 +59,9 @@ class Objective:
     losses and statistics are means over microbatches.
 
     Returns:
-      The gradients, float32, sharded like `params`; and loss, which is what is minimised,
-      NAME_loss of each modality, nats per target (0 without targets), and what the layers report
-      (`lwm.model.extras.Extras`), by its name.
+      The gradients of the trained parameters, float32, sharded like them; and loss, which is what
+      is minimised, NAME_loss of each modality, nats per target (0 without targets), and what the
+      layers report (`lwm.model.extras.Extras`), by its name.
     """
     weights_2 = sums_by_modality(batch["loss_weights"], batch["modality"])
     normaliser_2 = jnp.where(weights_2 > 0, 1 / jnp.where(weights_2 > 0, weights_2, 1), 0)
@@ -68,22 +71,24 @@ class Objective:
     share_2 = share_2 / jnp.where(share_2.sum() > 0, share_2.sum(), 1)
     parts = self.accumulation_steps
 
-    def microbatch_loss(params, microbatch):
-      sums = self.sums(params, microbatch)
+    trained, frozen = self.trainable.split(params)
+
+    def microbatch_loss(trained, microbatch):
+      sums = self.sums(self.trainable.join(trained, frozen), microbatch)
       loss = jnp.sum(share_2 * normaliser_2 * sums.loss)
       loss = sum((value / parts for value in sums.extras.losses.values()), start=loss)
       return loss, (jnp.stack([sums.loss, sums.nll]), sums.extras)
 
     gradient = jax.grad(microbatch_loss, has_aux=True)
     if parts == 1:
-      gradients, (sums_2x2, extras) = gradient(params, batch)
+      gradients, (sums_2x2, extras) = gradient(trained, batch)
     else:
 
       def accumulate(total, microbatch):
-        gradients, (sums_2x2, extras) = gradient(params, microbatch)
+        gradients, (sums_2x2, extras) = gradient(trained, microbatch)
         return jax.tree.map(jnp.add, total, (gradients, sums_2x2)), extras
 
-      zero = (jax.tree.map(jnp.zeros_like, params), jnp.zeros((2, 2)))
+      zero = (jax.tree.map(jnp.zeros_like, trained), jnp.zeros((2, 2)))
       microbatches = split_rows(batch, parts, self.model.rules)
       (gradients, sums_2x2), extras = jax.lax.scan(accumulate, zero, microbatches)
       extras = jax.tree.map(lambda values: jnp.mean(values, axis=0), extras)

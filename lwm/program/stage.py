@@ -24,6 +24,7 @@ from lwm.parallel.sharding import ShardingRules
 from lwm.program import optimizer as optimizer_lib, state as state_lib, step as step_lib
 from lwm.program.objective import Objective
 from lwm.program.state import TrainState
+from lwm.program.trainable import Trainable, trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class StageProgram:
   state: TrainState  # ShapeDtypeStructs with shardings.
   batch_sharding: NamedSharding
   optimizer: Any
+  trainable: Trainable
   train_step: Any
   evaluation_step: Any
 
@@ -56,7 +58,7 @@ class StageProgram:
 
   def fresh_state(self, params: Any) -> TrainState:
     """The state at the start of the stage."""
-    return state_lib.fresh_state(params, self.optimizer, self.state)
+    return state_lib.fresh_state(params, self.optimizer, self.trainable, self.state)
 
   def abstract_batch(self, rows: int, sequence_length: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of the batches that the steps are compiled for."""
@@ -91,11 +93,16 @@ def build_program(
     model.abstract(),
     rules.tree_shardings(model.logical_axes, mesh),
   )
-  optimizer = optimizer_lib.adamw(experiment.optimizer, stage, model.logical_axes)
+  trained = trainable(experiment, stage, abstract_params)
+  optimizer = optimizer_lib.adamw(experiment.optimizer, stage, trained.split(model.logical_axes)[0])
   replicated = NamedSharding(mesh, rules.spec())
-  state = state_lib.abstract_state(abstract_params, optimizer, mesh, experiment.optimizer.offload)
+  state = state_lib.abstract_state(
+    abstract_params, optimizer, trained, mesh, experiment.optimizer.offload
+  )
 
-  objective = Objective(model, experiment.loss, stage.rope_theta, layout, stage.accumulation_steps)
+  objective = Objective(
+    model, experiment.loss, stage.rope_theta, layout, stage.accumulation_steps, trained
+  )
   train_step = jax.jit(
     functools.partial(
       step_lib.train_step,
@@ -116,6 +123,7 @@ def build_program(
     state=state,
     batch_sharding=NamedSharding(mesh, rules.spec("batch", "sequence")),
     optimizer=optimizer,
+    trainable=trained,
     train_step=train_step,
     evaluation_step=evaluation_step,
   )

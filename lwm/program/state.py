@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lwm.program.trainable import Trainable
+
 
 class TrainState(NamedTuple):
   """Parameters (float32), the optimizer's state, and the stage's steps done (int32 scalar).
@@ -27,6 +29,7 @@ class TrainState(NamedTuple):
 def abstract_state(
   abstract_params: Any,
   optimizer: optax.GradientTransformation,
+  trainable: Trainable,
   mesh: jax.sharding.Mesh,
   offload: bool,
 ) -> TrainState:
@@ -35,6 +38,7 @@ def abstract_state(
   Args:
     abstract_params: the parameters' ShapeDtypeStructs with their shardings.
     optimizer: its moments are sharded like their parameters.
+    trainable: the parameters that have moments.
     mesh: the mesh of those shardings.
     offload: whether the moments are kept in host memory.
   """
@@ -48,18 +52,19 @@ def abstract_state(
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
   with jax.set_mesh(mesh):
-    optimizer_state = jax.tree.map(place, jax.eval_shape(optimizer.init, abstract_params))
+    trained = trainable.split(abstract_params)[0]
+    optimizer_state = jax.tree.map(place, jax.eval_shape(optimizer.init, trained))
   step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
   return TrainState(abstract_params, optimizer_state, step)
 
 
 def fresh_state(
-  params: Any, optimizer: optax.GradientTransformation, abstract: TrainState
+  params: Any, optimizer: optax.GradientTransformation, trainable: Trainable, abstract: TrainState
 ) -> TrainState:
   """The state at step 0 with `params`, which must already have the shardings of `abstract`."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   moments, step = jax.jit(
     lambda params: (optimizer.init(params), jnp.zeros((), jnp.int32)),
     out_shardings=(shardings.optimizer_state, shardings.step),
-  )(params)
+  )(trainable.split(params)[0])
   return TrainState(params, moments, step)

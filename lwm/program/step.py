@@ -35,8 +35,8 @@ def train_step(
     batch: arrays [B, S] as in lwm/config/batch.py; the objective's accumulation_steps divides the
       rows of each device.
     loss_limit: float32 scalar.
-    objective: the loss.
-    optimizer: updates the parameters; its `update` takes `applied` (see optimizer.py).
+    objective: the loss, and which parameters are trained.
+    optimizer: updates the trained parameters; its `update` takes `applied` (see optimizer.py).
     learning_rate: the optimizer's schedule, for the metrics.
 
   Returns:
@@ -48,17 +48,19 @@ def train_step(
   loss, gradient_norm = metrics["loss"], optax.tree.norm(gradients)
   # One NaN in any gradient makes their norm NaN.
   applied = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & (loss <= loss_limit)
+  trained, frozen = objective.trainable.split(state.params)
   updates, optimizer_state = optimizer.update(
-    gradients, state.optimizer_state, state.params, applied=applied
+    gradients, state.optimizer_state, trained, applied=applied
   )
-  params = jax.tree.map(
-    functools.partial(jnp.where, applied), optax.apply_updates(state.params, updates), state.params
+  trained = jax.tree.map(
+    functools.partial(jnp.where, applied), optax.apply_updates(trained, updates), trained
   )
   metrics |= objective.counts(batch) | {
     "gradient_norm": gradient_norm,
     "learning_rate": learning_rate(state.step),
     "applied": applied.astype(jnp.float32),
   }
+  params = objective.trainable.join(trained, frozen)
   return TrainState(params, optimizer_state, state.step + applied), metrics
 
 

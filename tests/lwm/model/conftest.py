@@ -96,8 +96,9 @@ _params_on_one_device: dict[str, Any] = {}
 
 
 def _drawn_too(path, value):
-  """Draws biases and the norms of queries and keys, whose initial values would hide mistakes."""
-  if not any(part in jax.tree_util.keystr(path) for part in ("_bias", "query_norm", "key_norm")):
+  """Draws the parameters whose initial values would hide mistakes."""
+  parts = ("_bias", "query_norm", "key_norm", "_lora_b")
+  if not any(part in jax.tree_util.keystr(path) for part in parts):
     return value
   rng = np.random.default_rng(len(jax.tree_util.keystr(path)))
   return np.asarray(value + rng.normal(0, 0.3, value.shape), np.float32)

@@ -32,7 +32,7 @@ def expected(tiny):
 
 
 @pytest.mark.parametrize(
-  "sizes", [dict(fsdp=2, ring=2, tensor=2), dict(data=2, ulysses=2, tensor=2)], ids=str
+  "sizes", [dict(fsdp=2, ring=2, tensor=2), dict(data=2, ring=2, ulysses=2)], ids=str
 )
 def test_biases_and_norms_of_queries_and_keys_equal_one_device(tiny, sizes):
   settings = dict(attention_bias=True, query_key_norm=True, num_kv_heads=4)

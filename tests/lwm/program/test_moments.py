@@ -11,6 +11,7 @@ from lwm.config.experiment import OptimizerConfig, Stage
 from lwm.program import moments
 from lwm.program.optimizer import adamw
 from lwm.program.state import abstract_state
+from lwm.program.trainable import Trainable
 
 BETAS = 0.9, 0.95, 1e-8
 
@@ -101,7 +102,7 @@ def test_in_host_memory_and_in_shards_the_numbers_are_the_same(dtype):
     if offload:
       params = jax.device_put(params, sharding)
       abstract = {"w": jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=sharding)}
-      state = abstract_state(abstract, optimizer, mesh, offload).optimizer_state
+      state = abstract_state(abstract, optimizer, Trainable(), mesh, offload).optimizer_state
     with jax.set_mesh(mesh if offload else jax.sharding.get_mesh()):
       optimizer_state = jax.jit(optimizer.init)(params)
       if offload:

@@ -1,0 +1,3 @@
+"""The quantized product on TPUs in Pallas."""
+
+from kernels.quantised_matmul.pallas_tpu.backend import PALLAS_TPU

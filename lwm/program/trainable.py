@@ -1,0 +1,88 @@
+"""Which parameters a stage trains. The others are frozen: no gradients, no moments, no decay.
+
+A parameter's name is its dotted path in the tree, such as `blocks.attention.query`, `embedding` or
+`norm.scale`. Patterns are globs over whole names, in which `*` matches dots too.
+"""
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import traverse_util
+
+from lwm.config.experiment import Experiment, Stage
+from lwm.errors import ConfigError
+from lwm.model.lora import ADDED
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+  """A division of a tree of parameters in two.
+
+  Attributes:
+    names: of the trained parameters; None: all are trained.
+  """
+
+  names: frozenset[str] | None = None
+
+  def split(self, params: Any) -> tuple[Any, Any]:
+    """The trained parameters and the frozen ones, as nested dicts without the others."""
+    if self.names is None:
+      return params, {}
+    trained, frozen = {}, {}
+    for path, leaf in _flatten(params).items():
+      (trained if path in self.names else frozen)[path] = leaf
+    return _unflatten(trained), _unflatten(frozen)
+
+  def join(self, trained: Any, frozen: Any) -> Any:
+    """The inverse of `split`."""
+    if self.names is None:
+      return trained
+    return _unflatten(_flatten(trained) | _flatten(frozen))
+
+
+def trainable(experiment: Experiment, stage: Stage, params: Mapping[str, Any]) -> Trainable:
+  """What `Stage.trainable`, or else `OptimizerConfig.trainable`, names.
+
+  Without patterns, all parameters are trained; of a model with parameters that were added to a
+  base (`ModelConfig.lora`), only the added ones are.
+
+  Args:
+    experiment: validated.
+    stage: one of its stages.
+    params: of the model, or a tree like them.
+
+  Raises:
+    ConfigError: a pattern matches no parameter.
+  """
+  where, patterns = "optimizer.trainable", experiment.optimizer.trainable
+  if stage.trainable is not None:
+    where, patterns = f"stages.trainable of stage {stage.name!r}", stage.trainable
+  names = _flatten(params)
+  if not patterns:
+    added = frozenset(fnmatch.filter(names, ADDED))
+    return Trainable(added or None)
+  for pattern in patterns:
+    if not fnmatch.filter(names, pattern):
+      raise ConfigError(
+        f"config.{where}: {pattern!r} matches no parameter; their names are {', '.join(names)}."
+      )
+  return Trainable(
+    frozenset(name for pattern in patterns for name in fnmatch.filter(names, pattern))
+  )
+
+
+def num_elements(tree: Any) -> int:
+  """Number of elements of all arrays."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _flatten(params: Any) -> dict[str, Any]:
+  return traverse_util.flatten_dict(params, sep=".")
+
+
+def _unflatten(leaves: dict[str, Any]) -> Any:
+  return traverse_util.unflatten_dict(leaves, sep=".")
