@@ -1,8 +1,8 @@
 """GGUF, the format of llama.cpp: models in and out, with their tokenizers."""
 
+import json
 import pathlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from lwm.convert.gguf_settings import (
 from lwm.convert.gguf_sink import FILE_TYPES, GGUFSink
 from lwm.convert.gguf_tokenizer import read_tokenizer
 from lwm.convert.gguf_vocabulary import tokenizer_metadata
-from lwm.convert.table import convert_out, their_shapes
+from lwm.convert.table import MANIFEST, convert_out, their_shapes
 from lwm.convert.weights import Weights
 from lwm.errors import UserError
 
@@ -47,19 +47,7 @@ def export_gguf(stored: StoredCheckpoint, path: pathlib.Path, file_type: str) ->
   model = describe_model(
     stored.experiment.name, stored.experiment.model, stage.rope_theta, stage.sequence_length
   )
-  return write_gguf(path, model, stored.tokenizer_path, stored.reader().read, file_type).notes
-
-
-class Export(NamedTuple):
-  """What was written.
-
-  Attributes:
-    manifest: shape, dtype and hash of each tensor before it was quantised, by name.
-    notes: sentences about what a user may not expect; usually none.
-  """
-
-  manifest: dict[str, Any]
-  notes: list[str]
+  return write_gguf(path, model, stored.tokenizer_path, stored.reader().read, file_type)
 
 
 def read_gguf(path: pathlib.Path) -> Weights:
@@ -97,8 +85,11 @@ def write_gguf(
   tokenizer: pathlib.Path,
   read: Callable[[str, Index], np.ndarray],
   file_type: str,
-) -> Export:
-  """Writes a GGUF file, which exists complete or not at all.
+) -> list[str]:
+  """Writes a GGUF file, which exists complete or not at all, and a manifest beside it.
+
+  The manifest, PATH.manifest.json, has the shape, dtype and hash of each tensor before it is
+  quantised.
 
   Args:
     path: the file; must not exist.
@@ -106,6 +97,9 @@ def write_gguf(
     tokenizer: its tokenizer's file.
     read: reads its parameters, as `ArrayReader.read` does.
     file_type: a key of `lwm.convert.gguf_sink.FILE_TYPES`.
+
+  Returns:
+    Sentences about what a user may not expect; usually none.
 
   Raises:
     UserError: the tokenizer or a value cannot be expressed, or the disk is full.
@@ -116,9 +110,10 @@ def write_gguf(
   sink = GGUFSink(path, metadata, their_shapes(rows, config), file_type, rope_factors(model))
   with sink:
     manifest = convert_out(read, rows, config, sink, sink.dtype)
+    sink.write_beside(MANIFEST, json.dumps(manifest, indent=1) + "\n")
   notes = list(sink.notes)
   if config.sliding_window is not None:
     notes.append(
       f"runtimes that ignore {model.architecture}.attention.sliding_window attend to all tokens"
     )
-  return Export(manifest, notes)
+  return notes

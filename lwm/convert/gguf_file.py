@@ -56,6 +56,11 @@ class _StoredTensor(NamedTuple):
   offset: int
   row_bytes: int
 
+  @property
+  def info(self) -> ArrayInfo:
+    """Of the tensor as it is read."""
+    return ArrayInfo(self.shape, PLAIN_DTYPES.get(self.type, np.dtype(np.float32)))
+
 
 class GGUFSource:
   """The tensors and the metadata of a GGUF file: a `Source`.
@@ -79,19 +84,17 @@ class GGUFSource:
         self.metadata, self._stored = _Header(self.path, file).read()
     except OSError as error:
       raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    self.tensors: dict[str, ArrayInfo] = {
-      name: ArrayInfo(tensor.shape, PLAIN_DTYPES.get(tensor.type, np.dtype(np.float32)))
-      for name, tensor in self._stored.items()
+    self.tensors: Mapping[str, ArrayInfo] = {
+      name: tensor.info for name, tensor in self._stored.items() if name != ROPE_FACTORS
     }
     self.rope_factors: np.ndarray | None = None
-    if ROPE_FACTORS in self.tensors:
+    if ROPE_FACTORS in self._stored:
       self.rope_factors = self.read(ROPE_FACTORS).astype(np.float32)
-      del self.tensors[ROPE_FACTORS]
 
   def read(self, name: str) -> np.ndarray:
     """One tensor. Raises UserError, with the file and the name, if it cannot be read."""
     tensor = self._stored[name]
-    array = np.empty(*self.tensors[name])
+    array = np.empty(*tensor.info)
     rows = array.reshape(-1, tensor.shape[-1])
     step = max(1, _CHUNK_ELEMENTS // tensor.shape[-1])
     try:
@@ -99,8 +102,8 @@ class GGUFSource:
         file.seek(tensor.offset)
         for start in range(0, len(rows), step):
           chunk = rows[start : start + step]
-          data = np.frombuffer(file.read(len(chunk) * tensor.row_bytes), np.uint8)
-          data = data.reshape(len(chunk), tensor.row_bytes)
+          content = file.read(len(chunk) * tensor.row_bytes)
+          data = np.frombuffer(content, np.uint8).reshape(len(chunk), tensor.row_bytes)
           if tensor.type in PLAIN_DTYPES:
             chunk[...] = data.view(array.dtype)
           else:

@@ -4,6 +4,7 @@ The keys are documented in https://github.com/ggml-org/ggml/blob/master/docs/ggu
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -228,14 +229,14 @@ def _read_scaling(source: GGUFSource, head_dim: int, theta: float) -> RopeScalin
     return None
   # Llama 3.1, 3.2 and 3.3 differ in the factor only, which the lowest frequency has.
   scaling = RopeScaling(factor=_shortest(factors.reshape(-1)[-1]))
-  stored = {
-    field.name: source.metadata.get(_SCALING + field.name) for field in dataclasses.fields(scaling)
-  }
-  if all(isinstance(value, int | float) for value in stored.values()):
-    scaling = RopeScaling(
-      **{name: v if isinstance(v, int) else _shortest(v) for name, v in stored.items()}
-    )
-  expected = _factors(head_dim, theta, scaling)
+  stored: Metadata = {}
+  for field in dataclasses.fields(scaling):
+    value = source.metadata.get(_SCALING + field.name)
+    if isinstance(value, int | float) and math.isfinite(value):
+      stored[field.name] = value if isinstance(value, int) else _shortest(value)
+  scaling = dataclasses.replace(scaling, **stored)
+  with np.errstate(all="ignore"):
+    expected = _factors(head_dim, theta, scaling)
   if factors.shape != expected.shape or not np.allclose(factors, expected, _TOLERANCE, 0):
     raise UserError(
       f"{source.path}: the factors in the tensor rope_freqs.weight are not those of Llama-3 "

@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 import gguf
@@ -74,7 +74,9 @@ class GGUFSink:
         f"{len(undivided)} tensors, such as {undivided[0]}, are stored as {_UNDIVIDED.name}, "
         f"because blocks of {block} do not divide their rows"
       )
-    self._unfinished = self.path.with_name(self.path.name + ".unfinished")
+    self._unfinished = self._beside("unfinished")
+    # The file of `write_beside`, if any: its unfinished and its final name.
+    self._second: tuple[pathlib.Path, pathlib.Path] | None = None
     self._file: BinaryIO
     self._names = iter(self._tensors)
 
@@ -104,6 +106,8 @@ class GGUFSink:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        if self._second:
+          self._second[0].rename(self._second[1])
         self._unfinished.rename(self.path)
     except BaseException as failure:
       self._abandon(failure)
@@ -134,6 +138,14 @@ class GGUFSink:
         chunk = gguf.quants.quantize(chunk, kind)
       written += self._file.write(np.ascontiguousarray(chunk).view(np.uint8).data)
     self._file.write(bytes(-written % gguf.GGUF_DEFAULT_ALIGNMENT))
+
+  def write_beside(self, suffix: str, text: str) -> None:
+    """Writes a file PATH.SUFFIX, which gets its name when the GGUF file does."""
+    self._second = self._beside(f"{suffix}.unfinished"), self._beside(suffix)
+    self._second[0].write_text(text)
+
+  def _beside(self, suffix: str) -> pathlib.Path:
+    return self.path.with_name(f"{self.path.name}.{suffix}")
 
   def _type(self, shape: tuple[int, ...]) -> TensorType:
     if len(shape) == 1:
@@ -166,13 +178,15 @@ class GGUFSink:
       with contextlib.suppress(OSError):
         self._file.close()
     self._unfinished.unlink(missing_ok=True)
+    if self._second:
+      self._second[0].unlink(missing_ok=True)
     if reason := disk_error(error):
       raise UserError(
         f"{self.path} could not be written ({reason}): fix the disk and run the same command again."
       ) from error
 
 
-_ADD = {
+_ADD: dict[type, Callable[[gguf.GGUFWriter, str, Any], None]] = {
   bool: gguf.GGUFWriter.add_bool,
   int: gguf.GGUFWriter.add_uint32,
   float: gguf.GGUFWriter.add_float32,

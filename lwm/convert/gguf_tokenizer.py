@@ -18,6 +18,8 @@ from lwm.convert.gguf_splits import Split, byte_level_of, split_named
 from lwm.data.tokenizer import SETTINGS_FILES
 from lwm.errors import UserError
 
+# A message class that its module builds when it is imported.
+ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
 KEY = "tokenizer.ggml."
 TEMPLATE_KEY = "tokenizer.chat_template"
 # Tokens with a role: (key without KEY, name in tokenizer_config.json).
@@ -119,7 +121,7 @@ def _read_vocabulary(
 
 def _sentencepiece_model(vocabulary: _Vocabulary) -> bytes:
   """A sentencepiece model with the pieces, scores and types of the file."""
-  model = sentencepiece_model_pb2.ModelProto()
+  model = ModelProto()
   scores = vocabulary.metadata.get(KEY + "scores", [_NO_SCORE] * len(vocabulary.tokens))
   marks = {vocabulary.roles.get(role) for role in ("bos_token", "eos_token", "pad_token")}
   unknown = vocabulary.roles.get("unk_token", "<unk>")

@@ -11,12 +11,11 @@ from typing import NamedTuple
 
 import tokenizers
 from gguf import TokenType
-from sentencepiece import sentencepiece_model_pb2
 
 from lwm.config.model import ModelConfig
 from lwm.convert.gguf_settings import Metadata
 from lwm.convert.gguf_splits import SPLITS, name_of_split
-from lwm.convert.gguf_tokenizer import KEY, ROLES, TEMPLATE_KEY
+from lwm.convert.gguf_tokenizer import KEY, ROLES, TEMPLATE_KEY, ModelProto
 from lwm.data.chat import template_of
 from lwm.data.tokenizer import load_tokenizer, read_settings, token_name
 from lwm.data.vision_tokens import VISION_END, VISION_START
@@ -61,7 +60,7 @@ def tokenizer_metadata(path: pathlib.Path, config: ModelConfig) -> Metadata:
   # No text becomes these, whatever the file calls their type.
   named = [tokenizer.marks[name] for name in (VISION_START, VISION_END) if name in tokenizer.marks]
   for index in (tokenizer.bos_id, tokenizer.eos_id, *named):
-    types[index] = TokenType.CONTROL
+    types[index] = int(TokenType.CONTROL)
   padding = config.text_vocab_size - len(tokens)
   tokens += [f"<|padding_{index}|>" for index in range(padding)]
   types += [TokenType.UNUSED] * padding
@@ -69,7 +68,7 @@ def tokenizer_metadata(path: pathlib.Path, config: ModelConfig) -> Metadata:
   types += [TokenType.CONTROL] * config.vision_vocab_size
   if scores:
     metadata["scores"] = scores + [_LOWEST_SCORE] * (len(tokens) - len(scores))
-  metadata |= {"tokens": tokens, "token_type": [int(kind) for kind in types]}
+  metadata |= {"tokens": tokens, "token_type": types}
   settings = read_settings(path)
   ids = {token: index for index, token in enumerate(tokens)}
   for key, role in ROLES:
@@ -86,7 +85,7 @@ def tokenizer_metadata(path: pathlib.Path, config: ModelConfig) -> Metadata:
 
 
 def _from_sentencepiece(path: pathlib.Path) -> _Tokens:
-  model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+  model = ModelProto.FromString(path.read_bytes())
   normalizer = model.normalizer_spec
   for wrong, what in (
     (model.trainer_spec.model_type != model.trainer_spec.BPE, "that is not byte-pair encoding"),
@@ -126,7 +125,7 @@ def _from_json(path: pathlib.Path) -> _Tokens:
     )
   ids = tokenizer.get_vocab(with_added_tokens=True)
   tokens = [f"<|unused_{index}|>" for index in range(1 + max(ids.values()))]
-  types = [TokenType.UNUSED] * len(tokens)
+  types = [int(TokenType.UNUSED)] * len(tokens)
   for token, index in ids.items():
     tokens[index], types[index] = token, TokenType.NORMAL
   for entry in added:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import re
 
@@ -16,7 +17,7 @@ from lwm.convert.gguf_file import GGUFSource
 from lwm.convert.gguf_names import table
 from lwm.convert.gguf_settings import GGUFModel, architecture_of, model_metadata, read_model
 from lwm.convert.gguf_sink import GGUFSink
-from lwm.convert.table import arrays_of, convert_in, parameter_shapes, their_shapes
+from lwm.convert.table import arrays_of, convert_in, describe, parameter_shapes, their_shapes
 from lwm.data.tokenizer import train_sentencepiece
 from lwm.errors import UserError
 
@@ -89,13 +90,15 @@ def test_round_trip_is_exact(tmp_path, tokenizer, name):
   model = GGUFModel(architecture, "a model", config, 5e7, 4096)
   params = parameters(config)
   path = tmp_path / "model.gguf"
-  export = gguf_format.write_gguf(
+  notes = gguf_format.write_gguf(
     path, model, tokenizer, lambda path, where: params[path][where], "F32"
   )
   weights, arrays = imported(path)
+  manifest = json.loads(path.with_name("model.gguf.manifest.json").read_text())
+  assert manifest == {name: describe(weights.source.read(name)) for name in weights.source.tensors}
   assert weights.config == dataclasses.replace(config, vocab_multiple=0)
   assert (weights.name, weights.rope_theta, weights.context) == ("a model", 5e7, 4096)
-  assert bool(export.notes) == (name == "mistral")
+  assert bool(notes) == (name == "mistral")
   params["embedding"] = params["embedding"][: config.vocab_size]
   assert arrays.keys() == params.keys()
   for path, array in params.items():
@@ -260,6 +263,7 @@ def write_zeros(path):
   with GGUFSink(path, {"general.architecture": "llama"}, SHAPES, "F16") as sink:
     for name, shape in SHAPES.items():
       sink.write(name, np.zeros(shape, sink.dtype(name)))
+    sink.write_beside("txt", "text")
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
@@ -273,7 +277,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
       write_zeros(path)
   assert list(path.parent.iterdir()) == []
   write_zeros(path)
-  assert [file.name for file in path.parent.iterdir()] == ["model.gguf"]
+  assert {file.name for file in path.parent.iterdir()} == {"model.gguf", "model.gguf.txt"}
   with pytest.raises(UserError, match="model.gguf exists"):
     write_zeros(path)
 

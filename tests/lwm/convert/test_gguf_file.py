@@ -10,22 +10,10 @@ import pytest
 from lwm.convert.gguf_file import GGUFSource
 from lwm.errors import UserError
 
-QUANTISED = [
-  "Q4_0",
-  "Q4_1",
-  "Q5_0",
-  "Q5_1",
-  "Q8_0",
-  "Q2_K",
-  "Q3_K",
-  "Q4_K",
-  "Q5_K",
-  "Q6_K",
-  "IQ4_NL",
-  "IQ4_XS",
-  "TQ1_0",
-  "MXFP4",
-]
+QUANTISED = (
+  *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+  *("IQ4_NL", "IQ4_XS", "TQ1_0", "MXFP4"),
+)
 
 
 def write(path, tensors, metadata=None):
