@@ -17,6 +17,8 @@ from lwm.program.trainable import added_to, num_elements
 # Settings of the model that may differ from the other run's. Rows for vision are added, and so are
 # the low-rank additions (`lora`) to a model without them.
 _MAY_DIFFER = ("vision_vocab_size", "initializer_std", "compute_dtype", "vocab_multiple")
+# Settings that no parameter depends on, so that a run may continue with another value. It says so.
+_CHANGEABLE = ("norm_epsilon", "rope_scaling", "sliding_window", "attention_soft_cap")
 
 
 def initial_params(
@@ -43,7 +45,7 @@ def initial_params(
     return program.initial_params(experiment.seed), ""
   stored = newest(pathlib.Path(experiment.init_from))
   theirs, ours = stored.config["model"], dataclasses.asdict(experiment.model)
-  may_differ = (*_MAY_DIFFER, *(("lora",) if theirs["lora"] is None else ()))
+  may_differ = (*_MAY_DIFFER, *_CHANGEABLE, *(("lora",) if theirs["lora"] is None else ()))
   difference = first_difference(theirs, ours | {name: theirs[name] for name in may_differ}, "model")
   if difference is None and theirs["vision_vocab_size"] not in (0, ours["vision_vocab_size"]):
     sizes = theirs["vision_vocab_size"], ours["vision_vocab_size"]
@@ -57,6 +59,9 @@ def initial_params(
     )
   rows = theirs["text_vocab_size"] + theirs["vision_vocab_size"]
   origin = f"initial parameters: {stored.path}"
+  for name in _CHANGEABLE:
+    if change := first_difference(theirs[name], ours[name], f"model.{name}"):
+      origin += f"; they were trained with {change}"
   if ours["lora"] and not theirs["lora"]:
     params, added = _with_added(program, stored, experiment.seed)
     origin += f"; {added:,} parameters of config.model.lora are added: A at random, B zero"
