@@ -41,7 +41,8 @@ class InputWait:
     """
     self.seconds = came - asked
     self._asked, self._came, self._clock = asked, came, clock
-    self._thread = threading.Thread(target=self._watch, args=(results,), daemon=True)
+    # No daemon: Python would end it inside JAX's code, which aborts the process.
+    self._thread = threading.Thread(target=self._watch, args=(results,))
     self._thread.start()
 
   def _watch(self, results: Any) -> None:
