@@ -72,9 +72,9 @@ def feed_forward(
 def _whole(token_axis: str | None, linear: Linear, x_BxSxM, weights):
   """The network for these tokens and those of the other devices of `token_axis`, if given."""
   if token_axis is None:
-    return reference.feed_forward(x_BxSxM, *weights, linear)
+    return reference.feed_forward(x_BxSxM, *weights, linear=linear)
   x_BxSxM = gather_tokens(x_BxSxM, token_axis)
-  return scatter_tokens(reference.feed_forward(x_BxSxM, *weights, linear), token_axis)
+  return scatter_tokens(reference.feed_forward(x_BxSxM, *weights, linear=linear), token_axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from kernels.attention import causal
 from kernels.ring import Layout
@@ -26,7 +27,8 @@ ADAPTER = GOLDEN / "peft"
 def base(tmp_path_factory) -> StoredCheckpoint:
   directory = tmp_path_factory.mktemp("base")
   tokenizer = directory / "tokenizer.json"
-  tokenizer.write_text("{}")
+  words = {"<unk>": 0, "<s>": 1, "</s>": 2}
+  tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>")).save(str(tokenizer))
   weights = convert.read_hugging_face(GOLDEN / "hugging_face" / "llama_multi_head", tokenizer)
   convert.import_weights(weights, directory / "base")
   return newest(directory / "base")
