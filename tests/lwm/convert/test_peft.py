@@ -95,7 +95,7 @@ def test_there_and_back_is_exact(tuned, tmp_path):
   [
     ({"use_dora": True}, "adapter_config.json: use_dora=True is not supported; merge the adapter"),
     ({"r": 0}, "adapter_config.json: r=0 and lora_alpha=5 must be positive numbers"),
-    ({"r": 4}, r"q_proj.lora_A.weight has shape \(3, 24\), but for .* its shape is \(4, 24\)"),
+    ({"r": 4}, r"down_proj.lora_A.weight has shape \(3, 32\), but for .* its shape is \(4, 32\)"),
   ],
 )
 def test_what_does_not_fit_is_one_sentence(settings, message, base, tmp_path):
