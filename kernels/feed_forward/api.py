@@ -71,10 +71,12 @@ def feed_forward(
 
 def _whole(token_axis: str | None, linear: Linear, x_BxSxM, weights):
   """The network for these tokens and those of the other devices of `token_axis`, if given."""
+  gate_MxF, up_MxF, down_FxM = weights
   if token_axis is None:
-    return reference.feed_forward(x_BxSxM, *weights, linear)
+    return reference.feed_forward(x_BxSxM, gate_MxF, up_MxF, down_FxM, linear)
   x_BxSxM = gather_tokens(x_BxSxM, token_axis)
-  return scatter_tokens(reference.feed_forward(x_BxSxM, *weights, linear), token_axis)
+  out_BxSxM = reference.feed_forward(x_BxSxM, gate_MxF, up_MxF, down_FxM, linear)
+  return scatter_tokens(out_BxSxM, token_axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

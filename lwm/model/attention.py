@@ -105,9 +105,9 @@ class Attention(nnx.Module):
     def local(x_BxSxM, index, *weights):
       if rules.residual:
         x_BxSxM = gather_tokens(x_BxSxM, rules.tensor)
-      x_BxSxM, index, *weights = vary_trees_alike(x_BxSxM, index, *weights)
+      x_BxSxM, index, *varying = vary_trees_alike(x_BxSxM, index, *weights)
       return tuple(
-        product("bsm,mhd->bshd", x_BxSxM, own.output_group(index, head_groups)) for own in weights
+        product("bsm,mhd->bshd", x_BxSxM, own.output_group(index, head_groups)) for own in varying
       )
 
     return jax.shard_map(

@@ -28,6 +28,9 @@ from lwm.model import lora
 from lwm.model.parameters import matrix, zeros
 from lwm.parallel.sharding import LogicalAxes
 
+# A parameter of a projection and its logical axes, without the axis of layers.
+_Part = tuple[nnx.Param, LogicalAxes]
+
 
 class Weights(NamedTuple):
   """The weights of a projection in use, or their partitions.
@@ -120,23 +123,23 @@ class Projection:
   def gather(self, layer: Any, dtype: DTypeLike, whole: bool = False) -> Weights:
     """The weights in `dtype`, whole along `model` (see `ShardingRules.gather`)."""
 
-    def gathered(parameter: nnx.Param, axes: LogicalAxes, scale: float = 1.0) -> jax.Array:
+    def gathered(part: _Part | None, scale: float = 1.0) -> jax.Array | None:
+      if part is None:
+        return None
+      parameter, axes = part
       value = parameter[...] if scale == 1 else scale * parameter[...]
       return layer.rules.gather(value, dtype, *axes, whole=whole)
 
     kernel, bias, a, b = self._parts(layer)
-    return Weights(
-      gathered(*kernel),
-      bias and gathered(*bias),
-      a and gathered(*a, scale=layer.lora_scale),
-      b and gathered(*b),
-    )
+    scale = layer.lora_scale if a else 1.0
+    return Weights(gathered(kernel), gathered(bias), gathered(a, scale), gathered(b))
 
   def specs(self, layer: Any) -> Weights:
     """The partitions of what `gather` returns."""
-    return Weights(*(part and layer.rules.gathered(*part[1]) for part in self._parts(layer)))
+    specs = (part and layer.rules.gathered(*part[1]) for part in self._parts(layer))
+    return Weights(*specs)
 
-  def _parts(self, layer: Any) -> list[tuple[nnx.Param, LogicalAxes] | None]:
+  def _parts(self, layer: Any) -> list[_Part | None]:
     """The parameters of a layer in the order of `Weights`, with their logical axes."""
     inputs, outputs = self.axes[: self.num_inputs], self.axes[self.num_inputs :]
     parts = (

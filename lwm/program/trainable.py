@@ -35,7 +35,8 @@ class Trainable:
     """The trained parameters and the frozen ones, as nested dicts without the others."""
     if self.names is None:
       return params, {}
-    trained, frozen = {}, {}
+    trained: dict[str, Any] = {}
+    frozen: dict[str, Any] = {}
     for path, leaf in _flatten(params).items():
       (trained if path in self.names else frozen)[path] = leaf
     return _unflatten(trained), _unflatten(frozen)

@@ -1,5 +1,7 @@
 """FLOPs, bytes and seconds against numbers worked out by hand."""
 
+import functools
+
 import jax
 import pytest
 
@@ -124,6 +126,25 @@ def test_bytes_of_offload(v5p):
   assert part.seconds == pytest.approx(8 * (BODY + ENDS) / 4 / 16e9)
   roofline = estimate(*arguments)
   assert roofline.seconds["moments from the host and back"] == part.seconds
+
+
+def test_frozen_parameters_have_no_gradients_and_no_moments(v5p):
+  arguments = planned(v5p, fsdp=4)
+  whole = estimate(*arguments)
+  experiment = arguments[0]
+  experiment.optimizer.trainable, experiment.optimizer.offload = ["blocks.attention.*"], True
+  # Norms have few elements.
+  about = functools.partial(pytest.approx, rel=2e-3)
+  attention = 2 * 4 * 256 * 256
+  part = estimate(*arguments)
+  assert part.model_flops == about(
+    whole.model_flops - 2 * TOKENS * (BODY + 256 * 1000) + 2 * TOKENS * attention
+  )
+  assert part.recompute_flops == whole.recompute_flops
+  sent = {what.what: what.bytes for what in part.traffic}
+  assert sent["gradients"] == about(3 / 4 * attention * 4)
+  assert sent["moments"] == about(2 * 8 * attention / 4)
+  assert "gradients of tables" not in sent
 
 
 def test_bytes_of_the_ring(v5p):
