@@ -166,7 +166,7 @@ def read_model(source: GGUFSource) -> GGUFModel:
   heads, kv_heads, head_dim = (settings[x] for x in ("num_heads", "num_kv_heads", "head_dim"))
   if heads % kv_heads or head_dim % 2 or not head_dim:
     raise UserError(
-      f"{source.path}: {heads} query heads, {kv_heads} key heads and a head's size of {head_dim} do "
+      f"{source.path}: {heads} query heads, {kv_heads} key heads and heads of size {head_dim} do "
       "not fit each other: get the file again."
     )
   num_rows = source.tensors[EMBEDDING].shape[0]
