@@ -8,4 +8,5 @@ from lwm.convert.lwm_release import ReleaseOptions, export_release
 from lwm.convert.merged import merged
 from lwm.convert.orbax import export_orbax
 from lwm.convert.stablehlo import Sizes, export_programs
+from lwm.convert.vqgan import export_vqgan, import_vqgan, is_vqgan
 from lwm.convert.weights import Weights, import_weights

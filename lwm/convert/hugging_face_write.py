@@ -16,9 +16,10 @@ from lwm.checkpoint.parameters import unfinished
 from lwm.checkpoint.reader import StoredCheckpoint
 from lwm.convert.hugging_face import table
 from lwm.convert.hugging_face_config import CONFIG, Settings, architecture_of, write_config
-from lwm.convert.hugging_face_readme import readme
+from lwm.convert.hugging_face_readme import VQGAN, readme
 from lwm.convert.safetensors import SHARD_BYTES, SafetensorsSink, read_json
-from lwm.convert.table import convert_out, their_shapes, write_manifest
+from lwm.convert.table import common_dtype, convert_out, their_shapes, write_manifest
+from lwm.convert.vqgan import write_vqmodel
 from lwm.data.tokenizer import load_tokenizer, tokenizer_files
 from lwm.errors import UserError
 from lwm.vision.codec import Codec
@@ -55,20 +56,21 @@ def export_hugging_face(
   settings = Settings(architecture_of(config), config, stage.rope_theta, stage.sequence_length)
   rows, reader = table(settings.architecture, config), stored.reader()
   stored_dtypes = {
-    row.name: np.result_type(*(reader.arrays[part.path].dtype for part in row.parts))
-    for row in rows
+    row.name: common_dtype(reader.arrays[part.path].dtype for part in row.parts) for row in rows
   }
   tensors = {
-    name: ArrayInfo(shape, np.dtype(dtype or stored_dtypes[name]))
+    name: ArrayInfo(shape, np.dtype(dtype) if dtype else stored_dtypes[name])
     for name, shape in their_shapes(rows, config).items()
   }
-  whole_dtype = np.result_type(*(info.dtype for info in tensors.values())).name
+  whole_dtype = common_dtype(info.dtype for info in tensors.values()).name
   with unfinished(output) as new:
     marks = _write_tokenizer(new, stored.tokenizer_path, settings.context)
     layout = codec.config.layout if codec else None
     _write_json(new / CONFIG, write_config(settings, whole_dtype, marks, layout))
     if codec:
       (new / "README.md").write_text(readme(settings, codec.config))
+      (new / VQGAN).mkdir()
+      write_vqmodel(codec, new / VQGAN)
     with SafetensorsSink(new, tensors, shard_bytes) as sink:
       manifest = convert_out(reader.read, rows, config, sink, lambda name: tensors[name].dtype)
     write_manifest(new, manifest)

@@ -18,8 +18,10 @@ import numpy as np
 from lwm.checkpoint.arrays import ArrayInfo
 from lwm.errors import UserError
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+# Names of files: the stem and one of these endings.
+_STEM = "model"
+_SINGLE = ".safetensors"
+_INDEX = ".safetensors.index.json"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 _DTYPES = {
@@ -46,8 +48,12 @@ class _Place(NamedTuple):
 class SafetensorsSource:
   """The tensors of a directory; see `lwm.convert.tensors.Source`."""
 
-  def __init__(self, directory: pathlib.Path):
+  def __init__(self, directory: pathlib.Path, stem: str = _STEM):
     """Reads the headers of all files.
+
+    Args:
+      directory: of the files.
+      stem: name of a single file, without its ending; of an index likewise.
 
     Raises:
       UserError: a file is missing or damaged, or holds a tensor that is not a float.
@@ -55,7 +61,7 @@ class SafetensorsSource:
     self.path = directory
     self.tensors: dict[str, ArrayInfo] = {}
     self._places: dict[str, _Place] = {}
-    for file, names in _files(directory).items():
+    for file, names in _files(directory, stem).items():
       header = _read_header(file)
       if names is not None and (wrong := sorted(names ^ header.keys())):
         problem = "which its index names" if wrong[0] in names else "which its index does not name"
@@ -86,13 +92,20 @@ class SafetensorsSink:
   the caller's, who removes it after an error.
   """
 
-  def __init__(self, directory: pathlib.Path, tensors: Mapping[str, ArrayInfo], shard_bytes: int):
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    tensors: Mapping[str, ArrayInfo],
+    shard_bytes: int,
+    stem: str = _STEM,
+  ):
     """Plans the files, and writes their index if there are several.
 
     Args:
       directory: exists.
       tensors: shape and dtype of each tensor, in the order in which they will be written.
       shard_bytes: size of a file, at most, except that each holds at least one tensor.
+      stem: as in `SafetensorsSource`.
     """
     self._tensors = tensors
     self._directory = directory
@@ -102,14 +115,15 @@ class SafetensorsSink:
     self._starts: dict[str, tuple[str, list[str]]] = {}
     weight_map = {}
     for number, names in enumerate(shards, start=1):
-      file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+      shard = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
+      file = stem + shard + _SINGLE
       self._starts[names[0]] = file, names
       weight_map |= dict.fromkeys(names, file)
     self._left = list(reversed(tensors))
     if len(shards) > 1:
       size = sum(info.nbytes for info in tensors.values())
       index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-      (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+      (directory / (stem + _INDEX)).write_text(json.dumps(index, indent=2) + "\n")
 
   def __enter__(self) -> Self:
     return self
@@ -147,18 +161,20 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return content
 
 
-def _files(directory: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
+def _files(directory: pathlib.Path, stem: str) -> dict[pathlib.Path, set[str] | None]:
   """The files of a model, and the tensors that the index says are in each; None without index."""
-  if (directory / SINGLE).exists():
-    return {directory / SINGLE: None}
-  index = directory / INDEX
+  single, index = (directory / (stem + ending) for ending in (_SINGLE, _INDEX))
+  if single.exists():
+    return {single: None}
   if not index.exists():
     if any((directory / name).exists() for name in _PICKLED):
       raise UserError(
         f"{directory} holds pickles (pytorch_model.bin), which can execute code: save the model "
         "with transformers' save_pretrained, which writes safetensors."
       )
-    raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}: get all files of the model.")
+    raise UserError(
+      f"{directory} has neither {single.name} nor {index.name}: get all files of the model."
+    )
   weight_map = read_json(index).get("weight_map")
   if not isinstance(weight_map, dict) or not weight_map:
     raise UserError(f"{index} has no weight_map: get the file again.")

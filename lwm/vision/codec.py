@@ -59,7 +59,8 @@ class Codec:
   """Frames to codes and back with the VQGAN in one file.
 
   Attributes:
-    config: the VQGAN's sizes.
+    path: of the file.
+    config: the VQGAN's settings.
     state: all of its variables.
     sha256: hash of the file, hexadecimal; datasets record it to name their VQGAN.
   """
@@ -75,7 +76,7 @@ class Codec:
     Raises:
       UserError: the file does not exist or is not a VQGAN's.
     """
-    path = pathlib.Path(path)
+    self.path = path = pathlib.Path(path)
     if not path.is_file():
       raise UserError(f"There is no VQGAN file {path}: make one with experiments.train_vqgan.")
     try:

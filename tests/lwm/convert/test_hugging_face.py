@@ -9,7 +9,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import tokenizers
 
 from kernels.attention import causal
 from kernels.ring import Layout
@@ -24,6 +23,7 @@ from lwm.errors import UserError
 from lwm.infer import load_trained
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig
+from tests.lwm.convert.test_hugging_face_export import parameters, write_words
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "hugging_face"
 CASES = sorted(path.name for path in GOLDEN.iterdir())
@@ -33,17 +33,7 @@ FUSED = "phi3"
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> pathlib.Path:
-  """A tokenizer.json of 8 words, and settings beside it."""
-  directory = tmp_path_factory.mktemp("tokenizer")
-  words = ["<unk>", "<s>", "</s>", "a", "cat", "on", "the", "sofa"]
-  vocabulary = {word: index for index, word in enumerate(words)}
-  model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-  model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-  model.add_special_tokens(words[1:3])
-  model.save(str(directory / "tokenizer.json"))
-  (directory / "chat_template.jinja").write_text("{{ messages[0].content }}")
-  (directory / "generation_config.json").write_text('{"eos_token_id": [2, 4]}')
-  return directory / "tokenizer.json"
+  return write_words(tmp_path_factory.mktemp("tokenizer") / "words")
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +75,6 @@ def our_logits(checkpoint: pathlib.Path, ids: np.ndarray, **changes) -> np.ndarr
 def tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
   source = SafetensorsSource(directory)
   return {name: source.read(name) for name in source.tensors}
-
-
-def parameters(checkpoint: pathlib.Path) -> dict[str, np.ndarray]:
-  reader = newest(checkpoint).reader()
-  return {path: reader.read(path, ()) for path in reader.arrays}
 
 
 def assert_equal(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:

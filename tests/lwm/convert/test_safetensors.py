@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from lwm.checkpoint.arrays import ArrayInfo
-from lwm.convert.safetensors import INDEX, SINGLE, SafetensorsSink, SafetensorsSource
+from lwm.convert.safetensors import SafetensorsSink, SafetensorsSource
 from lwm.errors import UserError
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ARRAYS = {
   "b": np.arange(6, dtype=np.float32).reshape(2, 3),
   "a": np.array([1, -2, 3], ml_dtypes.bfloat16),

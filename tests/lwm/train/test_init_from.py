@@ -57,15 +57,14 @@ def test_a_vision_model_starts_from_a_text_model(
 ):
   experiment.model.tied_head = tied
   text = train(experiment, tmp_path / "text")
-  wide = with_vision(make_experiment, experiment, tied_head=tied)
+  wide = with_vision(make_experiment, experiment, tied_head=tied, norm_epsilon=1e-6)
   wide.init_from = str(tmp_path / "text")
   # On another mesh, too.
   wide.stages[0].mesh = MeshConfig(fsdp=2, ring=2, tensor=2)
   vision = train(wide, tmp_path / "vision", devices=8)
   output = capsys.readouterr().out
-  assert (
-    f"initial parameters: {tmp_path}/text/checkpoints/2; 8448 new rows for vision ids" in output
-  )
+  assert f"initial parameters: {tmp_path}/text/checkpoints/2; they were trained with " in output
+  assert "config.model.norm_epsilon=1e-05, not 1e-06; 8448 new rows for vision ids" in output
   rows = experiment.model.text_vocab_size
   np.testing.assert_array_equal(vision["embedding"][:rows], text["embedding"])
   new = vision["embedding"][rows:]

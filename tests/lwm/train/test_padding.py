@@ -44,9 +44,12 @@ def losses(workdir) -> list[float]:
   return [r["loss"] for r in read_metrics(workdir / "metrics.jsonl") if r["kind"] == "train"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moments", ("float32", "int8"))
 def test_padding_changes_nothing(experiment, tmp_path, moments):
   experiment.optimizer.moment_dtype = moments
+  # The two halves below are two runs of different lengths, to which other schedules would adapt.
+  experiment.optimizer.schedule = "constant"
   loop.train(experiment, tmp_path / "one", jax.devices()[:1])
   whole = final_state(tmp_path / "one", 4)[0]
   assert whole["embedding"].shape == (321, 32) and whole["output"].shape == (32, 321)
@@ -54,15 +57,11 @@ def test_padding_changes_nothing(experiment, tmp_path, moments):
   for steps, mesh, ids in zip((2, 4), MESHES, (322, 324)):
     stage = dataclasses.replace(experiment.stages[0], steps=steps, mesh=mesh, warmup_steps=2)
     part = dataclasses.replace(experiment, stages=[stage])
-    part.optimizer.schedule = "constant"
     loop.train(part, tmp_path / "padded", jax.devices()[:4])
     padded = final_state(tmp_path / "padded", steps)[0]
     assert padded["embedding"].shape == (ids, 32) and padded["output"].shape == (32, ids)
     assert not padded["embedding"][321:].any() and not padded["output"][:, 321:].any()
-  unpadded = dataclasses.replace(experiment)
-  unpadded.optimizer.schedule = "constant"
-  loop.train(unpadded, tmp_path / "constant", jax.devices()[:1])
-  np.testing.assert_allclose(losses(tmp_path / "padded"), losses(tmp_path / "constant"), rtol=1e-4)
+  np.testing.assert_allclose(losses(tmp_path / "padded"), losses(tmp_path / "one"), rtol=1e-4)
 
   # A sampler has no padding.
   with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])):
