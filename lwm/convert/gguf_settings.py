@@ -163,6 +163,12 @@ def read_model(source: GGUFSource) -> GGUFModel:
         f"{source.path}: {architecture}.{key} is {values[key]} and not the size of a head, "
         f"{settings['head_dim']}, which is not supported: convert another model."
       )
+  heads, kv_heads, head_dim = (settings[x] for x in ("num_heads", "num_kv_heads", "head_dim"))
+  if heads % kv_heads or head_dim % 2 or not head_dim:
+    raise UserError(
+      f"{source.path}: {heads} query heads, {kv_heads} key heads and heads of size {head_dim} do "
+      "not fit each other: get the file again."
+    )
   num_rows = source.tensors[EMBEDDING].shape[0]
   num_vision = metadata.get(_VISION, 0)
   if not isinstance(num_vision, int) or num_vision >= num_rows:
@@ -178,7 +184,7 @@ def read_model(source: GGUFSource) -> GGUFModel:
     tied_head=HEAD not in source.tensors,
     attention_bias=architecture == "qwen2",
     query_key_norm=architecture == "qwen3",
-    rope_scaling=_read_scaling(source, settings["head_dim"], theta),
+    rope_scaling=_read_scaling(source, head_dim, theta),
   )
   name = str(metadata.get("general.name", source.path.stem))
   return GGUFModel(architecture, name, config, theta, values[_CONTEXT])

@@ -211,6 +211,7 @@ def test_defaults_of_missing_keys(tmp_path):
     ({"llama.attention.head_count": [4, 4]}, "head_count is a list of 2, not a number"),
     ({"llama.embedding_length": "wide"}, "llama.embedding_length is 'wide', not a number"),
     ({"llama.rope.dimension_count": 4}, "rope.dimension_count is 4 and not the size of a head, 8"),
+    ({"llama.attention.head_count_kv": 3}, "4 query heads, 3 key heads"),
     ({"llama.expert_count": 8}, "llama.expert_count is 8, which is not supported"),
     ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type is 'yarn', which is not supported"),
     ({"llama.logit_scale": 2.0}, "llama.logit_scale is 2.0, a setting which is not known"),

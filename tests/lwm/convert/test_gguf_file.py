@@ -104,7 +104,7 @@ def test_counts_beyond_the_file_end_at_once(plain):
   # Tensors, keys, and the length of the first key.
   for offset in (8, 16, 24):
     plain.write_bytes(whole[:offset] + struct.pack("<Q", 1 << 62) + whole[offset + 8 :])
-    with pytest.raises(UserError, match="plain.gguf is damaged: .* ends after the file"):
+    with pytest.raises(UserError, match="plain.gguf is damaged: "):
       GGUFSource(plain)
 
 
@@ -134,7 +134,10 @@ SECOND = b"b.weight" + struct.pack("<IQQIQ", 2, 32, 2, 0, 256)
     ((2, 32, 2, 0, 1 << 60), "ends at byte"),
     ((2, 32, 2, 99, 256), "has type 99, which cannot be read"),
     ((2, 32, 2, int(gguf.GGMLQuantizationType.F64), 256), r"has type 28 \(F64\), which cannot"),
-    ((2, 31, 2, int(gguf.GGMLQuantizationType.Q8_0), 256), "blocks of 32 do not divide"),
+    (
+      (2, 31, 2, int(gguf.GGMLQuantizationType.Q8_0), 256),
+      "has rows of 31, which blocks of 32 do not",
+    ),
   ],
 )
 def test_wrong_descriptions_of_a_tensor(plain, description, message):

@@ -247,6 +247,7 @@ def test_tokenizers_that_gguf_does_not_know(json_file, model_file, tmp_path):
     sentence_iterator=iter(["the cat sat", "on the mat"]),
     model_prefix=str(unigram.with_suffix("")),
     vocab_size=20,
+    hard_vocab_limit=False,
     minloglevel=2,
   )
   with pytest.raises(
