@@ -22,6 +22,7 @@ from absl import flags
 
 from experiments import flags as experiment_flags
 from lwm import convert
+from lwm.config.vqgan import PIXEL_RANGES
 
 _INPUT = flags.DEFINE_string("input", None, "The model: a directory, a file, or KIND::FILE.")
 _OUTPUT = flags.DEFINE_string(
@@ -34,10 +35,11 @@ _PRESET = flags.DEFINE_string("preset", None, "Which of LWM's releases it is.")
 _ROPE_THETA = flags.DEFINE_float("rope_theta", None, "Base of RoPE of a release of LWM's.")
 _CONTEXT = flags.DEFINE_integer("context", None, "Context of a release of LWM's, in tokens.")
 _NUM_HEADS = flags.DEFINE_integer("num_heads", None, "Attention heads of a release of LWM's.")
+_RANGES = [f"{low},{high}" for low, high in PIXEL_RANGES]
 _PIXEL_RANGE = flags.DEFINE_enum(
   "pixel_range",
   None,
-  ["-1,1", "0,1"],
+  _RANGES,
   "Black and white of a VQGAN: -1,1 (LWM) or 0,1 (aMUSEd). Default: what it records; LWM's for a "
   "pickle.",
 )
@@ -50,19 +52,18 @@ _RESOLUTION = flags.DEFINE_integer(
 flags.mark_flags_as_required(["input", "output"])
 
 
-def vqgan() -> None:
-  pixel_range = tuple(map(int, _PIXEL_RANGE.value.split(","))) if _PIXEL_RANGE.value else None
-  config = convert.import_vqgan(
-    pathlib.Path(_INPUT.value), pathlib.Path(_OUTPUT.value), pixel_range, _RESOLUTION.value
-  )
-  print(f"{_INPUT.value}: {config} is in {_OUTPUT.value}")
+def vqgan(path: pathlib.Path, output: pathlib.Path) -> None:
+  pixel_range = PIXEL_RANGES[_RANGES.index(_PIXEL_RANGE.value)] if _PIXEL_RANGE.value else None
+  config = convert.import_vqgan(path, output, pixel_range, _RESOLUTION.value)
+  print(f"{path}: {config} is in {output}")
 
 
 def main(argv: list[str]) -> None:
   del argv
   assert _INPUT.value and _OUTPUT.value  # absl requires them.
-  if convert.is_vqgan(pathlib.Path(_INPUT.value)):
-    vqgan()
+  path, output = pathlib.Path(_INPUT.value), pathlib.Path(_OUTPUT.value)
+  if convert.is_vqgan(path):
+    vqgan(path, output)
     return
   options = convert.ReleaseOptions(
     preset=_PRESET.value,
@@ -72,8 +73,8 @@ def main(argv: list[str]) -> None:
     tokenizer=pathlib.Path(_TOKENIZER.value) if _TOKENIZER.value else None,
   )
   weights = convert.read_weights(_INPUT.value, options)
-  convert.import_weights(weights, pathlib.Path(_OUTPUT.value))
-  print(f"{weights.name}: {len(weights.table)} tensors are in {_OUTPUT.value}")
+  convert.import_weights(weights, output)
+  print(f"{weights.name}: {len(weights.table)} tensors are in {output}")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ import numpy as np
 from lwm.checkpoint.arrays import ArrayInfo
 from lwm.errors import UserError
 
-# Names of files: the stem and one of these endings.
 _STEM = "model"
-_SINGLE = ".safetensors"
-_INDEX = ".safetensors.index.json"
+SINGLE = f"{_STEM}.safetensors"
+INDEX = f"{SINGLE}.index.json"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 _DTYPES = {
@@ -116,14 +115,14 @@ class SafetensorsSink:
     weight_map = {}
     for number, names in enumerate(shards, start=1):
       shard = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
-      file = stem + shard + _SINGLE
+      file = f"{stem}{shard}.safetensors"
       self._starts[names[0]] = file, names
       weight_map |= dict.fromkeys(names, file)
     self._left = list(reversed(tensors))
     if len(shards) > 1:
       size = sum(info.nbytes for info in tensors.values())
       index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-      (directory / (stem + _INDEX)).write_text(json.dumps(index, indent=2) + "\n")
+      (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
   def __enter__(self) -> Self:
     return self
@@ -163,7 +162,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def _files(directory: pathlib.Path, stem: str) -> dict[pathlib.Path, set[str] | None]:
   """The files of a model, and the tensors that the index says are in each; None without index."""
-  single, index = (directory / (stem + ending) for ending in (_SINGLE, _INDEX))
+  single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
   if single.exists():
     return {single: None}
   if not index.exists():

@@ -1,7 +1,7 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864), with Hugging Face's layout of pairs.
 
 Element i of a head is rotated together with element i + D/2. Meta's and LWM's checkpoints pair 2i
-with 2i + 1 instead; lwm/convert does not accept them.
+with 2i + 1 instead; lwm/convert changes their order.
 
 B batch, S sequence, H heads, D head_dim, P = D/2 pairs.
 """

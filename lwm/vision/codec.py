@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from lwm.config.vqgan import VQGANConfig
-from lwm.errors import UserError
+from lwm.errors import UserError, disk_error
 from lwm.vision.vqgan import VQGAN
 
 _CONFIG = "config"
@@ -42,17 +42,27 @@ def save_vqgan(path: str | os.PathLike, config: VQGANConfig, state: nnx.State) -
     path: the file; its folder is created.
     config: the sizes of the model.
     state: all variables of the model, as `nnx.state(model)` returns them.
+
+  Raises:
+    UserError: the file cannot be written.
   """
   # The config comes first: the order is part of the file's hash.
   arrays = {_CONFIG: np.array(json.dumps(dataclasses.asdict(config)))}
   for keys, value in nnx.to_flat_state(state):
     arrays[".".join(str(key) for key in keys)] = np.asarray(value[...])
   path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
   unfinished = path.with_name(path.name + ".unfinished")
-  with open(unfinished, "wb") as file:
-    np.savez(file, **arrays)  # type: ignore[arg-type]  # no array is named allow_pickle
-  unfinished.rename(path)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(unfinished, "wb") as file:
+      np.savez(file, **arrays)  # type: ignore[arg-type]  # no array is named allow_pickle
+    unfinished.rename(path)
+  except OSError as error:
+    unfinished.unlink(missing_ok=True)
+    raise UserError(
+      f"{path} could not be written ({disk_error(error)}): fix the disk and run the same command "
+      "again."
+    ) from error
 
 
 class Codec:

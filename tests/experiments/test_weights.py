@@ -3,9 +3,12 @@
 import json
 import pathlib
 
+import numpy as np
 import pytest
+import safetensors.numpy
 import tokenizers
 
+from lwm.vision import Codec
 from tests import programs
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "hugging_face"
@@ -76,3 +79,18 @@ def test_mistakes_end_in_one_sentence(tmp_path, program, arguments, message):
   assert done.returncode == 1
   assert done.stderr.startswith("error: ") and message in done.stderr
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_vqgan_comes_in(tmp_path):
+  with np.load(GOLDEN.with_name("vqmodel.npz")) as golden:
+    config = {"_class_name": "VQModel", **json.loads(str(golden["config"]))}
+    weights = {name.removeprefix("weights/"): golden[name] for name in golden if "/" in name}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  safetensors.numpy.save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
+  arguments = f"--input={tmp_path}", f"--output={tmp_path / 'vqgan.npz'}"
+  done = programs.run("experiments.import_weights", *arguments)
+  assert done.returncode == 1 and "give --pixel_range=0,1" in done.stderr
+  run("import_weights", *arguments, "--pixel_range=0,1", "--resolution=16")
+  config = Codec(tmp_path / "vqgan.npz").config
+  assert (config.pixel_range, config.resolution) == ((0, 1), 16)

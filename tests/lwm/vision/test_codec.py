@@ -1,5 +1,8 @@
 """The file of a VQGAN, and frames to codes and back."""
 
+import errno
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -63,6 +66,17 @@ def test_same_weights_same_file_other_weights_another(model, path, tmp_path):
   assert Codec(tmp_path / "same.npz").sha256 == Codec(path).sha256
   assert Codec(tmp_path / "other.npz").sha256 != Codec(path).sha256
   assert sorted(file.name for file in tmp_path.iterdir()) == ["other.npz", "same.npz"]
+
+
+def test_a_full_disk_leaves_nothing(model, tmp_path, monkeypatch):
+  def full(file, **arrays):
+    file.write(b"PK")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(np, "savez", full)
+  with pytest.raises(UserError, match="vqgan.npz could not be written .No space left on device"):
+    save_vqgan(tmp_path / "vqgan.npz", TINY, nnx.state(model))
+  assert not list(tmp_path.iterdir())
 
 
 def test_the_config_is_first_in_the_file(path):
