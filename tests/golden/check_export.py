@@ -93,7 +93,8 @@ def read(directory: pathlib.Path) -> None:
   vision = directory / "exported" / VISION
   program = re.search(r"```python\n(.*?)```", (vision / "README.md").read_text(), re.DOTALL)
   assert program
-  subprocess.run([sys.executable, "-c", program[1], vision, TEXTS[0], "2"], check=True)
+  command = [sys.executable, "-c", program[1], vision.resolve(), TEXTS[0], "2"]
+  subprocess.run(command, check=True, cwd=directory)
   if wrong:
     sys.exit(f"wrong: {wrong}")
 
