@@ -2,6 +2,9 @@
 
 A model with vision ids becomes a Llama of text and vision rows. Its config.json says which ids are
 vision ids, and its README.md how to sample frames.
+
+transformers 5 takes Qwen2's own tokenizer class for every model of type qwen2, which a model with
+attention_bias becomes. Load another tokenizer of such a model with PreTrainedTokenizerFast.
 """
 
 import json

@@ -112,13 +112,13 @@ class SafetensorsSink:
     shards = _shards(tensors, shard_bytes)
     # The names that each file begins with.
     self._starts: dict[str, tuple[str, list[str]]] = {}
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
       shard = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
       file = f"{stem}{shard}.safetensors"
       self._starts[names[0]] = file, names
       weight_map |= dict.fromkeys(names, file)
-    self._left = list(reversed(tensors))
+    self._left = list(tensors)[::-1]
     if len(shards) > 1:
       size = sum(info.nbytes for info in tensors.values())
       index = {"metadata": {"total_size": size}, "weight_map": weight_map}
