@@ -14,9 +14,7 @@ from kernels.quantised_matmul.matrix import QuantizedMatrix
 class Product(Protocol):
   """The product with the matrix of one layer."""
 
-  def __call__(
-    self, x_BxK: jax.Array, matrix: QuantizedMatrix, layer: jax.Array
-  ) -> jax.Array:
+  def __call__(self, x_BxK: jax.Array, matrix: QuantizedMatrix, layer: jax.Array) -> jax.Array:
     """Returns float32 [B, N]."""
 
 

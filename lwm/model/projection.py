@@ -24,8 +24,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lwm.config.model import ModelConfig
-from lwm.model import lora
+from lwm.model import lora, quantised
 from lwm.model.parameters import matrix, zeros
+from lwm.model.quantised import QuantizedKernel
 from lwm.parallel.sharding import LogicalAxes
 
 
@@ -33,7 +34,7 @@ class Weights(NamedTuple):
   """The weights of a projection in use, or their partitions.
 
   Attributes:
-    kernel: [inputs..., outputs...].
+    kernel: [inputs..., outputs...], or a `QuantizedKernel`.
     bias: [outputs...], or None.
     a: [inputs..., R], already scaled, or None; `a` and `b` add `a b` to the kernel (LoRA).
     b: [R, outputs...], or None.
@@ -59,6 +60,9 @@ class Weights(NamedTuple):
 
   def split_inputs(self, groups: int) -> "Weights":
     """The same weights with the first input axis split in two, of which the first has size N."""
+
+    if groups == 1 and isinstance(self.kernel, QuantizedKernel):
+      return self
 
     def split(array: jax.Array | None) -> jax.Array | None:
       return None if array is None else array.reshape(groups, -1, *array.shape[1:])
@@ -120,9 +124,11 @@ class Projection:
   def gather(self, layer: Any, dtype: DTypeLike, whole: bool = False) -> Weights:
     """The weights in `dtype`, whole along `model` (see `ShardingRules.gather`)."""
 
-    def gathered(parameter: nnx.Param, axes: LogicalAxes, scale: float = 1.0) -> jax.Array:
-      value = parameter[...] if scale == 1 else scale * parameter[...]
-      return layer.rules.gather(value, dtype, *axes, whole=whole)
+    def gathered(parameter: nnx.Param, axes: LogicalAxes, scale: float = 1.0) -> Any:
+      value = parameter.get_value()
+      if isinstance(value, QuantizedKernel):
+        return value.gather(layer.rules, *self._divided)
+      return layer.rules.gather(value if scale == 1 else scale * value, dtype, *axes, whole=whole)
 
     kernel, bias, a, b = self._parts(layer)
     return Weights(
@@ -134,7 +140,19 @@ class Projection:
 
   def specs(self, layer: Any) -> Weights:
     """The partitions of what `gather` returns."""
-    return Weights(*(part and layer.rules.gathered(*part[1]) for part in self._parts(layer)))
+
+    def partition(parameter: nnx.Param, axes: LogicalAxes) -> Any:
+      value = parameter.get_value()
+      if isinstance(value, QuantizedKernel):
+        return value.specs(layer.rules, *self._divided)
+      return layer.rules.gathered(*axes)
+
+    return Weights(*(part and partition(*part) for part in self._parts(layer)))
+
+  @property
+  def _divided(self) -> tuple[str | None, str | None]:
+    """The first axes of inputs and of outputs; only these may be divided over devices."""
+    return self.axes[0], self.axes[self.num_inputs]
 
   def _parts(self, layer: Any) -> list[tuple[nnx.Param, LogicalAxes] | None]:
     """The parameters of a layer in the order of `Weights`, with their logical axes."""
@@ -161,7 +179,10 @@ def product(
     weights: as gathered, or parts of them.
     dtype: of the result; default: that of x.
   """
-  out = jnp.einsum(equation, x, weights.kernel, preferred_element_type=dtype)
+  if isinstance(weights.kernel, QuantizedKernel):
+    out = quantised.product(equation, x, weights.kernel, dtype)
+  else:
+    out = jnp.einsum(equation, x, weights.kernel, preferred_element_type=dtype)
   if weights.a is not None:
     operands, result = equation.split("->")
     given, kernel = operands.split(",")

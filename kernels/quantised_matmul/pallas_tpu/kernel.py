@@ -32,7 +32,7 @@ STEP_ROWS = 256
 
 def product(x_RxK: jax.Array, matrix: QuantizedMatrix, layer: jax.Array) -> jax.Array:
   """The product with the matrix of one layer, float32 [R, N]."""
-  (R, K), (_, P, N), J = x_RxK.shape, matrix.codes.shape, matrix.scales.shape[1]
+  R, (_, P, N), J = x_RxK.shape[0], matrix.codes.shape, matrix.scales.shape[1]
   p, n, halves = step_rows(matrix), block_outputs(matrix), 8 // matrix.grid.bits
   # Bytes hold the codes of the two halves of a group.
   x_RxJxHxr = x_RxK.reshape(R, J, halves, -1)
