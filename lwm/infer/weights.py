@@ -21,6 +21,8 @@ FORMS = ("float32", "bfloat16", *GRIDS)
 # The embedding and the head have the most effect on the logits, so they keep 8 bits.
 _TABLE_GRIDS = {4: GRIDS["int8_32"]}
 _TABLES = (quantised.EMBEDDING, "output")
+# Names of the parameters that are not always float32.
+_MATRICES = (quantised.EMBEDDING, *quantised.INPUT_AXES)
 
 # (path, layer or None) -> an array, or one layer of it.
 Read = Callable[[str, int | None], np.ndarray]
@@ -28,6 +30,8 @@ Read = Callable[[str, int | None], np.ndarray]
 
 def load_params(stored: StoredCheckpoint, model: Model, form: str) -> Any:
   """The parameters of a checkpoint, sharded by the model's rules over the mesh that is set.
+
+  Norms, biases and low-rank additions are float32 in every form.
 
   Quantized parameters are read one layer at a time, so that host memory holds the codes of one
   parameter and the floats of one layer, whatever the model.
@@ -40,15 +44,14 @@ def load_params(stored: StoredCheckpoint, model: Model, form: str) -> Any:
   Raises:
     UserError: the groups of a matrix do not divide over the mesh.
   """
-  mesh = jax.sharding.get_mesh()
   if form not in GRIDS:
-    shardings = model.rules.tree_shardings(model.logical_axes, mesh)
-    abstract = jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(form), sharding=sharding),
-      model.abstract(),
-      shardings,
-    )
-    return stored.params(abstract)
+    shardings = model.rules.tree_shardings(model.logical_axes, jax.sharding.get_mesh())
+
+    def abstract(keys, leaf, sharding):
+      dtype = form if keys[-1].key in _MATRICES else "float32"
+      return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding)
+
+    return stored.params(jax.tree.map_with_path(abstract, model.abstract(), shardings))
   reader = stored.reader()
   return quantized_params(
     model, lambda path, layer: reader.read(path, () if layer is None else (layer,)), GRIDS[form]

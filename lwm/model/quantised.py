@@ -1,13 +1,12 @@
 """Quantized weights in the model: the codes of a matrix in the place of a parameter's floats.
 
 The seven linear maps of a block, the embedding and the head may be quantized; everything else stays
-in floats. There are no gradients. Group sizes, rounding and the product are in
-kernels/quantised_matmul.
+in floats. There are no gradients. kernels/quantised_matmul has the grids and the product.
 
-A sampler reads every weight once per token, so all layers stay stacked and a layer's product reads
-its own codes in place: `jax.lax.scan` would copy the layer first.
+A sampler reads every weight once per token. So the codes of all layers stay stacked, and the
+product of a layer reads its codes in place; `jax.lax.scan` would copy each layer first.
 
-L layers, V vocabulary, M model width.
+V vocabulary, M model width, K inputs, N outputs.
 """
 
 import dataclasses
@@ -21,19 +20,11 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from kernels.quantised_matmul import Grid, QuantizedMatrix, quantised_matmul
+from lwm.config.model import PROJECTIONS
 from lwm.parallel.sharding import LogicalAxes, ShardingRules
 
-# How many of the axes of a kernel, without the axis of layers, are inputs; by parameter name.
-INPUT_AXES = {
-  "query": 1,
-  "key": 1,
-  "value": 1,
-  "out": 2,
-  "gate": 1,
-  "up": 1,
-  "down": 1,
-  "output": 1,
-}
+# How many axes of a kernel, without the axis of layers, are inputs; by parameter name.
+INPUT_AXES = dict.fromkeys((*PROJECTIONS, "output"), 1) | {"out": 2}
 # The embedding [V, M] is stored as the kernel [M, V] that it is when the head is tied to it.
 EMBEDDING = "embedding"
 
@@ -44,8 +35,8 @@ class QuantizedKernel:
   """The kernel of a projection, or the partitions of its arrays.
 
   Attributes:
-    matrix: of all layers; input axes are one axis, output axes are one axis.
-    layer: int32 scalar, the layer that is meant; None: all.
+    matrix: all layers, with the input axes flattened to K and the output axes to N.
+    layer: int32 scalar, the layer in use. None: the stored parameter, or a matrix of one layer.
     trailing: sizes of the output axes after the first.
   """
 
@@ -56,7 +47,7 @@ class QuantizedKernel:
   def gather(
     self, rules: ShardingRules, inputs: str | None, outputs: str | None
   ) -> "QuantizedKernel":
-    """This layer's kernel, whole along `model`: in place if it is stored so.
+    """This layer's kernel, whole along `model`; a view of all layers if it is stored whole.
 
     Args:
       rules: how it is stored.
