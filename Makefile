@@ -25,10 +25,10 @@ lint: .venv/.test
 	$(BIN)/mypy
 
 quick: .venv/.test
-	$(BIN)/python -m pytest -n 2 --quick
+	$(BIN)/python -m pytest -n 2 --dist worksteal --quick
 
 test: .venv/.test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check-python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \

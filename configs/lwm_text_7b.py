@@ -1,10 +1,10 @@
 """LWM-Text 7B: five stages from 32K to 1M tokens (arXiv 2402.08268, table 1 and appendix).
 
-For 256 TPU v4 chips. LWM started from Llama-2 7B; a run here starts from random parameters, because
-no program writes converted ones (lwm/convert) as a checkpoint yet. The datasets are books filtered
-by length, one directory per stage, made by `python -m experiments.prepare_data`. Give the paths of
-yours by flags:
+For 256 TPU v4 chips. The run starts from Llama-2 7B, as LWM's did. The datasets are books filtered
+by length, one directory per stage, made by `python -m experiments.prepare_data` with the tokenizer
+of the imported model. Give the paths of yours by flags:
 
+    python -m experiments.import_weights --input=Llama-2-7b-hf --output=weights/llama2_7b
     python -m experiments.train --config=configs/lwm_text_7b.py --workdir=/shared/runs/text \
         '--config.datasets[0].path=/shared/data/books-10k-100k'
 
@@ -53,7 +53,8 @@ def get_config() -> Experiment:
     )
   return Experiment(
     name="lwm_text_7b",
-    tokenizer="data/lwm/tokenizer.model",
+    init_from="weights/llama2_7b",
+    tokenizer="weights/llama2_7b/tokenizer/tokenizer.model",
     model=models.lwm_7b(),
     optimizer=OptimizerConfig(
       schedule="constant", peak_learning_rate=4e-5, end_learning_rate=4e-5, weight_decay=0.1

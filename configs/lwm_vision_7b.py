@@ -1,10 +1,11 @@
 """LWM 7B over text and video: five stages from 1K to 1M tokens (arXiv 2402.08268, appendix).
 
 For 512 TPU v4 chips. A run starts from the final parameters of configs/lwm_text_7b.py, as LWM's
-did, with new rows for vision ids; name that run's workdir with --config.init_from. Images and
-videos have 256 codes per frame, and videos 4 frames per second. The chat stages are one quarter
-each of text-to-image, image understanding, text-to-video and video understanding. Give the paths of
-your datasets by flags, as described in configs/lwm_text_7b.py, which also covers faster meshes.
+did, with new rows for vision ids; name that run's workdir with --config.init_from, or LWM's own
+text model, imported (docs/lwm_weights.md). Images and videos have 256 codes per frame, and videos 4
+frames per second. The chat stages are one quarter each of text-to-image, image understanding,
+text-to-video and video understanding. Give the paths of your datasets by flags, as described in
+configs/lwm_text_7b.py, which also covers faster meshes.
 """
 
 from configs import models
@@ -47,7 +48,7 @@ def get_config() -> Experiment:
   return Experiment(
     name="lwm_vision_7b",
     init_from="runs/lwm_text_7b",
-    tokenizer="data/lwm/tokenizer.model",
+    tokenizer="weights/llama2_7b/tokenizer/tokenizer.model",
     model=models.lwm_7b(vision=True),
     optimizer=OptimizerConfig(
       schedule="cosine", peak_learning_rate=6e-4, end_learning_rate=6e-5, weight_decay=0.1

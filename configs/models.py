@@ -40,6 +40,18 @@ def llama3_8b(vision: bool = False, scaled_rope: bool = True) -> ModelConfig:
   return model
 
 
+def qwen3_8b() -> ModelConfig:
+  """Qwen3 8B, which uses rope_theta 1e6 (arXiv 2505.09388)."""
+  model = lwm_7b()
+  model.num_layers = 36
+  model.num_kv_heads = 8
+  model.feed_forward_width = 12288
+  model.text_vocab_size = 151936
+  model.norm_epsilon = 1e-6
+  model.query_key_norm = True
+  return model
+
+
 def laptop(text_vocab_size: int) -> ModelConfig:
   """3.5 million parameters, for two CPU cores: float32, without recompute."""
   return ModelConfig(

@@ -9,6 +9,8 @@ os.environ["XLA_FLAGS"] = (
   + " --xla_force_host_platform_device_count=8"
   # With this scheduler, jaxlib 0.11.2 computes wrong gradients of a ring with a cached program.
   + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+  # Most programs run once. LLVM's optimisations would take almost half of the suite's time.
+  + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 # With fewer threads, all of them can wait in collectives: see lwm/parallel/xla_flags.py.
 os.environ.setdefault("PJRT_NPROC", "128")

@@ -23,6 +23,8 @@ from lwm.errors import UserError
 
 # The directory of checkpoints in a run's workdir.
 DIRECTORY = "checkpoints"
+# The item of a checkpoint that holds the parameters.
+PARAMS = "params"
 
 
 def all_steps(directory: pathlib.Path) -> list[int]:
@@ -44,7 +46,7 @@ def newest(run: pathlib.Path) -> "StoredCheckpoint":
     UserError: there is no checkpoint, or the newest one is damaged.
   """
   path = run
-  if not any((run / item).exists() for item in ("params", "progress", digests.FILE_NAME)):
+  if not any((run / item).exists() for item in (PARAMS, "progress", digests.FILE_NAME)):
     directory = run / DIRECTORY if (run / DIRECTORY).is_dir() else run
     steps = all_steps(directory)
     if not steps:
@@ -127,7 +129,7 @@ class StoredCheckpoint:
 
   def reader(self) -> ArrayReader:
     """Reads the parameters one at a time, without devices."""
-    return ArrayReader(self.path / "params")
+    return ArrayReader(self.path / PARAMS)
 
   @property
   def predates_digests(self) -> bool:
@@ -148,7 +150,7 @@ class StoredCheckpoint:
     Args:
       abstract: a tree of `jax.ShapeDtypeStruct` with shardings, with the structure that was stored.
     """
-    return self._restore("params", abstract)
+    return self._restore(PARAMS, abstract)
 
   def moments(self, abstract: Any) -> Any:
     """Reads the optimizer's state, likewise."""

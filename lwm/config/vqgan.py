@@ -6,6 +6,8 @@ import dataclasses
 _LWM_CODEBOOK_SIZE = 8192
 # LWM rounds the number of vision ids up to a multiple of this.
 _VOCAB_MULTIPLE = 256
+# The ranges of pixels that VQGANs are trained with.
+PIXEL_RANGES = ((-1, 1), (0, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,9 @@ class VQGANConfig:
   codebook_size: int = _LWM_CODEBOOK_SIZE
   codebook_width: int = 64
   norm_groups: int = 32
+  # The values of black and of white, in and out. LWM's VQGAN uses -1 and 1; aMUSEd's, which is the
+  # same network, uses 0 and 1.
+  pixel_range: tuple[int, int] = (-1, 1)
 
   @property
   def level_channels(self) -> tuple[int, ...]:
@@ -75,7 +80,12 @@ class VQGANConfig:
 
   def validate(self) -> None:
     """Raises ValueError, naming the settings that are wrong or contradict each other."""
+    if self.pixel_range not in PIXEL_RANGES:
+      known = " or ".join(map(str, PIXEL_RANGES))
+      raise ValueError(f"pixel_range={self.pixel_range} must be {known}.")
     for field in dataclasses.fields(self):
+      if field.name == "pixel_range":
+        continue
       value = getattr(self, field.name)
       smallest = 0 if field.name == "num_res_blocks" else 1
       sizes = value if isinstance(value, tuple) and value else (value,)

@@ -1,4 +1,12 @@
 """Conversion of weights from and to other codebases."""
 
-from lwm.convert.llama import config_from_hugging_face, from_hugging_face, to_hugging_face
+from lwm.convert.formats import read_weights
+from lwm.convert.gguf import export_gguf
+from lwm.convert.hugging_face_read import read_hugging_face
+from lwm.convert.hugging_face_write import export_hugging_face
+from lwm.convert.lwm_release import ReleaseOptions, export_release
+from lwm.convert.merged import merged
+from lwm.convert.orbax import export_orbax
+from lwm.convert.stablehlo import Sizes, export_programs
+from lwm.convert.vqgan import export_vqgan, import_vqgan, is_vqgan
 from lwm.convert.weights import Weights, import_weights

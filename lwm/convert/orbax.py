@@ -14,7 +14,7 @@ from lwm.convert.table import describe, parameter_shapes, write_manifest
 _CONFIG = "model.json"
 
 
-def export_orbax(stored: StoredCheckpoint, output: pathlib.Path, dtype: str) -> None:
+def export_orbax(stored: StoredCheckpoint, output: pathlib.Path, dtype: str | None) -> None:
   """Writes the parameters as nested dictionaries of arrays, and the model's settings.
 
       orbax.checkpoint.StandardCheckpointer().restore(OUTPUT / "params")
@@ -24,24 +24,28 @@ def export_orbax(stored: StoredCheckpoint, output: pathlib.Path, dtype: str) -> 
   Args:
     stored: the checkpoint.
     output: must not exist.
-    dtype: of the arrays.
+    dtype: of the arrays; None: each as it is stored.
 
   Raises:
     UserError: the output exists or cannot be written; nothing is left then.
   """
   reader, shapes = stored.reader(), parameter_shapes(stored.experiment.model)
-  arrays = {path: ArrayInfo(shape, np.dtype(dtype)) for path, shape in shapes.items()}
+  dtypes = {path: np.dtype(dtype or info.dtype) for path, info in reader.arrays.items()}
+  arrays = {path: ArrayInfo(shape, dtypes[path]) for path, shape in shapes.items()}
   manifest = {}
   with unfinished(output) as new:
     with ArrayWriter(new / "params", arrays) as writer:
       for path, shape in shapes.items():
         for where in [(layer,) for layer in range(shape[0])] if is_stacked(path) else [()]:
           array = reader.read(path, where)
-          array = array[tuple(map(slice, shape[len(where) :]))].astype(dtype)
+          array = array[tuple(map(slice, shape[len(where) :]))].astype(arrays[path].dtype)
           writer.write(path, array, where)
           manifest[".".join([path, *map(str, where)])] = describe(array)
     stage = stored.experiment.stages[stored.position.stage]
-    settings = {"rope_theta": stage.rope_theta, "context": stage.sequence_length}
-    settings["model"] = dataclasses.asdict(stored.experiment.model)
+    settings = {
+      "rope_theta": stage.rope_theta,
+      "context": stage.sequence_length,
+      "model": dataclasses.asdict(stored.experiment.model),
+    }
     (new / _CONFIG).write_text(json.dumps(settings, indent=1) + "\n")
     write_manifest(new, manifest)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -144,7 +144,7 @@ def their_shapes(table: Sequence[Tensor], config: ModelConfig) -> dict[str, Shap
 def arrays_of(source: Source, table: Sequence[Tensor], config: ModelConfig) -> dict[str, ArrayInfo]:
   """Checks a source against the table, and returns the arrays that it converts to.
 
-  A parameter has the dtype of its first tensor.
+  A parameter has the dtype of its tensors, or float32 if theirs differ.
 
   Raises:
     UserError: a tensor is missing, is not in the table, or has another shape.
@@ -166,11 +166,17 @@ def arrays_of(source: Source, table: Sequence[Tensor], config: ModelConfig) -> d
         f"settings make it {shape}: check the settings and the file."
       )
   shapes = parameter_shapes(config)
-  dtypes: dict[str, np.dtype] = {}
+  dtypes: dict[str, set[np.dtype]] = {path: set() for path in shapes}
   for tensor in table:
     for part in tensor.parts:
-      dtypes.setdefault(part.path, source.tensors[tensor.name].dtype)
-  return {path: ArrayInfo(shape, dtypes[path]) for path, shape in shapes.items()}
+      dtypes[part.path].add(source.tensors[tensor.name].dtype)
+  return {path: ArrayInfo(shape, common_dtype(dtypes[path])) for path, shape in shapes.items()}
+
+
+def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+  """The dtype of all of them, or float32, which holds every number of the others."""
+  kinds = set(dtypes)
+  return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
 
 
 def convert_in(

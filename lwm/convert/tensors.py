@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -18,8 +18,11 @@ class Source(Protocol):
       dtype, float32, of what `read` returns.
   """
 
-  path: pathlib.Path
-  tensors: Mapping[str, ArrayInfo]
+  @property
+  def path(self) -> pathlib.Path: ...
+
+  @property
+  def tensors(self) -> Mapping[str, ArrayInfo]: ...
 
   def read(self, name: str) -> np.ndarray:
     """One tensor. Raises UserError, with the file and the name, if it cannot be read."""
@@ -32,7 +35,7 @@ class Sink(Protocol):
   It knows the names, shapes and dtypes of all tensors from its constructor.
   """
 
-  def __enter__(self) -> "Sink": ...
+  def __enter__(self) -> Self: ...
 
   def __exit__(self, error_type: Any, error: Any, traceback: Any) -> bool | None: ...
 

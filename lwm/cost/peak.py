@@ -1,5 +1,6 @@
 """Peak FLOP/s of a device: the denominator of MFU."""
 
+import functools
 import time
 
 import jax
@@ -16,13 +17,14 @@ def peak_flops(device: jax.Device, compute_dtype: str) -> float | None:
   the whole machine, divided equally among its (virtual) devices.
   """
   if device.platform == "cpu":
-    return measured_flops(device, compute_dtype) / jax.local_device_count()
+    return measured_flops(jax.local_devices()[0], compute_dtype) / jax.local_device_count()
   chip = of_kind(device.device_kind)
   return chip.flops if chip else None
 
 
+@functools.cache
 def measured_flops(device: jax.Device, compute_dtype: str, size: int = 2048) -> float:
-  """FLOP/s of the best of four size x size matrix products on `device`."""
+  """FLOP/s of the best of four size x size matrix products on `device`, measured once."""
   matrix = jax.device_put(jnp.ones((size, size), compute_dtype), device)
   multiply = jax.jit(jnp.matmul)
   jax.block_until_ready(multiply(matrix, matrix))

@@ -71,7 +71,7 @@ class ChatFormat:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     try:
-      source = _template_source(tokenizer.path, settings)
+      source = template_of(tokenizer.path, settings) or DEFAULT_TEMPLATE
       self._template = environment.from_string(source)
     except Exception as error:  # The settings can hold anything.
       raise UserError(
@@ -194,14 +194,15 @@ class _Generation(jinja2.ext.Extension):
     return _ANSWER + caller() + _ANSWER_END
 
 
-def _template_source(path: pathlib.Path, settings: dict[str, Any]) -> str:
+def template_of(path: pathlib.Path, settings: dict[str, Any]) -> str | None:
+  """The chat template of the tokenizer at `path`, in a file of its own or in its settings."""
   file = path.with_name(SETTINGS_FILES[1])
   if file.exists():
     return file.read_text("utf-8-sig")
   template = settings.get("chat_template")
   if isinstance(template, list):  # Templates by name.
     template = {entry["name"]: entry["template"] for entry in template}.get("default")
-  return template or DEFAULT_TEMPLATE
+  return template
 
 
 def _raise_exception(message: str) -> None:

@@ -26,8 +26,14 @@ _MARKS = (
 # "user-defined". With the type "unused", no text becomes such a piece, but decoding shows it.
 _VISION_SYMBOLS = re.compile(rb"(\n(?:\x08<vision>|\t</vision>)\x15.{4}\x18)\x04", re.DOTALL)
 _UNUSED = b"\x05"
-# What may be beside a tokenizer's file and belongs to it; see `read_settings` and chat.py.
-SETTINGS_FILES = ("tokenizer_config.json", "chat_template.jinja")
+# What may be beside a tokenizer's file and belongs to it; see `read_settings` and chat.py. The last
+# two are kept for export alone.
+SETTINGS_FILES = (
+  "tokenizer_config.json",
+  "chat_template.jinja",
+  "special_tokens_map.json",
+  "generation_config.json",
+)
 # Longer lines, in characters, are split: the trainer leaves out lines of more than a mebibyte.
 _LONGEST_LINE = 1 << 14
 # The trainer uses this character internally, and leaves out every line that contains it.

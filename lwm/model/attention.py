@@ -20,6 +20,7 @@ from kernels.varying import vary_trees_alike
 from lwm.config.model import ModelConfig
 from lwm.cost.layer import FLOAT32_BYTES, KEPT, Division, LayerCost, dtype_bytes
 from lwm.model import rope
+from lwm.model.lora import num_added
 from lwm.model.parameters import RMSNorm, residual_std
 from lwm.model.projection import Projection, Weights, product
 from lwm.parallel.sharding import ShardingRules
@@ -146,6 +147,8 @@ def attention_cost(config: ModelConfig, division: Division) -> LayerCost:
   kept, number, groups = KEPT[config.remat], dtype_bytes(config.compute_dtype), config.head_groups
   out = M * H * D
   projections = M * (H + 2 * G) * D
+  shapes = {"query": (M, H * D), "key": (M, G * D), "value": (M, G * D), "out": (H * D, M)}
+  added = num_added(config, shapes)
   # Head groups project their queries, keys and values once more where attention is recomputed.
   regrouped = groups > 1 and not kept.attention
 
@@ -157,7 +160,7 @@ def attention_cost(config: ModelConfig, division: Division) -> LayerCost:
   exchanges = passes * 2 * (local_heads + exchanged_heads)
   exchanges += regrouped * (local_heads + 2 * exchanged_heads)
 
-  recomputed = 0 if kept.products else projections + out
+  recomputed = 0 if kept.products else projections + out + added
   kept_bytes = 0.0
   if kept.attention:
     kept_bytes += query * number + H / division.tensor * FLOAT32_BYTES
@@ -167,8 +170,8 @@ def attention_cost(config: ModelConfig, division: Division) -> LayerCost:
     # The input of attention and, if queries and keys are normalised, theirs.
     kept_bytes += (M + config.query_key_norm * (query + key)) * number
   return LayerCost(
-    weights=projections + out,
-    flops=2 * (projections + out),
+    weights=projections + out + added,
+    flops=2 * (projections + out + added),
     # Query x key and weights x value.
     pair_flops=4 * H * D,
     recompute_flops=2 * (recomputed + regrouped * projections),

@@ -12,6 +12,7 @@ from flax import nnx
 from kernels.feed_forward import feed_forward
 from lwm.config.model import ModelConfig
 from lwm.cost.layer import KEPT, Division, LayerCost, dtype_bytes
+from lwm.model.lora import num_added
 from lwm.model.parameters import residual_std
 from lwm.model.projection import Projection, product
 from lwm.parallel.sharding import ShardingRules
@@ -54,14 +55,15 @@ class FeedForward(nnx.Module):
 def feed_forward_cost(config: ModelConfig, division: Division) -> LayerCost:
   """The cost of one feed-forward layer."""
   M, F, number = config.width, config.feed_forward_width, dtype_bytes(config.compute_dtype)
+  added = num_added(config, {"gate": (M, F), "up": (M, F), "down": (F, M)})
   kept = KEPT[config.remat]
   # A sequence longer than one chunk goes through chunk by chunk, and nothing of a chunk is kept.
   in_chunks = division.row_length > config.feed_forward_chunk
   keeps_products = kept.products and not in_chunks
   keeps_input = kept.everything and not in_chunks
   return LayerCost(
-    weights=3 * M * F,
-    flops=6 * M * F,
+    weights=3 * M * F + added,
+    flops=6 * M * F + 2 * added,
     # Gate and up; the backward pass does not need the result of the down projection.
     recompute_flops=0 if keeps_products else 4 * M * F,
     kept=(2 * F / division.tensor + M) * number if keeps_products else 0,

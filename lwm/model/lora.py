@@ -17,6 +17,13 @@ A, B = "_lora_a", "_lora_b"
 ADDED = "*_lora_[ab]"
 
 
+def num_added(config: ModelConfig, shapes: Mapping[str, tuple[int, int]]) -> int:
+  """Elements of A and B in one layer, given (inputs, outputs) of its projections."""
+  if config.lora is None:
+    return 0
+  return sum(config.lora.rank * sum(shapes[name]) for name in config.lora.targets if name in shapes)
+
+
 def merged(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, lora: LoraConfig) -> np.ndarray:
   """The kernel with the product of A and B added to it, float32.
 

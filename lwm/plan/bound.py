@@ -11,6 +11,7 @@ from lwm.config.experiment import Experiment, Stage
 from lwm.cost.layer import FLOAT32_BYTES, KEPT, Division, dtype_bytes
 from lwm.model.flops import body_cost, vocabulary_weights
 from lwm.plan.traffic import moment_bytes
+from lwm.program.trainable import trained_shares
 
 
 def least_memory(experiment: Experiment, stage: Stage, sizes: Mapping[str, int]) -> float:
@@ -26,9 +27,12 @@ def least_memory(experiment: Experiment, stage: Stage, sizes: Mapping[str, int])
   number, tensor = dtype_bytes(model.compute_dtype), division.tensor
   tokens = division.tokens / stage.accumulation_steps
   shard = (cost.weights + vocabulary_weights(model)) / tensor / division.storage
+  shares, tables = trained_shares(experiment, stage), vocabulary_weights(model)
+  trained = shares.body * cost.weights + shares.tables * tables
+  trained_shard = trained / tensor / division.storage
   moments = 0 if experiment.optimizer.offload else moment_bytes(experiment.optimizer)
-  state = shard * (FLOAT32_BYTES + moments)
-  gradients = shard * FLOAT32_BYTES * (1 if stage.accumulation_steps == 1 else 2)
+  state = shard * FLOAT32_BYTES + trained_shard * moments
+  gradients = trained_shard * FLOAT32_BYTES * (1 if stage.accumulation_steps == 1 else 2)
 
   saved = 0 if kept.on_host else tokens * cost.kept
   if kept.everything:
@@ -37,6 +41,7 @@ def least_memory(experiment: Experiment, stage: Stage, sizes: Mapping[str, int])
   residual = tokens / tensor * model.width * number
   # The gradient of the residual stream, which goes past the layer.
   block = gradients + tokens * cost.backward + residual
-  # The head as matrix products take it, and its gradient.
-  head = model.vocab_size * model.width * (FLOAT32_BYTES + number) + 2 * residual
+  # The head as matrix products take it, and its gradient if it certainly has one.
+  gradient = FLOAT32_BYTES if shares.tables == 1 else 0
+  head = model.vocab_size * model.width * (gradient + number) + 2 * residual
   return state + saved + max(block, head)

@@ -78,11 +78,16 @@ def compile_train_step(
   on_device = [
     leaf for leaf in jax.tree.leaves(program.state.optimizer_state) if not (offload and leaf.ndim)
   ]
-  return compile_program(lowered, topology, program.state.params, on_device)
+  trained, _ = program.trainable.split(program.state.params)
+  return compile_program(lowered, topology, program.state.params, on_device, trained)
 
 
 def compile_program(
-  lowered: jax.stages.Lowered, topology: Topology, parameters: Any, optimizer_state: Any = ()
+  lowered: jax.stages.Lowered,
+  topology: Topology,
+  parameters: Any,
+  optimizer_state: Any = (),
+  trained: Any = (),
 ) -> tuple[Memory, Compilation]:
   """Compiles any program, for example prefill or decode, for devices that you don't need to have.
 
@@ -91,6 +96,7 @@ def compile_program(
     topology: the machine.
     parameters: the arguments that are parameters: ShapeDtypeStructs with shardings.
     optimizer_state: the arguments that are the optimizer's state on the device, likewise.
+    trained: the parameters that have gradients, likewise.
 
   Raises:
     UserError: the compiler refuses the program for another reason than the device's memory.
@@ -101,7 +107,7 @@ def compile_program(
     parameters=state,
     optimizer=optimizer,
     batch=compilation.arguments - state - optimizer,
-    gradients=state if jax.tree.leaves(optimizer_state) else 0,
+    gradients=shard_bytes(trained),
     temporaries=compilation.temporaries,
     rest=compilation.total - compilation.arguments - compilation.temporaries,
     total=compilation.total,

@@ -17,6 +17,7 @@ from lwm.model.flops import body_cost, layers, train_flops, vocabulary_weights
 from lwm.parallel.sharding import ShardingRules
 from lwm.plan.topology import Topology
 from lwm.plan.traffic import Traffic, moment_bytes, step_traffic
+from lwm.program.trainable import trained_shares
 
 # Share of the peak that large matrix products reach, and that attention kernels reach.
 MATMUL_EFFICIENCY = 0.75
@@ -81,12 +82,14 @@ def estimate(
   window = min(model.sliding_window or length, length)
   pairs = stage.rows_per_batch * (length * window - window * (window - 1) / 2)
   softmax_range = experiment.loss.softmax_range
-  head = train_flops(model, text_targets=tokens, softmax_range=softmax_range)
+  trained = trained_shares(experiment, stage)
+  head = train_flops(model, text_targets=tokens, softmax_range=softmax_range, trained=trained)
   attention = train_flops(model, attended_pairs=pairs)
-  flops = train_flops(model, tokens=tokens) + head + attention
+  flops = train_flops(model, tokens=tokens, trained=trained) + head + attention
   attention_again = cost.recompute_pair_flops * pairs
-  # The backward pass of the head computes the logits again: a third of its FLOPs.
-  recompute = cost.recompute_flops * tokens + head / 3 + attention_again
+  # The backward pass of the head computes the logits again.
+  head_again = head / (2 + trained.tables)
+  recompute = cost.recompute_flops * tokens + head_again + attention_again
 
   per_second = mesh.size * chip.flops
   # Contiguous: the last of n shards has n - 1/2 blocks of work, the mean shard n/2.
@@ -148,10 +151,11 @@ def _memory_bytes(
 ) -> float:
   """Bytes that a device reads and writes in a step, roughly."""
   model, number = experiment.model, dtype_bytes(experiment.model.compute_dtype)
-  parameters = cost.weights + vocabulary_weights(model)
-  shard = parameters / division.tensor / division.storage
+  parameters, shares = cost.weights + vocabulary_weights(model), trained_shares(experiment, stage)
+  trained = shares.body * cost.weights + shares.tables * vocabulary_weights(model)
+  shard = trained / division.tensor / division.storage
   update = UPDATE_BYTES + 2 * moment_bytes(experiment.optimizer)
-  # Gathered weights are written and read in each of three passes.
+  # All parameters are gathered: their weights are written and read in each of three passes.
   weights = 6 * number * parameters / division.tensor * stage.accumulation_steps
   # A backward pass moves twice as much as a forward pass.
   passes = 3 if KEPT[model.remat].everything else 4

@@ -13,6 +13,7 @@ from lwm.cost.layer import FLOAT32_BYTES, KEPT, Division, dtype_bytes
 from lwm.model.flops import body_cost, vocabulary_weights
 from lwm.parallel.sharding import ShardingRules
 from lwm.plan.topology import Topology
+from lwm.program.trainable import trained_shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ def step_traffic(
   microbatch. Activations are gathered over `rules.tensor` before each half of a block and scattered
   after it. Keys and values go around the ring, and in the backward pass their float32 gradients
   with them. `rules.ulysses` exchanges heads for tokens. What is offloaded goes to the host's memory
-  and comes back.
+  and comes back. Frozen parameters have no gradients and no moments.
   """
   model, rules, sizes = experiment.model, ShardingRules(), mesh.shape
   kept, division = KEPT[model.remat], Division.of(stage, sizes)
@@ -58,16 +59,18 @@ def step_traffic(
   # Each device sends all but its own part.
   steps = stage.accumulation_steps
   stored_share, whole_share = (steps * (n - 1) / n for n in (group, group * tensor))
-  shard = (body + tables / tensor) / group
+  trained = trained_shares(experiment, stage)
+  trained_body, trained_tables = trained.body * body, trained.tables * tables
+  shard = (trained_body + trained_tables / tensor) / group
   hops = (division.ring - 1) * (2 if kept.attention else 3)
   keys = tokens * cost.hop * (hops * number + division.ring * FLOAT32_BYTES)
   activations = (tensor - 1) / tensor * tokens * number * cost.gathered
   heads = tokens * cost.exchanged * number * (division.ulysses - 1) / division.ulysses
   sent = [
     (stored, "weights", stored_share * body * number * (1 if kept.everything else 2)),
-    (stored, "gradients", stored_share * body * FLOAT32_BYTES),
+    (stored, "gradients", stored_share * trained_body * FLOAT32_BYTES),
     (whole, "tables", whole_share * tables * FLOAT32_BYTES),
-    (whole, "gradients of tables", whole_share * tables * FLOAT32_BYTES),
+    (whole, "gradients of tables", whole_share * trained_tables * FLOAT32_BYTES),
     *(
       ((axis,), "gradients", steps * 2 * (sizes[axis] - 1) / sizes[axis] * shard * FLOAT32_BYTES)
       for axis in rules.token_axes
@@ -101,7 +104,8 @@ def host_memory(
   model, optimizer, division = experiment.model, experiment.optimizer, Division.of(stage, sizes)
   cost = body_cost(model, division)
   activations = division.tokens / stage.accumulation_steps * cost.kept
-  parameters = cost.weights + vocabulary_weights(model)
+  trained = trained_shares(experiment, stage)
+  parameters = trained.body * cost.weights + trained.tables * vocabulary_weights(model)
   moments = moment_bytes(optimizer) * parameters / (division.tensor * division.storage)
   return activations if KEPT[model.remat].on_host else 0, moments if optimizer.offload else 0
 

@@ -24,7 +24,7 @@ from lwm.parallel.sharding import ShardingRules
 from lwm.program import optimizer as optimizer_lib, state as state_lib, step as step_lib
 from lwm.program.objective import Objective
 from lwm.program.state import TrainState
-from lwm.program.trainable import Trainable, trainable
+from lwm.program.trainable import Trainable, num_elements, trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,12 @@ class StageProgram:
   def fresh_state(self, params: Any) -> TrainState:
     """The state at the start of the stage."""
     return state_lib.fresh_state(params, self.optimizer, self.trainable, self.state)
+
+  def trained_text(self) -> str:
+    """A phrase that says how many parameters are trained; empty if all are."""
+    trained, frozen = (num_elements(part) for part in self.trainable.split(self.state.params))
+    total = trained + frozen
+    return f"trains {trained:,} of {total:,} parameters ({trained / total:.2%})" if frozen else ""
 
   def abstract_batch(self, rows: int, sequence_length: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of the batches that the steps are compiled for."""

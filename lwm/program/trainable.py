@@ -13,8 +13,11 @@ from typing import Any
 import jax
 from flax import traverse_util
 
+from lwm import model as model_lib
 from lwm.config.experiment import Experiment, Stage
+from lwm.config.model import ModelConfig
 from lwm.errors import ConfigError
+from lwm.model.flops import TrainedShares
 from lwm.model.lora import ADDED
 
 
@@ -63,8 +66,7 @@ def trainable(experiment: Experiment, stage: Stage, params: Mapping[str, Any]) -
     where, patterns = f"stages.trainable of stage {stage.name!r}", stage.trainable
   names = _flatten(params)
   if not patterns:
-    added = frozenset(fnmatch.filter(names, ADDED))
-    return Trainable(added or None)
+    return added_to(params) if experiment.model.lora else Trainable()
   for pattern in patterns:
     if not fnmatch.filter(names, pattern):
       raise ConfigError(
@@ -73,6 +75,38 @@ def trainable(experiment: Experiment, stage: Stage, params: Mapping[str, Any]) -
   return Trainable(
     frozenset(name for pattern in patterns for name in fnmatch.filter(names, pattern))
   )
+
+
+def added_to(params: Mapping[str, Any]) -> Trainable:
+  """The parameters that `ModelConfig.lora` adds to a base."""
+  return Trainable(frozenset(fnmatch.filter(_flatten(params), ADDED)))
+
+
+def trained_shares(experiment: Experiment, stage: Stage) -> TrainedShares:
+  """The shares of the parameters that a stage trains, for counting FLOPs, bytes and traffic."""
+  if not (experiment.optimizer.trainable or stage.trainable or experiment.model.lora):
+    return TrainedShares()
+  params = _abstract_params(experiment.model)
+  trained, _ = trainable(experiment, stage, params).split(params)
+  (body, tables), (all_body, all_tables) = _body_and_tables(trained), _body_and_tables(params)
+  return TrainedShares(body / all_body, tables / all_tables)
+
+
+# Parameters of models by their configuration: a planner asks for the same ones many times.
+_ABSTRACT: dict[str, Any] = {}
+
+
+def _abstract_params(config: ModelConfig) -> Any:
+  key = repr(config)
+  if key not in _ABSTRACT:
+    _ABSTRACT[key] = model_lib.build(config).abstract()
+  return _ABSTRACT[key]
+
+
+def _body_and_tables(params: Any) -> tuple[int, int]:
+  """Numbers of elements in stretches of layers, and in the embedding and the head."""
+  tables = num_elements([params.get(name, {}) for name in ("embedding", "output")])
+  return num_elements(params) - tables, tables
 
 
 def num_elements(tree: Any) -> int:

@@ -12,6 +12,7 @@ from lwm.config.batch import MODALITIES
 from lwm.config.experiment import Experiment, Stage
 from lwm.cost.peak import peak_flops
 from lwm.model.flops import train_flops
+from lwm.program.trainable import trained_shares
 from lwm.report import goodput, held_out as held_out_lib
 from lwm.report.goodput import Account
 from lwm.report.input_wait import InputWait, InputWatch
@@ -114,6 +115,7 @@ class Reporter:
         for name in ("tokens", "attended_pairs", "text_targets", "vision_targets")
       },
       softmax_range=self._experiment.loss.softmax_range,
+      trained=trained_shares(self._experiment, stage),
     )
     record = self._record("train", stage, step)
     absent = {f"{name}_loss" for name in MODALITIES if metrics[f"{name}_targets"] == 0}

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from lwm.checkpoint.identity import first_difference
-from lwm.checkpoint.reader import newest
+from lwm.checkpoint.reader import StoredCheckpoint, newest
 from lwm.config.experiment import Experiment
 from lwm.errors import UserError
 from lwm.program.stage import StageProgram
+from lwm.program.trainable import added_to, num_elements
 
-# Settings of the model that may differ from the other run's. Rows for vision are added.
+# Settings of the model that may differ from the other run's. Rows for vision are added, and so are
+# the low-rank additions (`lora`) to a model without them.
 _MAY_DIFFER = ("vision_vocab_size", "initializer_std", "compute_dtype", "vocab_multiple")
 
 
@@ -23,7 +25,8 @@ def initial_params(
   """The parameters that a run without a checkpoint starts from, sharded for the program.
 
   Each device reads or draws its own shards only. A model without vision rows is widened by them:
-  the new rows of the embedding and columns of the head are drawn as `initializer_std` says.
+  the new rows of the embedding and columns of the head are drawn as `initializer_std` says. A model
+  without low-rank additions gets those of `ModelConfig.lora`, which change nothing at first.
 
   Args:
     experiment: the run's.
@@ -40,9 +43,8 @@ def initial_params(
     return program.initial_params(experiment.seed), ""
   stored = newest(pathlib.Path(experiment.init_from))
   theirs, ours = stored.config["model"], dataclasses.asdict(experiment.model)
-  difference = first_difference(
-    theirs, ours | {name: theirs[name] for name in _MAY_DIFFER}, "model"
-  )
+  may_differ = (*_MAY_DIFFER, *(("lora",) if theirs["lora"] is None else ()))
+  difference = first_difference(theirs, ours | {name: theirs[name] for name in may_differ}, "model")
   if difference is None and theirs["vision_vocab_size"] not in (0, ours["vision_vocab_size"]):
     sizes = theirs["vision_vocab_size"], ours["vision_vocab_size"]
     difference = "config.model.vision_vocab_size={}, not {}".format(*sizes)
@@ -55,13 +57,28 @@ def initial_params(
     )
   rows = theirs["text_vocab_size"] + theirs["vision_vocab_size"]
   origin = f"initial parameters: {stored.path}"
-  params = stored.params(program.state.params)
+  if ours["lora"] and not theirs["lora"]:
+    params, added = _with_added(program, stored, experiment.seed)
+    origin += f"; {added:,} parameters of config.model.lora are added: A at random, B zero"
+  else:
+    params = stored.params(program.state.params)
   new = experiment.model.vocab_size - rows
   if not new:
     return params, origin
   params = _fill(program, params, rows, experiment.seed)
   tables = " and ".join(jax.tree_util.keystr(path, simple=True) for path in _tables(program))
   return params, f"{origin}; {new} new rows for vision ids in {tables} are drawn at random"
+
+
+def _with_added(program: StageProgram, stored: StoredCheckpoint, seed: int) -> tuple[Any, int]:
+  """The stored parameters with drawn low-rank additions, and the number of elements added."""
+  division = added_to(program.state.params)
+  added, base = division.split(program.state.params)
+  drawn = jax.jit(
+    lambda key: division.split(program.model.init(key))[0],
+    out_shardings=jax.tree.map(lambda leaf: leaf.sharding, added),
+  )(jax.random.key(seed))
+  return division.join(drawn, stored.params(base)), num_elements(added)
 
 
 def _tables(program: StageProgram) -> list[Any]:

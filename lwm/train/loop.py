@@ -90,6 +90,8 @@ class StageLoop:
     self._batches: Iterator[dict[str, jax.Array]] | None = None
     for line in self.loader.report():
       run.reporter.say(line)
+    if trained := program.trained_text():
+      run.reporter.say(f"{self.stage.name} | {trained}")
     with run.reporter.account.spend("compile"):
       self.train_step = self._compile()
 

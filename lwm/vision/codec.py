@@ -22,14 +22,17 @@ from lwm.vision.vqgan import VQGAN
 _CONFIG = "config"
 
 
-def to_pixels(frames_NxHxWx3: np.ndarray | jax.Array) -> jax.Array:
-  """uint8 frames as float32 in [-1, 1]."""
-  return jnp.asarray(frames_NxHxWx3, jnp.float32) / 127.5 - 1.0
+def to_pixels(frames_NxHxWx3: np.ndarray | jax.Array, pixel_range: tuple[int, int]) -> jax.Array:
+  """uint8 frames as float32 pixels in `pixel_range` (low, high)."""
+  low, high = pixel_range
+  return jnp.asarray(frames_NxHxWx3, jnp.float32) / (255 / (high - low)) + low
 
 
-def to_frames(pixels_NxHxWx3: jax.Array) -> jax.Array:
-  """Pixels in [-1, 1] as uint8 frames, clipped and rounded."""
-  return jnp.round((jnp.clip(pixels_NxHxWx3, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+def to_frames(pixels_NxHxWx3: jax.Array, pixel_range: tuple[int, int]) -> jax.Array:
+  """Pixels in `pixel_range` (low, high) as uint8 frames, clipped and rounded."""
+  low, high = pixel_range
+  level_NxHxWx3 = (jnp.clip(pixels_NxHxWx3, low, high) - low) * (255 / (high - low))
+  return jnp.round(level_NxHxWx3).astype(jnp.uint8)
 
 
 def save_vqgan(path: str | os.PathLike, config: VQGANConfig, state: nnx.State) -> None:
@@ -56,7 +59,8 @@ class Codec:
   """Frames to codes and back with the VQGAN in one file.
 
   Attributes:
-    config: the VQGAN's sizes.
+    path: of the file.
+    config: the VQGAN's settings.
     state: all of its variables.
     sha256: hash of the file, hexadecimal; datasets record it to name their VQGAN.
   """
@@ -72,14 +76,16 @@ class Codec:
     Raises:
       UserError: the file does not exist or is not a VQGAN's.
     """
-    path = pathlib.Path(path)
+    self.path = path = pathlib.Path(path)
     if not path.is_file():
       raise UserError(f"There is no VQGAN file {path}: make one with experiments.train_vqgan.")
     try:
       with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
       settings = json.loads(arrays.pop(_CONFIG).item())
-      settings["channel_multipliers"] = tuple(settings["channel_multipliers"])
+      for name in ("channel_multipliers", "pixel_range"):
+        if name in settings:  # Files of older versions have no pixel_range.
+          settings[name] = tuple(settings[name])
       self.config = VQGANConfig(**settings)
       model = nnx.eval_shape(lambda: VQGAN(self.config, rngs=nnx.Rngs(0)))
       graph, state = nnx.split(model)
@@ -97,8 +103,17 @@ class Codec:
       self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     self.state = nnx.from_flat_state(flat)
     self._batch_size = batch_size
-    self._encode = jax.jit(lambda state, frames: nnx.merge(graph, state).encode(to_pixels(frames)))
-    self._decode = jax.jit(lambda state, codes: to_frames(nnx.merge(graph, state).decode(codes)))
+    pixel_range = self.config.pixel_range
+
+    @jax.jit
+    def encode(state, frames_NxHxWx3):
+      return nnx.merge(graph, state).encode(to_pixels(frames_NxHxWx3, pixel_range))
+
+    @jax.jit
+    def decode(state, codes_Nxhxw):
+      return to_frames(nnx.merge(graph, state).decode(codes_Nxhxw), pixel_range)
+
+    self._encode, self._decode = encode, decode
 
   def encode(self, frames_NxHxWx3: np.ndarray) -> np.ndarray:
     """Returns codes, int32 [N, h, w], of uint8 frames; N >= 1.

@@ -52,7 +52,7 @@ def losses(
 
   Args:
     model: the VQGAN.
-    pixels_BxHxWx3: float32 in [-1, 1].
+    pixels_BxHxWx3: float32 in the model's pixel range.
     quantize: bool scalar; False decodes the latents without quantization.
   """
   latents_BxhxwxE = model.latents(pixels_BxHxWx3)
@@ -131,7 +131,8 @@ class Programs:
 
   def _latents(self, params, frames_BxHxWx3):
     model = nnx.merge(self._graph, params, self._codebook)
-    return model.latents(to_pixels(frames_BxHxWx3)).reshape(-1, self._config.codebook_width)
+    pixels_BxHxWx3 = to_pixels(frames_BxHxWx3, self._config.pixel_range)
+    return model.latents(pixels_BxHxWx3).reshape(-1, self._config.codebook_width)
 
   def _first_codebook(self, state: TrainState, latents_LxE, key) -> TrainState:
     wins_V, centres_VxE = cluster(latents_LxE, self._config.codebook_size, key)
@@ -145,7 +146,7 @@ class Programs:
     def objective(params):
       model = self.model(params, code_vectors(state))
       reconstruction, commitment, codes, latents = losses(
-        model, to_pixels(frames_BxHxWx3), quantize
+        model, to_pixels(frames_BxHxWx3, self._config.pixel_range), quantize
       )
       total = reconstruction + training.commitment_weight * commitment
       return total, (reconstruction, commitment, codes, latents)

@@ -67,7 +67,7 @@ class Upsample(nnx.Module):
 
 
 class Encoder(nnx.Module):
-  """Pixels in [-1, 1] to latents on the grid."""
+  """Pixels in the config's range to latents on the grid."""
 
   def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs):
     channels = config.hidden_channels
@@ -93,7 +93,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-  """Latents on the grid to pixels, about [-1, 1]; levels have one block more than the encoder's."""
+  """Latents on the grid to pixels, not clipped; levels have one block more than the encoder's."""
 
   def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs):
     channels = config.level_channels[-1]
@@ -173,10 +173,14 @@ def straight_through(latents_BxhxwxE: jax.Array, quantized_BxhxwxE: jax.Array) -
 
 
 class VQGAN(nnx.Module):
-  """Encoder, codebook, decoder. Pixels are float32 in [-1, 1], codes int32 below codebook_size."""
+  """Encoder, codebook, decoder.
+
+  Pixels are float32 in the config's pixel_range, codes int32 below its codebook_size.
+  """
 
   def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs):
     config.validate()
+    self.pixel_range = config.pixel_range
     self.encoder = Encoder(config, rngs=rngs)
     self.quant_conv = nnx.Conv(config.latent_channels, config.codebook_width, (1, 1), rngs=rngs)
     scale = 1.0 / config.codebook_size
@@ -203,5 +207,5 @@ class VQGAN(nnx.Module):
     return nearest_codes(self.latents(pixels_BxHxWx3), self.codebook[...])
 
   def decode(self, codes_Bxhxw: jax.Array) -> jax.Array:
-    """Pixels [B, H, W, 3], clipped to [-1, 1]."""
-    return jnp.clip(self.reconstruct(self.codebook[...][codes_Bxhxw]), -1.0, 1.0)
+    """Pixels [B, H, W, 3], clipped to the pixel range."""
+    return jnp.clip(self.reconstruct(self.codebook[...][codes_Bxhxw]), *self.pixel_range)

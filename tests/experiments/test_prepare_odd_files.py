@@ -4,14 +4,12 @@ import gzip
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import pyarrow
 
 from lwm.data import Dataset
+from tests import programs
 
-ROOT = pathlib.Path(__file__).parents[2]
 LINE = b'{"text": "the quick brown fox", "url": "a.example"}\n'
 MANY = b"".join(b'{"text": "line %d of many, %d"}\n' % (i, i * 7919) for i in range(9000))
 
@@ -110,9 +108,7 @@ def test_every_outcome_is_stated(tmp_path):
   root = tmp_path / "odd"
   make(root)
   output = tmp_path / "out"
-  command = [
-    sys.executable,
-    "-m",
+  done = programs.run(
     "experiments.prepare_data",
     "--source=jsonl",
     f"--input={root}",
@@ -120,8 +116,7 @@ def test_every_outcome_is_stated(tmp_path):
     f"--tokenizer={tmp_path / 't.model'}",
     "--train_tokenizer_vocab=300",
     f"--output={output}",
-  ]
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+  )
   assert done.returncode == 0, done.stderr
 
   reasons = {

@@ -1,23 +1,14 @@
 """Mistakes in the flags of experiments.train."""
 
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
+from tests import programs
 
-
-def run(*arguments, **variables):
-  return subprocess.run(
-    [sys.executable, "-m", "experiments.train", "--config=configs/laptop.py", *arguments],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    env=os.environ | variables,
-  )
+TRAIN = "experiments.train", "--config=configs/laptop.py"
 
 
 @pytest.mark.parametrize(
@@ -28,13 +19,19 @@ def run(*arguments, **variables):
   ],
 )
 def test_a_mistake_is_one_sentence(arguments, message):
-  done = run(*arguments)
+  done = programs.run(*TRAIN, *arguments)
   assert done.returncode == 1
   assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
 
 
 def test_devices_that_are_not_here_are_one_sentence(tmp_path):
-  done = run(f"--workdir={tmp_path}", JAX_PLATFORMS="abacus")
+  done = subprocess.run(
+    [sys.executable, "-m", *TRAIN, f"--workdir={tmp_path}"],
+    cwd=programs.ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "abacus"},
+    capture_output=True,
+    text=True,
+  )
   last = done.stderr.strip().splitlines()[-1]
   assert done.returncode == 1 and "Traceback" not in done.stderr
   assert last.startswith("error: JAX cannot start with JAX_PLATFORMS=abacus (")

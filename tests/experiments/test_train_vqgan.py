@@ -1,8 +1,6 @@
 """`python -m experiments.train_vqgan`, as a user runs it."""
 
-import pathlib
 import subprocess
-import sys
 
 import av
 import numpy as np
@@ -10,8 +8,8 @@ import pytest
 from PIL import Image
 
 from lwm.vision.codec import Codec
+from tests import programs
 
-ROOT = pathlib.Path(__file__).parents[2]
 TINY = [
   "--vqgan.resolution=32",
   "--vqgan.hidden_channels=8",
@@ -24,8 +22,8 @@ TINY = [
 ]
 
 
-def run(arguments: list[str]) -> subprocess.CompletedProcess:
-  return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+def run(*arguments: str) -> subprocess.CompletedProcess:
+  return programs.run("experiments.train_vqgan", *arguments)
 
 
 @pytest.fixture
@@ -44,14 +42,14 @@ def clip(tmp_path):
 @pytest.mark.slow
 def test_trains_on_a_clip_and_overwrites_nothing(clip, tmp_path):
   output = tmp_path / "out" / "vqgan.npz"
-  command = ["-m", "experiments.train_vqgan", f"--video={clip}", f"--output={output}", *TINY]
-  ended = run(command)
+  command = [f"--video={clip}", f"--output={output}", *TINY]
+  ended = run(*command)
   assert ended.returncode == 0, ended.stderr
   assert f"held-out {clip}: PSNR" in ended.stdout
   assert Codec(output).config.resolution == 32
   assert output.with_suffix(".png").is_file()
 
-  ended = run(command)
+  ended = run(*command)
   assert ended.returncode == 1
   assert ended.stderr.strip().endswith("exists already: delete it, or name another --output.")
 
@@ -82,7 +80,7 @@ def test_a_rotated_film_and_two_joined_transport_streams(tmp_path):
   joined.write_bytes(first.read_bytes() + second.read_bytes())
   output = tmp_path / "vqgan.npz"
   films = [f"--video={turned}", f"--video={joined}", "--frames_per_second=5", "--held_out=0.5"]
-  ended = run(["-m", "experiments.train_vqgan", *films, f"--output={output}", *TINY])
+  ended = run(*films, f"--output={output}", *TINY)
   assert ended.returncode == 0, ended.stderr
   with Image.open(output.with_suffix(".png")) as image:
     picture = np.asarray(image.convert("L"))
@@ -97,16 +95,16 @@ def test_a_rotated_film_and_two_joined_transport_streams(tmp_path):
 def test_a_codebook_of_several_blocks(clip, tmp_path):
   output = tmp_path / "vqgan.npz"
   settings = ["--vqgan.resolution=64", "--vqgan.codebook_size=1500", "--training.batch_size=25"]
-  command = ["-m", "experiments.train_vqgan", f"--video={clip}", f"--output={output}"]
-  ended = run([*command, *TINY, *settings])
+  command = [f"--video={clip}", f"--output={output}"]
+  ended = run(*command, *TINY, *settings)
   assert ended.returncode == 0, ended.stderr
   assert Codec(output).config.codebook_size == 1500
 
 
 def test_a_codebook_that_the_frames_cannot_fill_is_said_before_training(clip, tmp_path):
   output = tmp_path / "vqgan.npz"
-  command = ["-m", "experiments.train_vqgan", f"--video={clip}", f"--output={output}"]
-  ended = run([*command, *TINY, "--vqgan.codebook_size=16384"])
+  command = [f"--video={clip}", f"--output={output}"]
+  ended = run(*command, *TINY, "--vqgan.codebook_size=16384")
   assert ended.returncode == 1 and not ended.stdout
   assert ended.stderr == (
     "error: codebook_size=16384 needs at least 256 frames of 64 codes to train on, but there are "
@@ -118,18 +116,10 @@ def test_a_file_that_is_not_a_video_and_steps_that_do_not_fit(clip, tmp_path):
   notes = tmp_path / "notes.txt"
   notes.write_text("hello")
   output = tmp_path / "vqgan.npz"
-  ended = run(["-m", "experiments.train_vqgan", f"--video={notes}", f"--output={output}"])
+  ended = run(f"--video={notes}", f"--output={output}")
   assert ended.returncode == 1 and "notes.txt cannot be read as a video" in ended.stderr
   assert "Traceback" not in ended.stderr
-  ended = run(
-    [
-      "-m",
-      "experiments.train_vqgan",
-      f"--video={clip}",
-      f"--output={output}",
-      "--training.steps=100",
-    ]
-  )
+  ended = run(f"--video={clip}", f"--output={output}", "--training.steps=100")
   assert ended.returncode == 1 and "continuous_steps=200 is not in [0, steps)" in ended.stderr
 
 
@@ -145,7 +135,7 @@ def test_a_file_that_is_not_a_video_and_steps_that_do_not_fit(clip, tmp_path):
 )
 def test_a_wrong_setting_is_one_sentence(tmp_path, flag, message):
   output = f"--output={tmp_path / 'vqgan.npz'}"
-  ended = run(["-m", "experiments.train_vqgan", "--video=x", output, flag])
+  ended = run("--video=x", output, flag)
   assert ended.returncode == 1
   assert ended.stderr.startswith("error: ") and ended.stderr.endswith(f"{message}\n")
   assert ended.stderr.count("\n") == 1

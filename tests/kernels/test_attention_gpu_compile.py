@@ -21,7 +21,7 @@ LARGEST_STACK, LARGEST_DECODE_STACK = 640, 0
 def run(*arguments):
   finished = subprocess.run(
     [sys.executable, *map(str, arguments)],
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
     capture_output=True,
     text=True,
   )

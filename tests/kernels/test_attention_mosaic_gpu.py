@@ -109,7 +109,9 @@ def test_empty_rows_and_tiles_with_a_soft_cap():
   ),
 )
 def test_masks(mask, dtype):
-  shape = dict(B=2, Q=200, K=300 if mask == "bidirectional" else 200, H=4, G=2, D=128)
+  # Batches and key heads are indexed alike under every mask.
+  heads = dict(B=2, H=4, G=2) if mask == "packed" else dict(B=1, H=2, G=1)
+  shape = dict(Q=200, K=300 if mask == "bidirectional" else 200, D=128) | heads
   check(Case(mask, getattr(attention_cases, mask), **shape), dtype)
 
 

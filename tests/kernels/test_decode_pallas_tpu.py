@@ -80,6 +80,7 @@ def test_only_blocks_that_meet_an_interval_are_read():
   assert_close(actual, reference(query, *clean, intervals), 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("G, dtype, tolerance", ((1, "float32", 1e-5), (8, "bfloat16", 2e-2)))
 def test_int8_heads_that_alternate(G, dtype, tolerance):
   """The two key heads of the suite do not alternate in memory."""
@@ -90,6 +91,7 @@ def test_int8_heads_that_alternate(G, dtype, tolerance):
   assert_close(actual, reference(query, *rounded, intervals), tolerance)
 
 
+@pytest.mark.slow
 def test_two_cores_take_turns_without_races(monkeypatch, capfd):
   """As on v4 and v5p. The second core has no block in the row that has only one."""
   monkeypatch.setattr(parts, "num_cores", lambda: 2)
@@ -101,6 +103,7 @@ def test_two_cores_take_turns_without_races(monkeypatch, capfd):
   assert "RACE DETECTED" not in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_cache_over_two_devices_equals_the_whole():
   """One row has no position on the second device."""
   query, key, value, intervals = inputs(K=256)

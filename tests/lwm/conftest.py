@@ -1,6 +1,5 @@
 """Data for a tiny experiment, prepared here: sentences, and a pattern that moves over frames."""
 
-import os
 import pathlib
 import random
 import runpy
@@ -12,6 +11,7 @@ import pytest
 
 from lwm import data
 from lwm.config.experiment import Experiment
+from tests import programs
 
 CONFIG = pathlib.Path(__file__).parent / "train" / "tiny.py"
 CHECKOUT = pathlib.Path(__file__).parents[2]
@@ -58,14 +58,10 @@ def start_program(prepared):
   """Starts `experiments.NAME` on tiny.py, as a process with one device and a group of its own."""
 
   def start(name: str, *arguments: str) -> subprocess.Popen:
-    environment = {
-      name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PJRT_NPROC")
-    }
-    environment["JAX_NUMPY_RANK_PROMOTION"] = "raise"
     return subprocess.Popen(
       [sys.executable, "-m", f"experiments.{name}", f"--config={CONFIG}:{prepared}", *arguments],
       cwd=CHECKOUT,
-      env=environment,
+      env=programs.one_device() | {"JAX_NUMPY_RANK_PROMOTION": "raise"},
       text=True,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,

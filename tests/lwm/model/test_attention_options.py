@@ -57,18 +57,23 @@ def dense_attention(config, rules, intervals, layout):
   return lambda query, key, value: (attend(query, key, value, *intervals), None)
 
 
+@pytest.fixture(scope="module")
+def plain(tiny):
+  """Losses and gradients without an option."""
+  return tiny.loss_and_gradients(tiny.config(), tiny.mesh(), "contiguous", batch_of(tiny))
+
+
 @pytest.fixture(scope="module", params=OPTIONS, ids=str)
-def options_and_expected(request, tiny):
+def options_and_expected(request, tiny, plain):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(decoder, "_attend_over_mesh", dense_attention)
-    expected, plain = (
-      tiny.loss_and_gradients(tiny.config(**options), tiny.mesh(), "contiguous", batch_of(tiny))
-      for options in (request.param, {})
-    )
+    config = tiny.config(**request.param)
+    expected = tiny.loss_and_gradients(config, tiny.mesh(), "contiguous", batch_of(tiny))
   assert np.abs(expected[0].nll / plain[0].nll - 1).max() > 1e-3, "the option changes nothing"
   return request.param, expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes,kind", MESHES, ids=str)
 def test_losses_and_gradients_equal_dense_attention(tiny, options_and_expected, sizes, kind):
   options, expected = options_and_expected
@@ -77,24 +82,11 @@ def test_losses_and_gradients_equal_dense_attention(tiny, options_and_expected, 
   tiny.assert_close(actual, expected, 1e-5)
 
 
-def test_a_window_of_the_sequence_changes_nothing(tiny):
-  whole, none = (
-    tiny.loss_and_gradients(
-      tiny.config(sliding_window=window), tiny.mesh(), "contiguous", batch_of(tiny)
-    )
-    for window in (32, None)
-  )
-  jax.tree.map(np.testing.assert_array_equal, whole, none)
-
-
-def test_a_named_backend_is_the_one_that_is_used(tiny):
-  named, best = (
-    tiny.loss_and_gradients(
-      tiny.config(attention_backend=name), tiny.mesh(), "contiguous", batch_of(tiny)
-    )
-    for name in ("xla", None)
-  )
-  jax.tree.map(np.testing.assert_array_equal, named, best)
+@pytest.mark.parametrize("same", [dict(sliding_window=32), dict(attention_backend="xla")], ids=str)
+def test_a_window_of_the_sequence_and_the_default_backend_change_nothing(tiny, plain, same):
+  config = tiny.config(**same)
+  actual = tiny.loss_and_gradients(config, tiny.mesh(), "contiguous", batch_of(tiny))
+  jax.tree.map(np.testing.assert_array_equal, actual, plain)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,15 @@ def in_stretches(params):
   }
 
 
+@pytest.fixture(scope="module")
+def of_one_stretch(tiny):
+  """The parameters of three layers, their losses and their gradients, on one device."""
+  config = tiny.config(num_layers=3)
+  params = tiny.init(build(config), tiny.mesh())
+  return params, *tiny.loss_and_gradients(config, tiny.mesh(), "contiguous", batch_of(tiny))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "sizes,changes",
   [
@@ -46,21 +55,19 @@ def in_stretches(params):
   ],
   ids=str,
 )
-def test_two_stretches_equal_one(tiny, sizes, changes):
-  config = tiny.config(num_layers=3, **changes)
-  mesh, kind = tiny.mesh(**sizes), "zigzag" if sizes else "contiguous"
-  params = tiny.init(build(config), tiny.mesh())
-  sums, gradients = tiny.loss_and_gradients(config, mesh, kind, batch_of(tiny), params=params)
+def test_two_stretches_equal_one(tiny, of_one_stretch, sizes, changes):
+  params, sums, gradients = of_one_stretch
   actual = tiny.loss_and_gradients(
-    dataclasses.replace(config, stretches=STRETCHES),
-    mesh,
-    kind,
+    tiny.config(num_layers=3, stretches=STRETCHES, **changes),
+    tiny.mesh(**sizes),
+    "zigzag" if sizes else "contiguous",
     batch_of(tiny),
     params=in_stretches(params),
   )
   tiny.assert_close(actual, (sums, in_stretches(gradients)), 1e-5)
 
 
+@pytest.mark.slow
 def test_two_stretches_decode_like_one(tiny):
   config = tiny.config(num_layers=3)
   mesh, rules = tiny.mesh(), ShardingRules(sequence=None)
@@ -102,6 +109,7 @@ class Reporting(nnx.Module):
     return x_BxSxM, None, Extras({"size_loss": loss}, statistics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "sizes,accumulation_steps,remat",
   [

@@ -62,6 +62,7 @@ def test_bfloat16_follows_float32_on_a_mesh(tiny, batch, full_remat):
   tiny.assert_close(gradients, full_remat[1], 5e-2)
 
 
+@pytest.mark.slow
 def test_tied_head_on_a_mesh(tiny, batch):
   config = tiny.config(tied_head=True)
   expected = tiny.loss_and_gradients(config, tiny.mesh(), "contiguous", batch)
@@ -105,6 +106,7 @@ def test_losses_by_hand_from_logits(tiny, batch, softmax_range):
     np.testing.assert_allclose(sums.loss[modality], (nll + 1e-2 * log_sum_exp**2).sum(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_text_only_model(tiny):
   rng = np.random.default_rng(2)
   config = tiny.config(vision_vocab_size=0)

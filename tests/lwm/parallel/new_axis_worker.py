@@ -1,7 +1,6 @@
 """Four train steps of a tiny model: new_axis_worker.py NUM_DEVICES MESH, MESH as JSON.
 
-Prints as JSON the losses, and what the planner counts: bytes of memory, and bytes sent. PYTHONPATH
-says which code it imports.
+Prints as JSON the losses and what the planner counts. PYTHONPATH says which code it imports.
 """
 
 import json
@@ -14,6 +13,7 @@ from lwm.config.batch import FIELDS
 from lwm.config.experiment import Experiment, OptimizerConfig, Stage
 from lwm.config.model import ModelConfig
 from lwm.config.validate import check_devices
+from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig
 from lwm.plan import load
 from lwm.plan.bound import least_memory
@@ -23,7 +23,7 @@ from lwm.program.stage import build_program
 ROWS, LENGTH = 8, 64
 
 
-def main(num_devices: int, mesh: dict[str, int]) -> None:
+def planned(mesh: dict[str, int]) -> tuple[Experiment, Stage]:
   stage = Stage(
     sequence_length=LENGTH,
     tokens_per_batch=ROWS * LENGTH,
@@ -37,10 +37,15 @@ def main(num_devices: int, mesh: dict[str, int]) -> None:
     optimizer=OptimizerConfig(peak_learning_rate=1e-2),
     stages=[stage],
   )
+  return experiment, stage
+
+
+def losses(num_devices: int, mesh: dict[str, int]) -> list[float]:
+  experiment, stage = planned(mesh)
   check_devices(experiment, num_devices)
   program = build_program(experiment, stage, jax.devices()[:num_devices])
   order_S = program.layout.permutation(LENGTH)
-  losses = []
+  found = []
   with jax.set_mesh(program.mesh):
     state = program.fresh_state(program.initial_params(seed=0))
     for seed in range(stage.steps):
@@ -50,17 +55,19 @@ def main(num_devices: int, mesh: dict[str, int]) -> None:
         for name, array_BxS in batch.items()
       }
       state, metrics = program.train_step(state, batch)
-      losses.append(float(metrics["loss"]))
+      found.append(float(metrics["loss"]))
+  return found
+
+
+def counts(num_devices: int, mesh: dict[str, int]) -> dict[str, float]:
+  """Bytes of memory and bytes sent, as the planner counts them."""
+  experiment, stage = planned(mesh)
   topology = load(f"cpu:{num_devices}")
-  print(
-    json.dumps(
-      {
-        "losses": losses,
-        "least_memory": least_memory(experiment, stage, program.mesh.shape),
-        "sent": sum(t.bytes for t in step_traffic(experiment, stage, program.mesh, topology)),
-      }
-    )
-  )
+  devices = make_mesh(stage.mesh, topology.devices)
+  return {
+    "least_memory": least_memory(experiment, stage, devices.shape),
+    "sent": sum(t.bytes for t in step_traffic(experiment, stage, devices, topology)),
+  }
 
 
 def random_batch(rng: np.random.Generator, model: ModelConfig) -> dict[str, np.ndarray]:
@@ -84,4 +91,5 @@ def random_batch(rng: np.random.Generator, model: ModelConfig) -> dict[str, np.n
 
 
 if __name__ == "__main__":
-  main(int(sys.argv[1]), json.loads(sys.argv[2]))
+  arguments = int(sys.argv[1]), json.loads(sys.argv[2])
+  print(json.dumps({"losses": losses(*arguments)} | counts(*arguments)))

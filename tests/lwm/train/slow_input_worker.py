@@ -3,7 +3,6 @@
 python slow_input_worker.py EXPERIMENT.pickle WORKDIR PORT RANK
 """
 
-import os
 import pathlib
 import pickle
 import sys
@@ -14,7 +13,6 @@ SECONDS = 1.0
 
 
 def main(experiment_path, workdir, port, rank):
-  os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
   import jax
 
   from lwm.data import Loader

@@ -50,6 +50,7 @@ def with_vision(make_experiment, experiment, **model):
   return wide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", (False, True))
 def test_a_vision_model_starts_from_a_text_model(
   experiment, make_experiment, tmp_path, capsys, tied
@@ -105,6 +106,7 @@ def test_what_cannot_be_started_from_is_one_sentence(experiment, make_experiment
     train(wide, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_that_has_ended_is_given_more_steps_and_another_stage(
   experiment, make_experiment, tmp_path
 ):

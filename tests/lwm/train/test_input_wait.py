@@ -1,6 +1,5 @@
 """Waits for input: what counts, who is named, and two real processes of which one reads slowly."""
 
-import os
 import pathlib
 import pickle
 import re
@@ -14,9 +13,9 @@ import pytest
 from lwm.report import input_wait
 from lwm.report.input_wait import InputWait, InputWatch, notice
 from lwm.report.metrics import read_metrics
+from tests import programs
 
 WORKER = pathlib.Path(__file__).with_name("slow_input_worker.py")
-ROOT = pathlib.Path(__file__).parents[3]
 
 
 class Results:
@@ -92,7 +91,7 @@ def test_the_process_that_reads_slowly_is_named(experiment, tmp_path):
         str(port),
         str(rank),
       ],
-      env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+      env=programs.one_device() | {"PYTHONPATH": str(programs.ROOT)},
       stdout=subprocess.PIPE,
       text=True,
     )

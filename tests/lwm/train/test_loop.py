@@ -46,11 +46,7 @@ def test_a_run_learns_and_leaves_what_it_says(undisturbed):
 
 
 MESHES = {
-  "data": (MeshConfig(data=4, fsdp=1), "contiguous"),
   "fsdp": (MeshConfig(fsdp=8), "contiguous"),
-  "ring": (MeshConfig(fsdp=1, ring=4), "contiguous"),
-  "ring_zigzag": (MeshConfig(fsdp=1, ring=4), "zigzag"),
-  "tensor": (MeshConfig(fsdp=1, tensor=2), "contiguous"),
   "ring_ulysses": (MeshConfig(fsdp=1, ring=2, ulysses=2), "zigzag"),
   "data_ring_tensor": (MeshConfig(data=2, fsdp=1, ring=2, tensor=2), "zigzag"),
   "fsdp_ring_accumulated": (MeshConfig(fsdp=2, ring=2), "zigzag", 4),

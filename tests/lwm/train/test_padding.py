@@ -44,6 +44,7 @@ def losses(workdir) -> list[float]:
   return [r["loss"] for r in read_metrics(workdir / "metrics.jsonl") if r["kind"] == "train"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moments", ("float32", "int8"))
 def test_padding_changes_nothing(experiment, tmp_path, moments):
   experiment.optimizer.moment_dtype = moments

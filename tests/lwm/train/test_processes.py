@@ -39,9 +39,9 @@ class Run:
     environment = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
     environment |= {
       "JAX_NUMPY_RANK_PROMOTION": "raise",
-      # See conftest.py of all tests.
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // num_processes} "
-      "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+      "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(
+        "device_count=8", f"device_count={8 // num_processes}"
+      ),
     }
     self.workdir = workdir
     self.processes = []

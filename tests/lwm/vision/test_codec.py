@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from lwm.config.vqgan import VQGANConfig
+from lwm.config.vqgan import PIXEL_RANGES, VQGANConfig
 from lwm.errors import UserError
 from lwm.vision.codec import Codec, save_vqgan, to_frames, to_pixels
 from lwm.vision.pictures import peak_signal_to_noise, save_contact_sheet
@@ -40,11 +40,12 @@ def random_frames(count: int) -> np.ndarray:
   return np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
 
 
-def test_pixels_round_trip():
+@pytest.mark.parametrize("pixel_range", PIXEL_RANGES)
+def test_pixels_round_trip(pixel_range):
   frames = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
-  pixels = to_pixels(frames)
-  assert (pixels.min(), pixels.max()) == (-1.0, 1.0)
-  np.testing.assert_array_equal(to_frames(pixels), frames)
+  pixels = to_pixels(frames, pixel_range)
+  assert (pixels.min(), pixels.max()) == pixel_range
+  np.testing.assert_array_equal(to_frames(pixels, pixel_range), frames)
 
 
 def test_save_and_load_are_bit_exact(model, path):
@@ -75,7 +76,7 @@ def test_codes_are_the_models_in_any_batch(model, path):
   codes = Codec(path, batch_size=3).encode(frames)
   assert codes.shape == (7, 8, 8) and codes.dtype == np.int32
   assert codes.min() >= 0 and codes.max() < TINY.codebook_size
-  np.testing.assert_array_equal(codes, jax.jit(model.encode)(to_pixels(frames)))
+  np.testing.assert_array_equal(codes, jax.jit(model.encode)(to_pixels(frames, (-1, 1))))
   np.testing.assert_array_equal(codes[4:5], Codec(path, batch_size=3).encode(frames[4:5]))
 
 

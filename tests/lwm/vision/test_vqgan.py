@@ -245,6 +245,7 @@ def test_clusters_find_separate_groups():
   assert np.square(np.asarray(found)[:, None] - centres).sum(-1).min(-1).max() < 0.5
 
 
+@pytest.mark.slow
 def test_training_lowers_the_error_uses_codes_and_repeats_itself():
   frames = moving_square(16, TINY.resolution)
   training = VQGANTrainingConfig(

@@ -1,0 +1,80 @@
+"""Imports a model of another codebase as a checkpoint of this one.
+
+    python -m experiments.import_weights --input=Llama-3.1-8B --output=weights/llama3_8b
+    python -m experiments.import_weights --input=model.gguf --output=weights/smollm2
+    python -m experiments.import_weights --input=params::LWM-Text-1M/params --preset=lwm-text-1m \\
+        --output=weights/lwm_text_1m
+    python -m experiments.import_weights --input=LWM-1M/vqgan --output=weights/vqgan.npz
+
+--input is a Hugging Face directory with safetensors files, a GGUF file, or a release of LWM's
+(docs/lwm_weights.md). --output becomes a checkpoint: give it to --config.init_from of
+experiments.train, or to --workdir of experiments.generate and experiments.export_weights.
+Parameters keep their dtype; quantised ones become float32. OUTPUT/manifest.json has the SHA-256 of
+every tensor.
+
+--input may also be a VQGAN: LWM's pickle, or the directory of a VQModel of diffusers. --output is
+then the .npz file that `lwm.vision.Codec` reads and experiments.generate takes with --vqgan.
+"""
+
+import pathlib
+
+from absl import flags
+
+from experiments import flags as experiment_flags
+from lwm import convert
+
+_INPUT = flags.DEFINE_string("input", None, "The model: a directory, a file, or KIND::FILE.")
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "The checkpoint to write, a new directory; of a VQGAN, a new .npz file."
+)
+_TOKENIZER = flags.DEFINE_string(
+  "tokenizer", None, "The tokenizer's file, *.model or tokenizer.json. Default: the input's own."
+)
+_PRESET = flags.DEFINE_string("preset", None, "Which of LWM's releases it is.")
+_ROPE_THETA = flags.DEFINE_float("rope_theta", None, "Base of RoPE of a release of LWM's.")
+_CONTEXT = flags.DEFINE_integer("context", None, "Context of a release of LWM's, in tokens.")
+_NUM_HEADS = flags.DEFINE_integer("num_heads", None, "Attention heads of a release of LWM's.")
+_PIXEL_RANGE = flags.DEFINE_enum(
+  "pixel_range",
+  None,
+  ["-1,1", "0,1"],
+  "Black and white of a VQGAN: -1,1 (LWM) or 0,1 (aMUSEd). Default: what it records; LWM's for a "
+  "pickle.",
+)
+_RESOLUTION = flags.DEFINE_integer(
+  "resolution",
+  None,
+  "Pixels along each side of a VQGAN's frames. Default: what it records, or 256.",
+  1,
+)
+flags.mark_flags_as_required(["input", "output"])
+
+
+def vqgan() -> None:
+  pixel_range = tuple(map(int, _PIXEL_RANGE.value.split(","))) if _PIXEL_RANGE.value else None
+  config = convert.import_vqgan(
+    pathlib.Path(_INPUT.value), pathlib.Path(_OUTPUT.value), pixel_range, _RESOLUTION.value
+  )
+  print(f"{_INPUT.value}: {config} is in {_OUTPUT.value}")
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  assert _INPUT.value and _OUTPUT.value  # absl requires them.
+  if convert.is_vqgan(pathlib.Path(_INPUT.value)):
+    vqgan()
+    return
+  options = convert.ReleaseOptions(
+    preset=_PRESET.value,
+    rope_theta=_ROPE_THETA.value,
+    context=_CONTEXT.value,
+    num_heads=_NUM_HEADS.value,
+    tokenizer=pathlib.Path(_TOKENIZER.value) if _TOKENIZER.value else None,
+  )
+  weights = convert.read_weights(_INPUT.value, options)
+  convert.import_weights(weights, pathlib.Path(_OUTPUT.value))
+  print(f"{weights.name}: {len(weights.table)} tensors are in {_OUTPUT.value}")
+
+
+if __name__ == "__main__":
+  experiment_flags.run(main)
