@@ -74,7 +74,7 @@ def prompt_and_token(model):
     (ONE, "int4", dict(tied_head=True)),
     (ONE, "int8", dict(attention_bias=True, lora=LoraConfig(rank=2, targets=["out", "gate"]))),
     (FOUR, "int8", dict(tied_head=True)),
-    (FOUR, "int8_32", dict(width=64)),
+    (FOUR, "int8_32", dict(width=64, head_dim=16)),
   ),
 )
 def test_logits_are_those_of_the_numbers_that_codes_stand_for(mesh_config, name, changes):
@@ -90,7 +90,7 @@ def test_logits_are_those_of_the_numbers_that_codes_stand_for(mesh_config, name,
 
 
 def test_codes_are_divided_as_the_floats_were():
-  model = build(width=64, feed_forward_width=128)
+  model = build(width=64, head_dim=16)
   with jax.set_mesh(mesh(FOUR)):
     params = jax.jit(model.init)(jax.random.key(0))
     whole = flat(quantized_params(model, reader(params), GRIDS["int4"]))
