@@ -1,6 +1,8 @@
-"""Perplexity against the training loss, and what rounding the weights of a trained model costs."""
+"""Perplexity against the training loss, and the cost of rounding a trained model's weights."""
 
 import dataclasses
+import random
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +11,13 @@ import pytest
 
 from configs import models
 from kernels.ring import Layout
-from lwm import data, infer, model as model_lib
+from lwm import model as model_lib
 from lwm.config.experiment import LossConfig
 from lwm.evals import perplexity
 from lwm.evals.perplexity import _CHUNK
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig, ShardingRules
+from tests import programs
 
 
 @pytest.fixture(autouse=True)
@@ -53,18 +56,26 @@ def test_equals_the_training_loss(length):
 
 
 @pytest.mark.slow
-def test_rounding_costs_a_trained_model_little(undisturbed, prepared):
-  """On held-out text of the tiny run; a random model would lose as little, so loss must be low."""
-  values = {}
-  for form in infer.FORMS:
-    if form in ("int4_64", "int4_128"):  # The tiny model's widths have no such groups.
-      continue
-    trained = infer.load_trained(undisturbed, form)
-    dataset = data.Dataset(prepared / "text").split(data.VALIDATION)
-    tokens, _ = dataset.read(0, 0, int(dataset.lengths[0]))
-    values[form] = perplexity(
-      trained.model, trained.params, jnp.asarray(tokens), rope_theta=trained.rope_theta
-    )
-  assert values["float32"] < 40
-  for form, most in (("bfloat16", 0.005), ("int8", 0.005), ("int8_32", 0.005), ("int4", 0.04)):
+def test_rounding_costs_a_trained_model_little(undisturbed, tmp_path):
+  """The program, on new sentences for the tiny run, which has learnt what its words are."""
+  generator = random.Random(7)
+  words = ["the", "cat", "dog", "sees", "a", "red", "house", "and", "runs", "1", "2", "3"]
+  (tmp_path / "text.txt").write_text(" ".join(generator.choice(words) for _ in range(300)))
+  forms = {"float32": 0, "bfloat16": 0.005, "int8": 0.005, "int8_32": 0.005, "int4": 0.04}
+  arguments = [f"--workdir={undisturbed}", f"--text={tmp_path / 'text.txt'}", "--tokens=200"]
+  process = programs.run("experiments.perplexity", *arguments, f"--weights={','.join(forms)}")
+  assert process.returncode == 0, process.stderr
+  found = re.findall(r"(\w+): ([\d.]+) MiB of weights, perplexity ([\d.]+)", process.stdout)
+  sizes = {form: float(size) for form, size, _ in found}
+  values = {form: float(value) for form, _, value in found}
+  assert list(values) == list(forms) and values["float32"] < 40
+  for form, most in forms.items():
     assert values[form] == pytest.approx(values["float32"], rel=most)
+  assert sizes["int4"] < sizes["int8"] < 0.6 * sizes["bfloat16"] < 0.31 * sizes["float32"]
+
+  for flag, message in (
+    ("--weights=int3", "--weights=int3: the forms are float32, bfloat16, int8"),
+    ("--start=900", "tokens from --start=900 on, fewer than --tokens=200"),
+  ):
+    process = programs.run("experiments.perplexity", *arguments, flag)
+    assert process.returncode == 1 and message in process.stderr
