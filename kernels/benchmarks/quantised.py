@@ -28,7 +28,7 @@ class Product:
     codes = jax.random.randint(jax.random.key(0), shape, -128, 128, jnp.int8)
     groups = self.inputs // (grid.group or self.inputs)
     scales = jnp.ones((1, groups, self.outputs), jnp.int16 if grid.group else jnp.float32)
-    return QuantizedMatrix(codes, scales, grid)
+    return QuantizedMatrix(grid, codes, scales, scales if grid.has_minimums else None)
 
 
 def products(platform: str) -> tuple[Product, ...]:

@@ -71,7 +71,7 @@ def quantized_params(model: Model, read: Read, grid: Grid) -> Any:
     UserError: the groups of a matrix do not divide over the mesh.
   """
   axes = traverse_util.flatten_dict(model.logical_axes, sep=".")
-  params = {}
+  params: dict[str, Any] = {}
   for path, leaf in traverse_util.flatten_dict(model.abstract(), sep=".").items():
     name = path.rpartition(".")[2]
     if name in _TABLES:
@@ -110,10 +110,8 @@ def _kernel(
     matrix_KxN, trailing = quantised.as_matrix(name, layer)
     _check_division(path, matrix_KxN.shape, grid, specs.codes)
     matrices.append(quantize(matrix_KxN, grid))
-  codes_LxPxN, scales_LxJxN = (np.stack(arrays) for arrays in zip(*matrices))
-  matrix = QuantizedMatrix(
-    _place(codes_LxPxN, specs.codes), _place(scales_LxJxN, specs.scales), grid
-  )
+  stacked = QuantizedMatrix(grid, *(np.stack(arrays) for arrays in zip(*matrices)))
+  matrix = jax.tree.map(_place, stacked, specs)
   return QuantizedKernel(matrix, trailing=trailing)
 
 

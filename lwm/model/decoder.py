@@ -196,10 +196,9 @@ class Decoder(nnx.Module):
       return jax.lax.psum(x_BxSxM, rules.tensor)
 
     value = self.embedding.get_value()
+    table_spec: Any = rules.gathered("vocab", "model", whole=whole)
     if isinstance(value, QuantizedKernel):
       table_spec = value.specs(rules, *HEAD.axes)
-    else:
-      table_spec = rules.gathered("vocab", "model", whole=whole)
     x_BxSxM = jax.shard_map(
       local,
       in_specs=(table_spec, rules.spec("batch", "residual")),

@@ -61,13 +61,13 @@ class Weights(NamedTuple):
   def split_inputs(self, groups: int) -> "Weights":
     """The same weights with the first input axis split in two, of which the first has size N."""
 
-    if groups == 1 and isinstance(self.kernel, QuantizedKernel):
-      return self
-
     def split(array: jax.Array | None) -> jax.Array | None:
       return None if array is None else array.reshape(groups, -1, *array.shape[1:])
 
-    return self._replace(kernel=split(self.kernel), a=split(self.a))
+    # A quantized kernel has one axis of inputs.
+    is_quantized = isinstance(self.kernel, QuantizedKernel)
+    kernel = self.kernel if is_quantized else split(self.kernel)
+    return self._replace(kernel=kernel, a=split(self.a))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,7 @@ class QuantizedKernel:
   """
 
   matrix: QuantizedMatrix
-  layer: jax.Array | None = None
+  layer: Any = None
   trailing: tuple[int, ...] = dataclasses.field(default=(), metadata=dict(static=True))
 
   def gather(
@@ -78,10 +78,9 @@ def partitions(
   rules: ShardingRules, grid: Grid, inputs: str | None, outputs: str | None
 ) -> QuantizedMatrix:
   """The partitions of the arrays of a matrix, from the logical axes of inputs and outputs."""
-  groups = inputs if grid.group else None
-  return QuantizedMatrix(
-    rules.spec("layers", inputs, outputs), rules.spec("layers", groups, outputs), grid
-  )
+  codes = rules.spec("layers", inputs, outputs)
+  scales = rules.spec("layers", inputs if grid.group else None, outputs)
+  return QuantizedMatrix(grid, codes, scales, scales if grid.has_minimums else None)
 
 
 def product(
@@ -115,7 +114,7 @@ def per_layer(stacked: Any) -> tuple[Any, Callable[[Any], Any]]:
       dataclasses.replace(leaf, layer=part) if _is_kernel(leaf) else part
       for leaf, part in zip(leaves, sliced)
     )
-    return structure.unflatten(own)
+    return jax.tree.unflatten(structure, own)
 
   scanned = [
     jnp.arange(leaf.matrix.codes.shape[0]) if _is_kernel(leaf) else leaf for leaf in leaves

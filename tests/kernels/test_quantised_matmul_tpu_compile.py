@@ -26,6 +26,7 @@ def shapes(K, N, name):
     ("v5e", "int8_32"),
     ("v5p", "int4_64"),
     ("v6e", "int4_128"),
+    ("v6e", "int4_symmetric"),
   ),
 )
 def test_compiles_and_copies_no_codes(generation, name):
