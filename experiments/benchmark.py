@@ -2,13 +2,15 @@
 
     python -m experiments.benchmark train --config=configs/laptop.py [--json]
     python -m experiments.benchmark attention [--json]
+    python -m experiments.benchmark quantised [--json]
     python -m experiments.benchmark ring [--json]
     python -m experiments.benchmark tune [--kernels=forward,decode] [--head_dim=64] [--json]
 
 `train` runs the real training loop of each stage for a few steps on its prepared data. It prints
 tokens/s, MFU, the share of time spent outside the compiled step, and how long that step takes
 compared with the planner's estimate. `attention` compares attention with JAX's other
-implementations on this machine, and decoding with a plain copy. `ring` measures what balance and
+implementations on this machine, and decoding with a plain copy. `quantised` compares products with
+matrices of 8-bit and 4-bit codes with the same product in floats. `ring` measures what balance and
 skipping save in a ring of up to eight devices; a machine without accelerators uses eight CPU
 devices. `tune` times block sizes of each kernel that runs here. The `row` of a record is the
 fastest choice: write it into kernels/attention/BACKEND/block_sizes.py, under its
@@ -141,6 +143,13 @@ def attention() -> None:
   )
 
 
+def quantised() -> None:
+  """Subcommand `quantised`: products with quantized matrices beside the same product in floats."""
+  products = benchmarks.products(jax.devices()[0].platform)
+  records = map(benchmarks.measure_quantised, products)
+  print_records({"quantised": itertools.chain.from_iterable(records)})
+
+
 def tune() -> None:
   """Subcommand `tune`: the time of each kernel with each of its block sizes."""
   for name in _KERNELS.value:
@@ -179,7 +188,13 @@ def print_records(tables: dict[str, Iterable[dict]]) -> None:
       print(f"{name}: {', '.join(texts)}", flush=True)
 
 
-SUBCOMMANDS = {"train": train, "attention": attention, "ring": ring, "tune": tune}
+SUBCOMMANDS = {
+  "train": train,
+  "attention": attention,
+  "quantised": quantised,
+  "ring": ring,
+  "tune": tune,
+}
 
 
 def main(argv: list[str]) -> None:

@@ -41,6 +41,7 @@ _PROMPT = flags.DEFINE_string("prompt", "def main(", "Text to continue.")
 _CHAT = flags.DEFINE_bool(
   "chat", False, "Take the prompt as a user's message, in the tokenizer's chat template."
 )
+_WEIGHTS = flags.DEFINE_enum("weights", "float32", infer.FORMS, "The form of the weights.")
 _NUM_TOKENS = flags.DEFINE_integer("num_tokens", 256, "Text tokens to generate.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float(
   "temperature", 0.8, "Temperature for text; 0 takes the likeliest token.", lower_bound=0
@@ -183,7 +184,7 @@ def main(argv: list[str]) -> None:
   assert _WORKDIR.value  # absl requires it.
   workdir = pathlib.Path(_WORKDIR.value)
   with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), devices()[:1])):
-    trained = infer.load_trained(workdir)
+    trained = infer.load_trained(workdir, _WEIGHTS.value)
     experiment, tokenizer = trained.experiment, load_tokenizer(trained.tokenizer)
     dataset = video_dataset(experiment)
     clip_and_codec = None
@@ -191,6 +192,7 @@ def main(argv: list[str]) -> None:
       codec = load_codec(experiment, dataset)
       clip_and_codec = held_out_clip(dataset, codec.config.layout), codec
     print(f"{workdir}: step {trained.total_steps}, stage {trained.stage.name}")
+    print(f"weights: {_WEIGHTS.value}, {infer.num_bytes(trained.params) / 2**20:.1f} MiB")
     samples = workdir / "samples"
     samples.mkdir(exist_ok=True)
     print(write_text(trained, tokenizer, samples / "text.txt"))

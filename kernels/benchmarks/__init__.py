@@ -2,5 +2,6 @@
 
 from kernels.benchmarks.attention import Shape, measure_attention, shapes
 from kernels.benchmarks.decode import Cache, caches, measure_decode
+from kernels.benchmarks.quantised import Product, measure_quantised, products
 from kernels.benchmarks.ring import measure_ring
 from kernels.benchmarks.tune import KERNELS, measure_sizes

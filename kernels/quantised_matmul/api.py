@@ -11,7 +11,7 @@ from kernels.quantised_matmul.backend import Backend
 from kernels.quantised_matmul.matrix import QuantizedMatrix
 from kernels.quantised_matmul.pallas_tpu import PALLAS_TPU
 from kernels.quantised_matmul.xla import XLA
-from kernels.varying import vary_alike
+from kernels.varying import vary_trees_alike
 
 # The best first. XLA supports everything.
 BACKENDS = (PALLAS_TPU, XLA)
@@ -47,6 +47,6 @@ def quantised_matmul(
   x_BxK = x.reshape(-1, x.shape[-1])
   if not isinstance(backend, Backend):
     backend = backends.choose("quantized product", BACKENDS, backend, x_BxK, matrix)
-  leaves, structure = jax.tree.flatten((x_BxK, matrix, jnp.asarray(layer, jnp.int32)))
-  x_BxK, matrix, layer = jax.tree.unflatten(structure, vary_alike(*leaves))
+  layer = jnp.asarray(layer, jnp.int32)
+  x_BxK, matrix, layer = vary_trees_alike(x_BxK, matrix, layer)
   return backend.product(x_BxK, matrix, layer).reshape(*x.shape[:-1], -1)

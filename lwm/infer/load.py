@@ -4,11 +4,10 @@ import dataclasses
 import pathlib
 from typing import Any
 
-import jax
-
 from lwm import model as model_lib
 from lwm.checkpoint.reader import newest
 from lwm.config.experiment import Experiment, Stage
+from lwm.infer.weights import load_params
 from lwm.parallel.sharding import ShardingRules
 
 
@@ -18,7 +17,7 @@ class TrainedModel:
 
   Attributes:
     model: call it under that mesh.
-    params: float32, sharded by the model's rules.
+    params: in the form that was asked for, sharded by the model's rules.
     experiment: what the checkpoint was made with.
     tokenizer: the tokenizer's file in the checkpoint.
     stage: of the experiment, the one that the parameters come from.
@@ -38,31 +37,26 @@ class TrainedModel:
     return self.stage.rope_theta
 
 
-def load_trained(workdir: pathlib.Path) -> TrainedModel:
+def load_trained(workdir: pathlib.Path, weights: str = "float32") -> TrainedModel:
   """The model in the newest checkpoint of `workdir`. Call it under `jax.set_mesh`.
 
   It is safe to call this while the run is still training.
 
   Args:
     workdir: of `experiments.train`, one of its checkpoints, or imported weights.
+    weights: the form of the parameters, one of `weights.FORMS`.
 
   Raises:
-    UserError: there is no checkpoint, or it is damaged.
+    UserError: there is no checkpoint, it is damaged, or quantized groups do not divide over the
+      mesh.
   """
   stored = newest(workdir)
   experiment = stored.experiment
   # A single token cannot be divided over a ring.
-  rules = ShardingRules(sequence=None)
-  model = model_lib.build(experiment.model, rules)
-  shardings = rules.tree_shardings(model.logical_axes, jax.sharding.get_mesh())
-  abstract = jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    model.abstract(),
-    shardings,
-  )
+  model = model_lib.build(experiment.model, ShardingRules(sequence=None))
   return TrainedModel(
     model=model,
-    params=stored.params(abstract),
+    params=load_params(stored, model, weights),
     experiment=experiment,
     tokenizer=stored.tokenizer_path,
     stage=experiment.stages[stored.position.stage],

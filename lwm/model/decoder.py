@@ -19,18 +19,20 @@ from jax.typing import DTypeLike
 from kernels import decode
 from kernels.attention import SAVED_NAMES, KeyIntervals
 from kernels.attention.api import choose
+from kernels.quantised_matmul import columns
 from kernels.ring import Layout
 from kernels.ulysses import ulysses_attention
-from kernels.varying import vary_alike
+from kernels.varying import vary_trees_alike
 from lwm.config.model import ModelConfig
 from lwm.errors import ConfigError
-from lwm.model import extras as extras_lib, rope
+from lwm.model import extras as extras_lib, quantised, rope
 from lwm.model.attention import SAVE_ATTENTION, Attend, attended
 from lwm.model.block import KINDS
 from lwm.model.cache import Cache
 from lwm.model.extras import Extras
 from lwm.model.parameters import RMSNorm, table
 from lwm.model.projection import Projection, Weights
+from lwm.model.quantised import QuantizedKernel
 from lwm.parallel.sharding import ShardingRules
 
 HEAD = Projection("output", ("model", "vocab"))
@@ -126,16 +128,17 @@ class Decoder(nnx.Module):
     first_layer = 0
     for blocks, stretch in zip(self._stretches, self.config.resolved_stretches):
       graph, stacked_layers = nnx.split(blocks)
+      scanned, layer_of = quantised.per_layer(stacked_layers)
 
       def block(carry, layer_and_index):
         x_BxQxM, cache = carry
         layer, index = layer_and_index
         attend = _attend_to_cache(self.config, self.rules, intervals, cache, index)
-        x_BxQxM, cache, _ = nnx.merge(graph, layer)(x_BxQxM, cosine, sine, attend)
+        x_BxQxM, cache, _ = nnx.merge(graph, layer_of(layer))(x_BxQxM, cosine, sine, attend)
         return (x_BxQxM, cache), None
 
       index_L = jnp.arange(first_layer, first_layer + stretch.num_layers)
-      carry, _ = jax.lax.scan(block, carry, (stacked_layers, index_L))
+      carry, _ = jax.lax.scan(block, carry, (scanned, index_L))
       first_layer += stretch.num_layers
     x_BxQxM, cache = carry
     return self.norm(x_BxQxM), cache.advance(num_tokens)
@@ -148,8 +151,19 @@ class Decoder(nnx.Module):
       whole: the projection is whole along V too, for tokens that are divided over `tensor`.
     """
     if self.config.tied_head:
-      return Weights(self._embedding(dtype, whole).T)
+      embedding = self._embedding(dtype, whole)
+      is_quantized = isinstance(embedding, QuantizedKernel)
+      return Weights(embedding if is_quantized else embedding.T)
     return HEAD.gather(self, dtype, whole)
+
+  def head_specs(self) -> Weights:
+    """The partitions of what `head` returns, if it is not whole."""
+    if self.config.tied_head:
+      value = self.embedding.get_value()
+      if isinstance(value, QuantizedKernel):
+        return Weights(value.specs(self.rules, *HEAD.axes))
+      return Weights(self.rules.gathered(*HEAD.axes))
+    return HEAD.specs(self)
 
   @property
   def _stretches(self) -> list[nnx.Module]:
@@ -157,25 +171,37 @@ class Decoder(nnx.Module):
       getattr(self, stretch_name(index)) for index in range(len(self.config.resolved_stretches))
     ]
 
-  def _embedding(self, dtype: DTypeLike, whole: bool) -> jax.Array:
-    return self.rules.gather(self.embedding[...], dtype, "vocab", "model", whole=whole)
+  def _embedding(self, dtype: DTypeLike, whole: bool) -> Any:
+    value = self.embedding.get_value()
+    if isinstance(value, QuantizedKernel):
+      return value.gather(self.rules, *HEAD.axes)
+    return self.rules.gather(value, dtype, "vocab", "model", whole=whole)
 
   def _embed(self, tokens_BxS: jax.Array) -> jax.Array:
     rules = self.rules
     # With divided sequences the table is gathered, because it is smaller than long contexts.
     whole = rules.residual is not None
 
-    def local(table_VxM, tokens_BxS):
-      table_VxM, tokens_BxS = vary_alike(table_VxM, tokens_BxS)
+    def local(table, tokens_BxS):
+      table, tokens_BxS = vary_trees_alike(table, tokens_BxS)
       if whole:
-        return table_VxM[tokens_BxS]
-      row_BxS = tokens_BxS - table_VxM.shape[0] * jax.lax.axis_index(rules.tensor)
-      x_BxSxM = table_VxM.at[row_BxS].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        return table[tokens_BxS]
+      is_quantized = isinstance(table, QuantizedKernel)
+      num_rows = table.matrix.codes.shape[2] if is_quantized else table.shape[0]
+      row_BxS = tokens_BxS - num_rows * jax.lax.axis_index(rules.tensor)
+      if is_quantized:
+        x_BxSxM = columns(table.matrix, row_BxS)
+      else:
+        x_BxSxM = table.at[row_BxS].get(mode="fill", fill_value=0, wrap_negative_indices=False)
       return jax.lax.psum(x_BxSxM, rules.tensor)
 
+    value = self.embedding.get_value()
+    table_spec: Any = rules.gathered("vocab", "model", whole=whole)
+    if isinstance(value, QuantizedKernel):
+      table_spec = value.specs(rules, *HEAD.axes)
     x_BxSxM = jax.shard_map(
       local,
-      in_specs=(rules.gathered("vocab", "model", whole=whole), rules.spec("batch", "residual")),
+      in_specs=(table_spec, rules.spec("batch", "residual")),
       out_specs=rules.spec("batch", "residual", None),
     )(self._embedding(jnp.float32, whole), jax.reshard(tokens_BxS, rules.spec("batch", "residual")))
     return x_BxSxM.astype(self.config.compute_dtype)

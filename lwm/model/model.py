@@ -17,7 +17,7 @@ from lwm.config.experiment import LossConfig
 from lwm.config.model import ModelConfig
 from lwm.model.attention import attended
 from lwm.model.cache import Cache
-from lwm.model.decoder import HEAD, Decoder
+from lwm.model.decoder import Decoder
 from lwm.model.loss import LossSums, sums_by_modality, token_losses
 from lwm.model.projection import product
 from lwm.parallel.sharding import ShardingRules, require_explicit_mesh
@@ -132,7 +132,21 @@ class Model:
 
   def logits(self, params: Params, hidden_BxSxM: jax.Array) -> jax.Array:
     """Float32 logits over all ids, [B, S, V], sharded over `tensor`; meant for few tokens."""
-    return self._logits(self._decoder(params), hidden_BxSxM)
+    decoder = self._decoder(params)
+    rules, spec = self.rules, self.rules.spec("batch", "sequence", "vocab")
+    rows = rules.spec("batch", "sequence", None)
+
+    def local(hidden_BxSxM, weights):
+      hidden_BxSxM, weights = vary_trees_alike(hidden_BxSxM, weights)
+      return product("bsm,mv->bsv", hidden_BxSxM, weights, jnp.float32)
+
+    logits_BxSxV = jax.shard_map(local, in_specs=(rows, decoder.head_specs()), out_specs=spec)(
+      jax.reshard(hidden_BxSxM, rows), decoder.head(hidden_BxSxM.dtype)
+    )
+    if self.config.padded_vocab_size == self.config.vocab_size:
+      return logits_BxSxV
+    id_BxSxV = jax.lax.broadcasted_iota(jnp.int32, logits_BxSxV.shape, 2, out_sharding=spec)
+    return jnp.where(id_BxSxV < self.config.vocab_size, logits_BxSxV, -jnp.inf)
 
   def init_cache(self, batch_size: int, max_length: int, start_B: jax.Array | None = None) -> Cache:
     """An empty cache.
@@ -158,16 +172,22 @@ class Model:
 
     On a mesh with a ring, build the model with `ShardingRules(sequence=None)`, because one token
     does not divide over a ring. If `cache` of those rules names the axes of the sequence, each
-    device holds its part of the cached positions.
+    device holds its part of the cached positions. With `sequence=None`, the parameters may also be
+    quantized (lwm/infer/weights.py).
 
     The caller makes sure that the cache has room for the tokens.
 
     Returns:
       Logits after the last token, float32 [B, V], and the extended cache.
     """
-    decoder = self._decoder(params)
-    hidden_BxQxM, cache = decoder.decode(self._place(tokens_BxQ), cache, rope_theta)
-    return self._logits(decoder, hidden_BxQxM[:, -1:])[:, 0], cache
+    hidden_BxQxM, cache = self.read(params, tokens_BxQ, cache, rope_theta=rope_theta)
+    return self.logits(params, hidden_BxQxM[:, -1:])[:, 0], cache
+
+  def read(
+    self, params: Params, tokens_BxQ: jax.Array, cache: Cache, *, rope_theta: float | jax.Array
+  ) -> tuple[jax.Array, Cache]:
+    """Like `decode`, but returns hidden states after all tokens, [B, Q, M], for `logits`."""
+    return self._decoder(params).decode(self._place(tokens_BxQ), cache, rope_theta)
 
   def _decoder(self, params: Params) -> Decoder:
     require_explicit_mesh()
@@ -177,22 +197,6 @@ class Model:
     """Shards a tree of arrays [B, S] as the model needs them; what is in place does not move."""
     spec = self.rules.spec("batch", "sequence")
     return jax.tree.map(lambda array: jax.reshard(array, spec), rows_BxS)
-
-  def _logits(self, decoder: Decoder, hidden_BxSxM: jax.Array) -> jax.Array:
-    rules, spec = self.rules, self.rules.spec("batch", "sequence", "vocab")
-    rows = rules.spec("batch", "sequence", None)
-
-    def local(hidden_BxSxM, weights):
-      hidden_BxSxM, weights = vary_trees_alike(hidden_BxSxM, weights)
-      return product("bsm,mv->bsv", hidden_BxSxM, weights, jnp.float32)
-
-    logits_BxSxV = jax.shard_map(
-      local, in_specs=(rows, rules.gathered(*HEAD.axes)), out_specs=spec
-    )(jax.reshard(hidden_BxSxM, rows), decoder.head(hidden_BxSxM.dtype))
-    if self.config.padded_vocab_size == self.config.vocab_size:
-      return logits_BxSxV
-    id_BxSxV = jax.lax.broadcasted_iota(jnp.int32, logits_BxSxV.shape, 2, out_sharding=spec)
-    return jnp.where(id_BxSxV < self.config.vocab_size, logits_BxSxV, -jnp.inf)
 
 
 def build(config: ModelConfig, rules: ShardingRules = ShardingRules()) -> Model:

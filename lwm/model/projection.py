@@ -24,8 +24,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lwm.config.model import ModelConfig
-from lwm.model import lora
+from lwm.model import lora, quantised
 from lwm.model.parameters import matrix, zeros
+from lwm.model.quantised import QuantizedKernel
 from lwm.parallel.sharding import LogicalAxes
 
 # A parameter of a projection and its logical axes, without the axis of layers.
@@ -36,7 +37,7 @@ class Weights(NamedTuple):
   """The weights of a projection in use, or their partitions.
 
   Attributes:
-    kernel: [inputs..., outputs...].
+    kernel: [inputs..., outputs...], or a `QuantizedKernel`.
     bias: [outputs...], or None.
     a: [inputs..., R], already scaled, or None; `a` and `b` add `a b` to the kernel (LoRA).
     b: [R, outputs...], or None.
@@ -66,7 +67,10 @@ class Weights(NamedTuple):
     def split(array: jax.Array | None) -> jax.Array | None:
       return None if array is None else array.reshape(groups, -1, *array.shape[1:])
 
-    return self._replace(kernel=split(self.kernel), a=split(self.a))
+    # A quantized kernel has one axis of inputs.
+    is_quantized = isinstance(self.kernel, QuantizedKernel)
+    kernel = self.kernel if is_quantized else split(self.kernel)
+    return self._replace(kernel=kernel, a=split(self.a))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,12 +127,14 @@ class Projection:
   def gather(self, layer: Any, dtype: DTypeLike, whole: bool = False) -> Weights:
     """The weights in `dtype`, whole along `model` (see `ShardingRules.gather`)."""
 
-    def gathered(part: _Part | None, scale: float = 1.0) -> jax.Array | None:
+    def gathered(part: _Part | None, scale: float = 1.0) -> Any:
       if part is None:
         return None
       parameter, axes = part
-      value = parameter[...] if scale == 1 else scale * parameter[...]
-      return layer.rules.gather(value, dtype, *axes, whole=whole)
+      value = parameter.get_value()
+      if isinstance(value, QuantizedKernel):
+        return value.gather(layer.rules, *self._divided)
+      return layer.rules.gather(value if scale == 1 else scale * value, dtype, *axes, whole=whole)
 
     kernel, bias, a, b = self._parts(layer)
     scale = layer.lora_scale if a else 1.0
@@ -136,8 +142,22 @@ class Projection:
 
   def specs(self, layer: Any) -> Weights:
     """The partitions of what `gather` returns."""
-    specs = (part and layer.rules.gathered(*part[1]) for part in self._parts(layer))
-    return Weights(*specs)
+
+    def partition(part: _Part | None) -> Any:
+      if part is None:
+        return None
+      parameter, axes = part
+      value = parameter.get_value()
+      if isinstance(value, QuantizedKernel):
+        return value.specs(layer.rules, *self._divided)
+      return layer.rules.gathered(*axes)
+
+    return Weights(*map(partition, self._parts(layer)))
+
+  @property
+  def _divided(self) -> tuple[str | None, str | None]:
+    """The first axes of inputs and of outputs; only these may be divided over devices."""
+    return self.axes[0], self.axes[self.num_inputs]
 
   def _parts(self, layer: Any) -> list[_Part | None]:
     """The parameters of a layer in the order of `Weights`, with their logical axes."""
@@ -164,7 +184,10 @@ def product(
     weights: as gathered, or parts of them.
     dtype: of the result; default: that of x.
   """
-  out = jnp.einsum(equation, x, weights.kernel, preferred_element_type=dtype)
+  if isinstance(weights.kernel, QuantizedKernel):
+    out = quantised.product(equation, x, weights.kernel, dtype)
+  else:
+    out = jnp.einsum(equation, x, weights.kernel, preferred_element_type=dtype)
   if weights.a is not None:
     operands, result = equation.split("->")
     given, kernel = operands.split(",")

@@ -80,6 +80,17 @@ def test_decode_names_its_backend_and_counts_the_bytes_of_its_cache():
     assert read == pytest.approx(2 * 128 * 2 * 8 * num_bytes)
 
 
+def test_quantised_products_count_the_bytes_of_their_weights():
+  floats, *others = benchmarks.measure_quantised(benchmarks.Product(1, 128, 256, "float32"))
+  assert (floats["weights"], floats["speed_ratio"]) == ("float32", 1)
+  sizes = {"int8": 8 + 32 / 128, "int8_32": 8.5, "int4": 5, "int4_64": 4.5, "int4_128": 4.25}
+  sizes["int4_symmetric"] = 4.5
+  assert [record["weights"] for record in others] == list(sizes)
+  for record, bits in zip(others, sizes.values()):
+    read = record["gigabytes_per_second"] * record["ms"] * 1e6
+    assert read == pytest.approx(128 * 256 * bits / 8)
+
+
 def test_sizes_are_timed_and_those_that_do_not_fit_are_named():
   """On the backend that runs here. A block without keys stands in for one that does not compile."""
   sizes = [(16, 16), (32, 0), (64, 64)]

@@ -17,7 +17,8 @@ from kernels.quantised_matmul.pallas_tpu import kernel
 SUBLANES = 16
 # With more rows, as when reading a prompt, computing takes longer than reading, and XLA is as good.
 MOST_ROWS = 128
-MOST_BYTES = 2**21
+# Size of x. The kernel holds two copies.
+MOST_BYTES = 2**22
 
 
 def product(x_BxK: jax.Array, matrix: QuantizedMatrix, layer: jax.Array) -> jax.Array:
@@ -39,7 +40,7 @@ def unsupported(x_BxK: jax.Array, matrix: Any) -> str | None:
     return f"it takes up to {MOST_ROWS} rows, not {x_BxK.shape[0]}; use 'xla'"
   K, p = matrix.num_inputs, kernel.step_rows(matrix)
   if not p:
-    return f"{K} inputs are not a multiple of {kernel.TILE_ROWS} rows of codes; use 'xla'"
+    return f"{K} inputs are not whole groups in a multiple of 32 rows of codes; use 'xla'"
   if max(x_BxK.shape[0], SUBLANES) * K * x_BxK.dtype.itemsize > MOST_BYTES:
     return f"{x_BxK.shape[0]} rows of {K} inputs overflow its vector memory; use 'xla'"
   return None

@@ -32,11 +32,12 @@ STEP_ROWS = 256
 
 def product(x_RxK: jax.Array, matrix: QuantizedMatrix, layer: jax.Array) -> jax.Array:
   """The product with the matrix of one layer, float32 [R, N]."""
-  (R, K), (_, P, N), J = x_RxK.shape, matrix.codes.shape, matrix.scales.shape[1]
+  R, (_, P, N), J = x_RxK.shape[0], matrix.codes.shape, matrix.scales.shape[1]
   p, n, halves = step_rows(matrix), block_outputs(matrix), 8 // matrix.grid.bits
   # Bytes hold the codes of the two halves of a group.
   x_RxJxHxr = x_RxK.reshape(R, J, halves, -1)
   x_CxHxRxp = x_RxJxHxr.transpose(2, 0, 1, 3).reshape(halves, R, P // p, p).transpose(2, 0, 1, 3)
+  coefficients = [matrix.scales, *([] if matrix.minimums is None else [matrix.minimums])]
   return pl.pallas_call(
     functools.partial(_kernel, grid=matrix.grid),
     grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -45,17 +46,19 @@ def product(x_RxK: jax.Array, matrix: QuantizedMatrix, layer: jax.Array) -> jax.
       in_specs=[
         pl.BlockSpec(x_CxHxRxp.shape, lambda block, layer: (0, 0, 0, 0)),
         pl.BlockSpec((1, P, n), lambda block, layer: (layer[0], 0, block)),
-        pl.BlockSpec((1, J, n), lambda block, layer: (layer[0], 0, block)),
+        *[pl.BlockSpec((1, J, n), lambda block, layer: (layer[0], 0, block)) for _ in coefficients],
       ],
       out_specs=pl.BlockSpec((R, n), lambda block, layer: (0, block)),
-      scratch_shapes=[pltpu.VMEM((P // p, max(J * p // P, 1), n), jnp.float32)],
+      scratch_shapes=[
+        pltpu.VMEM((P // p, max(J * p // P, 1), n), jnp.float32) for _ in coefficients
+      ],
     ),
     out_shape=parts.varying((R, N), jnp.float32, x_RxK),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel",), vmem_limit_bytes=vmem_bytes(parts.device().device_kind)
     ),
     name="quantised_matmul",
-  )(layer[None], x_CxHxRxp, matrix.codes, matrix.scales)
+  )(layer[None], x_CxHxRxp, matrix.codes, *coefficients)
 
 
 def block_outputs(matrix: QuantizedMatrix) -> int:
@@ -72,25 +75,32 @@ def step_rows(matrix: QuantizedMatrix) -> int:
   return next((rows for rows in range(most - most % unit, 0, -unit) if P % rows == 0), 0)
 
 
-def _kernel(layer_ref, x_ref, codes_ref, scales_ref, out_ref, float_scales_ref, *, grid: Grid):
+def _kernel(layer_ref, x_ref, codes_ref, *refs, grid: Grid):
   del layer_ref
+  num_coefficients = len(refs) // 2
+  # Scales, and minimums if the grid has them; the result; the coefficients in float32, by step.
+  coefficient_refs, out_ref = refs[:num_coefficients], refs[num_coefficients]
+  float_refs = refs[num_coefficients + 1 :]
   steps, halves, _, p = x_ref.shape
   if grid.group:
-    j = float_scales_ref.shape[1]
-    scales_Jxn = float_scales(scales_ref[0])
-    for index in range(steps):
-      float_scales_ref[index] = scales_Jxn[index * j : (index + 1) * j]
+    j = float_refs[0].shape[1]
+    for coefficient_ref, float_ref in zip(coefficient_refs, float_refs):
+      floats_Jxn = float_scales(coefficient_ref[0])
+      for index in range(steps):
+        float_ref[index] = floats_Jxn[index * j : (index + 1) * j]
 
   def step(index, out_Rxn):
     # Registers have no int8 arithmetic.
     codes_pxn = codes_ref[0, pl.ds(pl.multiple_of(index * p, TILE_ROWS), p)].astype(jnp.int32)
-    for half, numbers_pxn in enumerate(unpack(codes_pxn) if halves == 2 else (codes_pxn,)):
+    for half, numbers_pxn in enumerate(unpack(codes_pxn, grid) if halves == 2 else (codes_pxn,)):
       weight_pxn = numbers_pxn.astype(jnp.float32)
       if grid.group:
-        weight_jxrxn = weight_pxn.reshape(j, p // j, -1) * float_scales_ref[index][:, None]
+        weight_jxrxn = weight_pxn.reshape(j, p // j, -1) * float_refs[0][index][:, None]
+        if grid.has_minimums:
+          weight_jxrxn += float_refs[1][index][:, None]
         weight_pxn = weight_jxrxn.reshape(weight_pxn.shape)
       out_Rxn += parts.dot(x_ref[index, half], weight_pxn.astype(x_ref.dtype), (1, 0))
     return out_Rxn
 
   out_Rxn = jax.lax.fori_loop(0, steps, step, jnp.zeros(out_ref.shape, jnp.float32))
-  out_ref[...] = out_Rxn if grid.group else out_Rxn * scales_ref[0]
+  out_ref[...] = out_Rxn if grid.group else out_Rxn * coefficient_refs[0][0]

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from configs import models
+from kernels.quantised_matmul import GRIDS
 from lwm import model as model_lib
 from lwm.checkpoint.checkpoints import Checkpoints, Identity
 from lwm.checkpoint.position import Position
@@ -16,7 +18,7 @@ from lwm.checkpoint.reader import StoredCheckpoint
 from lwm.config.experiment import Experiment, Stage
 from lwm.data.tokenizer import tokenizer_files
 from lwm.errors import UserError
-from lwm.infer import load_trained
+from lwm.infer import load_trained, quantized_params
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig
 from lwm.program.state import TrainState
@@ -61,6 +63,23 @@ def test_newest_parameters_and_the_theta_of_their_stage(experiment, tmp_path):
   for actual, initial in zip(jax.tree.leaves(trained.params), jax.tree.leaves(params), strict=True):
     np.testing.assert_array_equal(actual, initial + 6)
   assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+def test_weights_are_rounded_while_they_are_read(experiment, tmp_path):
+  experiment.model.vision_vocab_size = 0
+  params = save(experiment, tmp_path / "run", Position(0, 4, 4))
+  arrays = flatten_dict(jax.tree.map(lambda w: np.asarray(w + 4), params), sep=".")
+  rounded = flatten_dict(load_trained(tmp_path / "run", "bfloat16").params, sep=".")
+  for path, array in arrays.items():
+    dtype = "float32" if path.endswith("scale") else "bfloat16"
+    np.testing.assert_array_equal(rounded[path], array.astype(dtype), strict=True)
+  trained = load_trained(tmp_path / "run", "int4")
+  in_memory = quantized_params(
+    trained.model,
+    lambda path, layer: arrays[path] if layer is None else arrays[path][layer],
+    GRIDS["int4"],
+  )
+  jax.tree.map(np.testing.assert_array_equal, trained.params, in_memory)
 
 
 def test_a_checkpoint_being_written_is_left_alone(experiment, tmp_path):

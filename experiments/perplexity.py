@@ -1,0 +1,77 @@
+"""Prints the perplexity of a text under a trained model, for one or more forms of its weights.
+
+    python -m experiments.perplexity --workdir=weights/smollm2 --text=emma.txt --tokens=1024 \\
+        --weights=float32,int8,int4
+
+Each line has the memory of the weights and the change of perplexity against the first form. The
+window begins with <bos>, which is no target.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from experiments import flags as experiment_flags
+from experiments.runtime import devices
+from lwm import infer
+from lwm.data import load_tokenizer
+from lwm.errors import UserError
+from lwm.evals import perplexity
+from lwm.parallel.mesh import make_mesh
+from lwm.parallel.sharding import MeshConfig
+
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "The --workdir of experiments.train, or the --output of import_weights."
+)
+_TEXT = flags.DEFINE_string("text", None, "A text file in UTF-8.")
+_TOKENS = flags.DEFINE_integer("tokens", 1024, "Tokens of the window.", lower_bound=2)
+_START = flags.DEFINE_integer("start", 0, "The window's first token of the text.", lower_bound=0)
+_BOS = flags.DEFINE_bool("bos", True, "Put <bos> before the window, as before a document.")
+_WEIGHTS = flags.DEFINE_list(
+  "weights", ["float32"], f"Forms of the weights to compare: {', '.join(infer.FORMS)}."
+)
+flags.mark_flags_as_required(["workdir", "text"])
+
+
+def window(tokenizer_path: pathlib.Path) -> jax.Array:
+  """The tokens to predict, after the first, int32."""
+  assert _TEXT.value  # absl requires it.
+  path = pathlib.Path(_TEXT.value)
+  try:
+    text = path.read_text("utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"--text={path} cannot be read as UTF-8 text: {error}.") from error
+  tokenizer = load_tokenizer(tokenizer_path)
+  tokens = tokenizer.encode(text)[_START.value : _START.value + _TOKENS.value]
+  if len(tokens) < _TOKENS.value:
+    raise UserError(
+      f"--text={path} has {len(tokens)} tokens from --start={_START.value} on, fewer than "
+      f"--tokens={_TOKENS.value}: set them so that they fit."
+    )
+  return jnp.asarray([tokenizer.bos_id, *tokens] if _BOS.value else tokens, jnp.int32)
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  assert _WORKDIR.value  # absl requires it.
+  for form in _WEIGHTS.value:
+    if form not in infer.FORMS:
+      raise UserError(f"--weights={form}: the forms are {', '.join(infer.FORMS)}.")
+  first = None
+  with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), devices()[:1])):
+    for form in _WEIGHTS.value:
+      trained = infer.load_trained(pathlib.Path(_WORKDIR.value), form)
+      tokens_S = window(trained.tokenizer)
+      value = perplexity(trained.model, trained.params, tokens_S, rope_theta=trained.rope_theta)
+      first = first or value
+      print(
+        f"{form}: {infer.num_bytes(trained.params) / 2**20:.1f} MiB of weights, perplexity "
+        f"{value:.4f} ({value / first - 1:+.2%})",
+        flush=True,
+      )
+
+
+if __name__ == "__main__":
+  experiment_flags.run(main)

@@ -1,0 +1,3 @@
+"""Measures of trained models."""
+
+from lwm.evals.perplexity import perplexity
