@@ -174,7 +174,7 @@ def _lora(adapter: pathlib.Path, source: SafetensorsSource) -> LoraConfig:
         "merge_and_unload and import the merged model."
       )
   rank, alpha = settings.get("r"), settings.get("lora_alpha")
-  if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not alpha > 0:
+  if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not alpha > 0:
     raise UserError(f"{path}: r={rank!r} and lora_alpha={alpha!r} must be positive numbers.")
   if settings.get("use_rslora"):
     # Rank-stabilised LoRA scales by alpha / sqrt(r) (arXiv 2312.03732).
