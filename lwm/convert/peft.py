@@ -15,14 +15,14 @@ from lwm.checkpoint.arrays import ArrayInfo, is_stacked
 from lwm.checkpoint.parameters import unfinished, write_parameters
 from lwm.checkpoint.reader import StoredCheckpoint
 from lwm.config.model import LoraConfig, ModelConfig
-from lwm.convert.safetensors import SINGLE, SafetensorsSink, SafetensorsSource, read_json
+from lwm.convert.safetensors import SafetensorsSink, SafetensorsSource, read_json
 from lwm.convert.table import LayerRow, Tensor, convert_out, layer_rows, linear, parameter_shapes
 from lwm.data.tokenizer import tokenizer_files
 from lwm.errors import UserError
 from lwm.model import lora as lora_lib
 
 CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
+STEM = "adapter_model"
 
 _LAYER = "base_model.model.model.layers.{layer}."
 # By our name: the module that holds our projection, theirs, and the number of input axes.
@@ -96,9 +96,9 @@ def export_adapter(stored: StoredCheckpoint, output: pathlib.Path, base: str = "
   }
   reader = stored.reader()
   with unfinished(output) as new:
-    with SafetensorsSink(new, infos, sum(info.nbytes for info in infos.values())) as sink:
+    size = sum(info.nbytes for info in infos.values())
+    with SafetensorsSink(new, infos, size, STEM) as sink:
       convert_out(reader.read, table, model, sink, lambda name: infos[name].dtype)
-    (new / SINGLE).rename(new / TENSORS)
     (new / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -117,7 +117,7 @@ def import_adapter(adapter: pathlib.Path, base: StoredCheckpoint, output: pathli
   experiment = base.experiment
   if experiment.model.lora:
     raise UserError(f"{base.path} already has LoRA: merge it first, by exporting the model.")
-  source = SafetensorsSource(adapter, TENSORS)
+  source = SafetensorsSource(adapter, STEM)
   model = dataclasses.replace(experiment.model, lora=_lora(adapter, source))
   table, shapes = adapter_table(model), _shapes(model)
   for name in sorted(shapes.keys() | source.tensors.keys()):
@@ -174,7 +174,7 @@ def _lora(adapter: pathlib.Path, source: SafetensorsSource) -> LoraConfig:
         "merge_and_unload and import the merged model."
       )
   rank, alpha = settings.get("r"), settings.get("lora_alpha")
-  if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not alpha > 0:
+  if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not alpha > 0:
     raise UserError(f"{path}: r={rank!r} and lora_alpha={alpha!r} must be positive numbers.")
   if settings.get("use_rslora"):
     # Rank-stabilised LoRA scales by alpha / sqrt(r) (arXiv 2312.03732).
@@ -182,5 +182,5 @@ def _lora(adapter: pathlib.Path, source: SafetensorsSource) -> LoraConfig:
   names = {name.removesuffix(".lora_A.weight").split(".", 5)[-1] for name in source.tensors}
   targets = [ours for ours, (_, theirs, _) in _PROJECTIONS.items() if theirs in names]
   if not targets:
-    raise UserError(f"{adapter / TENSORS} changes none of the projections of a decoder's layers.")
+    raise UserError(f"{adapter} changes none of the projections of a decoder's layers.")
   return LoraConfig(rank, float(alpha), targets)

@@ -13,7 +13,7 @@ from kernels.attention import causal
 from kernels.ring import Layout
 from lwm import convert, model as model_lib
 from lwm.checkpoint.reader import StoredCheckpoint, newest
-from lwm.convert.peft import CONFIG, TENSORS, export_adapter, import_adapter
+from lwm.convert.peft import CONFIG, STEM, export_adapter, import_adapter
 from lwm.convert.safetensors import SafetensorsSource
 from lwm.errors import UserError
 from lwm.parallel.mesh import make_mesh
@@ -64,7 +64,7 @@ def logits(stored: StoredCheckpoint, ids: np.ndarray) -> np.ndarray:
 
 
 def tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
-  source = SafetensorsSource(directory, TENSORS)
+  source = SafetensorsSource(directory, STEM)
   return {name: source.read(name) for name in source.tensors}
 
 
