@@ -47,11 +47,11 @@ class MergedCheckpoint(StoredCheckpoint):
 
   @functools.cached_property
   def experiment(self) -> Experiment:
-    experiment = super().experiment
+    experiment = StoredCheckpoint(self.path).experiment
     return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, lora=None))
 
   def reader(self) -> ArrayReader:
-    lora = super().experiment.model.lora
+    lora = StoredCheckpoint(self.path).experiment.model.lora
     assert lora
     return MergedReader(self.path / PARAMS, lora)
 
