@@ -24,6 +24,7 @@ from experiments.runtime import devices, use_compilation_cache
 from lwm.data.dataset import Dataset
 from lwm.data.film_documents import FilmDocuments
 from lwm.data.film_job import FilmJob, PartReport
+from lwm.data.film_throughput import throughput
 from lwm.data.films import digest, read_films
 from lwm.data.parts import Vocabulary
 from lwm.data.tokenizer import load_tokenizer
@@ -69,6 +70,12 @@ _SHARD_INDEX = flags.DEFINE_integer(
 _VALIDATION_FRACTION = flags.DEFINE_float(
   "validation_fraction", 0.0, "Share of the films to hold out, chosen by hash of their paths."
 )
+_THROUGHPUT_SECONDS = flags.DEFINE_float(
+  "throughput_seconds",
+  None,
+  "Write nothing: measure decoding, encoding, and both for this many seconds each.",
+  lower_bound=0.1,
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice among several captions.")
 
 
@@ -82,10 +89,21 @@ def _check_flags() -> None:
     raise UserError(f"--shard_index={index} is not below --num_shards={num_shards}.")
 
 
+def _new_encoder(codec: Codec) -> FrameEncoder:
+  devices()
+  use_compilation_cache()
+  return FrameEncoder(codec, jax.local_devices(), _FRAMES_PER_DEVICE.value)
+
+
+def _new_decoders(codec: Codec) -> decoders.Decoders:
+  decoding = decoders.settings(
+    codec.config.resolution, _FRAMES_PER_SECOND.value, _MAX_FRAMES.value, _TIMEOUT.value
+  )
+  return decoders.Decoders(_DECODERS.value, decoding)
+
+
 def _make(job: FilmJob, numbers: list[int], codec: Codec) -> None:
   """Makes parts, and prints a line for each."""
-  use_compilation_cache()
-  devices()
   start = time.monotonic()
   films = frames = parts = 0
 
@@ -99,11 +117,8 @@ def _make(job: FilmJob, numbers: list[int], codec: Codec) -> None:
       flush=True,
     )
 
-  encoder = FrameEncoder(codec, jax.local_devices(), _FRAMES_PER_DEVICE.value)
-  decoding = decoders.settings(
-    codec.config.resolution, _FRAMES_PER_SECOND.value, _MAX_FRAMES.value, _TIMEOUT.value
-  )
-  with decoders.Decoders(_DECODERS.value, decoding) as pool:
+  encoder = _new_encoder(codec)
+  with _new_decoders(codec) as pool:
     job.run(numbers, pool, encoder, report)
 
 
@@ -114,6 +129,13 @@ def main(argv: list[str]) -> None:
   _check_flags()
   tokenizer, codec = load_tokenizer(_TOKENIZER.value), Codec(_VQGAN.value)
   films = read_films(_INPUT.value)
+  if _THROUGHPUT_SECONDS.value:
+    rates = throughput(
+      films, lambda: _new_decoders(codec), _new_encoder(codec), _THROUGHPUT_SECONDS.value
+    )
+    for name, rate in rates:
+      print(f"{name}: {rate:,.1f} frames/s", flush=True)
+    return
   layout = codec.config.layout
   parts = DatasetParts(
     _OUTPUT.value,

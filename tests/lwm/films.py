@@ -8,6 +8,7 @@ import wave
 import av
 import numpy as np
 from flax import nnx
+from PIL import Image
 
 from lwm.config.vqgan import VQGANConfig
 from lwm.vision.codec import save_vqgan
@@ -45,6 +46,7 @@ def write_film(
     stream = container.add_stream("mpeg4", rate=rate)
     stream.height, stream.width = size
     stream.pix_fmt = "yuv420p"
+    container.start_encoding()
     for pixels in frames(count, seed, size):
       container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
     container.mux(stream.encode())
@@ -60,8 +62,6 @@ def write_sound(path: pathlib.Path) -> pathlib.Path:
 
 def write_huge_image(path: pathlib.Path) -> pathlib.Path:
   """A few bytes that claim to be an image of 10 gigapixels."""
-  from PIL import Image
-
   Image.new("L", (8, 8)).save(path, format="PNG")
   content = bytearray(path.read_bytes())
   content[16:24] = (100_000).to_bytes(4) * 2

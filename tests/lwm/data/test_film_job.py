@@ -85,9 +85,8 @@ def test_documents_hold_the_codes_of_the_films(job, codec, manifest, tokenizer):
   made.join()
   dataset = Dataset(made.path)
   bad = [json.loads(line) for line in (made.path / "bad_records.jsonl").read_text().splitlines()]
-  assert [f"films.jsonl:{line}" in record["where"] for line, record in zip((2, 6), bad)] == [
-    True
-  ] * 2
+  for line, record in zip((2, 6), bad, strict=True):
+    assert f"films.jsonl:{line}" in record["where"]
   assert "There is no video file" in bad[0]["reason"]
   assert bad[1]["reason"].startswith("field 'caption' is unknown")
   assert dataset.manifest["bad_records"] == len(bad) == 2

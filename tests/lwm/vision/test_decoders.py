@@ -6,6 +6,7 @@ import signal
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lwm.vision.decoder_process import Clip
 from lwm.vision.decoders import Decoders, settings
@@ -71,7 +72,7 @@ def test_hostile_files_are_named_and_the_next_film_is_decoded(tmp_path, folder):
     films.write_truncated(tmp_path / "truncated.mkv", 0.5): "ends after",
     films.write_sound(tmp_path / "sound.wav"): "has no video stream",
     films.write_huge_image(tmp_path / "huge.png"): "cannot be read as a video",
-    films.write_film(tmp_path / "nothing.mp4", 0): "",
+    films.write_film(tmp_path / "nothing.mp4", 0): "has no video stream",
     text: "cannot be read as a video",
     tmp_path / "empty.mp4": "cannot be read as a video",
     tmp_path / "missing.mp4": "There is no video file",
@@ -114,8 +115,6 @@ def test_a_crash_is_a_problem_of_one_film(tmp_path, folder):
 
 def test_odd_sizes_and_images(tmp_path):
   films.write_film(tmp_path / "odd.avi", 5, size=(34, 98))
-  from PIL import Image
-
   Image.fromarray(films.frames(1, size=(31, 77))[0]).save(tmp_path / "image.png")
   [(film, _), (image, problem)] = decode(
     [Clip(str(tmp_path / "odd.avi")), Clip(str(tmp_path / "image.png"))]
