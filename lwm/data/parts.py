@@ -149,7 +149,7 @@ class PartWriter:
     is_vision = tokens >= self._vocabulary.tokenizer.vocab_size
     # The first token of a document is never a target.
     skipped = int(is_first)
-    lead = np.zeros(1 - skipped, np.uint8)
+    lead = np.zeros(1 - skipped, bool)
     runs_Rx3 = target_runs(np.append(lead, loss_mask), np.append(lead, is_vision))
     runs_Rx3[:, :2] += index.tokens - len(lead)
     runs = index.target_runs
