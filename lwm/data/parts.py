@@ -29,6 +29,7 @@ from lwm.data.tokenizer import Tokenizer
 # 40 KB of ids and mask. Reading a slice reads at most two records more than it needs.
 CHUNK_TOKENS = 8192
 _RECORDS_PER_WRITE = 256
+MANIFEST = "manifest.json"
 _NAME = "tokens"
 _SUMMARY = "part.json"
 _BAD_RECORDS = "bad_records.jsonl"
@@ -241,7 +242,7 @@ def join_parts(
 ) -> dict[str, Any]:
   """Moves the parts' files into one dataset, in the order of the parts.
 
-  A killed join is continued by another one with the same arguments.
+  A killed join is continued by another one with the same arguments. The manifest comes last.
 
   Args:
     parts: directories that `PartWriter` completed.
@@ -290,7 +291,9 @@ def join_parts(
   with open(directory / _BAD_RECORDS, "wb") as file:
     for part in parts:
       file.write((part / _BAD_RECORDS).read_bytes())
-  (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+  unfinished = directory / f"{MANIFEST}.unfinished"
+  unfinished.write_text(json.dumps(manifest, indent=2) + "\n")
+  unfinished.rename(directory / MANIFEST)
   return manifest
 
 
@@ -348,6 +351,15 @@ def _join_split(
     filename_template=template,
   )
   return entry, info
+
+
+def first_problem(parts: Sequence[pathlib.Path]) -> str:
+  """The first bad record of the parts, to end a message with; empty if there is none."""
+  for part in parts:
+    for line in (part / _BAD_RECORDS).read_text().splitlines():
+      record = json.loads(line)
+      return f"; the first bad record is {record['where']} ({record['reason'].removesuffix('.')})"
+  return ""
 
 
 def entropy(counts: np.ndarray) -> float:

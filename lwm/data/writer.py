@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from lwm.config.vqgan import LWM_LAYOUT, VisionLayout
 from lwm.data.documents import Document
-from lwm.data.parts import CHUNK_TOKENS, PartWriter, Vocabulary, join_parts
+from lwm.data.parts import CHUNK_TOKENS, MANIFEST, PartWriter, Vocabulary, first_problem, join_parts
 from lwm.data.tokenizer import Tokenizer
 from lwm.errors import UserError
 
@@ -23,6 +23,7 @@ _RECORDS_PER_FILE = 16384
 # Documents per part, at most, so that each part has numbers of its own.
 _NUMBERS_PER_PART = 1 << 32
 _SETTINGS = "settings.json"
+_JOINED = "joined"
 
 
 class DatasetWriter:
@@ -78,7 +79,9 @@ class DatasetWriter:
     try:
       if error_type is None:
         self._part.close()
-        _finish(self.path, self._parts, self._unfinished / "joined", self._vocabulary)
+        joined = self._unfinished / _JOINED
+        _join(self.path, self._parts, joined, self._vocabulary)
+        joined.rename(self.path)
     finally:
       shutil.rmtree(self._unfinished)
 
@@ -140,6 +143,7 @@ class DatasetParts:
     self._vocabulary = vocabulary
     self._count = count
     self.directory = self.path.with_name(f".{self.path.name}.unfinished")
+    self._joined = self.directory / _JOINED
     self.directory.mkdir(parents=True, exist_ok=True)
     self._check_settings(
       {
@@ -153,6 +157,8 @@ class DatasetParts:
 
   def missing(self) -> list[int]:
     """The numbers of the parts that are not complete."""
+    if (self._joined / MANIFEST).exists():
+      return []
     return [number for number in range(self._count) if not self._part(number).exists()]
 
   def remove_unfinished(self, number: int) -> None:
@@ -182,7 +188,13 @@ class DatasetParts:
       UserError: there is no document.
     """
     parts = [self._part(number) for number in range(self._count)]
-    _finish(self.path, parts, self.directory / "joined", self._vocabulary)
+    if not (self._joined / MANIFEST).exists():
+      _join(self.path, parts, self._joined, self._vocabulary)
+    # The parts have lost their files, so they must not outlive `joined`.
+    for leftover in self.directory.iterdir():
+      if leftover.is_dir() and leftover != self._joined:
+        shutil.rmtree(leftover)
+    self._joined.rename(self.path)
     shutil.rmtree(self.directory)
 
   def _part(self, number: int) -> pathlib.Path:
@@ -208,9 +220,9 @@ def _refuse_existing(path: pathlib.Path) -> None:
     raise UserError(f"{path} exists already: delete it, or name another output.")
 
 
-def _finish(
+def _join(
   path: pathlib.Path, parts: list[pathlib.Path], joined: pathlib.Path, vocabulary: Vocabulary
 ) -> None:
-  if not join_parts(parts, joined, vocabulary)["splits"]:
-    raise UserError(f"Nothing to write to {path}: there is no document.")
-  joined.rename(path)
+  manifest = join_parts(parts, joined, vocabulary)
+  if not manifest["splits"]:
+    raise UserError(f"Nothing to write to {path}: there is no document{first_problem(parts)}.")

@@ -118,7 +118,8 @@ def _decode(
       # The process dies of this signal if the next frame does not come in time.
       signal.setitimer(signal.ITIMER_REAL, settings.timeout)
   except UserError as error:
-    return str(error)
+    # The report names the film.
+    return str(error).removeprefix(f"{clip.path} ")
   except MemoryError:
     return f"a frame needs more than {_MOST_MEMORY >> 30} GiB"
   except Exception as error:  # FFmpeg, PyAV and Pillow raise all kinds for damaged files.

@@ -1,13 +1,7 @@
 """`experiments.tokenize_video` and `experiments.show_data`, as a user calls them."""
 
 import json
-import os
 import pathlib
-import random
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -16,9 +10,8 @@ from PIL import Image
 from lwm.data import train_sentencepiece
 from lwm.vision.codec import Codec
 from lwm.vision.video import read_clip
+from tests.experiments.killed_films import files, kill, run, unfinished
 from tests.lwm import films
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -36,42 +29,25 @@ def folder(tmp_path_factory) -> pathlib.Path:
   return folder
 
 
-def start(program: str, folder: pathlib.Path, *flags: str) -> subprocess.Popen:
-  environment = {
-    name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PJRT_NPROC")
-  }
-  files = [f"--vqgan={folder}/vqgan.npz", f"--tokenizer={folder}/tokenizer.model"]
-  return subprocess.Popen(
-    [sys.executable, "-m", f"experiments.{program}", *files, *flags],
-    cwd=ROOT,
-    env=environment,
-    text=True,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-  )
-
-
-def run(program: str, folder: pathlib.Path, *flags: str) -> str:
-  process = start(program, folder, *flags)
-  output, errors = process.communicate(timeout=300)
-  assert process.returncode == 0, errors
-  return output
-
-
-def tokenize_flags(folder: pathlib.Path, output: pathlib.Path) -> list[str]:
-  return [f"--input={folder}/films", f"--output={output}", "--films_per_part=1", "--decoders=1"]
-
-
 @pytest.mark.slow
-def test_from_films_to_the_frames_of_a_row(folder, tmp_path):
-  output = run("tokenize_video", folder, *tokenize_flags(folder, tmp_path / "dataset"))
+def test_killed_then_shown(folder, tmp_path):
+  models = [f"--vqgan={folder}/vqgan.npz", f"--tokenizer={folder}/tokenizer.model"]
+  dataset = tmp_path / "dataset"
+  tokenize = ["experiments.tokenize_video", *models, f"--input={folder}/films"]
+  tokenize += ["--films_per_part=1", "--decoders=1"]
+  output = run(*tokenize, f"--output={dataset}")
   assert "train: 4 documents" in output and "1 bad films" in output
-  [bad] = (tmp_path / "dataset" / "bad_records.jsonl").read_text().splitlines()
+  [bad] = (dataset / "bad_records.jsonl").read_text().splitlines()
   assert json.loads(bad)["where"].endswith("notes.txt") and json.loads(bad)["reason"]
 
+  killed = tmp_path / "killed"
+  kill([*tokenize, f"--output={killed}"], killed, kills=2, seconds=8)
+  assert files(killed) == files(dataset)
+  assert not unfinished(killed)
+
   shown = tmp_path / "shown"
-  flags = f"--dataset={tmp_path}/dataset", f"--output={shown}", "--sequence_length=2048"
-  output = run("show_data", folder, *flags)
+  flags = [f"--dataset={dataset}", f"--output={shown}", "--sequence_length=2048"]
+  output = run("experiments.show_data", *models, *flags)
   page = (shown / "index.html").read_text()
   codec = Codec(folder / "vqgan.npz")
   for document in range(4):
@@ -83,19 +59,3 @@ def test_from_films_to_the_frames_of_a_row(folder, tmp_path):
       np.testing.assert_array_equal(np.asarray(Image.open(shown / name)), frame)
       assert name in page
     assert not (shown / f"{document}-{len(decoded)}.png").exists()
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments(folder, tmp_path):
-  run("tokenize_video", folder, *tokenize_flags(folder, tmp_path / "whole"))
-  whole = {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
-  generator = random.Random(0)
-  for _ in range(3):
-    process = start("tokenize_video", folder, *tokenize_flags(folder, tmp_path / "killed"))
-    time.sleep(generator.uniform(2, 8))
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-  if not (tmp_path / "killed").exists():
-    run("tokenize_video", folder, *tokenize_flags(folder, tmp_path / "killed"))
-  killed = {file.name: file.read_bytes() for file in (tmp_path / "killed").iterdir()}
-  assert killed == whole
