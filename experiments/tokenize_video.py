@@ -50,7 +50,7 @@ _TIMEOUT = flags.DEFINE_float(
   "timeout", 60.0, "A film is bad after this many seconds without a frame.", lower_bound=1e-3
 )
 _DECODERS = flags.DEFINE_integer(
-  "decoders", os.cpu_count(), "Processes that decode films, one at a time each.", lower_bound=1
+  "decoders", os.cpu_count() or 1, "Processes that decode films, one at a time each.", lower_bound=1
 )
 _FRAMES_PER_DEVICE = flags.DEFINE_integer(
   "frames_per_device", 32, "Frames that a device encodes at a time.", lower_bound=1
@@ -85,7 +85,7 @@ def _check_flags() -> None:
   num_shards, index = _NUM_SHARDS.value, _SHARD_INDEX.value
   if (num_shards is None) != (index is None):
     raise UserError("Give both --num_shards and --shard_index, or neither.")
-  if num_shards is not None and index >= num_shards:
+  if num_shards is not None and index is not None and index >= num_shards:
     raise UserError(f"--shard_index={index} is not below --num_shards={num_shards}.")
 
 
@@ -99,6 +99,7 @@ def _new_decoders(codec: Codec) -> decoders.Decoders:
   decoding = decoders.settings(
     codec.config.resolution, _FRAMES_PER_SECOND.value, _MAX_FRAMES.value, _TIMEOUT.value
   )
+  assert _DECODERS.value  # It has a default.
   return decoders.Decoders(_DECODERS.value, decoding)
 
 

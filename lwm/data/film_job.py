@@ -121,10 +121,10 @@ class FilmJob:
       report: is called for each completed part.
     """
     for decoded in decoders.decode(self._clips(numbers)):
-      part, entry = self._find(decoded.index)
+      part, entry = self._find(decoded.film)
       if decoded.frames_NxHxWx3 is not None:
         entry.decoded_frames += len(decoded.frames_NxHxWx3)
-        self._take(encoder.add(decoded.index, decoded.frames_NxHxWx3))
+        self._take(encoder.add(decoded.film, decoded.frames_NxHxWx3))
       else:
         entry.ended, entry.problem = True, decoded.problem
       self._write_complete(report)

@@ -39,7 +39,7 @@ def throughput(
       if event.frames_NxHxWx3 is not None:
         stop = stop or time.monotonic() + seconds
         yield event.frames_NxHxWx3
-      elif stop is None and event.index >= len(clips):
+      elif stop is None and event.film >= len(clips):
         raise UserError("No film has a frame: there is nothing to measure.")
       if stop and time.monotonic() >= stop:
         return

@@ -14,7 +14,7 @@ from lwm.data.rows import Rows
 
 
 class Segment(NamedTuple):
-  """Consecutive tokens of one document that have the same modality and the same weight.
+  """Consecutive tokens of one document: frames, or text with one weight.
 
   Attributes:
     column: of the first token.
@@ -77,10 +77,12 @@ def row_slices(
 def _segments(
   column: int, tokens: np.ndarray, is_vision: np.ndarray, weights: np.ndarray
 ) -> Iterator[Segment]:
-  changes = np.diff(is_vision) | (np.diff(weights) != 0)
+  # The first token of a row is no target, and would part a frame.
+  changes = np.diff(is_vision) | (np.diff(weights) != 0) & ~is_vision[1:]
   borders = [0, *(np.flatnonzero(changes) + 1).tolist(), len(tokens)]
   for start, stop in zip(borders, borders[1:]):
-    yield Segment(column + start, tokens[start:stop], bool(is_vision[start]), float(weights[start]))
+    is_frames, weight = bool(is_vision[start]), float(weights[stop - 1])
+    yield Segment(column + start, tokens[start:stop], is_frames, weight)
 
 
 def whole_frames(tokens: np.ndarray, text_vocab_size: int, layout: VisionLayout) -> np.ndarray:

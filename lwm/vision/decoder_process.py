@@ -49,10 +49,10 @@ class Clip(NamedTuple):
 
 
 class Frames(NamedTuple):
-  """Message to the parent: a buffer holds the next `count` frames."""
+  """Message to the parent: a buffer holds the next `num_frames` frames."""
 
   buffer: int
-  count: int
+  num_frames: int
 
 
 class End(NamedTuple):

@@ -45,12 +45,12 @@ class Decoded(NamedTuple):
   """What comes of a film: frames, its end, or the reason why it is bad.
 
   Attributes:
-    index: of the film.
+    film: its index.
     frames_NxHxWx3: uint8, valid until the next event; None at the end of the film.
     problem: why the film is bad; empty if it is not.
   """
 
-  index: int
+  film: int
   frames_NxHxWx3: np.ndarray | None
   problem: str = ""
 
@@ -99,8 +99,8 @@ class Decoders:
         decoder, index = at_work[ready]
         message = decoder.receive()
         if isinstance(message, Frames):
-          if message.count:
-            yield Decoded(index, decoder.buffers[message.buffer, : message.count])
+          if message.num_frames:
+            yield Decoded(index, decoder.buffers[message.buffer, : message.num_frames])
           decoder.give_back(message.buffer)
         else:
           del at_work[ready]

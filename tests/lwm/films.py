@@ -69,14 +69,6 @@ def write_huge_image(path: pathlib.Path) -> pathlib.Path:
   return path
 
 
-def write_truncated(path: pathlib.Path, share: float, **options) -> pathlib.Path:
-  """The first part of a film of 8 seconds."""
-  write_film(path, 64, **options)
-  content = path.read_bytes()
-  path.write_bytes(content[: int(len(content) * share)])
-  return path
-
-
 def start_endless(path: pathlib.Path) -> pathlib.Path:
   """A pipe that repeats a film for as long as it is read."""
   film = write_film(path.with_name(path.name + ".ts"), 25)
