@@ -19,7 +19,7 @@ import time
 import jax
 from absl import flags
 
-from experiments import flags as experiment_flags
+from experiments import flags as experiment_flags, shards
 from experiments.runtime import devices, use_compilation_cache
 from lwm.data.dataset import Dataset
 from lwm.data.film_documents import FilmDocuments
@@ -61,12 +61,6 @@ _FILMS_PER_PART = flags.DEFINE_integer(
   "Films to write at a time; a killed command makes its unfinished parts again.",
   lower_bound=1,
 )
-_NUM_SHARDS = flags.DEFINE_integer(
-  "num_shards", None, "Number of workers that share the work.", lower_bound=1
-)
-_SHARD_INDEX = flags.DEFINE_integer(
-  "shard_index", None, "Number of this worker, from 0.", lower_bound=0
-)
 _VALIDATION_FRACTION = flags.DEFINE_float(
   "validation_fraction", 0.0, "Share of the films to hold out, chosen by hash of their paths."
 )
@@ -76,21 +70,11 @@ _THROUGHPUT_SECONDS = flags.DEFINE_float(
   "Write nothing: measure decoding, encoding, and both for this many seconds each.",
   lower_bound=0.1,
 )
+flags.adopt_module_key_flags(shards)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice among several captions.")
 
 
-def _check_flags() -> None:
-  if not 0 <= _VALIDATION_FRACTION.value < 1:
-    raise UserError(f"--validation_fraction={_VALIDATION_FRACTION.value} is not in [0, 1).")
-  num_shards, index = _NUM_SHARDS.value, _SHARD_INDEX.value
-  if (num_shards is None) != (index is None):
-    raise UserError("Give both --num_shards and --shard_index, or neither.")
-  if num_shards is not None and index is not None and index >= num_shards:
-    raise UserError(f"--shard_index={index} is not below --num_shards={num_shards}.")
-
-
 def _new_encoder(codec: Codec) -> FrameEncoder:
-  devices()
   use_compilation_cache()
   return FrameEncoder(codec, jax.local_devices(), _FRAMES_PER_DEVICE.value)
 
@@ -106,11 +90,11 @@ def _new_decoders(codec: Codec) -> decoders.Decoders:
 def _make(job: FilmJob, numbers: list[int], codec: Codec) -> None:
   """Makes parts, and prints a line for each."""
   start = time.monotonic()
-  films = frames = parts = 0
+  frames = parts = 0
 
   def report(part: PartReport) -> None:
-    nonlocal films, frames, parts
-    films, frames, parts = films + part.films, frames + part.frames, parts + 1
+    nonlocal frames, parts
+    frames, parts = frames + part.frames, parts + 1
     rate = frames / (time.monotonic() - start)
     print(
       f"part {part.number}: {part.films:,} films, {part.bad_films:,} of them bad, "
@@ -127,7 +111,10 @@ def main(argv: list[str]) -> None:
   del argv
   # File names may contain bytes that are not UTF-8.
   sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-  _check_flags()
+  if not 0 <= _VALIDATION_FRACTION.value < 1:
+    raise UserError(f"--validation_fraction={_VALIDATION_FRACTION.value} is not in [0, 1).")
+  is_shard = shards.is_shard()
+  devices()
   tokenizer, codec = load_tokenizer(_TOKENIZER.value), Codec(_VQGAN.value)
   films = read_films(_INPUT.value)
   if _THROUGHPUT_SECONDS.value:
@@ -140,7 +127,6 @@ def main(argv: list[str]) -> None:
   layout = codec.config.layout
   parts = DatasetParts(
     _OUTPUT.value,
-    -(-len(films) // _FILMS_PER_PART.value),
     Vocabulary(tokenizer, codec.sha256, layout),
     {
       "input": digest(films),
@@ -158,16 +144,14 @@ def main(argv: list[str]) -> None:
     FilmDocuments(tokenizer, layout, _SEED.value),
     _VALIDATION_FRACTION.value,
   )
-  num_shards, index = _NUM_SHARDS.value or 1, _SHARD_INDEX.value or 0
-  numbers = [number for number in parts.missing() if number % num_shards == index]
-  for number in numbers:
-    parts.remove_unfinished(number)
+  count = -(-len(films) // _FILMS_PER_PART.value)
+  numbers = [n for n in range(count) if shards.is_mine(n) and not parts.is_complete(n)]
   if numbers:
     _make(job, numbers, codec)
-  if _NUM_SHARDS.value is not None:
-    print(f"shard {index} of {num_shards}: complete", flush=True)
+  if is_shard:
+    shards.print_complete()
     return
-  parts.join()
+  parts.join(count)
   _print_summary(Dataset(_OUTPUT.value))
 
 

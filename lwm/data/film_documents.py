@@ -44,7 +44,8 @@ class FilmDocuments:
     if film.turns is not None:
       vision = DocumentBuilder(self._tokenizer, self._layout).vision(frame_1xP, loss=False).build()
       return self._chat.document(film.turns, vision.tokens)
-    caption = choose(film.captions, self._seed, film.where) if film.captions else ""
+    place = f"{film.key}:{film.start}"
+    caption = choose(film.captions, self._seed, place) if film.captions else ""
     return video_document(self._tokenizer, frame_1xP, caption, self._layout)
 
   def pieces(

@@ -1,6 +1,7 @@
 """Parts of a dataset: each is written on its own, and parts are joined without copying tokens.
 
 A part is a directory. It holds at most one ArrayRecord file per split, and the index of that file.
+The same documents make the same bytes.
 A directory of parts becomes a dataset when `join_parts` moves the files together and joins their
 indices. See lwm/data/dataset.py for the format.
 
@@ -10,14 +11,14 @@ L tokens of a document or a chunk, V ids (text, then vision); a trailing 2 is th
 import array
 import dataclasses
 import json
-import os
 import pathlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from lwm.config.batch import MODALITIES
 from lwm.config.vqgan import LWM_LAYOUT, VisionLayout
@@ -28,7 +29,6 @@ from lwm.data.tokenizer import Tokenizer
 
 # 40 KB of ids and mask. Reading a slice reads at most two records more than it needs.
 CHUNK_TOKENS = 8192
-_RECORDS_PER_WRITE = 256
 MANIFEST = "manifest.json"
 _NAME = "tokens"
 _SUMMARY = "part.json"
@@ -57,10 +57,13 @@ class Vocabulary:
 
 
 class _SplitIndex:
-  """What a part records of a split."""
+  """The records of a split, and what the part's index says of them."""
 
-  def __init__(self, first_number: int, vocab_size: int):
+  def __init__(self, file: ArrayRecordWriter, first_number: int, vocab_size: int):
+    self._file = file
     self.first_number = first_number
+    self.records = 0
+    self.bytes = 0
     self.tokens = 0
     self.vision_tokens = 0
     self.lengths = array.array("q")
@@ -68,7 +71,13 @@ class _SplitIndex:
     self.target_runs = array.array("q")
     self.histogram_V = np.zeros(vocab_size, np.int64)
 
+  def write(self, record: bytes) -> None:
+    self._file.write(record)
+    self.records += 1
+    self.bytes += len(record)
+
   def save(self, directory: pathlib.Path, name: str) -> None:
+    self._file.close()
     lengths = np.frombuffer(self.lengths, np.int64)
     arrays = {
       "numbers": self.first_number + np.arange(len(lengths)),
@@ -96,16 +105,14 @@ class PartWriter:
     """
     directory.mkdir()
     self.directory = directory
-    self.num_records = 0
     self.bad_records = 0
     self._vocabulary = vocabulary
     self._first_number = first_number
     self._splits: dict[str, _SplitIndex] = {}
     self._sources: dict[str, int] = {}
-    self._pending: list[dict] = []
     (directory / _BAD_RECORDS).touch()
-    self._info = _dataset_info(directory)
-    self._records = tfds.core.SequentialWriter(self._info, sys.maxsize, file_format="array_record")
+    self._features = _dataset_info(directory).features
+    self._serializer = ExampleSerializer(self._features.get_serialized_info())
 
   def write(self, split: str, document: Document, source: str = "") -> None:
     """Appends a document to a split. The manifest counts the documents of each `source`.
@@ -126,19 +133,18 @@ class PartWriter:
     """Appends the document that consists of `pieces`, whose ids are not checked."""
     if split not in self._splits:
       first = self._first_number(split)
-      self._splits[split] = _SplitIndex(first, self._vocabulary.size)
-      self._records.initialize_splits([split])
+      file = ArrayRecordWriter(str(self.directory / _records_file(split)), "group_size:1")
+      self._splits[split] = _SplitIndex(file, first, self._vocabulary.size)
     index = self._splits[split]
     number = index.first_number + len(index.lengths)
     length, targets_2 = 0, np.zeros(len(MODALITIES), np.int64)
     for tokens, loss_mask in _chunks(pieces, self._vocabulary.chunk_tokens):
       record = {"document": number, "offset": length, "tokens": tokens, "loss_mask": loss_mask}
-      self._pending.append(record)
-      if len(self._pending) >= _RECORDS_PER_WRITE:
-        self._flush(split)
+      example = self._serializer.get_tf_example(self._features.encode_example(record))
+      # By default, the order of the fields differs from process to process.
+      index.write(example.SerializeToString(deterministic=True))
       targets_2 += self._count(index, length == 0, tokens, loss_mask)
       length += len(tokens)
-    self._flush(split)
     index.lengths.append(length)
     index.targets.extend(targets_2.tolist())
     self._sources[source] = self._sources.get(source, 0) + 1
@@ -168,9 +174,8 @@ class PartWriter:
     return np.array([len(targets) - vision, vision])
 
   @property
-  def splits(self) -> dict[str, int]:
-    """The number of documents of each split that has any."""
-    return {name: len(index.lengths) for name, index in self._splits.items()}
+  def num_records(self) -> int:
+    return sum(index.records for index in self._splits.values())
 
   def bad(self, where: str, reason: str) -> None:
     """Reports a record that was skipped; `where` is file:line, or what names the record best."""
@@ -180,24 +185,17 @@ class PartWriter:
 
   def close(self) -> None:
     """Completes the files."""
-    self._records.close_all()
     splits = {}
     for name, index in self._splits.items():
       index.save(self.directory, name)
-      info = self._info.splits[name]
       splits[name] = {
         "tokens": index.tokens,
         "vision_tokens": index.vision_tokens,
-        "records": info.num_examples,
-        "bytes": info.num_bytes,
+        "records": index.records,
+        "bytes": index.bytes,
       }
     summary = {"bad_records": self.bad_records, "sources": self._sources, "splits": splits}
     (self.directory / _SUMMARY).write_text(json.dumps(summary))
-
-  def _flush(self, split: str) -> None:
-    self.num_records += len(self._pending)
-    self._records.add_examples({split: self._pending})
-    self._pending = []
 
 
 def _chunks(
@@ -217,6 +215,10 @@ def _chunks(
     tokens, loss_mask = tokens[whole:], loss_mask[whole:]
   if len(tokens):
     yield tokens, loss_mask
+
+
+def _records_file(split: str) -> str:
+  return f"{split}.array_record"
 
 
 def _dataset_info(directory: pathlib.Path) -> tfds.core.DatasetInfo:
@@ -318,7 +320,7 @@ def _join_split(
   tokens = 0
   for index, (part, summary) in enumerate(parts):
     target = template.sharded_filepath(shard_index=index, num_shards=None)
-    source = part / os.path.basename(template.sharded_filepath(shard_index=0, num_shards=None))
+    source = part / _records_file(name)
     if source.exists():  # A join that was killed has moved it.
       source.rename(target)
     for field, arrays in joined.items():
@@ -354,12 +356,10 @@ def _join_split(
 
 
 def first_problem(parts: Sequence[pathlib.Path]) -> str:
-  """The first bad record of the parts, to end a message with; empty if there is none."""
-  for part in parts:
-    for line in (part / _BAD_RECORDS).read_text().splitlines():
-      record = json.loads(line)
-      return f"; the first bad record is {record['where']} ({record['reason'].removesuffix('.')})"
-  return ""
+  """Where the first bad record of the parts is, and why it is bad."""
+  lines = (line for part in parts for line in (part / _BAD_RECORDS).read_text().splitlines())
+  record = json.loads(next(lines))
+  return f"{record['where']}: {record['reason'].removesuffix('.')}"
 
 
 def entropy(counts: np.ndarray) -> float:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 from lwm.config.vqgan import LWM_LAYOUT, VisionLayout
+from lwm.data.dataset import TRAIN
 from lwm.data.documents import Document
 from lwm.data.parts import CHUNK_TOKENS, MANIFEST, PartWriter, Vocabulary, first_problem, join_parts
 from lwm.data.tokenizer import Tokenizer
@@ -125,13 +126,10 @@ class DatasetParts:
     directory: of the parts and other files of the work; it is removed at the end.
   """
 
-  def __init__(
-    self, path: str | os.PathLike, count: int, vocabulary: Vocabulary, settings: Mapping[str, Any]
-  ):
+  def __init__(self, path: str | os.PathLike, vocabulary: Vocabulary, settings: Mapping[str, Any]):
     """
     Args:
       path: of the dataset; its parents are made.
-      count: number of parts.
       vocabulary: of the documents.
       settings: everything else that decides what the parts hold, as JSON values by name.
 
@@ -141,7 +139,6 @@ class DatasetParts:
     self.path = pathlib.Path(path)
     _refuse_existing(self.path)
     self._vocabulary = vocabulary
-    self._count = count
     self.directory = self.path.with_name(f".{self.path.name}.unfinished")
     self._joined = self.directory / _JOINED
     self.directory.mkdir(parents=True, exist_ok=True)
@@ -150,27 +147,21 @@ class DatasetParts:
         "tokenizer": vocabulary.tokenizer.sha256,
         "vqgan": vocabulary.vqgan_sha256,
         "chunk_tokens": vocabulary.chunk_tokens,
-        "parts": count,
         **settings,
       }
     )
 
-  def missing(self) -> list[int]:
-    """The numbers of the parts that are not complete."""
-    if (self._joined / MANIFEST).exists():
-      return []
-    return [number for number in range(self._count) if not self._part(number).exists()]
-
-  def remove_unfinished(self, number: int) -> None:
-    """Removes what killed processes left of a part."""
-    for directory in self.directory.glob(f"{self._part(number).name}-*"):
-      shutil.rmtree(directory, ignore_errors=True)
+  def is_complete(self, number: int) -> bool:
+    """Whether a part is complete."""
+    return self._part(number).exists() or (self._joined / MANIFEST).exists()
 
   @contextlib.contextmanager
   def part(self, number: int) -> Iterator[PartWriter]:
     """Writes a part, which is complete at the end of the `with` unless an error ends it."""
     own = f"-{socket.gethostname()}-{os.getpid()}"
     directory = self.directory / (self._part(number).name + own)
+    # Left by a process of the same number that was killed.
+    shutil.rmtree(directory, ignore_errors=True)
     writer = PartWriter(directory, self._vocabulary, lambda split: number * _NUMBERS_PER_PART)
     yield writer
     writer.close()
@@ -181,15 +172,21 @@ class DatasetParts:
         raise
       shutil.rmtree(directory)  # Another process was faster.
 
-  def join(self) -> None:
-    """Makes the dataset of all parts.
+  def join(self, count: int) -> None:
+    """Makes the dataset of the parts [0, count), which are complete.
 
     Raises:
-      UserError: there is no document.
+      UserError: there is no document to train on. All parts are removed then.
     """
-    parts = [self._part(number) for number in range(self._count)]
+    parts = [self._part(number) for number in range(count)]
     if not (self._joined / MANIFEST).exists():
-      _join(self.path, parts, self._joined, self._vocabulary)
+      try:
+        splits = _join(self.path, parts, self._joined, self._vocabulary)
+        if TRAIN not in splits:
+          raise UserError(f"{self.path} would hold out every document: hold out fewer.")
+      except UserError:
+        shutil.rmtree(self.directory)
+        raise
     # The parts have lost their files, so they must not outlive `joined`.
     for leftover in self.directory.iterdir():
       if leftover.is_dir() and leftover != self._joined:
@@ -222,7 +219,14 @@ def _refuse_existing(path: pathlib.Path) -> None:
 
 def _join(
   path: pathlib.Path, parts: list[pathlib.Path], joined: pathlib.Path, vocabulary: Vocabulary
-) -> None:
+) -> list[str]:
+  """Joins the parts, and returns the names of the splits."""
   manifest = join_parts(parts, joined, vocabulary)
-  if not manifest["splits"]:
-    raise UserError(f"Nothing to write to {path}: there is no document{first_problem(parts)}.")
+  if manifest["splits"]:
+    return list(manifest["splits"])
+  if not manifest["bad_records"]:
+    raise UserError(f"Nothing to write to {path}: there is no document.")
+  raise UserError(
+    f"No good document in the input, {manifest['bad_records']} bad ones; the first: "
+    f"{first_problem(parts)}."
+  )

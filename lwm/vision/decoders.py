@@ -132,7 +132,8 @@ class _Decoder:
     self._process = subprocess.Popen(
       [sys.executable, "-c", program],
       pass_fds=descriptors,
-      env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+      # Without the threads of NumPy's linear algebra.
+      env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"},
       stdin=subprocess.DEVNULL,
       stderr=subprocess.DEVNULL,
     )

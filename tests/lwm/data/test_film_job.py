@@ -54,22 +54,25 @@ def job(codec, manifest, tokenizer, tmp_path):
     def __init__(self, name: str):
       entries = read_films(manifest)
       self.path = tmp_path / name
-      count = -(-len(entries) // FILMS_PER_PART)
+      self.count = -(-len(entries) // FILMS_PER_PART)
       vocabulary = Vocabulary(tokenizer, codec.sha256, codec.config.layout, chunk_tokens=500)
-      self.parts = DatasetParts(self.path, count, vocabulary, {"input": digest(entries)})
+      self.parts = DatasetParts(self.path, vocabulary, {"input": digest(entries)})
       documents = FilmDocuments(tokenizer, codec.config.layout, seed=0)
       self._job = FilmJob(entries, FILMS_PER_PART, self.parts, documents, validation_fraction=0.4)
 
+    def missing(self) -> list[int]:
+      return [number for number in range(self.count) if not self.parts.is_complete(number)]
+
     def run(self, numbers=None, processes=1, devices=1, frames_per_device=4, report=None):
-      numbers = self.parts.missing() if numbers is None else numbers
+      numbers = self.missing() if numbers is None else numbers
       encoder = FrameEncoder(codec, jax.devices()[:devices], frames_per_device)
-      decoding = settings(codec.config.resolution, RATE, max_frames=1000, timeout=20)
+      decoding = settings(codec.config.resolution, RATE, max_frames=1000, timeout=60)
       with Decoders(processes, decoding._replace(frames_per_buffer=3)) as decoders:
         self._job.run(numbers, decoders, encoder, report or (lambda part: None))
       return self
 
     def join(self) -> dict[str, bytes]:
-      self.parts.join()
+      self.parts.join(self.count)
       return {file.name: file.read_bytes() for file in self.path.iterdir()}
 
   return Job
@@ -119,11 +122,11 @@ def test_documents_hold_the_codes_of_the_films(job, codec, manifest, tokenizer):
 
 def test_shared_work_gives_the_same_bytes(job, undisturbed):
   shared = job("shared")
-  numbers = shared.parts.missing()
+  numbers = shared.missing()
   assert len(numbers) == 3
   job("shared").run(numbers[1::2], processes=2, devices=8, frames_per_device=2)
   job("shared").run(numbers[0::2], frames_per_device=4)
-  assert shared.parts.missing() == []
+  assert shared.missing() == []
   assert shared.join() == undisturbed
   assert [file.name for file in shared.path.parent.iterdir() if file.name.startswith(".")] == []
 
@@ -136,7 +139,7 @@ def test_interrupted_work_gives_the_same_bytes(job, undisturbed):
     raise Killed
 
   interruptions = 0
-  while job("again").parts.missing():
+  while job("again").missing():
     try:
       job("again").run(report=kill)
     except Killed:
@@ -154,7 +157,7 @@ def test_a_killed_join_continues(job, undisturbed, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(np, "save", fail)
     with pytest.raises(KeyboardInterrupt):
-      made.parts.join()
+      made.parts.join(made.count)
   assert job("again").join() == undisturbed
 
 
@@ -162,4 +165,4 @@ def test_other_settings_are_refused(job, manifest, codec, tokenizer):
   begun = job("begun").run([0])
   vocabulary = Vocabulary(tokenizer, codec.sha256, codec.config.layout, chunk_tokens=500)
   with pytest.raises(UserError, match="was begun with input=.*, and now it is other"):
-    DatasetParts(begun.path, 3, vocabulary, {"input": "other"})
+    DatasetParts(begun.path, vocabulary, {"input": "other"})
