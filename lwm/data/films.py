@@ -78,7 +78,13 @@ def digest(films: list[Film]) -> str:
 
 
 def _of_folder(folder: pathlib.Path) -> Iterator[Film]:
+  known = set()
   for root, folders, files in os.walk(folder, followlinks=True):
+    status = os.stat(root)
+    if (status.st_dev, status.st_ino) in known:
+      folders.clear()  # Another link to a folder, perhaps one above.
+      continue
+    known.add((status.st_dev, status.st_ino))
     folders[:] = sorted(name for name in folders if not name.startswith("."))
     for name in sorted(name for name in files if not name.startswith(".")):
       path = pathlib.Path(root, name)
