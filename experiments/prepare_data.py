@@ -94,6 +94,7 @@ _RECORDS_PER_PART = flags.DEFINE_integer(
   "Records to write at a time; a killed command makes its unfinished part again.",
   lower_bound=1,
 )
+_SHARDS = shards.Shards()
 flags.adopt_module_key_flags(shards)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice among several --fields.")
 
@@ -184,8 +185,8 @@ def main(argv: list[str]) -> None:
       "another --tokenizer."
     )
 
-  is_shard = shards.is_shard()
-  if is_shard and _TRAIN_TOKENIZER_VOCAB.value:
+  is_share = _SHARDS.is_share()
+  if is_share and _TRAIN_TOKENIZER_VOCAB.value:
     raise UserError(
       "--train_tokenizer_vocab trains on the whole input: make the tokenizer first, and leave the "
       "flag out where --num_shards is given."
@@ -211,10 +212,10 @@ def main(argv: list[str]) -> None:
       writer, records, tokenizer, to_document, split
     ),
     _RECORDS_PER_PART.value,
-    shards.is_mine,
+    _SHARDS.is_mine,
   )
-  if is_shard:
-    shards.print_complete()
+  if is_share:
+    _SHARDS.print_complete()
     return
   parts.join(count)
   _print_summary(Dataset(_OUTPUT.value), inputs)

@@ -70,6 +70,7 @@ _THROUGHPUT_SECONDS = flags.DEFINE_float(
   "Write nothing: measure decoding, encoding, and both for this many seconds each.",
   lower_bound=0.1,
 )
+_SHARDS = shards.Shards()
 flags.adopt_module_key_flags(shards)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice among several captions.")
 
@@ -113,7 +114,7 @@ def main(argv: list[str]) -> None:
   sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
   if not 0 <= _VALIDATION_FRACTION.value < 1:
     raise UserError(f"--validation_fraction={_VALIDATION_FRACTION.value} is not in [0, 1).")
-  is_shard = shards.is_shard()
+  is_share = _SHARDS.is_share()
   devices()
   tokenizer, codec = load_tokenizer(_TOKENIZER.value), Codec(_VQGAN.value)
   films = read_films(_INPUT.value)
@@ -145,11 +146,11 @@ def main(argv: list[str]) -> None:
     _VALIDATION_FRACTION.value,
   )
   count = -(-len(films) // _FILMS_PER_PART.value)
-  numbers = [n for n in range(count) if shards.is_mine(n) and not parts.is_complete(n)]
+  numbers = [n for n in range(count) if _SHARDS.is_mine(n) and not parts.is_complete(n)]
   if numbers:
     _make(job, numbers, codec)
-  if is_shard:
-    shards.print_complete()
+  if is_share:
+    _SHARDS.print_complete()
     return
   parts.join(count)
   _print_summary(Dataset(_OUTPUT.value))

@@ -50,19 +50,27 @@ def unfinished(dataset: pathlib.Path) -> list[str]:
 
 
 def kill(command: list[str], output: pathlib.Path, kills: int, seconds: float) -> None:
-  """Kills the command `kills` times within its first `seconds`, then lets it end.
+  """Kills the command `kills` times, then lets it end.
 
-  A dataset that is complete is removed, so that every kill hits work.
+  Each kill comes at a random moment of the first `seconds`, or sooner if the command has ended
+  sooner before. A dataset that is complete is removed, so that every kill hits work.
   """
   generator = random.Random(0)
-  for number in range(kills):
+  killed = 0
+  while killed < kills:
     shutil.rmtree(output, ignore_errors=True)
+    begin = time.monotonic()
     process = start(*command)
-    time.sleep(generator.uniform(0, seconds))
-    process.send_signal(signal.SIGKILL)
+    try:
+      process.wait(generator.uniform(0, seconds))
+    except subprocess.TimeoutExpired:
+      process.send_signal(signal.SIGKILL)
+      killed += 1
+    else:
+      seconds = time.monotonic() - begin
     process.communicate()
     parts = len(list(output.parent.glob(f".{output.name}.unfinished/part-??????")))
-    print(f"kill {number}: {parts} parts, complete: {output.exists()}", flush=True)
+    print(f"kill {killed}: {parts} parts, complete: {output.exists()}", flush=True)
   if not output.exists():
     run(*command)
 

@@ -23,9 +23,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
     films.write_film(folder / "films" / f"{seed}.mp4", 12 + seed, seed)
   (folder / "films" / "notes.txt").write_text("not a film")
   films.write_vqgan(folder / "vqgan.npz")
-  train_sentencepiece(
-    ["the quick brown fox jumps over a lazy dog"], folder / "tokenizer.model", 280
-  )
+  train_sentencepiece(["the quick brown fox jumps over it"], folder / "tokenizer.model", 290)
   return folder
 
 
