@@ -10,6 +10,7 @@ import pytest
 from lwm.data import Dataset, frame_codes
 from lwm.data.film_documents import FilmDocuments
 from lwm.data.film_job import FilmJob
+from lwm.data.film_throughput import throughput
 from lwm.data.films import digest, read_films
 from lwm.data.parts import Vocabulary
 from lwm.data.writer import DatasetParts
@@ -166,3 +167,14 @@ def test_other_settings_are_refused(job, manifest, codec, tokenizer):
   vocabulary = Vocabulary(tokenizer, codec.sha256, codec.config.layout, chunk_tokens=500)
   with pytest.raises(UserError, match="was begun with input=.*, and now it is other"):
     DatasetParts(begun.path, vocabulary, {"input": "other"})
+
+
+def test_throughput_of_each_stage_and_of_both(codec, manifest, tmp_path):
+  encoder = FrameEncoder(codec, jax.devices()[:1], frames_per_device=4)
+  decoding = settings(codec.config.resolution, RATE, max_frames=1000, timeout=60)
+  entries = read_films(manifest)
+  rates = dict(throughput(entries, lambda: Decoders(1, decoding), encoder, seconds=0.1))
+  assert list(rates) == ["decoding", "encoding", "decoding and encoding"]
+  (tmp_path / "text.mp4").write_text("not a film")
+  with pytest.raises(UserError, match="No film has a frame"):
+    list(throughput(read_films(tmp_path), lambda: Decoders(1, decoding), encoder, seconds=0.1))
