@@ -24,12 +24,14 @@ from lwm.vision.decoder_process import Clip, End, Frames, Settings, open_buffers
 # One is filled while the other waits to be taken, and one more for uneven films.
 _BUFFERS = 3
 _BYTES_PER_BUFFER = 4 << 20
+# More would come late.
+_MOST_FRAMES_PER_BUFFER = 32
 
 
 def settings(
   resolution: int, frames_per_second: float, max_frames: int, timeout: float
 ) -> Settings:
-  """How to decode, with buffers of about 4 MB.
+  """How to decode, with buffers of at most 32 frames and about 4 MB.
 
   Args:
     resolution: pixels along one side of the square that is cut from each frame.
@@ -37,7 +39,7 @@ def settings(
     max_frames: a film with more is bad.
     timeout: seconds without a frame after which a film is bad.
   """
-  frames = max(1, _BYTES_PER_BUFFER // (resolution**2 * 3))
+  frames = min(max(1, _BYTES_PER_BUFFER // (resolution**2 * 3)), _MOST_FRAMES_PER_BUFFER)
   return Settings(resolution, frames_per_second, max_frames, timeout, _BUFFERS, frames)
 
 
