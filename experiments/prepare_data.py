@@ -21,7 +21,9 @@ lwm/data/chat.py), or --ids_field for token ids, to which <bos> and <eos> are ad
 tfds. Without it, the suffix of the file or the only kind of file in the folder decides. Files may
 be compressed (.gz, .zst). Links are followed.
 
-The output is written in full or not at all. Its bad_records.jsonl names every bad record and file,
+The output is written in full or not at all. A killed command continues when it is given again.
+Workers can share the work, and the command without --num_shards then makes the dataset; see
+docs/films.md. Its bad_records.jsonl names every bad record and file,
 with the reason. The summary counts the files of other kinds. lwm/data/dataset.py describes the
 output.
 """
@@ -29,14 +31,16 @@ output.
 import os
 import re
 import sys
+from typing import Any
 
 from absl import flags
 
-from experiments import flags as experiment_flags
+from experiments import flags as experiment_flags, shards
 from lwm.data import prepare, sources
 from lwm.data.dataset import TRAIN, VALIDATION, Dataset
+from lwm.data.parts import Vocabulary
 from lwm.data.tokenizer import load_tokenizer, train_sentencepiece
-from lwm.data.writer import DatasetWriter
+from lwm.data.writer import DatasetParts
 from lwm.errors import UserError
 
 _SOURCE = flags.DEFINE_enum(
@@ -84,6 +88,14 @@ _VALIDATION_INPUT = flags.DEFINE_string(
 _VALIDATION_FRACTION = flags.DEFINE_float(
   "validation_fraction", 0.0, "Share of --input's documents to hold out, chosen by hash."
 )
+_RECORDS_PER_PART = flags.DEFINE_integer(
+  "records_per_part",
+  4096,
+  "Records to write at a time; a killed command makes its unfinished part again.",
+  lower_bound=1,
+)
+_SHARDS = shards.Shards()
+flags.adopt_module_key_flags(shards)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice among several --fields.")
 
 
@@ -173,6 +185,12 @@ def main(argv: list[str]) -> None:
       "another --tokenizer."
     )
 
+  is_share = _SHARDS.is_share()
+  if is_share and _TRAIN_TOKENIZER_VOCAB.value:
+    raise UserError(
+      "--train_tokenizer_vocab trains on the whole input: make the tokenizer first, and leave the "
+      "flag out where --num_shards is given."
+    )
   source = _open(_SOURCE.value)
   _refuse_idle_flags(source)
   to_document = _to_document(source)
@@ -185,15 +203,32 @@ def main(argv: list[str]) -> None:
     texts = prepare.training_texts(trained_on, to_document, _TOKENIZER.value)
     train_sentencepiece(texts, _TOKENIZER.value, _TRAIN_TOKENIZER_VOCAB.value)
   tokenizer = load_tokenizer(_TOKENIZER.value)
-  with DatasetWriter(_OUTPUT.value, tokenizer) as writer:
-    prepare.add_documents(writer, source, tokenizer, to_document, split)
-    for held_out in inputs[1:]:
-      prepare.add_documents(writer, held_out, tokenizer, to_document, lambda record: VALIDATION)
-    if TRAIN not in writer.splits:
-      raise UserError(
-        f"--validation_fraction={_VALIDATION_FRACTION.value} holds out every document: lower it."
-      )
+  splits = [split, lambda record: VALIDATION]
+  parts = DatasetParts(_OUTPUT.value, Vocabulary(tokenizer), _settings(inputs))
+  count = prepare.add_parts(
+    parts,
+    zip(inputs, splits),
+    lambda writer, records, split: prepare.add_documents(
+      writer, records, tokenizer, to_document, split
+    ),
+    _RECORDS_PER_PART.value,
+    _SHARDS.is_mine,
+  )
+  if is_share:
+    _SHARDS.print_complete()
+    return
+  parts.join(count)
   _print_summary(Dataset(_OUTPUT.value), inputs)
+
+
+def _settings(inputs: list[sources.Source]) -> dict[str, Any]:
+  """What decides which records become which documents."""
+  chosen = (_FIELDS, _FIELDS_FROM, _CHAT_FIELD, _IDS_FIELD, _TEXT_FEATURE)
+  others = (_VALIDATION_FRACTION, _RECORDS_PER_PART, _SEED)
+  return {
+    "input": [source.identity() for source in inputs],
+    **{flag.name: flag.value for flag in (*chosen, *others)},
+  }
 
 
 def _print_summary(dataset: Dataset, inputs: list[sources.Source]) -> None:

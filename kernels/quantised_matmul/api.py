@@ -47,6 +47,5 @@ def quantised_matmul(
   x_BxK = x.reshape(-1, x.shape[-1])
   if not isinstance(backend, Backend):
     backend = backends.choose("quantized product", BACKENDS, backend, x_BxK, matrix)
-  layer = jnp.asarray(layer, jnp.int32)
-  x_BxK, matrix, layer = vary_trees_alike(x_BxK, matrix, layer)
-  return backend.product(x_BxK, matrix, layer).reshape(*x.shape[:-1], -1)
+  x_BxK, matrix, index = vary_trees_alike(x_BxK, matrix, jnp.asarray(layer, jnp.int32))
+  return backend.product(x_BxK, matrix, index).reshape(*x.shape[:-1], -1)

@@ -32,6 +32,7 @@ from lwm.data.tokenizer import (
   read_settings,
   token_name,
 )
+from lwm.data.vision_tokens import VISION_START
 from lwm.errors import UserError
 
 # LWM's form of a chat, for tokenizers without a template.
@@ -94,16 +95,20 @@ class ChatFormat:
     spans = [content for content in contents if marks.search(text[slice(*content)])]
     return [index for index, _, _ in self._encode(text, spans)]
 
-  def document(self, messages: Any) -> Document:
+  def document(self, messages: Any, film: np.ndarray | None = None) -> Document:
     """The document of a conversation.
 
     Args:
       messages: a list of {"role": ..., "content": text, ...}.
+      film: int32 ids to put, without loss, where a message says <vision>; if none does, the first
+        user's message begins with <vision> and a line break.
 
     Raises:
       BadDocument: it is not such a list, or the template refuses it or changes a message.
     """
     messages = _checked(messages)
+    if film is not None:
+      messages = _with_film_mark(messages)
     if not self._has_generation:
       _check_nothing_outside_content(messages)
     text, contents, answers = self._render(messages)
@@ -116,10 +121,26 @@ class ChatFormat:
         mark_ends[mark.start()] = mark.end()
     if not self._has_generation:
       answers = [(start, mark_ends.get(_skip_space(text, stop), stop)) for start, stop in answers]
+    plain = sorted(contents_with_marks)
     try:
-      spans_Lx3 = np.array(self._encode(text, sorted(contents_with_marks)), np.int64).reshape(-1, 3)
+      if film is None:
+        spans = self._encode(text, plain)
+      else:
+        place = next(
+          start + text[start:stop].index(VISION_START)
+          for start, stop in contents
+          if VISION_START in text[start:stop]
+        )
+        rest = place + len(VISION_START)
+        after = self._encode(text[rest:], _clipped(plain, rest, len(text)))
+        spans = [
+          *self._encode(text[:place], _clipped(plain, 0, place)),
+          *((index, place, place) for index in film.tolist()),
+          *((index, rest + start, rest + stop) for index, start, stop in after),
+        ]
     except TextError as error:
       raise BadDocument(str(error)) from error
+    spans_Lx3 = np.array(spans, np.int64).reshape(-1, 3)
     ids_L, starts_L, stops_L = spans_Lx3.T
     # If several tokens spell one character, some of them have an empty range.
     stops_L = np.maximum(stops_L, starts_L + 1)
@@ -250,6 +271,26 @@ def _check_nothing_outside_content(messages: list[dict[str, Any]]) -> None:
           f"message {number} has {name}, which only a chat template with {{% generation %}} "
           "blocks can train on"
         )
+
+
+def _with_film_mark(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """The messages, of which one says <vision>. Raises BadDocument if there is no place for it."""
+  places = sum(message["content"].count(VISION_START) for message in messages)
+  if places > 1:
+    raise BadDocument(f"the messages say {VISION_START} {places} times, and there is one film")
+  if places:
+    return messages
+  for number, message in enumerate(messages):
+    if message["role"] == "user":
+      marked = {**message, "content": f"{VISION_START}\n{message['content']}"}
+      return [*messages[:number], marked, *messages[number + 1 :]]
+  raise BadDocument("no message is the user's, so there is no place for the film")
+
+
+def _clipped(ranges: list[Range], first: int, last: int) -> list[Range]:
+  """The parts of the ranges inside [first, last), counted from `first`."""
+  clipped = [(max(start, first) - first, min(stop, last) - first) for start, stop in ranges]
+  return [(start, stop) for start, stop in clipped if start < stop]
 
 
 def _overlap(one: Range, other: Range) -> bool:

@@ -8,6 +8,9 @@ The directory is a TensorFlow Datasets directory (`tfds.builder_from_directory(p
                                 reading a slice of a long document reads only the records that
                                 overlap it; fields document, offset, tokens (int32), loss_mask
                                 (uint8)
+  SPLIT_numbers.npy             int64 [D], what the records of each document have in the field
+                                document; datasets prepared by older versions have none, and count
+                                from 0
   SPLIT_lengths.npy             int64 [D], tokens of each document
   SPLIT_targets.npy             int64 [D, 2], tokens that count in the loss, by modality
   SPLIT_target_runs.npy         int64 [R, 3], where they are: see lwm/data/target_runs.py; datasets
@@ -50,6 +53,7 @@ class Split:
     stored_text_ids: int,
     text_ids: int,
     has_target_runs: bool,
+    has_numbers: bool,
     source: Sequence[dict],
     files: Sequence[tuple[str, int]],
   ):
@@ -61,6 +65,7 @@ class Split:
       stored_text_ids: number of text ids in the records; vision ids follow them.
       text_ids: number of text ids in what is read.
       has_target_runs: whether the split was written with its runs of targets.
+      has_numbers: whether it was written with the numbers of its documents.
       source: its records.
       files: the files of the records, each with its number of records.
 
@@ -76,6 +81,9 @@ class Split:
     self.target_runs = None
     if has_target_runs:
       self.target_runs = TargetRuns(self.lengths, _load_index(path / f"{name}_target_runs.npy"))
+    self._numbers = (
+      _load_index(path / f"{name}_numbers.npy") if has_numbers else np.arange(len(self.lengths))
+    )
     self._chunk_tokens = chunk_tokens
     self._stored_text_ids = stored_text_ids
     self._vision_shift = np.int32(text_ids - stored_text_ids)
@@ -114,8 +122,9 @@ class Split:
       belongs_to = record["document"], record["offset"]
     except Exception as error:  # ArrayRecord and TFDS raise all kinds, and none names the record.
       raise self._bad_record(index, str(error).partition("\n")[0]) from error
-    if belongs_to != (document, chunk * self._chunk_tokens):
-      raise self._bad_record(index, f"it belongs to document {belongs_to[0]}, not {document}")
+    number = self._numbers[document]
+    if belongs_to != (number, chunk * self._chunk_tokens):
+      raise self._bad_record(index, f"it belongs to document {belongs_to[0]}, not {number}")
     return record
 
   def _bad_record(self, index: int, reason: str) -> UserError:
@@ -214,6 +223,7 @@ class Dataset:
       stored_text_ids=self.manifest["text_vocab_size"],
       text_ids=self.text_vocab_size,
       has_target_runs="target_runs" in self.manifest["splits"][name],
+      has_numbers="parts" in self.manifest["splits"][name],
       source=self._builder.as_data_source(name),
       files=list(zip(map(str, info.filepaths), info.shard_lengths)),
     )

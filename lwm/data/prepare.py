@@ -2,11 +2,12 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from lwm.data.documents import (
 )
 from lwm.data.sources import Record
 from lwm.data.tokenizer import TextCollector, Tokenizer
-from lwm.data.writer import DatasetWriter
+from lwm.data.writer import DatasetParts
 from lwm.errors import UserError
 
 ToDocument = Callable[[Tokenizer, Record], Document]
@@ -112,33 +113,61 @@ def by_fraction(validation_fraction: float) -> Callable[[Record], str]:
   return split
 
 
+class Writer(Protocol):
+  """What documents are written to."""
+
+  def write(self, split: str, document: Document, source: str = "") -> None: ...
+
+  def bad(self, where: str, reason: str) -> None: ...
+
+
 def add_documents(
-  writer: DatasetWriter,
+  writer: Writer,
   records: Iterable[Record],
   tokenizer: Tokenizer,
   to_document: ToDocument,
   split: Callable[[Record], str],
 ) -> None:
-  """Writes every good record to the split that `split` names, and reports the others.
-
-  Raises:
-    UserError: there is no good record.
-  """
-  good = 0
-  first_bad = ""
+  """Writes every good record to the split that `split` names, and reports the others."""
   for record in records:
     problem = record.problem
     if not problem:
       try:
         writer.write(split(record), to_document(tokenizer, record), record.source)
-        good += 1
         continue
       except BadDocument as error:
         problem = str(error)
     writer.bad(record.where, problem)
-    first_bad = first_bad or f"; the first: {record.where}: {problem.removesuffix('.')}"
-  if not good:
-    raise UserError(f"No good document in the input, {writer.bad_records} bad ones{first_bad}.")
+
+
+def add_parts(
+  parts: DatasetParts,
+  inputs: Iterable[tuple[Iterable[Record], Callable[[Record], str]]],
+  add: Callable[[Writer, Iterable[Record], Callable[[Record], str]], None],
+  records_per_part: int,
+  is_mine: Callable[[int], bool],
+) -> int:
+  """Makes parts of the records; those of complete parts and of others are only read.
+
+  Args:
+    parts: of the dataset.
+    inputs: records, and the split of each.
+    add: writes records to a part.
+    records_per_part: in every part but the last of an input.
+    is_mine: whether to make the part of a number.
+
+  Returns:
+    The number of all parts.
+  """
+  count = 0
+  for records, split in inputs:
+    numbered = enumerate(records)
+    for _, batch in itertools.groupby(numbered, lambda item: item[0] // records_per_part):
+      if is_mine(count) and not parts.is_complete(count):
+        with parts.part(count) as part:
+          add(part, (record for _, record in batch), split)
+      count += 1
+  return count
 
 
 def training_texts(

@@ -1,45 +1,30 @@
-"""Writing a prepared dataset: see lwm/data/dataset.py for the format.
+"""Writing a prepared dataset: all at once, or in parts that can be made by several processes.
 
-L tokens of a document, V ids (text, then vision).
+See lwm/data/dataset.py for the format.
 """
 
-import array
 import contextlib
-import dataclasses
 import json
 import os
 import pathlib
 import shutil
+import socket
 import types
-from typing import Self
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
 
-import numpy as np
-import tensorflow_datasets as tfds
-
-from lwm.config.batch import MODALITIES
 from lwm.config.vqgan import LWM_LAYOUT, VisionLayout
-from lwm.data.dataset import FORMAT_VERSION
-from lwm.data.documents import BadDocument, Document
-from lwm.data.target_runs import target_runs
+from lwm.data.dataset import TRAIN
+from lwm.data.documents import Document
+from lwm.data.parts import CHUNK_TOKENS, MANIFEST, PartWriter, Vocabulary, first_problem, join_parts
 from lwm.data.tokenizer import Tokenizer
 from lwm.errors import UserError
 
-# 40 KB of ids and mask. Reading a slice reads at most two records more than it needs.
-CHUNK_TOKENS = 8192
 _RECORDS_PER_FILE = 16384
-_RECORDS_PER_WRITE = 256
-
-
-class _SplitCounts:
-  """What the index and the manifest record of a split."""
-
-  def __init__(self, vocab_size: int):
-    self.tokens = 0
-    self.lengths = array.array("q")
-    self.targets = array.array("q")
-    self.target_runs = array.array("q")
-    self.vision_tokens = 0
-    self.histogram_V = np.zeros(vocab_size, np.int64)
+# Documents per part, at most, so that each part has numbers of its own.
+_NUMBERS_PER_PART = 1 << 32
+_SETTINGS = "settings.json"
+_JOINED = "joined"
 
 
 class DatasetWriter:
@@ -72,43 +57,18 @@ class DatasetWriter:
       UserError: `path` exists already.
     """
     self.path = pathlib.Path(path)
-    if self.path.exists():
-      raise UserError(f"{path} exists already: delete it, or name another output.")
-    self.path.parent.mkdir(parents=True, exist_ok=True)
+    _refuse_existing(self.path)
     self._unfinished = self.path.with_name(f".{self.path.name}.unfinished-{os.getpid()}")
-    self._tokenizer = tokenizer
-    self._vqgan_sha256 = vqgan_sha256
-    self._layout = layout
-    self._chunk_tokens = chunk_tokens
-    self._vocab_size = tokenizer.vocab_size + layout.vocab_size
-    self._counts: dict[str, _SplitCounts] = {}
-    self._sources: dict[str, int] = {}
-    self._pending: dict[str, list[dict]] = {}
+    self._vocabulary = Vocabulary(tokenizer, vqgan_sha256, layout, chunk_tokens)
+    self._documents: dict[str, int] = {}
+    self._parts: list[pathlib.Path] = []
     self.bad_records = 0
 
   def __enter__(self) -> Self:
+    self.path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(self._unfinished, ignore_errors=True)
     self._unfinished.mkdir()
-    self._bad_file = open(self._unfinished / "bad_records.jsonl", "w")
-    tensor = tfds.features.Tensor
-    features = tfds.features.FeaturesDict(
-      {
-        "document": np.int64,
-        "offset": np.int64,
-        "tokens": tensor(shape=(None,), dtype=np.int32, encoding="bytes"),
-        "loss_mask": tensor(shape=(None,), dtype=np.uint8, encoding="bytes"),
-      }
-    )
-    identity = tfds.core.DatasetIdentity(
-      name="tokens",
-      version=tfds.core.Version("1.0.0"),
-      data_dir=str(self._unfinished),
-      module_name="lwm.data",
-    )
-    info = tfds.core.DatasetInfo(
-      builder=identity, description="Token documents (lwm/data/dataset.py).", features=features
-    )
-    self._records = tfds.core.SequentialWriter(info, _RECORDS_PER_FILE, file_format="array_record")
+    self._part = self._new_part()
     return self
 
   def __exit__(
@@ -117,14 +77,14 @@ class DatasetWriter:
     error: BaseException | None,
     traceback: types.TracebackType | None,
   ) -> None:
-    self._bad_file.close()
     try:
       if error_type is None:
-        self._finish()
-        self._unfinished.rename(self.path)
+        self._part.close()
+        joined = self._unfinished / _JOINED
+        _join(self.path, self._parts, joined, self._vocabulary)
+        joined.rename(self.path)
     finally:
-      with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(self._unfinished)
+      shutil.rmtree(self._unfinished)
 
   def write(self, split: str, document: Document, source: str = "") -> None:
     """Appends a document to a split. The manifest counts the documents of each `source`.
@@ -132,103 +92,141 @@ class DatasetWriter:
     Raises:
       BadDocument: no token counts in the loss as a target, or an id is out of range.
     """
-    tokens = np.asarray(document.tokens, np.int32)
-    loss_mask = np.asarray(document.loss_mask, np.uint8)
-    if not loss_mask[1:].any():
-      raise BadDocument("no token counts in the loss")
-    if tokens.min() < 0 or tokens.max() >= self._vocab_size:
-      wrong = tokens[(tokens < 0) | (tokens >= self._vocab_size)][0]
-      raise BadDocument(f"token {wrong} is not in [0, {self._vocab_size})")
-
-    if split not in self._counts:
-      self._counts[split] = _SplitCounts(self._vocab_size)
-      self._pending[split] = []
-      self._records.initialize_splits([split])
-    counts, pending = self._counts[split], self._pending[split]
-    for offset in range(0, len(tokens), self._chunk_tokens):
-      pending.append(
-        {
-          "document": len(counts.lengths),
-          "offset": offset,
-          "tokens": tokens[offset : offset + self._chunk_tokens],
-          "loss_mask": loss_mask[offset : offset + self._chunk_tokens],
-        }
-      )
-    if len(pending) >= _RECORDS_PER_WRITE:
-      self._flush(split)
-
-    is_vision = tokens >= self._tokenizer.vocab_size
-    runs_Rx3 = target_runs(loss_mask, is_vision)
-    runs_Rx3[:, :2] += counts.tokens
-    counts.target_runs.frombytes(runs_Rx3.tobytes())
-    # The first token of a document is never a target.
-    targets = tokens[1:][loss_mask[1:] > 0]
-    vision = int((targets >= self._tokenizer.vocab_size).sum())
-    counts.tokens += len(tokens)
-    counts.lengths.append(len(tokens))
-    counts.targets.extend((len(targets) - vision, vision))
-    counts.vision_tokens += int(is_vision.sum())
-    counts.histogram_V += np.bincount(targets, minlength=self._vocab_size)
-    self._sources[source] = self._sources.get(source, 0) + 1
+    if self._part.num_records >= _RECORDS_PER_FILE:
+      self._part.close()
+      self._part = self._new_part()
+    self._part.write(split, document, source)
+    self._documents[split] = self._documents.get(split, 0) + 1
 
   @property
   def splits(self) -> list[str]:
     """The names of the splits that have documents."""
-    return list(self._counts)
+    return list(self._documents)
 
   def bad(self, where: str, reason: str) -> None:
     """Reports a record that was skipped; `where` is file:line, or what names the record best."""
     self.bad_records += 1
-    self._bad_file.write(json.dumps({"where": where, "reason": reason}) + "\n")
+    self._part.bad(where, reason)
 
-  def _flush(self, split: str) -> None:
-    self._records.add_examples({split: self._pending[split]})
-    self._pending[split] = []
+  def _new_part(self) -> PartWriter:
+    first = dict(self._documents)
+    self._parts.append(self._unfinished / str(len(self._parts)))
+    return PartWriter(self._parts[-1], self._vocabulary, lambda split: first.get(split, 0))
 
-  def _finish(self) -> None:
-    if not self._counts:
-      raise UserError(f"Nothing to write to {self.path}: there is no document.")
-    for split in self._counts:
-      self._flush(split)
-    self._records.close_all()
-    splits = {}
-    for name, counts in self._counts.items():
-      lengths = np.frombuffer(counts.lengths, np.int64)
-      targets = np.frombuffer(counts.targets, np.int64).reshape(-1, len(MODALITIES))
-      np.save(self._unfinished / f"{name}_lengths.npy", lengths)
-      np.save(self._unfinished / f"{name}_targets.npy", targets)
-      runs_Rx3 = np.frombuffer(counts.target_runs, np.int64).reshape(-1, 3)
-      np.save(self._unfinished / f"{name}_target_runs.npy", runs_Rx3)
-      histograms = np.split(counts.histogram_V, [self._tokenizer.vocab_size])
-      splits[name] = {
-        "documents": len(lengths),
-        "tokens": counts.tokens,
-        "longest_document": int(lengths.max()),
-        "vision_tokens": counts.vision_tokens,
-        "targets": dict(zip(MODALITIES, targets.sum(0).tolist())),
-        "target_runs": len(runs_Rx3),
-        "unigram_entropy": {
-          modality: entropy(histogram)
-          for modality, histogram in zip(MODALITIES, histograms)
-          if histogram.any()
-        },
+
+class DatasetParts:
+  """A dataset that is made in numbered parts, by one or more processes, in any order.
+
+  Complete parts are kept in a directory beside `path`, so a process that was killed makes only its
+  unfinished parts again. The dataset depends on the parts alone, not on who made them or when.
+  Nothing is locked: if two processes make the same part, the first to complete it wins.
+
+  Attributes:
+    path: of the dataset.
+    directory: of the parts and other files of the work; it is removed at the end.
+  """
+
+  def __init__(self, path: str | os.PathLike, vocabulary: Vocabulary, settings: Mapping[str, Any]):
+    """
+    Args:
+      path: of the dataset; its parents are made.
+      vocabulary: of the documents.
+      settings: everything else that decides what the parts hold, as JSON values by name.
+
+    Raises:
+      UserError: `path` exists already, or was begun with other settings.
+    """
+    self.path = pathlib.Path(path)
+    _refuse_existing(self.path)
+    self._vocabulary = vocabulary
+    self.directory = self.path.with_name(f".{self.path.name}.unfinished")
+    self._joined = self.directory / _JOINED
+    self.directory.mkdir(parents=True, exist_ok=True)
+    self._check_settings(
+      {
+        "tokenizer": vocabulary.tokenizer.sha256,
+        "vqgan": vocabulary.vqgan_sha256,
+        "chunk_tokens": vocabulary.chunk_tokens,
+        **settings,
       }
-    has_vision = any(counts.vision_tokens for counts in self._counts.values())
-    manifest = {
-      "format_version": FORMAT_VERSION,
-      "tokenizer": {"path": str(self._tokenizer.path), "sha256": self._tokenizer.sha256},
-      "vqgan_sha256": self._vqgan_sha256,
-      "text_vocab_size": self._tokenizer.vocab_size,
-      "vision_layout": dataclasses.asdict(self._layout) if has_vision else None,
-      "chunk_tokens": self._chunk_tokens,
-      "bad_records": self.bad_records,
-      "documents_by_source": self._sources,
-      "splits": splits,
-    }
-    (self._unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    )
+
+  def is_complete(self, number: int) -> bool:
+    """Whether a part is complete."""
+    return self._part(number).exists() or (self._joined / MANIFEST).exists()
+
+  @contextlib.contextmanager
+  def part(self, number: int) -> Iterator[PartWriter]:
+    """Writes a part, which is complete at the end of the `with` unless an error ends it."""
+    own = f"-{socket.gethostname()}-{os.getpid()}"
+    directory = self.directory / (self._part(number).name + own)
+    # Left by a process of the same number that was killed.
+    shutil.rmtree(directory, ignore_errors=True)
+    writer = PartWriter(directory, self._vocabulary, lambda split: number * _NUMBERS_PER_PART)
+    yield writer
+    writer.close()
+    try:
+      directory.rename(self._part(number))
+    except OSError:
+      if not self._part(number).exists():
+        raise
+      shutil.rmtree(directory)  # Another process was faster.
+
+  def join(self, count: int) -> None:
+    """Makes the dataset of the parts [0, count), which are complete.
+
+    Raises:
+      UserError: there is no document to train on. All parts are removed then.
+    """
+    parts = [self._part(number) for number in range(count)]
+    if not (self._joined / MANIFEST).exists():
+      try:
+        splits = _join(self.path, parts, self._joined, self._vocabulary)
+        if TRAIN not in splits:
+          raise UserError(f"{self.path} would hold out every document: hold out fewer.")
+      except UserError:
+        shutil.rmtree(self.directory)
+        raise
+    # The parts have lost their files, so they must not outlive `joined`.
+    for leftover in self.directory.iterdir():
+      if leftover.is_dir() and leftover != self._joined:
+        shutil.rmtree(leftover)
+    self._joined.rename(self.path)
+    shutil.rmtree(self.directory)
+
+  def _part(self, number: int) -> pathlib.Path:
+    return self.directory / f"part-{number:06d}"
+
+  def _check_settings(self, settings: dict[str, Any]) -> None:
+    file = self.directory / _SETTINGS
+    if not file.exists():
+      new = file.with_name(f"{_SETTINGS}-{socket.gethostname()}-{os.getpid()}")
+      new.write_text(json.dumps(settings, indent=2) + "\n")
+      new.rename(file)
+    begun = json.loads(file.read_text())
+    for name in settings.keys() | begun.keys():
+      if begun.get(name) != settings.get(name):
+        raise UserError(
+          f"{self.path} was begun with {name}={begun.get(name)}, and now it is "
+          f"{settings.get(name)}: use the same input and flags, or delete {self.directory}."
+        )
 
 
-def entropy(counts: np.ndarray) -> float:
-  """Entropy, in nats, of the distribution proportional to `counts`."""
-  p = counts[counts > 0] / counts.sum()
-  return abs(float((p * np.log(p)).sum()))
+def _refuse_existing(path: pathlib.Path) -> None:
+  if path.exists():
+    raise UserError(f"{path} exists already: delete it, or name another output.")
+
+
+def _join(
+  path: pathlib.Path, parts: list[pathlib.Path], joined: pathlib.Path, vocabulary: Vocabulary
+) -> list[str]:
+  """Joins the parts, and returns the names of the splits."""
+  manifest = join_parts(parts, joined, vocabulary)
+  if manifest["splits"]:
+    return list(manifest["splits"])
+  if not manifest["bad_records"]:
+    raise UserError(f"Nothing to write to {path}: there is no document.")
+  raise UserError(
+    f"No good document in the input, {manifest['bad_records']} bad ones; the first: "
+    f"{first_problem(parts)}."
+  )

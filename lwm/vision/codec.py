@@ -73,6 +73,7 @@ class Codec:
     config: the VQGAN's settings.
     state: all of its variables.
     sha256: hash of the file, hexadecimal; datasets record it to name their VQGAN.
+    encode_frames: jitted; codes [N, h, w] of uint8 frames, given `state`.
   """
 
   def __init__(self, path: str | os.PathLike, batch_size: int = 32):
@@ -123,7 +124,7 @@ class Codec:
     def decode(state, codes_Nxhxw):
       return to_frames(nnx.merge(graph, state).decode(codes_Nxhxw), pixel_range)
 
-    self._encode, self._decode = encode, decode
+    self.encode_frames, self._decode = encode, decode
 
   def encode(self, frames_NxHxWx3: np.ndarray) -> np.ndarray:
     """Returns codes, int32 [N, h, w], of uint8 frames; N >= 1.
@@ -138,7 +139,7 @@ class Codec:
         f"frames {frames_NxHxWx3.dtype}{list(frames_NxHxWx3.shape)} are not uint8 [N, {side}, "
         f"{side}, 3]"
       )
-    return self._in_batches(self._encode, frames_NxHxWx3)
+    return self._in_batches(self.encode_frames, frames_NxHxWx3)
 
   def decode(self, codes_Nxhxw: np.ndarray) -> np.ndarray:
     """Returns frames, uint8 [N, H, W, 3], of codes [N, h, w] or [N, h w]; N >= 1.

@@ -31,14 +31,15 @@ def to_image(frame: av.VideoFrame, pixel_aspect: float) -> Image.Image:
 
 
 def _to_rgb(frame: av.VideoFrame) -> Image.Image:
+  # One thread: FFmpeg keeps the others for as long as the process lives.
   components = frame.format.components
   # The palette of an indexed format may have transparent entries.
   if frame.format.has_palette or any(component.is_alpha for component in components):
-    layer = Image.fromarray(frame.to_ndarray(format="rgba"))
+    layer = Image.fromarray(frame.to_ndarray(format="rgba", threads=1))
     image = Image.new("RGBA", layer.size, "white")
     image.alpha_composite(layer)
     return image.convert("RGB")
-  image = frame.to_image()
+  image = frame.to_image(threads=1)
   # FFmpeg converts the range of colour formats, but takes every grey format for full-range.
   if len(components) == 1 and frame.color_range == ColorRange.MPEG:
     image = image.point(_FROM_LIMITED_RANGE * 3)

@@ -5,12 +5,16 @@ Legend: N frames.
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from typing import cast
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.stream import Disposition
 from av.video.codeccontext import VideoCodecContext
+from av.video.stream import VideoStream
 from PIL import Image
 
 from lwm.errors import UserError
@@ -22,12 +26,24 @@ _TIME_TOLERANCE = 1e-3
 _NEW_CLOCK = 1.0
 # FFmpeg's assumption too, for a stream that does not state its rate.
 _DEFAULT_RATE = 25
+# Searching for a place nearer to the beginning is not worth the second start of the decoder.
+_SHORTEST_SEEK = 5.0
+# A film that lacks more than this at its end was cut off.
+_MISSING_SECONDS = 2.0
+# FFmpeg draws the characters of text files.
+_TEXT_FORMATS = ("tty",)
 # FFmpeg's own decoders of these codecs leave out the transparency.
 _DECODERS_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 def read_frames(
-  path: str | os.PathLike, frames_per_second: float | None = None, square_pixels: bool = True
+  path: str | os.PathLike,
+  frames_per_second: float | None = None,
+  square_pixels: bool = True,
+  *,
+  start: float = 0.0,
+  end: float | None = None,
+  threads: int = 0,
 ) -> Iterator[Image.Image]:
   """Yields the frames of a file's first video stream as RGB images, as a player shows them.
 
@@ -37,13 +53,17 @@ def read_frames(
 
   Args:
     path: any file that FFmpeg reads; an image is a film of one frame.
-    frames_per_second: yields, for each multiple of 1 / frames_per_second seconds after the first
-      frame, the first frame that is shown then or later; never one frame twice, so a rate above
-      the file's own yields every frame. None yields every frame.
+    frames_per_second: yields, for each multiple of 1 / frames_per_second seconds after `start`,
+      the first frame that is shown then or later; never one frame twice, so a rate above the
+      file's own yields every frame. None yields every frame.
     square_pixels: whether to stretch frames whose pixels are not square.
+    start: seconds after the first frame where to begin.
+    end: seconds after the first frame where to stop, or None for the end of the file.
+    threads: of the decoder; 0 lets FFmpeg choose.
 
   Raises:
-    UserError: the file does not exist, has no video, or cannot be decoded to its end.
+    UserError: the file does not exist, has no video, no frame between `start` and `end`, or cannot
+      be decoded to `end`.
   """
   if frames_per_second is not None and not 0 < frames_per_second < math.inf:
     raise UserError(f"frames_per_second={frames_per_second} is not a rate: use a positive number.")
@@ -51,9 +71,14 @@ def read_frames(
   count = due = 0
   try:
     with av.open(os.fspath(path)) as container:
-      if not container.streams.video:
+      streams = [
+        stream
+        for stream in container.streams.video
+        if not stream.disposition & Disposition.attached_pic  # The cover of a song.
+      ]
+      if not streams or container.format.name in _TEXT_FORMATS:
         raise UserError(f"{path} has no video stream: name a video file.")
-      stream = container.streams.video[0]
+      stream = streams[0]
       decoder = stream.codec_context
       if decoder is None:
         raise UserError(f"{path} has video that FFmpeg cannot decode: convert it to mp4 first.")
@@ -62,18 +87,26 @@ def read_frames(
         decoder = cast(VideoCodecContext, av.CodecContext.create(codec, "r"))
       # Threads over whole frames too; the order of frames does not change.
       decoder.thread_type = "AUTO"
+      decoder.thread_count = threads
       aspect = float(stream.sample_aspect_ratio or 1) if square_pixels else 1.0
-      clock = FrameClock(1 / float(stream.guessed_rate or _DEFAULT_RATE))
-      for packet in container.demux(stream):
-        for frame in decoder.decode(packet):
-          seconds = clock.advance(frame.time)
-          if frames_per_second is not None:
-            periods = (seconds + _TIME_TOLERANCE) * frames_per_second
-            if periods < due:
-              continue
-            due = math.floor(periods) + 1
-          count += 1
-          yield to_image(frame, aspect)
+      period = 1 / float(stream.guessed_rate or _DEFAULT_RATE)
+      clock = FrameClock(period)
+      seconds = -period
+      for frame in _decode(container, stream, decoder, clock, start):
+        seconds = clock.advance(frame.time)
+        if seconds < start - _TIME_TOLERANCE:
+          continue
+        if end is not None and seconds >= end - _TIME_TOLERANCE:
+          break
+        if frames_per_second is not None:
+          periods = (seconds - start + _TIME_TOLERANCE) * frames_per_second
+          if periods < due:
+            continue
+          due = math.floor(periods) + 1
+        count += 1
+        yield to_image(frame, aspect)
+      else:
+        _check_complete(path, stream, seconds + period, end)
   except FileNotFoundError as error:
     raise UserError(f"There is no video file {path}.") from error
   except av.error.FFmpegError as error:
@@ -82,7 +115,55 @@ def read_frames(
       f"{path} cannot be read {where} ({error.strerror}): name a complete video file."
     ) from error
   if not count:
-    raise UserError(f"{path} has no frames: name a complete video file.")
+    between = f" between {start} s and {end} s" if start or end is not None else ""
+    raise UserError(f"{path} has no frames{between}: name a complete video file.")
+
+
+def _decode(
+  container: InputContainer,
+  stream: VideoStream,
+  decoder: VideoCodecContext,
+  clock: "FrameClock",
+  start: float,
+) -> Iterator[av.VideoFrame]:
+  """Decodes all frames, or, where the file can be searched, those from a little before `start`."""
+  packets = container.demux(stream)
+  if start >= _SHORTEST_SEEK:
+    first = next((frame for packet in packets for frame in decoder.decode(packet)), None)
+    if first is not None and first.time is not None and stream.time_base:
+      target = first.time + start - _NEW_CLOCK
+      container.seek(round(target / stream.time_base), stream=stream)
+      decoder.flush_buffers()
+      packets = container.demux(stream)
+      frame = next((frame for packet in packets for frame in decoder.decode(packet)), None)
+      if frame is not None and frame.time is not None and first.time < frame.time <= target:
+        clock.advance(first.time)
+        yield frame
+        for packet in packets:
+          yield from decoder.decode(packet)
+        return
+    # The index of the file is of no use: decode from the beginning.
+    container.seek(0)
+    decoder.flush_buffers()
+    packets = container.demux(stream)
+  for packet in packets:
+    yield from decoder.decode(packet)
+
+
+def _check_complete(
+  path: str | os.PathLike, stream: VideoStream, seconds: float, end: float | None
+) -> None:
+  """Raises UserError if a film ended at `seconds`, long before the length that it states."""
+  stated = 0.0
+  if stream.duration and stream.time_base:
+    stated = float(stream.duration * stream.time_base)
+  elif re.fullmatch(r"\d+:\d\d:\d\d(\.\d+)?", stream.metadata.get("DURATION", "")):
+    hours, minutes, rest = stream.metadata["DURATION"].split(":")
+    stated = int(hours) * 3600 + int(minutes) * 60 + float(rest)
+  if seconds + _MISSING_SECONDS < (stated if end is None else min(stated, end)):
+    raise UserError(
+      f"{path} ends after {seconds:.1f} s of {stated:.1f} s: name a complete video file."
+    )
 
 
 class FrameClock:

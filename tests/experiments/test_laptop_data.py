@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lwm.config.vqgan import VQGANConfig
 from lwm.data import Dataset, frame_codes, load_tokenizer
-from lwm.vision import VQGAN, Codec, VQGANConfig, save_vqgan
+from lwm.vision.codec import Codec, save_vqgan
+from lwm.vision.vqgan import VQGAN
 from tests import programs
 
 # Takes the laptop's frames and is as fast as possible; what the codes mean does not matter here.

@@ -40,7 +40,7 @@ def launch(tmp_path):
   return launch
 
 
-@pytest.mark.parametrize("script", ["slurm.sh", "tpu_vm.sh", "xpk.sh"])
+@pytest.mark.parametrize("script", ["slurm.sh", "tokenize_slurm.sh", "tpu_vm.sh", "xpk.sh"])
 def test_scripts_parse(script):
   subprocess.run(["bash", "-n", LAUNCH / script], check=True)
 
@@ -169,3 +169,18 @@ def test_jobset_restarts_after_everything_but_errors():
   assert jobset["spec"]["failurePolicy"]["rules"] == [
     {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
   ]
+
+
+def test_workers_of_kubernetes_share_all_the_work(tmp_path):
+  job = yaml.safe_load((LAUNCH / "tokenize_job.yaml").read_text())["spec"]
+  [container] = job["template"]["spec"]["containers"]
+  assert job["completionMode"] == "Indexed"
+  assert f"--num_shards={job['completions']}" in container["args"]
+  python = tmp_path / "python"
+  python.write_text('#!/bin/sh\necho "$@"\n')
+  python.chmod(0o755)
+  variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JOB_COMPLETION_INDEX": "7"}
+  command = container["command"] + container["args"]
+  done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+  shown = ["-m", "experiments.tokenize_video", "--shard_index=7", *container["args"]]
+  assert done.stdout.split() == shown

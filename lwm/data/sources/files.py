@@ -1,6 +1,7 @@
 """Records of a file, or of all files of one kind in a folder and below."""
 
 import collections
+import hashlib
 import io
 import os
 import pathlib
@@ -89,6 +90,11 @@ class FileSource:
         problem = reason(error) + (f" (after {count} records)" if count else "")
       if problem:
         yield Record(name, str(file), name, None, problem)
+
+  def identity(self) -> str:
+    """A hash of the names and sizes of the files."""
+    files = [(self._relative(file), file.stat().st_size) for file in self._files]
+    return hashlib.sha256(repr(files).encode("utf-8", "surrogateescape")).hexdigest()
 
   def leave_out(self, held_out: "FileSource") -> None:
     """Leaves the files of --validation_input out, under whatever names this source has them.

@@ -32,6 +32,9 @@ class Source(Protocol):
   # The numbers of files in a folder that are not read, by suffix or other reason.
   left_out: Counter[str]
 
+  def identity(self) -> str:
+    """Changes when the records change, as far as that shows without reading them."""
+
   def __iter__(self) -> Iterator[Record]: ...
 
 

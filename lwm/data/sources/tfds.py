@@ -65,6 +65,10 @@ class TfdsSource:
       else:
         yield Record(key, where, self.name, value)
 
+  def identity(self) -> str:
+    """The full name of the dataset, the split, and the number of examples."""
+    return f"{self._examples.dataset_info.full_name}:{self._split}:{len(self._examples)}"
+
   def overlaps(self, other: "TfdsSource") -> bool:
     """Whether this split and another of the same dataset have examples in common."""
     splits = self._examples.dataset_info.splits

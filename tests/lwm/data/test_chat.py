@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 import transformers
 
-from lwm.data import BadDocument, load_tokenizer
+from lwm.data import BadDocument, Document, load_tokenizer
 from lwm.data.chat import ChatFormat
 from lwm.errors import UserError
 
@@ -152,6 +152,32 @@ def test_marks_in_a_message_are_text(folder, name):
   end = {"llama3": "<|eot_id|>", "llama2": "</s>"}.get(name, "<|im_end|>")
   answers = [(answer + end).replace(" ", "") for answer in (attack, "the lazy dog")]
   assert _with_loss(peer, document) == answers
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_film_stands_in_a_message(folder, name):
+  chat_format, peer = _format(folder, TEMPLATES[name])
+  film = np.arange(9000, 9005, dtype=np.int32)
+  marked = [{**message} for message in CHAT]
+  marked[3]["content"] = "over <vision> what"
+  for chat, text_after in ((CHAT, "thequick"), (marked, "what")):
+    tokens, loss_mask = chat_format.document(chat, film)
+    places = np.flatnonzero(tokens >= 9000)
+    np.testing.assert_array_equal(tokens[places], film)
+    assert (np.diff(places) == 1).all() and not loss_mask[places].any()
+    after = "".join(peer.decode(tokens[places[-1] + 1 :]).split())
+    assert after.startswith(text_after)
+    text = Document(np.delete(tokens, places), np.delete(loss_mask, places))
+    assert "vision" not in peer.decode(text.tokens)
+    assert _with_loss(peer, text) == _with_loss(peer, chat_format.document(CHAT))
+
+
+def test_a_film_without_a_place(tokenizer):
+  film = np.arange(9000, 9005, dtype=np.int32)
+  with pytest.raises(BadDocument, match="no message is the user's"):
+    ChatFormat(tokenizer).document([{"role": "assistant", "content": "fox"}], film)
+  with pytest.raises(BadDocument, match="the messages say <vision> 2 times"):
+    ChatFormat(tokenizer).document([{"role": "user", "content": "<vision> <vision>"}], film)
 
 
 def test_a_token_with_a_character_of_an_answer_counts(tmp_path):

@@ -17,7 +17,7 @@ from lwm.data import (
   text_document,
   train_sentencepiece,
 )
-from lwm.data.writer import entropy
+from lwm.data.parts import entropy
 from lwm.errors import UserError
 
 

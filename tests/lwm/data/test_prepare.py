@@ -7,6 +7,8 @@ import tensorflow_datasets as tfds
 
 from lwm.data import BadDocument, Dataset, DatasetWriter, prepare, sources, text_document
 from lwm.data.documents import record_document
+from lwm.data.parts import Vocabulary
+from lwm.data.writer import DatasetParts
 from lwm.errors import UserError
 
 
@@ -281,3 +283,46 @@ def test_a_tokenizer_learns_from_the_texts_of_documents_alone(tmp_path):
   assert learned(prepare.from_fields(["[q],a+vision"], "", 0)) == ["fox", "owl"]
   assert learned(prepare.from_text_field("q")) == ["fox", "no answer"]
   assert learned(prepare.from_ids("vision")) == []
+
+
+def test_parts_give_the_same_bytes_whoever_makes_them(tokenizer, tmp_path):
+  lines = [json.dumps({"text": f"fox {i}"}) for i in range(25)]
+  lines[9] = "no record"
+  (tmp_path / "in.jsonl").write_text("\n".join(lines))
+  source = sources.FileSource(tmp_path / "in.jsonl")
+  made = []
+
+  def parts(name):
+    return DatasetParts(tmp_path / name, Vocabulary(tokenizer), {"input": source.identity()})
+
+  def make(name, is_mine=lambda number: True, fail_at=None):
+    def to_document(tokenizer, record):
+      if record.where.endswith(f":{fail_at}"):
+        raise KeyboardInterrupt
+      made.append(record.where)
+      return prepare.from_text_field("text")(tokenizer, record)
+
+    def add(writer, records, split):
+      prepare.add_documents(writer, records, tokenizer, to_document, split)
+
+    return prepare.add_parts(parts(name), [(source, prepare.by_fraction(0.2))], add, 4, is_mine)
+
+  def join(name):
+    parts(name).join(7)
+    return {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+
+  assert make("whole") == 7
+  whole = join("whole")
+  assert Dataset(tmp_path / "whole").manifest["bad_records"] == 1
+
+  for start in (1, 0):
+    make("shared", lambda number: number % 2 == start)
+  assert join("shared") == whole
+
+  with pytest.raises(KeyboardInterrupt):
+    make("killed", fail_at=15)
+  made.clear()
+  make("killed")
+  # The parts before the one that was being made are not made again.
+  assert made[0].endswith(":13")
+  assert join("killed") == whole
