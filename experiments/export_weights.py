@@ -9,9 +9,9 @@ rows that pad a vocabulary are cut. --format is one of:
 
   hugging_face  a directory for transformers and vLLM; a model with vision ids needs --vqgan, which
                 is put beside it as a VQModel of diffusers
-  gguf          a file for llama.cpp and its kin, of --type F32, F16, BF16, Q8_0 or Q4_0
+  gguf          a file for llama.cpp and its kin, of --type F32, F16, BF16, Q8_0, Q4_0 or Q4_1
   orbax         the parameters alone, for any program with Orbax
-  stablehlo     compiled-for-anything programs of prefill and decode, for runtimes without Python
+  stablehlo     programs of prefill and decode that PJRT compiles, for runtimes without Python
   lwm           a stream that LWM's programs load
   adapter       LoRA's additions alone, in PEFT's format
 """
@@ -35,6 +35,9 @@ _TYPE = flags.DEFINE_string(
   None,
   "Type of the numbers: float32, bfloat16 or float16; for GGUF, see above. Default: as they are "
   "stored, which is float32 for what was trained here; for GGUF, F16.",
+)
+_BASE = flags.DEFINE_string(
+  "base", "", "Path or name of an adapter's base in transformers' format, which PEFT then loads."
 )
 _VQGAN = flags.DEFINE_string("vqgan", None, "The VQGAN of a model with vision ids.")
 _SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Size of a file of safetensors, in GB.", 1e-3)
@@ -73,8 +76,12 @@ def lwm(stored: StoredCheckpoint, output: pathlib.Path) -> None:
   convert.export_release(stored, output, np.dtype(_dtype()) if _dtype() else None)
 
 
+def adapter(stored: StoredCheckpoint, output: pathlib.Path) -> None:
+  convert.export_adapter(stored, output, _BASE.value)
+
+
 FORMATS: dict[str, Callable[[StoredCheckpoint, pathlib.Path], None]] = {
-  function.__name__: function for function in (hugging_face, gguf, orbax, stablehlo, lwm)
+  function.__name__: function for function in (hugging_face, gguf, orbax, stablehlo, lwm, adapter)
 }
 
 
@@ -89,7 +96,9 @@ def main(argv: list[str]) -> None:
   assert _WORKDIR.value and _OUTPUT.value and _FORMAT.value  # absl requires them.
   if _FORMAT.value not in FORMATS:
     raise UserError(f"--format={_FORMAT.value} is not one of {', '.join(FORMATS)}.")
-  stored = convert.merged(newest(pathlib.Path(_WORKDIR.value)))
+  stored = newest(pathlib.Path(_WORKDIR.value))
+  if _FORMAT.value != adapter.__name__:
+    stored = convert.merged(stored)
   FORMATS[_FORMAT.value](stored, pathlib.Path(_OUTPUT.value))
   print(f"{stored.path}: exported to {_OUTPUT.value}")
 

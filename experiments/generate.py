@@ -11,6 +11,7 @@ ground truth above, as the VQGAN decodes it, and the prediction below; frames th
 given have a border.
 """
 
+import itertools
 import pathlib
 from collections.abc import Sequence
 
@@ -28,6 +29,7 @@ from lwm.config.vqgan import VisionLayout
 from lwm.data import VALIDATION, Dataset, Tokenizer, load_tokenizer
 from lwm.data.chat import ChatFormat
 from lwm.data.dataset import Split
+from lwm.data.tokenizer import end_ids
 from lwm.errors import UserError
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig
@@ -98,7 +100,7 @@ def decode_after(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> 
 
 
 def write_text(trained: infer.TrainedModel, tokenizer: Tokenizer, path: pathlib.Path) -> str:
-  """Continues or answers the prompt up to <eos>, and writes the text to `path`."""
+  """Continues or answers the prompt until a token ends the text, and writes the text to `path`."""
   if _CHAT.value:
     message = {"role": "user", "content": _PROMPT.value}
     prompt = ChatFormat(tokenizer).prompt([message])
@@ -106,8 +108,8 @@ def write_text(trained: infer.TrainedModel, tokenizer: Tokenizer, path: pathlib.
     prompt = [tokenizer.bos_id, *tokenizer.encode(_PROMPT.value)]
   choice = infer.Choice(0, tokenizer.vocab_size, _TEMPERATURE.value, _TOP_K.value)
   tokens = sample(trained, prompt, np.full(_NUM_TOKENS.value, infer.SAMPLED), choice).tolist()
-  if tokenizer.eos_id in tokens:
-    tokens = tokens[: tokens.index(tokenizer.eos_id)]
+  ends = end_ids(tokenizer)
+  tokens = list(itertools.takewhile(lambda token: token not in ends, tokens))
   text = decode_after(tokenizer, prompt, tokens)
   if not _CHAT.value:
     text = _PROMPT.value + text

@@ -13,7 +13,8 @@ Parameters keep their dtype; quantised ones become float32. OUTPUT/manifest.json
 every tensor.
 
 --input may also be a VQGAN: LWM's pickle, or the directory of a VQModel of diffusers. --output is
-then the .npz file that `lwm.vision.Codec` reads and experiments.generate takes with --vqgan.
+then the .npz file that `lwm.vision.Codec` reads and experiments.generate takes with --vqgan. Or it
+is the directory of a LoRA adapter in PEFT's format; --base is then the checkpoint of its base.
 """
 
 import pathlib
@@ -22,7 +23,9 @@ from absl import flags
 
 from experiments import flags as experiment_flags
 from lwm import convert
+from lwm.checkpoint.reader import newest
 from lwm.config.vqgan import PIXEL_RANGES
+from lwm.errors import UserError
 
 _INPUT = flags.DEFINE_string("input", None, "The model: a directory, a file, or KIND::FILE.")
 _OUTPUT = flags.DEFINE_string(
@@ -31,6 +34,7 @@ _OUTPUT = flags.DEFINE_string(
 _TOKENIZER = flags.DEFINE_string(
   "tokenizer", None, "The tokenizer's file, *.model or tokenizer.json. Default: the input's own."
 )
+_BASE = flags.DEFINE_string("base", None, "The checkpoint of an adapter's base.")
 _PRESET = flags.DEFINE_string("preset", None, "Which of LWM's releases it is.")
 _ROPE_THETA = flags.DEFINE_float("rope_theta", None, "Base of RoPE of a release of LWM's.")
 _CONTEXT = flags.DEFINE_integer("context", None, "Context of a release of LWM's, in tokens.")
@@ -58,12 +62,22 @@ def vqgan(path: pathlib.Path, output: pathlib.Path) -> None:
   print(f"{path}: {config} is in {output}")
 
 
+def adapter(path: pathlib.Path, output: pathlib.Path) -> None:
+  if not _BASE.value:
+    raise UserError(f"{path} is an adapter: name the checkpoint of its base with --base.")
+  convert.import_adapter(path, newest(pathlib.Path(_BASE.value)), output)
+  print(f"{path}: the adapter and its base are in {output}")
+
+
 def main(argv: list[str]) -> None:
   del argv
   assert _INPUT.value and _OUTPUT.value  # absl requires them.
   path, output = pathlib.Path(_INPUT.value), pathlib.Path(_OUTPUT.value)
   if convert.is_vqgan(path):
     vqgan(path, output)
+    return
+  if convert.is_adapter(path):
+    adapter(path, output)
     return
   options = convert.ReleaseOptions(
     preset=_PRESET.value,

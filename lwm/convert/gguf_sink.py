@@ -22,6 +22,7 @@ FILE_TYPES = {
   "BF16": (TensorType.BF16, LlamaFileType.MOSTLY_BF16),
   "Q8_0": (TensorType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
   "Q4_0": (TensorType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+  "Q4_1": (TensorType.Q4_1, LlamaFileType.MOSTLY_Q4_1),
 }
 # Matrices whose rows the blocks of a quantised type do not divide.
 _UNDIVIDED = TensorType.F16

@@ -52,6 +52,11 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }
 
 
+def is_adapter(path: pathlib.Path) -> bool:
+  """Whether a path is the directory of an adapter."""
+  return (path / CONFIG).is_file()
+
+
 def adapter_table(config: ModelConfig) -> list[Tensor]:
   """Their tensor of each matrix that `config.lora` adds."""
   assert config.lora

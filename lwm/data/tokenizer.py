@@ -327,13 +327,24 @@ def tokenizer_files(path: pathlib.Path) -> dict[str, bytes]:
   return {file.name: file.read_bytes() for file in files if file.exists()}
 
 
-def read_settings(path: pathlib.Path) -> dict[str, Any]:
-  """The tokenizer_config.json beside a tokenizer's file; empty if there is none.
+def end_ids(tokenizer: Tokenizer) -> frozenset[int]:
+  """The ids that end an answer: <eos>, and those that a generation_config.json beside it names."""
+  named = read_settings(tokenizer.path, SETTINGS_FILES[3]).get("eos_token_id")
+  ids = named if isinstance(named, list) else [named]
+  return frozenset({tokenizer.eos_id, *(index for index in ids if isinstance(index, int))})
+
+
+def read_settings(path: pathlib.Path, name: str = SETTINGS_FILES[0]) -> dict[str, Any]:
+  """A JSON file of settings beside a tokenizer's file; empty if there is none.
+
+  Args:
+    path: the tokenizer's file.
+    name: of the settings' file; default: tokenizer_config.json.
 
   Raises:
     UserError: it is not a JSON object.
   """
-  path = path.with_name(SETTINGS_FILES[0])
+  path = path.with_name(name)
   if not path.exists():
     return {}
   try:

@@ -72,6 +72,11 @@ def test_a_model_comes_in_answers_and_goes_out_bit_for_bit(tmp_path, tokenizer):
     ),
     ("export_weights", ["--workdir=nowhere", "--format=gguf"], "There is no checkpoint in nowhere"),
     ("export_weights", ["--workdir=nowhere", "--format=zip"], "--format=zip is not one of"),
+    (
+      "import_weights",
+      [f"--input={GOLDEN.parent / 'peft'}"],
+      "peft is an adapter: name the checkpoint of its base with --base",
+    ),
   ],
 )
 def test_mistakes_end_in_one_sentence(tmp_path, program, arguments, message):

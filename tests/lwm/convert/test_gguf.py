@@ -119,7 +119,7 @@ def test_half_precision_is_exact(tmp_path, tokenizer, file_type, dtype):
     np.testing.assert_array_equal(arrays[path].astype(np.float32), array.astype(np.float32))
 
 
-@pytest.mark.parametrize("file_type", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("file_type", ["Q8_0", "Q4_0", "Q4_1"])
 def test_quantised_files_hold_what_the_package_quantises(tmp_path, file_type, monkeypatch):
   monkeypatch.setattr("lwm.convert.gguf_sink._CHUNK_ELEMENTS", 100)
   weight = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)

@@ -2,7 +2,7 @@ import pytest
 import tokenizers
 
 from lwm.data import load_tokenizer, train_sentencepiece
-from lwm.data.tokenizer import TextError
+from lwm.data.tokenizer import TextError, end_ids
 from lwm.errors import UserError
 
 
@@ -177,3 +177,15 @@ def test_errors_name_the_file(tmp_path):
     with pytest.raises(UserError, match=message.replace("$", r"\.$")):
       train_sentencepiece(texts, tmp_path / "t.model", size)
   assert not (tmp_path / "t.model").exists()
+
+
+def test_what_ends_an_answer(tmp_path):
+  """Chats of some models end with a mark that is not their <eos>."""
+  train_sentencepiece(["some text to learn from", "and 12 more"], tmp_path / "a.model", 280)
+  tokenizer = load_tokenizer(tmp_path / "a.model")
+  assert end_ids(tokenizer) == {tokenizer.eos_id}
+  settings = tmp_path / "generation_config.json"
+  settings.write_text('{"eos_token_id": [7, 9]}')
+  assert end_ids(tokenizer) == {tokenizer.eos_id, 7, 9}
+  settings.write_text('{"eos_token_id": 5}')
+  assert end_ids(tokenizer) == {tokenizer.eos_id, 5}
