@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
-from lwm.vision import Codec
+from lwm.vision.codec import Codec
 from tests import programs
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "hugging_face"

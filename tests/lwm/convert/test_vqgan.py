@@ -22,7 +22,8 @@ from flax import nnx
 from lwm.config.vqgan import VQGANConfig
 from lwm.convert.vqgan import export_vqgan, import_vqgan, is_vqgan
 from lwm.errors import UserError
-from lwm.vision import VQGAN, Codec, save_vqgan
+from lwm.vision.codec import Codec, save_vqgan
+from lwm.vision.vqgan import VQGAN
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "vqmodel.npz"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
