@@ -5,6 +5,7 @@
     python -m experiments.benchmark quantised [--json]
     python -m experiments.benchmark ring [--json]
     python -m experiments.benchmark tune [--kernels=forward,decode] [--head_dim=64] [--json]
+    python -m experiments.benchmark weights [--json]
 
 `train` runs the real training loop of each stage for a few steps on its prepared data. It prints
 tokens/s, MFU, the share of time spent outside the compiled step, and how long that step takes
@@ -13,8 +14,8 @@ implementations on this machine, and decoding with a plain copy. `quantised` com
 matrices of 8-bit and 4-bit codes with the same product in floats. `ring` measures what balance and
 skipping save in a ring of up to eight devices; a machine without accelerators uses eight CPU
 devices. `tune` times block sizes of each kernel that runs here. The `row` of a record is the
-fastest choice: write it into kernels/attention/BACKEND/block_sizes.py, under its
-head_dim.
+fastest choice: write it into kernels/attention/BACKEND/block_sizes.py, under its head_dim.
+`weights` imports and exports a random model of 3.2 billion parameters, which needs 20 GB in TMPDIR.
 """
 
 import contextlib
@@ -36,6 +37,7 @@ from experiments.runtime import devices, use_compilation_cache
 from kernels import benchmarks
 from lwm.benchmark import measure_stage, this_machine
 from lwm.config.validate import check_devices, validate
+from lwm.convert import benchmark as conversions
 from lwm.cost.peak import peak_flops
 from lwm.errors import UserError
 from lwm.parallel import xla_flags
@@ -150,6 +152,13 @@ def quantised() -> None:
   print_records({"quantised": itertools.chain.from_iterable(records)})
 
 
+def weights() -> None:
+  """Subcommand `weights`: time and memory of importing and exporting a random 3B model."""
+  with tempfile.TemporaryDirectory() as directory:
+    records = conversions.measure_conversions(pathlib.Path(directory), conversions.MODEL)
+    print_records({"weights": records})
+
+
 def tune() -> None:
   """Subcommand `tune`: the time of each kernel with each of its block sizes."""
   for name in _KERNELS.value:
@@ -194,6 +203,7 @@ SUBCOMMANDS = {
   "quantised": quantised,
   "ring": ring,
   "tune": tune,
+  "weights": weights,
 }
 
 
