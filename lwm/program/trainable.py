@@ -78,6 +78,13 @@ def trainable(experiment: Experiment, stage: Stage, params: Mapping[str, Any]) -
   )
 
 
+def check_trainable(experiment: Experiment) -> None:
+  """Raises ConfigError if a pattern of any stage matches no parameter."""
+  for stage in experiment.stages:
+    if experiment.optimizer.trainable or stage.trainable:
+      trainable(experiment, stage, _abstract_params(experiment.model))
+
+
 def added_to(params: Mapping[str, Any]) -> Trainable:
   """The parameters that `ModelConfig.lora` adds to a base."""
   return Trainable(frozenset(fnmatch.filter(_flatten(params), ADDED)))

@@ -19,6 +19,7 @@ from lwm.data.tokenizer import tokenizer_files
 from lwm.errors import ResumeError
 from lwm.program.stage import StageProgram
 from lwm.program.state import TrainState
+from lwm.program.trainable import check_trainable
 from lwm.report.reporter import Reporter
 from lwm.train.disk import bad_disk_explained
 from lwm.train.faults import check_tolerated
@@ -169,6 +170,7 @@ def run_identity(experiment: Experiment) -> Identity:
     text = json.dumps(dataset.manifest, sort_keys=True)
     manifests[config.name] = hashlib.sha256(text.encode()).hexdigest()
   # A stage that cannot run is an error before the stages ahead of it are trained.
+  check_trainable(experiment)
   for stage in experiment.stages:
     open_datasets(experiment, stage)
   return Identity(experiment, tokenizer_files(tokenizer.path), manifests)

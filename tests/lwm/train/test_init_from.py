@@ -138,6 +138,10 @@ def test_a_stage_that_cannot_run_is_found_before_the_first_step(make_experiment,
   experiment.stages[1].mesh = MeshConfig(fsdp=1, tensor=4)
   with pytest.raises(ConfigError, match="num_kv_heads = 2 does not divide over mesh.tensor = 4"):
     check_devices(experiment, 4)
+  experiment = make_experiment()
+  experiment.stages[1].trainable = ["blocks.*", "heads.*"]
+  with pytest.raises(ConfigError, match="stage 'video_128': 'heads.\\*' matches no parameter"):
+    loop.train(experiment, tmp_path / "frozen", jax.devices()[:1])
   assert not list(tmp_path.iterdir())
 
 
