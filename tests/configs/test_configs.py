@@ -6,7 +6,15 @@ import pathlib
 
 import pytest
 
-from configs import laptop, lwm_text_7b, lwm_vision_7b, models, text_llama3_8b, text_qwen3_8b
+from configs import (
+  laptop,
+  laptop_lora,
+  lwm_text_7b,
+  lwm_vision_7b,
+  models,
+  text_llama3_8b,
+  text_qwen3_8b,
+)
 from lwm.config import experiment as experiment_lib
 from lwm.config.model import LoraConfig, ModelConfig, Stretch
 from lwm.config.validate import check_devices, validate
@@ -15,6 +23,7 @@ from lwm.errors import ConfigError
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CONFIGS = {
   "laptop": (laptop, 1),
+  "laptop_lora": (laptop_lora, 1),
   "lwm_text_7b": (lwm_text_7b, 256),
   "lwm_vision_7b": (lwm_vision_7b, 512),
   "text_llama3_8b": (text_llama3_8b, 64),
