@@ -7,6 +7,7 @@ import pytest
 
 from kernels.attention import KeyIntervals
 from kernels.ring import Layout
+from lwm.config.model import AdapterConfig
 from lwm.model import build
 from lwm.parallel.sharding import ShardingRules
 
@@ -14,10 +15,11 @@ LAYOUT = Layout("contiguous", 1)
 LENGTHS = (11, 8)
 
 
-# Settings of the model, and tokens of the prompt; a long one is read by another kernel.
+# Settings of the model, and tokens of the prompt; a long one is read by another kernel. A row's
+# first vision id is in the prompt or later, and adapters see it from outside the sliding window.
 CASES = [
   (dict(attention_bias=True, query_key_norm=True), 6),
-  (dict(sliding_window=4, attention_soft_cap=0.5), 9),
+  (dict(sliding_window=4, attention_soft_cap=0.5, adapter=AdapterConfig(3, temperature=0.2)), 9),
 ]
 
 
