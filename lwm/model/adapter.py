@@ -57,12 +57,7 @@ class Adapter(nnx.Module):
   """
 
   def __init__(
-    self,
-    config: AdapterConfig,
-    width: int,
-    num_layers: int,
-    rules: ShardingRules,
-    rngs: nnx.Rngs,
+    self, config: AdapterConfig, width: int, num_layers: int, rules: ShardingRules, rngs: nnx.Rngs
   ):
     """Declares the parameters; the adapters change nothing at first, because Out is zero."""
     L, M, A, R, std = num_layers, width, _NUM_ADAPTERS, config.width, width**-0.5
@@ -76,8 +71,9 @@ class Adapter(nnx.Module):
     rules = self.rules
 
     def local(x_BxSxM, has_vision_BxS, *weights):
-      x_BxSxM, has_vision_BxS, *weights = vary_trees_alike(x_BxSxM, has_vision_BxS, *weights)
-      modalities_2xM, router_MxA, in_MxAxR, out_AxRxM = weights
+      x_BxSxM, has_vision_BxS, modalities_2xM, router_MxA, in_MxAxR, out_AxRxM = vary_trees_alike(
+        x_BxSxM, has_vision_BxS, *weights
+      )
       logits_2xA = modalities_2xM @ router_MxA / self.temperature
       text_A, vision_A = self.scale * jax.nn.softmax(logits_2xA)
       weight_BxSxA = jnp.where(has_vision_BxS[..., None], vision_A[None, None], text_A[None, None])
@@ -169,9 +165,7 @@ def has_vision_in_cache(
   return has_vision_BxQ, cache._replace(last_vision_B=last_BxQ[:, -1])
 
 
-def _vision_columns(
-  config: ModelConfig, tokens_BxS: jax.Array, column_BxS: jax.Array
-) -> jax.Array:
+def _vision_columns(config: ModelConfig, tokens_BxS: jax.Array, column_BxS: jax.Array) -> jax.Array:
   """The columns of vision ids, and -1 for text ids."""
   return jnp.where(tokens_BxS >= config.text_vocab_size, column_BxS, -1)
 

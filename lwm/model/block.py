@@ -35,9 +35,8 @@ class Block(nnx.Module):
     self.attention = Attention(config, num_layers, rules, rngs)
     self.feed_forward_norm = RMSNorm(config, (num_layers,))
     self.feed_forward = FeedForward(config, num_layers, rules, rngs)
-    self.adapter = config.adapter and Adapter(
-      config.adapter, config.width, num_layers, rules, rngs
-    )
+    adapter = config.adapter
+    self.adapter = Adapter(adapter, config.width, num_layers, rules, rngs) if adapter else None
 
   def __call__(
     self,
