@@ -84,7 +84,7 @@ class OptimizerConfig:
   offload: bool = False
   # Names of the parameters to train, as globs over their dotted paths: "blocks*.attention.*",
   # "embedding" (lwm/program/trainable.py). The others are frozen. Empty: all, or what `model.lora`
-  # adds.
+  # and `model.adapter` add.
   trainable: list[str] = dataclasses.field(default_factory=list)
 
 

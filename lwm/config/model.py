@@ -45,6 +45,21 @@ class LoraConfig:
 
 
 @dataclasses.dataclass
+class AdapterConfig:
+  """Two adapters per block, mixed by the modality of the prompt (LaVIN, arXiv 2305.15023).
+
+  Only they are trained, unless `optimizer.trainable` names other parameters.
+  """
+
+  # Of the bottleneck of each adapter.
+  width: int = 8
+  # Factor of what the adapters add.
+  scale: float = 1.0
+  # Of the softmax over the two adapters.
+  temperature: float = 10.0
+
+
+@dataclasses.dataclass
 class ModelConfig:
   """A decoder of the Llama family over one id space: text ids, then vision ids.
 
@@ -75,6 +90,8 @@ class ModelConfig:
   query_key_norm: bool = False
   # Low-rank additions to a base model, trained in its place. None: there are none.
   lora: LoraConfig | None = None
+  # Adapters of the blocks of a base model, trained in its place. None: there are none.
+  adapter: AdapterConfig | None = None
   rope_scaling: RopeScaling | None = None
   # A token attends to itself and the `sliding_window` - 1 tokens before it (Mistral 7B, arXiv
   # 2310.06825). None: to all earlier tokens of its document.

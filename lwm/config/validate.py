@@ -184,6 +184,10 @@ def _check_model(model: ModelConfig) -> None:
       raise ConfigError("config.model.lora.targets is empty: name at least one projection.")
     for index, target in enumerate(model.lora.targets):
       _one_of(f"model.lora.targets[{index}]", target, PROJECTIONS)
+  if model.adapter is not None:
+    _at_least("model.adapter.width", model.adapter.width, 1)
+    for field in ("scale", "temperature"):
+      _positive(f"model.adapter.{field}", getattr(model.adapter, field))
   if model.head_dim % 2:
     raise ConfigError(f"config.model.head_dim={model.head_dim} must be even: RoPE rotates pairs.")
 

@@ -130,8 +130,14 @@ def their_shapes(table: Sequence[Tensor], config: ModelConfig) -> dict[str, Shap
   """The shape of each tensor of theirs, by name.
 
   Raises:
+    UserError: the model has adapters, which no format has.
     AssertionError: the table does not hold each of our parameters exactly once.
   """
+  if config.adapter:
+    raise UserError(
+      "The model has config.model.adapter, which this format cannot hold: use --format=orbax or "
+      "--format=stablehlo."
+    )
   ours = parameter_shapes(config)
   held: dict[str, int] = {}
   for part in (part for tensor in table for part in tensor.parts):

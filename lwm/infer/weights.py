@@ -31,7 +31,7 @@ Read = Callable[[str, int | None], np.ndarray]
 def load_params(stored: StoredCheckpoint, model: Model, form: str) -> Any:
   """The parameters of a checkpoint, sharded by the model's rules over the mesh that is set.
 
-  Norms, biases and low-rank additions are float32 in every form.
+  Norms, biases, low-rank additions and adapters are float32 in every form.
 
   Quantized parameters are read one layer at a time, so that host memory holds the codes of one
   parameter and the floats of one layer, whatever the model.

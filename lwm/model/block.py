@@ -15,6 +15,7 @@ from flax import nnx
 from lwm.config.model import ModelConfig
 from lwm.cost.layer import Division, LayerCost, dtype_bytes, total
 from lwm.model import extras as extras_lib
+from lwm.model.adapter import Adapter, Prompt, adapter_cost
 from lwm.model.attention import Attend, Attention, attention_cost
 from lwm.model.extras import Extras
 from lwm.model.feed_forward import FeedForward, feed_forward_cost
@@ -23,7 +24,10 @@ from lwm.parallel.sharding import ShardingRules
 
 
 class Block(nnx.Module):
-  """Pre-norm attention and feed-forward, each added to the residual stream."""
+  """Pre-norm attention and feed-forward, each added to the residual stream.
+
+  With `config.adapter`, adapters change the normalised input of attention.
+  """
 
   def __init__(self, config: ModelConfig, num_layers: int, rules: ShardingRules, rngs: nnx.Rngs):
     """Declares the parameters of a stretch of `num_layers` blocks, stacked along the first axis."""
@@ -31,6 +35,8 @@ class Block(nnx.Module):
     self.attention = Attention(config, num_layers, rules, rngs)
     self.feed_forward_norm = RMSNorm(config, (num_layers,))
     self.feed_forward = FeedForward(config, num_layers, rules, rngs)
+    adapter = config.adapter
+    self.adapter = Adapter(adapter, config.width, num_layers, rules, rngs) if adapter else None
 
   def __call__(
     self,
@@ -39,14 +45,19 @@ class Block(nnx.Module):
     sine_BxSxP: jax.Array,
     attend: Attend,
     head_groups: int = 1,
+    prompt: Prompt | None = None,
   ) -> tuple[jax.Array, Any, Extras]:
     """One layer of the stretch; its parameters have no axis of layers here.
 
     Returns:
       The residual stream after the block, [B, S, M]; what `attend` carries on; and the extras.
     """
+    input_BxSxM = self.attention_norm(x_BxSxM)
+    if self.adapter is not None:
+      assert prompt is not None
+      input_BxSxM = self.adapter(input_BxSxM, prompt)
     mixed_BxSxM, carried = self.attention(
-      self.attention_norm(x_BxSxM), cosine_BxSxP, sine_BxSxP, attend, head_groups
+      input_BxSxM, cosine_BxSxP, sine_BxSxP, attend, head_groups
     )
     x_BxSxM += mixed_BxSxM
     x_BxSxM += self.feed_forward(self.feed_forward_norm(x_BxSxM))
@@ -55,12 +66,15 @@ class Block(nnx.Module):
   @staticmethod
   def cost(config: ModelConfig, division: Division) -> LayerCost:
     """The cost of one block, whose input is kept under every remat policy, without its norms."""
-    parts = [attention_cost(config, division), feed_forward_cost(config, division)]
+    costs = (attention_cost, feed_forward_cost, adapter_cost)
+    parts = [cost(config, division) for cost in costs]
     block_input = config.width * dtype_bytes(config.compute_dtype) / division.tensor
-    both = total((part, 1) for part in parts)
+    layers = total((part, 1) for part in parts)
     # About twelve reads and writes of [tokens, width] in a forward pass: norms, residuals, the
     # inputs and results of products.
-    return dataclasses.replace(both, kept=block_input + both.kept, moved=12 * config.width)
+    return dataclasses.replace(
+      layers, kept=block_input + layers.kept, moved=layers.moved + 12 * config.width
+    )
 
 
 # Kinds of layers by the name that `Stretch.kind` gives them.

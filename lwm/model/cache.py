@@ -21,12 +21,15 @@ class Cache(NamedTuple):
     value_LxBxKxGxD: likewise.
     start_B: int32, the column of each row's first token; earlier columns are padding.
     length: int32 scalar, the number of columns written.
+    last_vision_B: int32, the column of each row's last vision id, -1 before the first one; None
+      unless the model has `ModelConfig.adapter`.
   """
 
   key_LxBxKxGxD: jax.Array
   value_LxBxKxGxD: jax.Array
   start_B: jax.Array
   length: jax.Array
+  last_vision_B: jax.Array | None = None
 
   def columns(self, num_tokens: int) -> jax.Array:
     """Columns of the next tokens, int32 [B, Q]."""

@@ -26,6 +26,7 @@ from kernels.varying import vary_trees_alike
 from lwm.config.model import ModelConfig
 from lwm.errors import ConfigError
 from lwm.model import extras as extras_lib, quantised, rope
+from lwm.model.adapter import Prompt, has_vision, has_vision_in_cache, modality_embeddings
 from lwm.model.attention import SAVE_ATTENTION, Attend, attended
 from lwm.model.block import KINDS
 from lwm.model.cache import Cache
@@ -88,6 +89,8 @@ class Decoder(nnx.Module):
     self.norm = RMSNorm(config, stack=())
     if "output" in tables:
       self.output = table(rngs, rules, tables["output"], HEAD.axes, config)
+    if config.adapter:
+      self.adapter_modalities = modality_embeddings(config.width, rules, rngs)
 
   def hidden(
     self,
@@ -100,6 +103,11 @@ class Decoder(nnx.Module):
     """Hidden states after the final norm, [B, S, M] in the compute dtype, and the extras."""
     attend = _attend_over_mesh(self.config, self.rules, intervals, layout)
     cosine, sine = self._rotations(positions_BxS, rope_theta)
+    prompt = None
+    if self.config.adapter:
+      prompt = self._prompt(
+        has_vision(self.config, self.rules, layout, tokens_BxS, intervals.start_BxQ)
+      )
     x_BxSxM = self._embed(tokens_BxS)
     reported = []
     for blocks in self._stretches:
@@ -109,7 +117,7 @@ class Decoder(nnx.Module):
       def block(x_BxSxM, layer):
         x_BxSxM = checkpoint_name(x_BxSxM, _BLOCK_INPUT)
         x_BxSxM, _, extras = nnx.merge(graph, layer)(
-          x_BxSxM, cosine, sine, attend, self.config.head_groups
+          x_BxSxM, cosine, sine, attend, self.config.head_groups, prompt
         )
         return x_BxSxM, extras
 
@@ -124,6 +132,10 @@ class Decoder(nnx.Module):
     num_tokens = tokens_BxQ.shape[1]
     cosine, sine = self._rotations(cache.positions(num_tokens), rope_theta)
     intervals = attended(self.config, cache.intervals(num_tokens))
+    prompt = None
+    if self.config.adapter:
+      has_vision_BxQ, cache = has_vision_in_cache(self.config, tokens_BxQ, cache)
+      prompt = self._prompt(has_vision_BxQ)
     carry = self._embed(tokens_BxQ), cache
     first_layer = 0
     for blocks, stretch in zip(self._stretches, self.config.resolved_stretches):
@@ -134,7 +146,9 @@ class Decoder(nnx.Module):
         x_BxQxM, cache = carry
         layer, index = layer_and_index
         attend = _attend_to_cache(self.config, self.rules, intervals, cache, index)
-        x_BxQxM, cache, _ = nnx.merge(graph, layer_of(layer))(x_BxQxM, cosine, sine, attend)
+        x_BxQxM, cache, _ = nnx.merge(graph, layer_of(layer))(
+          x_BxQxM, cosine, sine, attend, prompt=prompt
+        )
         return (x_BxQxM, cache), None
 
       index_L = jnp.arange(first_layer, first_layer + stretch.num_layers)
@@ -205,6 +219,10 @@ class Decoder(nnx.Module):
       out_specs=rules.spec("batch", "residual", None),
     )(self._embedding(jnp.float32, whole), jax.reshard(tokens_BxS, rules.spec("batch", "residual")))
     return x_BxSxM.astype(self.config.compute_dtype)
+
+  def _prompt(self, has_vision_BxS: jax.Array) -> Prompt:
+    has_vision_BxS = jax.reshard(has_vision_BxS, self.rules.spec("batch", "residual"))
+    return Prompt(has_vision_BxS, self.adapter_modalities.get_value())
 
   def _rotations(
     self, positions_BxS: jax.Array, rope_theta: float | jax.Array

@@ -163,7 +163,8 @@ class Model:
     empty = functools.partial(jnp.zeros, shape, jnp.dtype(config.compute_dtype), out_sharding=spec)
     start_B = jnp.zeros(batch_size, jnp.int32) if start_B is None else start_B
     start_B = jax.reshard(start_B, self.rules.spec("batch"))
-    return Cache(empty(), empty(), start_B, jnp.int32(0))
+    last_vision_B = jnp.full_like(start_B, -1) if config.adapter else None
+    return Cache(empty(), empty(), start_B, jnp.int32(0), last_vision_B)
 
   def decode(
     self, params: Params, tokens_BxQ: jax.Array, cache: Cache, *, rope_theta: float | jax.Array

@@ -194,7 +194,8 @@ def _gather_backward(dtype, rules, logical_axes, whole, _, gradient):
   scattered = {"model": rules.model, **({"vocab": rules.vocab} if whole else {})}
   scattered = {name: axes for name, axes in scattered.items() if name in logical_axes}
   stored = rules.model if "model" in logical_axes else ()
-  summed = tuple(axis for axis in rules.token_axes if axis not in stored)
+  shared = (*rules.token_axes, *((rules.tensor,) if whole and "vocab" not in scattered else ()))
+  summed = tuple(axis for axis in shared if axis not in stored)
 
   def reduce(gradient):
     gradient = gradient.astype(jnp.float32)

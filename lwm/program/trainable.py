@@ -7,7 +7,7 @@ A parameter's name is its dotted path in the tree, such as `blocks.attention.que
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +17,11 @@ from lwm import model as model_lib
 from lwm.config.experiment import Experiment, Stage
 from lwm.config.model import ModelConfig
 from lwm.errors import ConfigError
+from lwm.model import adapter, lora
 from lwm.model.flops import TrainedShares
-from lwm.model.lora import ADDED
+
+# Settings of the model that add parameters to a base, and globs over the names of these.
+ADDED = {"lora": lora.ADDED, "adapter": adapter.ADDED}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,7 @@ def trainable(experiment: Experiment, stage: Stage, params: Mapping[str, Any]) -
   """What `Stage.trainable`, or else `OptimizerConfig.trainable`, names.
 
   Without patterns, all parameters are trained; of a model with parameters that were added to a
-  base (`ModelConfig.lora`), only the added ones are.
+  base (ADDED), only the added ones are.
 
   Args:
     experiment: validated.
@@ -67,7 +70,8 @@ def trainable(experiment: Experiment, stage: Stage, params: Mapping[str, Any]) -
     where, patterns = f"stages.trainable of stage {stage.name!r}", stage.trainable
   names = _flatten(params)
   if not patterns:
-    return added_to(params) if experiment.model.lora else Trainable()
+    settings = _settings(experiment.model)
+    return added_to(params, settings) if settings else Trainable()
   for pattern in patterns:
     if not fnmatch.filter(names, pattern):
       raise ConfigError(
@@ -85,14 +89,21 @@ def check_trainable(experiment: Experiment) -> None:
       trainable(experiment, stage, _abstract_params(experiment.model))
 
 
-def added_to(params: Mapping[str, Any]) -> Trainable:
-  """The parameters that `ModelConfig.lora` adds to a base."""
-  return Trainable(frozenset(fnmatch.filter(_flatten(params), ADDED)))
+def added_to(params: Mapping[str, Any], settings: Sequence[str]) -> Trainable:
+  """The parameters that these settings of the model, keys of ADDED, add to a base."""
+  names = _flatten(params)
+  return Trainable(
+    frozenset(name for setting in settings for name in fnmatch.filter(names, ADDED[setting]))
+  )
+
+
+def _settings(model: ModelConfig) -> list[str]:
+  return [setting for setting in ADDED if getattr(model, setting)]
 
 
 def trained_shares(experiment: Experiment, stage: Stage) -> TrainedShares:
   """The shares of the parameters that a stage trains, for counting FLOPs, bytes and traffic."""
-  if not (experiment.optimizer.trainable or stage.trainable or experiment.model.lora):
+  if not (experiment.optimizer.trainable or stage.trainable or _settings(experiment.model)):
     return TrainedShares()
   params = _abstract_params(experiment.model)
   trained, _ = trainable(experiment, stage, params).split(params)

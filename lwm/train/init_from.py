@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,10 +13,10 @@ from lwm.checkpoint.reader import StoredCheckpoint, newest
 from lwm.config.experiment import Experiment
 from lwm.errors import UserError
 from lwm.program.stage import StageProgram
-from lwm.program.trainable import added_to, num_elements
+from lwm.program.trainable import ADDED, added_to, num_elements
 
 # Settings of the model that may differ from the other run's. Rows for vision are added, and so are
-# the low-rank additions (`lora`) to a model without them.
+# the parameters of the settings in ADDED to a model without them.
 _MAY_DIFFER = ("vision_vocab_size", "initializer_std", "compute_dtype", "vocab_multiple")
 # Settings that no parameter depends on, so that a run may continue with another value. It says so.
 _CHANGEABLE = ("norm_epsilon", "rope_scaling", "sliding_window", "attention_soft_cap")
@@ -27,8 +28,9 @@ def initial_params(
   """The parameters that a run without a checkpoint starts from, sharded for the program.
 
   Each device reads or draws its own shards only. A model without vision rows is widened by them:
-  the new rows of the embedding and columns of the head are drawn as `initializer_std` says. A model
-  without low-rank additions gets those of `ModelConfig.lora`, which change nothing at first.
+  the new rows of the embedding and columns of the head are drawn as `initializer_std` says. The
+  parameters of `ModelConfig.lora` and `ModelConfig.adapter` are added to a model without them; they
+  change nothing at first.
 
   Args:
     experiment: the run's.
@@ -45,7 +47,8 @@ def initial_params(
     return program.initial_params(experiment.seed), ""
   stored = newest(pathlib.Path(experiment.init_from))
   theirs, ours = stored.config["model"], dataclasses.asdict(experiment.model)
-  may_differ = (*_MAY_DIFFER, *_CHANGEABLE, *(("lora",) if theirs["lora"] is None else ()))
+  absent = [setting for setting in ADDED if theirs[setting] is None]
+  may_differ = (*_MAY_DIFFER, *_CHANGEABLE, *absent)
   difference = first_difference(theirs, ours | {name: theirs[name] for name in may_differ}, "model")
   if difference is None and theirs["vision_vocab_size"] not in (0, ours["vision_vocab_size"]):
     sizes = theirs["vision_vocab_size"], ours["vision_vocab_size"]
@@ -62,9 +65,10 @@ def initial_params(
   for name in _CHANGEABLE:
     if change := first_difference(theirs[name], ours[name], f"model.{name}"):
       origin += f"; they were trained with {change}"
-  if ours["lora"] and not theirs["lora"]:
-    params, added = _with_added(program, stored, experiment.seed)
-    origin += f"; {added:,} parameters of config.model.lora are added: A at random, B zero"
+  if added := [setting for setting in absent if ours[setting]]:
+    params, number = _with_added(program, stored, added, experiment.seed)
+    settings = " and ".join(f"config.model.{setting}" for setting in added)
+    origin += f"; {number:,} parameters of {settings} are added, which change nothing at first"
   else:
     params = stored.params(program.state.params)
   new = experiment.model.vocab_size - rows
@@ -75,9 +79,11 @@ def initial_params(
   return params, f"{origin}; {new} new rows for vision ids in {tables} are drawn at random"
 
 
-def _with_added(program: StageProgram, stored: StoredCheckpoint, seed: int) -> tuple[Any, int]:
-  """The stored parameters with drawn low-rank additions, and the number of elements added."""
-  division = added_to(program.state.params)
+def _with_added(
+  program: StageProgram, stored: StoredCheckpoint, settings: Sequence[str], seed: int
+) -> tuple[Any, int]:
+  """The stored parameters with drawn ones of these settings, and the number of elements added."""
+  division = added_to(program.state.params, settings)
   added, base = division.split(program.state.params)
   drawn = jax.jit(
     lambda key: division.split(program.model.init(key))[0],

@@ -16,7 +16,7 @@ from configs import (
   text_qwen3_8b,
 )
 from lwm.config import experiment as experiment_lib
-from lwm.config.model import LoraConfig, ModelConfig, Stretch
+from lwm.config.model import AdapterConfig, LoraConfig, ModelConfig, Stretch
 from lwm.config.validate import check_devices, validate
 from lwm.errors import ConfigError
 
@@ -101,6 +101,7 @@ def _experiment(**changes):
     ({"model__attention_soft_cap": 0.0}, ["attention_soft_cap=0.0"]),
     ({"model__lora": LoraConfig(rank=0)}, ["model.lora.rank=0"]),
     ({"model__lora": LoraConfig(targets=["head"])}, ["lora.targets[0]='head'", "'query'"]),
+    ({"model__adapter": AdapterConfig(temperature=0)}, ["model.adapter.temperature=0"]),
     ({"stages__0__mixture__0__dataset": "txt"}, ["stages[0].mixture[0]", "'text'"]),
     ({"stages__1__tokens_per_batch": 1500}, ["stages[1]", "1500", "1024"]),
     ({"stages__1__layout": "striped"}, ["'striped'", "'zigzag'"]),

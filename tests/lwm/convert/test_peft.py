@@ -13,6 +13,7 @@ from kernels.attention import causal
 from kernels.ring import Layout
 from lwm import convert, model as model_lib
 from lwm.checkpoint.reader import StoredCheckpoint, newest
+from lwm.config.model import AdapterConfig
 from lwm.convert.peft import CONFIG, STEM, export_adapter, import_adapter
 from lwm.convert.safetensors import SafetensorsSource
 from lwm.errors import UserError
@@ -110,3 +111,19 @@ def test_what_does_not_fit_is_one_sentence(settings, message, base, tmp_path):
 def test_a_model_without_lora_has_no_adapter(base, tmp_path):
   with pytest.raises(UserError, match="holds a model without LoRA"):
     export_adapter(base, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+  "export",
+  [
+    lambda stored, output: convert.export_hugging_face(stored, output, "float32"),
+    lambda stored, output: convert.export_release(stored, output, None),
+  ],
+  ids=["hugging_face", "lwm"],
+)
+def test_modality_adapters_are_in_no_format_of_others(base, tmp_path, export):
+  stored = StoredCheckpoint(base.path)
+  stored.experiment.model.adapter = AdapterConfig()
+  with pytest.raises(UserError, match="config.model.adapter, which|differ in adapter_modalities"):
+    export(stored, tmp_path / "out")
+  assert not list(tmp_path.iterdir())

@@ -16,15 +16,18 @@ from lwm.checkpoint.arrays import ArrayInfo
 from lwm.checkpoint.parameters import write_parameters
 from lwm.checkpoint.reader import StoredCheckpoint
 from lwm.config.experiment import Experiment, Stage
+from lwm.config.model import AdapterConfig
 from lwm.convert.orbax import export_orbax
 from lwm.convert.stablehlo import Sizes, programs
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig, ShardingRules
 
+ADAPTER = AdapterConfig(width=3)
 CONFIG = models.debug(text_vocab_size=40, vision_vocab_size=20)
+CONFIG.adapter = ADAPTER
 # As a run on two devices of `tensor` would store them: 61 rows would not divide.
 PADDED = models.debug(text_vocab_size=40, vision_vocab_size=20)
-PADDED.vocab_multiple = 64
+PADDED.vocab_multiple, PADDED.adapter = 64, ADAPTER
 EXPERIMENT = Experiment(
   name="small", tokenizer="t.model", model=PADDED, stages=[Stage(rope_theta=100.0)]
 )
@@ -32,7 +35,10 @@ EXPERIMENT = Experiment(
 
 @pytest.fixture(scope="module")
 def params():
-  return jax.device_get(jax.jit(model_lib.build(CONFIG).init)(jax.random.key(0)))
+  params = jax.device_get(jax.jit(model_lib.build(CONFIG).init)(jax.random.key(0)))
+  rng, adapter = np.random.default_rng(0), params["blocks"]["adapter"]
+  adapter["bottleneck_out"] = rng.normal(size=adapter["bottleneck_out"].shape).astype(np.float32)
+  return params
 
 
 @pytest.fixture(scope="module")

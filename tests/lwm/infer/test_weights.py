@@ -12,7 +12,7 @@ from flax import traverse_util
 from configs import models
 from kernels.quantised_matmul import GRIDS, dequantize
 from lwm import model as model_lib
-from lwm.config.model import LoraConfig
+from lwm.config.model import AdapterConfig, LoraConfig
 from lwm.errors import UserError
 from lwm.infer import num_bytes, quantized_params
 from lwm.model.quantised import EMBEDDING, QuantizedKernel
@@ -72,7 +72,13 @@ def prompt_and_token(model):
   "mesh_config, name, changes",
   (
     (ONE, "int4", dict(tied_head=True)),
-    (ONE, "int8", dict(attention_bias=True, lora=LoraConfig(rank=2, targets=["out", "gate"]))),
+    (
+      ONE,
+      "int8",
+      dict(
+        attention_bias=True, lora=LoraConfig(2, targets=["out", "gate"]), adapter=AdapterConfig()
+      ),
+    ),
     (FOUR, "int8", dict(tied_head=True)),
     (FOUR, "int8_32", dict(width=64, head_dim=16)),
   ),

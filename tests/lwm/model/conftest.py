@@ -97,7 +97,7 @@ _params_on_one_device: dict[str, Any] = {}
 
 def _drawn_too(path, value):
   """Draws the parameters whose initial values would hide mistakes."""
-  parts = ("_bias", "query_norm", "key_norm", "_lora_b")
+  parts = ("_bias", "query_norm", "key_norm", "_lora_b", "bottleneck_out")
   if not any(part in jax.tree_util.keystr(path) for part in parts):
     return value
   rng = np.random.default_rng(len(jax.tree_util.keystr(path)))

@@ -7,6 +7,7 @@ import pytest
 
 from kernels.attention import KeyIntervals
 from kernels.ring import Layout
+from lwm.config.model import AdapterConfig
 from lwm.model import build
 from lwm.parallel.sharding import ShardingRules
 
@@ -14,10 +15,11 @@ LAYOUT = Layout("contiguous", 1)
 LENGTHS = (11, 8)
 
 
-# Settings of the model, and tokens of the prompt; a long one is read by another kernel.
+# Settings of the model, and tokens of the prompt; a long one is read by another kernel. The
+# first row's first vision id comes after the prompt; the second row has one in the prompt.
 CASES = [
   (dict(attention_bias=True, query_key_norm=True), 6),
-  (dict(sliding_window=4, attention_soft_cap=0.5), 9),
+  (dict(sliding_window=4, attention_soft_cap=0.5, adapter=AdapterConfig(3, temperature=0.2)), 9),
 ]
 
 
@@ -45,8 +47,9 @@ def full_logits(tiny, config, tokens):
 def test_cached_decode_equals_full_forward(tiny, sizes, options, prompt):
   """Rows of different lengths, padded on the left: a whole prompt, then one token at a time."""
   config = tiny.config(**options)
-  rng = np.random.default_rng(4)
+  rng = np.random.default_rng(6)
   rows = [rng.integers(0, 64, length).astype(np.int32) for length in LENGTHS]
+  rows[0][:prompt] %= config.text_vocab_size
   padding = max(LENGTHS) - np.array(LENGTHS, np.int32)
   tokens = np.stack([np.pad(row, (pad, 0)) for row, pad in zip(rows, padding)])
   rules = ShardingRules(sequence=None, cache=("ring", "ulysses") if "ring" in sizes else ())

@@ -6,7 +6,7 @@ import pytest
 from configs import models
 from lwm import model as model_lib
 from lwm.config.experiment import Experiment, Stage
-from lwm.config.model import LoraConfig, Stretch
+from lwm.config.model import AdapterConfig, LoraConfig, Stretch
 from lwm.model.flops import TrainedShares, body_cost
 from lwm.program.trainable import num_elements, trainable, trained_shares
 
@@ -61,3 +61,24 @@ def test_what_lora_adds_is_counted_and_trained_alone(experiment):
     added / tuned.weights, rel=2e-2
   )
   assert trained_shares(experiment, experiment.stages[1]) == TrainedShares(0, 0.5)
+
+
+def test_adapters_are_counted_and_trained_alone(experiment):
+  plain, cost = num_elements(params_of(experiment)), body_cost(experiment.model)
+  experiment.model.adapter = AdapterConfig(width=3)
+  assert trained(experiment, 0) == [
+    "adapter_modalities",
+    *(
+      f"{blocks}.adapter.{name}"
+      for blocks in ("blocks", "blocks_1")
+      for name in ("bottleneck_in", "bottleneck_out", "router")
+    ),
+  ]
+  width = experiment.model.width
+  products = 2 * 2 * (2 * width * 3)
+  added = num_elements(params_of(experiment)) - plain
+  tuned = body_cost(experiment.model)
+  # The routers have two columns in each layer. The embeddings of the modalities are in no layer.
+  assert tuned.weights - cost.weights == products + 2 * 2 * width == added - 2 * width
+  assert tuned.flops - cost.flops == 2 * products
+  assert trained_shares(experiment, experiment.stages[0]).tables == 0

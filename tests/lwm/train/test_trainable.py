@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from lwm.config.model import LoraConfig
+from lwm.config.model import AdapterConfig, LoraConfig
 from lwm.errors import ConfigError, UserError
 from lwm.program.stage import build_program
 from lwm.train import loop
@@ -72,7 +72,16 @@ def test_lora_starts_from_a_base_and_resumes(experiment, tmp_path, capsys):
   experiment.stages = whole.stages
   resumed, _ = train(experiment, tmp_path / "parts")
   assert not changed(tuned, resumed)
-  # A tuned model is no base for other additions.
+  # It is a base for adapters, and stays what it is.
+  adapted = dataclasses.replace(experiment, stages=[dataclasses.replace(experiment.stages[0])])
+  adapted.model = dataclasses.replace(experiment.model, adapter=AdapterConfig(width=2))
+  adapted.init_from, adapted.stages[0].trainable = str(tmp_path / "parts"), ["*adapter[._]*"]
+  both, moments = train(adapted, tmp_path / "adapted")
+  added = sum(leaf.size for name, leaf in both.items() if "adapter" in name)
+  assert f"{added:,} parameters of config.model.adapter are added" in capsys.readouterr().out
+  assert not changed(resumed, both) and np.any(both["blocks.adapter.bottleneck_out"])
+  assert sum(leaf.size for leaf in jax.tree.leaves(moments) if leaf.ndim) == 2 * added
+  # A tuned model is no base for other additions of the same kind.
   experiment.init_from = str(tmp_path / "parts")
   experiment.model.lora = LoraConfig(rank=4)
   with pytest.raises(UserError, match="holds a model with config.model.lora.rank=2, not 4"):
