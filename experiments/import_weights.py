@@ -23,6 +23,7 @@ from absl import flags
 from experiments import flags as experiment_flags
 from lwm import convert
 from lwm.config.vqgan import PIXEL_RANGES
+from lwm.errors import UserError
 
 _INPUT = flags.DEFINE_string("input", None, "The model: a directory, a file, or KIND::FILE.")
 _OUTPUT = flags.DEFINE_string(
@@ -60,7 +61,8 @@ def vqgan(path: pathlib.Path, output: pathlib.Path) -> None:
 
 def main(argv: list[str]) -> None:
   del argv
-  assert _INPUT.value and _OUTPUT.value  # absl requires them.
+  if not _INPUT.value or not _OUTPUT.value:
+    raise UserError("--input and --output must not be empty.")
   path, output = pathlib.Path(_INPUT.value), pathlib.Path(_OUTPUT.value)
   if convert.is_vqgan(path):
     vqgan(path, output)
