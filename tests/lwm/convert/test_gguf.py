@@ -217,7 +217,7 @@ def test_defaults_of_missing_keys(tmp_path):
     ({"llama.logit_scale": 2.0}, "llama.logit_scale is 2.0, a setting which is not known"),
     ({"split.count": 3}, "is one of 3 files of a model"),
     ({"lwm.vision_vocab_size": 300}, "lwm.vision_vocab_size is 300"),
-    ({"lwm.vision_vocab_size": -1}, "lwm.vision_vocab_size is -1"),
+    ({"lwm.vision_vocab_size": True}, "lwm.vision_vocab_size is True"),
     ({"llama.rope.freq_base": float("nan")}, "llama.rope.freq_base is nan, not a number"),
   ],
 )
