@@ -68,6 +68,11 @@ def orbax(stored: StoredCheckpoint, output: pathlib.Path) -> None:
 def stablehlo(stored: StoredCheckpoint, output: pathlib.Path) -> None:
   if unknown := [name for name in _PLATFORMS.value if name not in ("cpu", "cuda", "tpu")]:
     raise UserError(f"--platforms={unknown[0]} is not one of cpu, cuda, tpu.")
+  if _PROMPT.value >= _CONTEXT.value:
+    raise UserError(
+      f"--prompt_length={_PROMPT.value} must be less than --context={_CONTEXT.value}, which the "
+      "continuation shares."
+    )
   sizes = convert.Sizes(_BATCH.value, _PROMPT.value, _CONTEXT.value)
   convert.export_programs(stored, output, sizes, _dtype() or "float32", _PLATFORMS.value)
 
@@ -93,7 +98,8 @@ def _dtype() -> str | None:
 
 def main(argv: list[str]) -> None:
   del argv
-  assert _WORKDIR.value and _OUTPUT.value and _FORMAT.value  # absl requires them.
+  if not _WORKDIR.value or not _OUTPUT.value:
+    raise UserError("--workdir and --output must not be empty.")
   if _FORMAT.value not in FORMATS:
     raise UserError(f"--format={_FORMAT.value} is not one of {', '.join(FORMATS)}.")
   stored = newest(pathlib.Path(_WORKDIR.value))

@@ -183,8 +183,7 @@ def load_codec(experiment: Experiment, dataset: Dataset) -> Codec:
 
 def main(argv: list[str]) -> None:
   del argv
-  assert _WORKDIR.value  # absl requires it.
-  workdir = pathlib.Path(_WORKDIR.value)
+  workdir = pathlib.Path(_WORKDIR.value or "")
   with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), devices()[:1])):
     trained = infer.load_trained(workdir, _WEIGHTS.value)
     experiment, tokenizer = trained.experiment, load_tokenizer(trained.tokenizer)

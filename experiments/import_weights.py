@@ -71,7 +71,8 @@ def adapter(path: pathlib.Path, output: pathlib.Path) -> None:
 
 def main(argv: list[str]) -> None:
   del argv
-  assert _INPUT.value and _OUTPUT.value  # absl requires them.
+  if not _INPUT.value or not _OUTPUT.value:
+    raise UserError("--input and --output must not be empty.")
   path, output = pathlib.Path(_INPUT.value), pathlib.Path(_OUTPUT.value)
   if convert.is_vqgan(path):
     vqgan(path, output)

@@ -37,8 +37,7 @@ flags.mark_flags_as_required(["workdir", "text"])
 
 def window(tokenizer_path: pathlib.Path) -> jax.Array:
   """The tokens to predict, after the first, int32."""
-  assert _TEXT.value  # absl requires it.
-  path = pathlib.Path(_TEXT.value)
+  path = pathlib.Path(_TEXT.value or "")
   try:
     text = path.read_text("utf-8")
   except (OSError, UnicodeDecodeError) as error:
@@ -55,14 +54,14 @@ def window(tokenizer_path: pathlib.Path) -> jax.Array:
 
 def main(argv: list[str]) -> None:
   del argv
-  assert _WORKDIR.value  # absl requires it.
-  for form in _WEIGHTS.value:
+  workdir = pathlib.Path(_WORKDIR.value or "")
+  for form in _WEIGHTS.value or [""]:
     if form not in infer.FORMS:
       raise UserError(f"--weights={form}: the forms are {', '.join(infer.FORMS)}.")
   first = None
   with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), devices()[:1])):
     for form in _WEIGHTS.value:
-      trained = infer.load_trained(pathlib.Path(_WORKDIR.value), form)
+      trained = infer.load_trained(workdir, form)
       tokens_S = window(trained.tokenizer)
       value = perplexity(trained.model, trained.params, tokens_S, rope_theta=trained.rope_theta)
       first = first or value

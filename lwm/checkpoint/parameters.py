@@ -70,7 +70,9 @@ def unfinished(directory: pathlib.Path) -> Iterator[pathlib.Path]:
   Raises:
     UserError: the directory exists and is not empty, or cannot be written.
   """
-  if directory.exists() and any(directory.iterdir() if directory.is_dir() else [directory]):
+  # The program can replace an empty directory, but not the one that it runs in, nor a link.
+  is_replaceable = directory.name and os.path.isdir(directory) and not os.path.islink(directory)
+  if os.path.lexists(directory) and not (is_replaceable and not any(directory.iterdir())):
     raise UserError(f"{directory} exists: name another --output, or remove it.")
   new = directory.with_name(directory.name + ".unfinished")
   try:

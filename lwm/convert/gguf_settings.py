@@ -63,6 +63,8 @@ _SCALING = "lwm.rope_scaling."
 _VISION = "lwm.vision_vocab_size"
 # Largest relative difference from the factors of a file, which were computed in float32.
 _TOLERANCE = 1e-5
+_MAX_SIZE = 2**31 - 1
+_MAX_NUMBER = float(np.finfo(np.float32).max)
 
 
 class GGUFModel(NamedTuple):
@@ -171,7 +173,7 @@ def read_model(source: GGUFSource) -> GGUFModel:
     )
   num_rows = source.tensors[EMBEDDING].shape[0]
   num_vision = metadata.get(_VISION, 0)
-  if not isinstance(num_vision, int) or num_vision >= num_rows:
+  if type(num_vision) is not int or not 0 <= num_vision < num_rows:
     raise UserError(
       f"{source.path}: {_VISION} is {num_vision!r} of {num_rows} ids: get the file again."
     )
@@ -201,8 +203,8 @@ def _checked_values(source: GGUFSource, prefix: str) -> Metadata:
   for key, value in values.items():
     place = f"{source.path}: {prefix}{key} is {_brief(value)}"
     if key in integers or key in (_EPSILON, _THETA):
-      kind: Any = int if key in integers else int | float
-      if not isinstance(value, kind) or isinstance(value, bool) or value < 0:
+      kinds, most = ((int,), _MAX_SIZE) if key in integers else ((int, float), _MAX_NUMBER)
+      if type(value) not in kinds or not 0 <= value <= most:
         raise UserError(f"{place}, not a number that a model of this architecture can have there.")
       if value == 0 and key == "attention.sliding_window":
         continue

@@ -40,6 +40,7 @@ class _Vocabulary(NamedTuple):
   metadata: Mapping[str, Any]
   tokens: list[str]
   types: list[int]
+  scores: list[float]
   # Tokens by their role, as ROLES names it.
   roles: dict[str, str]
 
@@ -98,14 +99,26 @@ def _read_vocabulary(
 ) -> _Vocabulary:
   tokens = metadata.get(KEY + "tokens")
   types = metadata.get(KEY + "token_type")
-  for key, values in (("tokens", tokens), ("token_type", types)):
+  scores = metadata.get(KEY + "scores", [_NO_SCORE] * num_rows)
+  for key, values, kind in (
+    ("tokens", tokens, str),
+    ("token_type", types, int),
+    ("scores", scores, float),
+  ):
     if not isinstance(values, list) or len(values) != num_rows:
       count = len(values) if isinstance(values, list) else "no"
       raise UserError(
         f"{path}: {KEY}{key} has {count} entries for the {num_rows} rows of the embedding: get a "
         "complete file."
       )
+    # All entries of a list have the same type.
+    if not isinstance(values[0], kind) or isinstance(values[0], bool):
+      raise UserError(f"{path}: {KEY}{key} is no list of {kind.__name__}: get the file again.")
   assert isinstance(tokens, list) and isinstance(types, list)
+  if unknown := sorted(set(types) - set(TokenType)):
+    raise UserError(
+      f"{path}: {KEY}token_type has the unknown type {unknown[0]}: get the file again."
+    )
   while num_text and types[num_text - 1] == TokenType.UNUSED:
     num_text -= 1
   roles = {}
@@ -113,20 +126,19 @@ def _read_vocabulary(
     index = metadata.get(KEY + key)
     if index is None:
       continue
-    if not isinstance(index, int) or not 0 <= index < num_text:
+    if type(index) is not int or not 0 <= index < num_text:
       raise UserError(f"{path}: {KEY}{key} is {index}, not one of the tokens: get the file again.")
     roles[role] = tokens[index]
-  return _Vocabulary(path, metadata, tokens[:num_text], types[:num_text], roles)
+  return _Vocabulary(path, metadata, tokens[:num_text], types[:num_text], scores[:num_text], roles)
 
 
 def _sentencepiece_model(vocabulary: _Vocabulary) -> bytes:
   """A sentencepiece model with the pieces, scores and types of the file."""
   model = ModelProto()
-  scores = vocabulary.metadata.get(KEY + "scores", [_NO_SCORE] * len(vocabulary.tokens))
   marks = {vocabulary.roles.get(role) for role in ("bos_token", "eos_token", "pad_token")}
   unknown = vocabulary.roles.get("unk_token", "<unk>")
   # Both formats number the types alike.
-  for token, score, kind in zip(vocabulary.tokens, scores, vocabulary.types):
+  for token, score, kind in zip(vocabulary.tokens, vocabulary.scores, vocabulary.types):
     if token == unknown:
       kind = TokenType.UNKNOWN
     elif token in marks:

@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from lwm.config.model import ModelConfig, RopeScaling
 from lwm.config.vqgan import VisionLayout
 from lwm.convert.hugging_face import ARCHITECTURES, LLAMA, MISTRAL, QWEN2, QWEN3, Architecture
@@ -34,6 +36,10 @@ _SIZES = (
   "max_position_embeddings",
 )
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window")
+_MAX_SIZE = 2**31 - 1
+# More layers than any model has: a table of them would take memory without end.
+_MAX_LAYERS = 10_000
+_MAX_NUMBER = float(np.finfo(np.float32).max)
 # Settings that change the computation, with the values that ours has. `swish` is `silu`.
 _ONLY = {
   "hidden_act": ("silu", "swish"),
@@ -43,6 +49,8 @@ _ONLY = {
   "attn_logit_softcapping": (None,),
   "final_logit_softcapping": (None,),
   "quantization_config": (None,),
+  "tie_word_embeddings": (None, False, True),
+  "use_sliding_window": (None, False, True),
 }
 
 
@@ -83,6 +91,11 @@ def read_config(path: pathlib.Path, content: Mapping[str, Any]) -> Settings:
   stated = [name for name in _OPTIONAL_SIZES if settings[name] is not None]
   if wrong := [name for name in (*_SIZES, *stated) if not _is_size(settings.get(name))]:
     raise UserError(f"{path}: {wrong[0]} must be a positive integer: get the file again.")
+  if settings["num_hidden_layers"] > _MAX_LAYERS:
+    raise UserError(
+      f"{path}: num_hidden_layers is {settings['num_hidden_layers']}, more than {_MAX_LAYERS}: get "
+      "the file again."
+    )
   # Classes with biases in every model do not read the setting.
   ignored = ("attention_bias",) if architecture.attention_bias else ()
   for name, allowed in _ONLY.items():
@@ -100,8 +113,8 @@ def read_config(path: pathlib.Path, content: Mapping[str, Any]) -> Settings:
     feed_forward_width=settings["intermediate_size"],
     text_vocab_size=text,
     vision_vocab_size=vision,
-    norm_epsilon=settings["rms_norm_eps"],
-    tied_head=settings["tie_word_embeddings"],
+    norm_epsilon=_number(path, "rms_norm_eps", settings["rms_norm_eps"]),
+    tied_head=bool(settings["tie_word_embeddings"]),
     rope_scaling=scaling,
     sliding_window=_window(path, settings, architecture),
     attention_bias=architecture.attention_bias,
@@ -196,7 +209,13 @@ def write_config(
 
 
 def _is_size(value: Any) -> bool:
-  return type(value) is int and value > 0
+  return type(value) is int and 0 < value <= _MAX_SIZE
+
+
+def _number(path: pathlib.Path, name: str, value: Any) -> float:
+  if type(value) not in (int, float) or not 0 < value <= _MAX_NUMBER:
+    raise UserError(f"{path}: {name}={value!r} must be a positive number: get the file again.")
+  return value
 
 
 def _unsupported(path: pathlib.Path, name: str, value: Any) -> UserError:
@@ -206,7 +225,9 @@ def _unsupported(path: pathlib.Path, name: str, value: Any) -> UserError:
 def _rope(path: pathlib.Path, settings: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
   """Theta and scaling. Where versions differ in their spelling, transformers 5 decides."""
   rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
-  theta = rope.get("rope_theta", settings["rope_theta"])
+  if not isinstance(rope, dict):
+    raise _unsupported(path, "rope_parameters", rope)
+  theta = _number(path, "rope_theta", rope.get("rope_theta", settings["rope_theta"]))
   if rope.get("partial_rotary_factor") not in _ONLY["partial_rotary_factor"]:
     raise _unsupported(path, "partial_rotary_factor", rope["partial_rotary_factor"])
   kind = rope.get("rope_type", rope.get("type", "default"))
@@ -217,17 +238,16 @@ def _rope(path: pathlib.Path, settings: Mapping[str, Any]) -> tuple[float, RopeS
       f"{path}: rope_type {kind!r} is not supported, only default and llama3: import a model with "
       "one of these."
     )
-  try:
-    return theta, RopeScaling(
-      factor=rope["factor"],
-      low_frequency_factor=rope["low_freq_factor"],
-      high_frequency_factor=rope["high_freq_factor"],
-      original_context=rope.get(
-        "original_max_position_embeddings", settings["max_position_embeddings"]
-      ),
+  rope = {"original_max_position_embeddings": settings["max_position_embeddings"], **rope}
+  names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+  factor, low, high, original = (_number(path, name, rope.get(name)) for name in names)
+  if low >= high or not _is_size(original):
+    raise UserError(
+      f"{path}: rope_type 'llama3' has low_freq_factor={low}, high_freq_factor={high} and "
+      f"original_max_position_embeddings={original}, which do not fit each other: get the file "
+      "again."
     )
-  except KeyError as error:
-    raise UserError(f"{path}: rope_type 'llama3' lacks {error}: get the file again.") from error
+  return theta, RopeScaling(factor, low, high, int(original))
 
 
 def _scaling(scaling: RopeScaling | None) -> dict[str, Any]:
@@ -250,6 +270,8 @@ def _window(
   if architecture.window == "named":
     window = window if settings["use_sliding_window"] else None
     first = settings["max_window_layers"]
+    if type(first) is not int:
+      raise _unsupported(path, "max_window_layers", first)
   elif architecture.window == "no":
     window = None
   kinds = [
@@ -259,7 +281,11 @@ def _window(
   stated = settings.get("layer_types") or kinds
   if architecture.window == "named":
     kinds = stated
-  if stated != kinds or len(set(kinds)) > 1:
+  uniform = isinstance(stated, list) and set(map(str, stated)) in (
+    {"full_attention"},
+    {"sliding_attention"},
+  )
+  if stated != kinds or not uniform:
     raise UserError(
       f"{path}: a sliding window in some layers only is not supported: import a model that has it "
       "in all layers, or in none."
@@ -272,7 +298,9 @@ def _vocabularies(path: pathlib.Path, settings: Mapping[str, Any]) -> tuple[int,
   vision = settings.get(VISION)
   if vision is None:
     return settings["vocab_size"], 0
-  sizes = vision.get("text_vocab_size"), vision.get("vision_vocab_size")
+  if not isinstance(vision, dict):
+    raise _unsupported(path, VISION, vision)
+  sizes: tuple[Any, Any] = vision.get("text_vocab_size"), vision.get("vision_vocab_size")
   if not all(map(_is_size, sizes)) or sum(sizes) != settings["vocab_size"]:
     raise UserError(
       f"{path}: the text_vocab_size and vision_vocab_size of {VISION} do not add up to vocab_size "

@@ -10,6 +10,7 @@ vqgan.py). It is named as LWM's programs name it, KIND::FILE:
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -80,14 +81,15 @@ class ReleaseSource:
     array = read_array(self.path, self._stored[name])
     return np.moveaxis(array, self._axis, 0) if _is_scanned(name) else array
 
-  def shape(self, name: str) -> Shape:
-    """The shape of a tensor. Raises UserError if the file lacks it."""
-    if name not in self.tensors:
+  def shape(self, name: str, dimensions: int) -> Shape:
+    """The shape of a tensor. Raises UserError if the file lacks it or it has other dimensions."""
+    found = self.tensors[name].shape if name in self.tensors else ()
+    if len(found) != dimensions or not all(found):
       raise UserError(
-        f"{self.path} lacks the tensor {name}, so it is not a model of LWM's: check the file and "
-        "what is before the :: in --input."
+        f"{self.path} lacks the tensor {name} of {dimensions} dimensions, so it is not a model of "
+        "LWM's: check the file and what is before the :: in --input."
       )
-    return self.tensors[name].shape
+    return found
 
   def _scan_axis(self) -> int:
     name = f"transformer/h/{SCANNED}/attention_norm/kernel"
@@ -160,6 +162,10 @@ def read_release(name: str, options: ReleaseOptions) -> Weights:
   """
   kind, _, file = name.partition("::")
   path = pathlib.Path(file)
+  for flag in ("rope_theta", "context", "num_heads"):
+    value = getattr(options, flag)
+    if value is not None and not (value > 0 and math.isfinite(value)):
+      raise UserError(f"--{flag}={value} must be a positive number.")
   source = ReleaseSource(kind, path)
   config = _config(source, options.num_heads)
   preset = _preset(path, config, options)
@@ -179,14 +185,16 @@ def read_release(name: str, options: ReleaseOptions) -> Weights:
 
 def _config(source: ReleaseSource, num_heads: int | None) -> ModelConfig:
   layer = f"transformer/h/{SCANNED if source.scanned else 0}"
-  text, width = source.shape("transformer/wte/embedding")[:2]
-  feed_forward_width = source.shape(f"{layer}/feed_forward/w1/kernel")[-1]
+  text, width = source.shape("transformer/wte/embedding", 2)
+  gate = source.shape(f"{layer}/feed_forward/w1/kernel", 3 if source.scanned else 2)
+  feed_forward_width = gate[-1]
   if source.scanned:
-    num_layers = source.shape(f"{layer}/feed_forward/w1/kernel")[0]
+    num_layers = gate[0]
   else:
     layers = {name.split("/")[2] for name in source.tensors if name.startswith("transformer/h/")}
     num_layers = len(layers)
-  vision = source.tensors.get("transformer/vte/embedding")
+  vte = "transformer/vte/embedding"
+  vision = source.shape(vte, 2)[0] if vte in source.tensors else 0
   size = SIZES.get((num_layers, width, feed_forward_width), Size(0))
   num_heads = num_heads or size.num_heads
   if not num_heads:
@@ -207,7 +215,7 @@ def _config(source: ReleaseSource, num_heads: int | None) -> ModelConfig:
     head_dim=width // num_heads,
     feed_forward_width=feed_forward_width,
     text_vocab_size=text,
-    vision_vocab_size=vision.shape[0] if vision else 0,
+    vision_vocab_size=vision,
     norm_epsilon=size.norm_epsilon,
   )
 

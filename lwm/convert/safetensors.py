@@ -7,6 +7,7 @@ such files and `model.safetensors.index.json`, whose `weight_map` names the file
 """
 
 import json
+import os
 import pathlib
 import struct
 from collections.abc import Mapping
@@ -150,7 +151,7 @@ class SafetensorsSink:
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """A JSON object from a file. Raises UserError if there is none."""
   try:
-    content = json.loads(path.read_text("utf-8"))
+    content = json.loads(path.read_text("utf-8"), object_pairs_hook=_unique)
   except OSError as error:
     raise UserError(f"{path} cannot be read: {error.strerror}.") from error
   except (ValueError, RecursionError) as error:
@@ -187,7 +188,7 @@ def _files(directory: pathlib.Path, stem: str) -> dict[pathlib.Path, set[str] | 
         "trust the model."
       )
     path = directory / file
-    if path not in files and not path.is_file():
+    if path not in files and not os.path.isfile(path):
       raise UserError(f"{path} is missing, which holds {name}: get all files of the model.")
     names = files.setdefault(path, set())
     assert names is not None

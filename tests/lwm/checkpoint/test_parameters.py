@@ -100,6 +100,15 @@ def test_an_existing_directory_stays_as_it_is(tmp_path, params):
   assert [path.name for path in tmp_path.rglob("*")] == ["weights", "notes.txt"]
 
 
+def test_what_cannot_be_replaced_is_refused_at_once(tmp_path, params, monkeypatch):
+  (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+  monkeypatch.chdir(tmp_path)
+  for output, message in {"link": "exists", ".": "exists", "x" * 300: "too long"}.items():
+    with pytest.raises(UserError, match=message):
+      write(pathlib.Path(output), params)
+  assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
 def test_what_a_killed_import_left_is_replaced(tmp_path, params):
   (tmp_path / "weights.unfinished" / "params").mkdir(parents=True)
   write(tmp_path / "weights", params)

@@ -206,7 +206,7 @@ def test_defaults_of_missing_keys(tmp_path):
     ({"general.architecture": "gemma"}, "general.architecture is 'gemma', which is not supported"),
     ({"llama.block_count": None}, "lacks the key llama.block_count"),
     ({"llama.context_length": None}, "lacks the key llama.context_length"),
-    ({"llama.block_count": 4_000_000_000}, "block_count is 4000000000, but the file holds only"),
+    ({"llama.block_count": 2_000_000_000}, "block_count is 2000000000, but the file holds only"),
     ({"llama.attention.head_count": 0}, "llama.attention.head_count is 0"),
     ({"llama.attention.head_count": [4, 4]}, "head_count is a list of 2, not a number"),
     ({"llama.embedding_length": "wide"}, "llama.embedding_length is 'wide', not a number"),
@@ -217,6 +217,8 @@ def test_defaults_of_missing_keys(tmp_path):
     ({"llama.logit_scale": 2.0}, "llama.logit_scale is 2.0, a setting which is not known"),
     ({"split.count": 3}, "is one of 3 files of a model"),
     ({"lwm.vision_vocab_size": 300}, "lwm.vision_vocab_size is 300"),
+    ({"lwm.vision_vocab_size": True}, "lwm.vision_vocab_size is True"),
+    ({"llama.rope.freq_base": float("nan")}, "llama.rope.freq_base is nan, not a number"),
   ],
 )
 def test_wrong_settings(tmp_path, change, message):

@@ -282,6 +282,8 @@ def test_settings(release):
     ReleaseOptions(preset="lwm", num_heads=H): "--preset=lwm is not one of lwm-text-128k",
     ReleaseOptions(preset="lwm-1m"): "2 layers of width 16 .* --num_heads",
     ReleaseOptions(preset="lwm-1m", num_heads=3): "--num_heads=3 does not divide the width 16",
+    dataclasses.replace(options, num_heads=-1): "--num_heads=-1 must be a positive number",
+    dataclasses.replace(options, rope_theta=float("inf")): "--rope_theta=inf must be a positive",
     dataclasses.replace(options, tokenizer=release.with_name("x")): "There is no tokenizer .*/x",
   }.items():
     with pytest.raises(UserError, match=message):
@@ -336,7 +338,9 @@ def test_wrong_tensors(release):
     norm: None,
     "transformer/h/scan_decoder/attention/bq/kernel": np.zeros((L, M), np.float32),
     "transformer/h/scan_decoder/attention/wk/kernel": np.zeros((L, M, M // 2), np.float32),
-    "transformer/wte/embedding": None,
+    "transformer/wte/embedding": np.zeros(M, np.float32),
+    "transformer/vte/embedding": np.zeros((), np.float32),
+    "transformer/h/scan_decoder/feed_forward/w1/kernel": np.zeros((L, M, 0), np.float32),
   }.items():
     wrong = params | {changed: message}
     wrong = {name: array for name, array in wrong.items() if array is not None}
