@@ -16,10 +16,10 @@ import tokenizers
 from lwm.checkpoint.arrays import ArrayInfo
 from lwm.checkpoint.reader import StoredCheckpoint
 from lwm.config.model import ModelConfig
-from lwm.convert.hugging_face import LLAMA, table
-from lwm.convert.hugging_face_config import Settings, write_config
-from lwm.convert.hugging_face_read import read_hugging_face
-from lwm.convert.hugging_face_write import export_hugging_face
+from lwm.convert.hugging_face.config import Settings, write_config
+from lwm.convert.hugging_face.names import LLAMA, table
+from lwm.convert.hugging_face.read import read_hugging_face
+from lwm.convert.hugging_face.write import export_hugging_face
 from lwm.convert.safetensors import SHARD_BYTES, SafetensorsSink
 from lwm.convert.table import their_shapes
 from lwm.convert.weights import import_weights

@@ -2,9 +2,9 @@
 
 import pathlib
 
-from lwm.convert.gguf import read_gguf
-from lwm.convert.hugging_face_read import read_hugging_face
-from lwm.convert.lwm_release import ReleaseOptions, is_release, read_release
+from lwm.convert.gguf.model import read_gguf
+from lwm.convert.hugging_face.read import read_hugging_face
+from lwm.convert.lwm_release.release import ReleaseOptions, is_release, read_release
 from lwm.convert.weights import Weights
 from lwm.errors import UserError
 

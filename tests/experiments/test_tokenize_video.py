@@ -55,6 +55,6 @@ def test_killed_then_shown(folder, tmp_path):
     for number, frame in enumerate(decoded):
       name = f"{document}-{number}.png"
       # The programs are compiled apart, so a pixel may be rounded to the next level.
-    np.testing.assert_allclose(np.asarray(Image.open(shown / name), int), frame, atol=1)
+      np.testing.assert_allclose(np.asarray(Image.open(shown / name), int), frame, atol=1)
       assert name in page
     assert not (shown / f"{document}-{len(decoded)}.png").exists()

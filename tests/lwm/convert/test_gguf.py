@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from lwm.config.model import ModelConfig, RopeScaling, Stretch
-from lwm.convert import gguf as gguf_format
-from lwm.convert.gguf_file import GGUFSource
-from lwm.convert.gguf_names import table
-from lwm.convert.gguf_settings import GGUFModel, architecture_of, model_metadata, read_model
-from lwm.convert.gguf_sink import GGUFSink
+from lwm.convert.gguf import model as gguf_format
+from lwm.convert.gguf.file import GGUFSource
+from lwm.convert.gguf.names import table
+from lwm.convert.gguf.settings import GGUFModel, architecture_of, model_metadata, read_model
+from lwm.convert.gguf.sink import GGUFSink
 from lwm.convert.table import arrays_of, convert_in, describe, parameter_shapes, their_shapes
 from lwm.data.tokenizer import train_sentencepiece
 from lwm.errors import UserError
@@ -121,7 +121,7 @@ def test_half_precision_is_exact(tmp_path, tokenizer, file_type, dtype):
 
 @pytest.mark.parametrize("file_type", ["Q8_0", "Q4_0", "Q4_1"])
 def test_quantised_files_hold_what_the_package_quantises(tmp_path, file_type, monkeypatch):
-  monkeypatch.setattr("lwm.convert.gguf_sink._CHUNK_ELEMENTS", 100)
+  monkeypatch.setattr("lwm.convert.gguf.sink._CHUNK_ELEMENTS", 100)
   weight = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
   odd = np.random.default_rng(1).standard_normal((3, 40)).astype(np.float32)
   path = tmp_path / "model.gguf"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lwm.convert.gguf_file import GGUFSource
+from lwm.convert.gguf.file import GGUFSource
 from lwm.errors import UserError
 
 QUANTISED = (
@@ -65,7 +65,7 @@ def test_large_tensors_are_read_in_chunks(tmp_path, monkeypatch):
   weight = np.random.default_rng(0).standard_normal((7, 32)).astype(np.float32)
   data = gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q8_0)
   path = write(tmp_path / "model.gguf", [("x", data, gguf.GGMLQuantizationType.Q8_0)])
-  monkeypatch.setattr("lwm.convert.gguf_file._CHUNK_ELEMENTS", 70)
+  monkeypatch.setattr("lwm.convert.gguf.file._CHUNK_ELEMENTS", 70)
   expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType.Q8_0)
   np.testing.assert_array_equal(GGUFSource(path).read("x"), expected)
 

@@ -8,9 +8,9 @@ import tokenizers
 from gguf import TokenType
 
 from lwm.config.model import ModelConfig
-from lwm.convert.gguf_splits import SPLITS, name_of_split
-from lwm.convert.gguf_tokenizer import read_tokenizer
-from lwm.convert.gguf_vocabulary import tokenizer_metadata
+from lwm.convert.gguf.splits import SPLITS, name_of_split
+from lwm.convert.gguf.tokenizer import read_tokenizer
+from lwm.convert.gguf.vocabulary import tokenizer_metadata
 from lwm.data import load_tokenizer
 from lwm.data.chat import ChatFormat
 from lwm.data.tokenizer import train_sentencepiece

@@ -15,8 +15,8 @@ from kernels.ring import Layout
 from lwm import model as model_lib
 from lwm.checkpoint.reader import newest
 from lwm.convert import export_hugging_face, import_weights, read_hugging_face
-from lwm.convert.hugging_face import ARCHITECTURES, table
-from lwm.convert.hugging_face_config import read_config
+from lwm.convert.hugging_face.config import read_config
+from lwm.convert.hugging_face.names import ARCHITECTURES, table
 from lwm.convert.safetensors import SafetensorsSource
 from lwm.convert.table import convert_out
 from lwm.errors import UserError

@@ -19,9 +19,10 @@ from kernels.attention import causal
 from kernels.ring import Layout
 from lwm import model as model_lib
 from lwm.checkpoint.reader import newest
-from lwm.convert import flax_file, import_weights, lwm_release
-from lwm.convert.lwm_release import ReleaseOptions, export_release, is_release, read_release
-from lwm.convert.lwm_table import PRESETS
+from lwm.convert import import_weights
+from lwm.convert.lwm_release import flax_file, release as release_lib
+from lwm.convert.lwm_release.release import ReleaseOptions, export_release, is_release, read_release
+from lwm.convert.lwm_release.table import PRESETS
 from lwm.errors import UserError
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig
@@ -216,7 +217,7 @@ def test_there_and_back_is_exact(release, monkeypatch, scanned, vision):
   write_stream(release, params)
   import_weights(read_release(f"params::{release}", OPTIONS), release.with_name("ours"))
   if not scanned:  # As if float32 of 7B.
-    monkeypatch.setattr(lwm_release, "fits_record", lambda shape, dtype: False)
+    monkeypatch.setattr(release_lib, "fits_record", lambda shape, dtype: False)
   # As if arrays were of several GiB.
   monkeypatch.setattr(flax_file, "_CHUNK_BYTES", 100)
   theirs = release.with_name("theirs")
@@ -233,7 +234,7 @@ def test_arrays_that_flax_splits(release, monkeypatch):
   monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 100)
   params = scan(lwm_params(vision=True), 1)
   write_stream(release, params)
-  source = lwm_release.ReleaseSource("params", release)
+  source = release_lib.ReleaseSource("params", release)
   for name, array in params.items():
     moved = np.moveaxis(array, 1, 0) if "scan_decoder" in name else array
     assert source.tensors[name] == (moved.shape, moved.dtype)

@@ -20,7 +20,7 @@ import safetensors.numpy
 from flax import nnx
 
 from lwm.config.vqgan import VQGANConfig
-from lwm.convert.vqgan import export_vqgan, import_vqgan, is_vqgan
+from lwm.convert.vqgan.model import export_vqgan, import_vqgan, is_vqgan
 from lwm.errors import UserError
 from lwm.vision.codec import Codec, save_vqgan
 from lwm.vision.vqgan import VQGAN

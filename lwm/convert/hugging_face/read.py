@@ -3,8 +3,8 @@
 import pathlib
 
 from lwm.config.model import ModelConfig
-from lwm.convert.hugging_face import EMBEDDING, HEAD, INVERSE_FREQUENCIES, table
-from lwm.convert.hugging_face_config import CONFIG, read_config
+from lwm.convert.hugging_face.config import CONFIG, read_config
+from lwm.convert.hugging_face.names import EMBEDDING, HEAD, INVERSE_FREQUENCIES, table
 from lwm.convert.safetensors import SafetensorsSource, read_json
 from lwm.convert.table import describe
 from lwm.convert.weights import Weights

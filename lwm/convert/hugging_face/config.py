@@ -9,7 +9,7 @@ import numpy as np
 
 from lwm.config.model import ModelConfig, RopeScaling
 from lwm.config.vqgan import VisionLayout
-from lwm.convert.hugging_face import ARCHITECTURES, LLAMA, MISTRAL, QWEN2, QWEN3, Architecture
+from lwm.convert.hugging_face.names import ARCHITECTURES, LLAMA, MISTRAL, QWEN2, QWEN3, Architecture
 from lwm.errors import UserError
 
 CONFIG = "config.json"

@@ -9,18 +9,18 @@ import numpy as np
 from lwm.checkpoint.arrays import Index
 from lwm.checkpoint.reader import StoredCheckpoint
 from lwm.config.model import ModelConfig
-from lwm.convert.gguf_file import GGUFSource
-from lwm.convert.gguf_names import table
-from lwm.convert.gguf_settings import (
+from lwm.convert.gguf.file import GGUFSource
+from lwm.convert.gguf.names import table
+from lwm.convert.gguf.settings import (
   GGUFModel,
   architecture_of,
   model_metadata,
   read_model,
   rope_factors,
 )
-from lwm.convert.gguf_sink import FILE_TYPES, GGUFSink
-from lwm.convert.gguf_tokenizer import read_tokenizer
-from lwm.convert.gguf_vocabulary import tokenizer_metadata
+from lwm.convert.gguf.sink import FILE_TYPES, GGUFSink
+from lwm.convert.gguf.tokenizer import read_tokenizer
+from lwm.convert.gguf.vocabulary import tokenizer_metadata
 from lwm.convert.table import MANIFEST, convert_out, their_shapes
 from lwm.convert.weights import Weights
 from lwm.errors import UserError
@@ -32,7 +32,7 @@ def export_gguf(stored: StoredCheckpoint, path: pathlib.Path, file_type: str) ->
   Args:
     stored: the checkpoint.
     path: the file; must not exist.
-    file_type: a key of `lwm.convert.gguf_sink.FILE_TYPES`.
+    file_type: a key of `lwm.convert.gguf.sink.FILE_TYPES`.
 
   Returns:
     Sentences about what a user may not expect; usually none.
@@ -96,7 +96,7 @@ def write_gguf(
     model: what `describe_model` returns.
     tokenizer: its tokenizer's file.
     read: reads its parameters, as `ArrayReader.read` does.
-    file_type: a key of `lwm.convert.gguf_sink.FILE_TYPES`.
+    file_type: a key of `lwm.convert.gguf.sink.FILE_TYPES`.
 
   Returns:
     Sentences about what a user may not expect; usually none.

@@ -19,8 +19,8 @@ from flax import nnx
 from lwm.checkpoint.arrays import ArrayInfo
 from lwm.checkpoint.parameters import unfinished
 from lwm.config.vqgan import PIXEL_RANGES, VQGANConfig
-from lwm.convert.pickle_file import read_pickle
 from lwm.convert.safetensors import SHARD_BYTES, SafetensorsSink, SafetensorsSource, read_json
+from lwm.convert.vqgan.pickle_file import read_pickle
 from lwm.errors import UserError
 from lwm.vision.codec import Codec, save_vqgan
 from lwm.vision.vqgan import VQGAN

@@ -14,7 +14,7 @@ import tokenizers
 from gguf import TokenType
 from sentencepiece import sentencepiece_model_pb2
 
-from lwm.convert.gguf_splits import Split, byte_level_of, split_named
+from lwm.convert.gguf.splits import Split, byte_level_of, split_named
 from lwm.data.tokenizer import SETTINGS_FILES
 from lwm.errors import UserError
 

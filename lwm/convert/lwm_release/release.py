@@ -21,7 +21,7 @@ from lwm.checkpoint.arrays import ArrayInfo
 from lwm.checkpoint.parameters import unfinished
 from lwm.checkpoint.reader import StoredCheckpoint
 from lwm.config.model import ModelConfig
-from lwm.convert.flax_file import (
+from lwm.convert.lwm_release.flax_file import (
   Keys,
   StoredArray,
   fits_record,
@@ -30,7 +30,7 @@ from lwm.convert.flax_file import (
   read_array,
   write_record,
 )
-from lwm.convert.lwm_table import PRESETS, SCANNED, SIZES, Preset, Size, table
+from lwm.convert.lwm_release.table import PRESETS, SCANNED, SIZES, Preset, Size, table
 from lwm.convert.table import Shape, convert_out, parameter_shapes, their_shapes, write_manifest
 from lwm.convert.weights import Weights
 from lwm.data.tokenizer import tokenizer_files

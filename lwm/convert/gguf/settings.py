@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lwm.config.model import ModelConfig, RopeScaling
-from lwm.convert.gguf_file import GGUFSource
-from lwm.convert.gguf_names import ARCHITECTURES, EMBEDDING, HEAD
+from lwm.convert.gguf.file import GGUFSource
+from lwm.convert.gguf.names import ARCHITECTURES, EMBEDDING, HEAD
 from lwm.errors import UserError
 from lwm.model import rope
 

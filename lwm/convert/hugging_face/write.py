@@ -17,12 +17,12 @@ import sentencepiece
 from lwm.checkpoint.arrays import ArrayInfo
 from lwm.checkpoint.parameters import unfinished
 from lwm.checkpoint.reader import StoredCheckpoint
-from lwm.convert.hugging_face import table
-from lwm.convert.hugging_face_config import CONFIG, Settings, architecture_of, write_config
-from lwm.convert.hugging_face_readme import VQGAN, readme
+from lwm.convert.hugging_face.config import CONFIG, Settings, architecture_of, write_config
+from lwm.convert.hugging_face.names import table
+from lwm.convert.hugging_face.readme import VQGAN, readme
 from lwm.convert.safetensors import SHARD_BYTES, SafetensorsSink, read_json
 from lwm.convert.table import common_dtype, convert_out, their_shapes, write_manifest
-from lwm.convert.vqgan import write_vqmodel
+from lwm.convert.vqgan.model import write_vqmodel
 from lwm.data.tokenizer import load_tokenizer, tokenizer_files
 from lwm.errors import UserError
 from lwm.vision.codec import Codec

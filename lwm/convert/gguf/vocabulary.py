@@ -13,9 +13,9 @@ import tokenizers
 from gguf import TokenType
 
 from lwm.config.model import ModelConfig
-from lwm.convert.gguf_settings import Metadata
-from lwm.convert.gguf_splits import SPLITS, name_of_split
-from lwm.convert.gguf_tokenizer import KEY, ROLES, TEMPLATE_KEY, ModelProto
+from lwm.convert.gguf.settings import Metadata
+from lwm.convert.gguf.splits import SPLITS, name_of_split
+from lwm.convert.gguf.tokenizer import KEY, ROLES, TEMPLATE_KEY, ModelProto
 from lwm.data.chat import template_of
 from lwm.data.tokenizer import load_tokenizer, read_settings, token_name
 from lwm.data.vision_tokens import VISION_END, VISION_START

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as TensorType, LlamaFileType
 
-from lwm.convert.gguf_file import PLAIN_DTYPES, ROPE_FACTORS
+from lwm.convert.gguf.file import PLAIN_DTYPES, ROPE_FACTORS
 from lwm.errors import UserError, disk_error
 
 # Types of the matrices, by name, and what `general.file_type` calls a file of them. Vectors are

@@ -1,7 +1,7 @@
 """README.md of an exported model with vision ids: how to sample frames without this code."""
 
 from lwm.config.vqgan import VQGANConfig
-from lwm.convert.hugging_face_config import VISION, Settings
+from lwm.convert.hugging_face.config import VISION, Settings
 from lwm.data.vision_tokens import VISION_END, VISION_START
 
 # The directory of the VQGAN beside the model.

@@ -1,0 +1,1 @@
+"""LWM's releases: streams of flax's msgpack."""

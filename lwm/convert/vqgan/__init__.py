@@ -1,0 +1,1 @@
+"""VQGANs of LWM (a pickle) and of diffusers (a VQModel's directory)."""
