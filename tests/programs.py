@@ -29,10 +29,18 @@ LIBRARIES = (
 )
 
 
+# Flags that tests/conftest.py sets for eight devices. Processes of pytest-xdist have them twice.
+_FOR_EIGHT_DEVICES = (
+  "--xla_force_host_platform_device_count",
+  "--xla_cpu_enable_concurrency_optimized_scheduler",
+  "--xla_cpu_collective_call_terminate_timeout_seconds",
+)
+
+
 def one_device() -> dict[str, str]:
   """The environment of a process with one CPU device, as on most machines."""
   flags = os.environ["XLA_FLAGS"].split()
-  flags = flags[flags.index("--xla_backend_optimization_level=0") :]
+  flags = [flag for flag in flags if not flag.startswith(_FOR_EIGHT_DEVICES)]
   environment = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
   return environment | {"XLA_FLAGS": " ".join(flags)}
 
