@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lwm.vision.codec import Codec
 
-_DEVICES = "data"
+_DEVICES = "frames"
 
 
 class Codes(NamedTuple):
