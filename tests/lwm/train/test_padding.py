@@ -65,7 +65,7 @@ def test_padding_changes_nothing(experiment, tmp_path, moments):
 
   # A sampler has no padding.
   with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])):
-    trained = load_trained(experiment, tmp_path / "padded")
+    trained = load_trained(tmp_path / "padded")
   np.testing.assert_array_equal(trained.params["embedding"], padded["embedding"][:321])
 
 
