@@ -42,7 +42,12 @@ class ArrayInfo(NamedTuple):
     return math.prod(self.shape) * self.dtype.itemsize
 
 
-def is_stacked(path: str) -> bool:
+def layers(path: str, shape: tuple[int, ...]) -> list[Index]:
+  """Where the layers of a parameter are; the whole parameter if it has no axis of layers."""
+  return [(layer,) for layer in range(shape[0])] if _is_stacked(path) else [()]
+
+
+def _is_stacked(path: str) -> bool:
   """Whether the first axis of a parameter is the layers of a stretch."""
   return path.startswith(_STRETCH)
 
@@ -176,7 +181,7 @@ def _context() -> ts.Context:
 
 def _chunks(path: str, info: ArrayInfo) -> list[int]:
   """The shape of a chunk: at most one layer, divided along its first axis if it is large."""
-  leading = 1 if is_stacked(path) else 0
+  leading = 1 if _is_stacked(path) else 0
   chunk = [1] * leading + list(info.shape[leading:])
   if len(chunk) > leading:
     row = math.prod(chunk[leading + 1 :]) * info.dtype.itemsize

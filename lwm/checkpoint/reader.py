@@ -18,7 +18,7 @@ from lwm.checkpoint.arrays import ArrayReader
 from lwm.checkpoint.identity import as_dataclass, with_defaults
 from lwm.checkpoint.items import stored_tokenizer
 from lwm.checkpoint.position import Position
-from lwm.config.experiment import Experiment
+from lwm.config.experiment import Experiment, Stage
 from lwm.errors import UserError
 
 # The directory of checkpoints in a run's workdir.
@@ -113,6 +113,11 @@ class StoredCheckpoint:
         f"{self.path} was written by a newer version of this program, which has the setting "
         f"{error}: read it with that version."
       ) from error
+
+  @property
+  def stage(self) -> Stage:
+    """The stage of the experiment that the parameters come from."""
+    return self.experiment.stages[self.position.stage]
 
   @property
   def tokenizer_path(self) -> pathlib.Path:

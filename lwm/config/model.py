@@ -51,11 +51,11 @@ class AdapterConfig:
   Only they are trained, unless `optimizer.trainable` names other parameters.
   """
 
-  # Of the bottleneck of each adapter.
+  # Width of the bottleneck of each adapter.
   width: int = 8
   # Factor of what the adapters add.
   scale: float = 1.0
-  # Of the softmax over the two adapters.
+  # Temperature of the router's softmax over the two adapters.
   temperature: float = 10.0
 
 

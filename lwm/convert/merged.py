@@ -45,17 +45,21 @@ class MergedReader(ArrayReader):
 class MergedCheckpoint(StoredCheckpoint):
   """A checkpoint of a model with LoRA as one of the same model without it."""
 
+  def __init__(self, tuned: StoredCheckpoint):
+    super().__init__(tuned.path)
+    self._tuned = tuned
+
   @functools.cached_property
   def experiment(self) -> Experiment:
-    experiment = StoredCheckpoint(self.path).experiment
+    experiment = self._tuned.experiment
     return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, lora=None))
 
   def reader(self) -> ArrayReader:
-    lora = StoredCheckpoint(self.path).experiment.model.lora
+    lora = self._tuned.experiment.model.lora
     assert lora
     return MergedReader(self.path / PARAMS, lora)
 
 
 def merged(stored: StoredCheckpoint) -> StoredCheckpoint:
   """The checkpoint for an export: without LoRA, its additions merged into the parameters."""
-  return MergedCheckpoint(stored.path) if stored.experiment.model.lora else stored
+  return MergedCheckpoint(stored) if stored.experiment.model.lora else stored

@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from lwm.checkpoint.arrays import ArrayInfo, ArrayWriter, is_stacked
+from lwm.checkpoint.arrays import ArrayInfo, ArrayWriter, layers
 from lwm.checkpoint.parameters import unfinished
 from lwm.checkpoint.reader import StoredCheckpoint
 from lwm.convert.table import describe, parameter_shapes, write_manifest
@@ -36,15 +36,14 @@ def export_orbax(stored: StoredCheckpoint, output: pathlib.Path, dtype: str | No
   with unfinished(output) as new:
     with ArrayWriter(new / "params", arrays) as writer:
       for path, shape in shapes.items():
-        for where in [(layer,) for layer in range(shape[0])] if is_stacked(path) else [()]:
+        for where in layers(path, shape):
           array = reader.read(path, where)
           array = array[tuple(map(slice, shape[len(where) :]))].astype(arrays[path].dtype)
           writer.write(path, array, where)
           manifest[".".join([path, *map(str, where)])] = describe(array)
-    stage = stored.experiment.stages[stored.position.stage]
     settings = {
-      "rope_theta": stage.rope_theta,
-      "context": stage.sequence_length,
+      "rope_theta": stored.stage.rope_theta,
+      "context": stored.stage.sequence_length,
       "model": dataclasses.asdict(stored.experiment.model),
     }
     (new / _CONFIG).write_text(json.dumps(settings, indent=1) + "\n")

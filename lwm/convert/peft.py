@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lwm.checkpoint.arrays import ArrayInfo, is_stacked
+from lwm.checkpoint.arrays import ArrayInfo, layers
 from lwm.checkpoint.parameters import unfinished, write_parameters
 from lwm.checkpoint.reader import StoredCheckpoint
 from lwm.config.model import LoraConfig, ModelConfig
@@ -143,14 +143,11 @@ def import_adapter(adapter: pathlib.Path, base: StoredCheckpoint, output: pathli
   }
   files = tokenizer_files(base.tokenizer_path)
   experiment = dataclasses.replace(
-    experiment,
-    model=model,
-    stages=[experiment.stages[base.position.stage]],
-    tokenizer=next(iter(files)),
+    experiment, model=model, stages=[base.stage], tokenizer=next(iter(files))
   )
   with write_parameters(output, experiment, files, reader.arrays | added) as writer:
     for path, info in reader.arrays.items():
-      for where in [(layer,) for layer in range(info.shape[0])] if is_stacked(path) else [()]:
+      for where in layers(path, info.shape):
         writer.write(path, reader.read(path, where), where)
     for tensor in table:
       (part,) = tensor.parts

@@ -121,7 +121,7 @@ def programs(
     platforms: that the programs can be compiled for: "cpu", "cuda", "tpu".
   """
   experiment = stored.experiment
-  theta = experiment.stages[stored.position.stage].rope_theta
+  theta = stored.stage.rope_theta
   config = dataclasses.replace(experiment.model, vocab_multiple=1)
   model = model_lib.build(config, ShardingRules(sequence=None))
   with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), jax.devices("cpu")[:1])):

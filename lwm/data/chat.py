@@ -25,7 +25,7 @@ import numpy as np
 
 from lwm.data.documents import BadDocument, Document, as_text
 from lwm.data.tokenizer import (
-  SETTINGS_FILES,
+  CHAT_TEMPLATE,
   TextError,
   Tokenizer,
   mark_pattern,
@@ -217,7 +217,7 @@ class _Generation(jinja2.ext.Extension):
 
 def template_of(path: pathlib.Path, settings: dict[str, Any]) -> str | None:
   """The chat template of the tokenizer at `path`, in a file of its own or in its settings."""
-  file = path.with_name(SETTINGS_FILES[1])
+  file = path.with_name(CHAT_TEMPLATE)
   if file.exists():
     return file.read_text("utf-8-sig")
   template = settings.get("chat_template")

@@ -26,14 +26,11 @@ _MARKS = (
 # "user-defined". With the type "unused", no text becomes such a piece, but decoding shows it.
 _VISION_SYMBOLS = re.compile(rb"(\n(?:\x08<vision>|\t</vision>)\x15.{4}\x18)\x04", re.DOTALL)
 _UNUSED = b"\x05"
-# What may be beside a tokenizer's file and belongs to it; see `read_settings` and chat.py. The last
-# two are kept for export alone.
-SETTINGS_FILES = (
-  "tokenizer_config.json",
-  "chat_template.jinja",
-  "special_tokens_map.json",
-  "generation_config.json",
-)
+# Files that belong to a tokenizer's file, beside it. Only exports use special_tokens_map.json.
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+GENERATION_CONFIG = "generation_config.json"
+SETTINGS_FILES = (TOKENIZER_CONFIG, CHAT_TEMPLATE, "special_tokens_map.json", GENERATION_CONFIG)
 # Longer lines, in characters, are split: the trainer leaves out lines of more than a mebibyte.
 _LONGEST_LINE = 1 << 14
 # The trainer uses this character internally, and leaves out every line that contains it.
@@ -329,12 +326,12 @@ def tokenizer_files(path: pathlib.Path) -> dict[str, bytes]:
 
 def end_ids(tokenizer: Tokenizer) -> frozenset[int]:
   """The ids that end an answer: <eos>, and those that a generation_config.json beside it names."""
-  named = read_settings(tokenizer.path, SETTINGS_FILES[3]).get("eos_token_id")
+  named = read_settings(tokenizer.path, GENERATION_CONFIG).get("eos_token_id")
   ids = named if isinstance(named, list) else [named]
   return frozenset({tokenizer.eos_id, *(index for index in ids if isinstance(index, int))})
 
 
-def read_settings(path: pathlib.Path, name: str = SETTINGS_FILES[0]) -> dict[str, Any]:
+def read_settings(path: pathlib.Path, name: str = TOKENIZER_CONFIG) -> dict[str, Any]:
   """A JSON file of settings beside a tokenizer's file; empty if there is none.
 
   Args:

@@ -59,6 +59,6 @@ def load_trained(workdir: pathlib.Path, weights: str = "float32") -> TrainedMode
     params=load_params(stored, model, weights),
     experiment=experiment,
     tokenizer=stored.tokenizer_path,
-    stage=experiment.stages[stored.position.stage],
+    stage=stored.stage,
     total_steps=stored.position.total_steps,
   )

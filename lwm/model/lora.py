@@ -5,14 +5,12 @@ inputs; lwm/model/projection.py declares and applies A and B.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-from flax import traverse_util
 
 from lwm.config.model import LoraConfig, ModelConfig
 
-# What the names of A and B add to that of the kernel, and a glob over the names of both.
+# Suffixes of A and B after the name of the kernel, and a glob that matches both.
 A, B = "_lora_a", "_lora_b"
 ADDED = "*_lora_[ab]"
 
@@ -35,19 +33,3 @@ def merged(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, lora: LoraConfig) -
   """
   added = np.tensordot(np.asarray(a, np.float32), np.asarray(b, np.float32), 1)
   return np.asarray(kernel, np.float32) + np.float32(lora.scale) * added
-
-
-def merge(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-  """Parameters of a model with `config.lora` as those of the same model without it.
-
-  The result equals the model with unmerged parameters up to rounding. Arrays that change are
-  float32 NumPy arrays.
-  """
-  assert config.lora is not None
-  leaves = traverse_util.flatten_dict(params, sep=".")
-  for name in [name for name in leaves if name.endswith(A)]:
-    base = name.removesuffix(A)
-    a_L, b_L = leaves.pop(name), leaves.pop(base + B)
-    layers = zip(leaves[base], a_L, b_L, strict=True)
-    leaves[base] = np.stack([merged(kernel, a, b, config.lora) for kernel, a, b in layers])
-  return traverse_util.unflatten_dict(leaves, sep=".")

@@ -121,7 +121,7 @@ class _Header:
     self._path = path
     self._file = file
     self._size = os.fstat(file.fileno()).st_size
-    # What is being read; messages name it.
+    # Name of the part that is being read, for messages.
     self._place = "the header"
 
   def read(self) -> tuple[dict[str, Any], dict[str, _StoredTensor]]:

@@ -43,7 +43,7 @@ def export_gguf(stored: StoredCheckpoint, path: pathlib.Path, file_type: str) ->
   """
   if file_type not in FILE_TYPES:
     raise UserError(f"--type={file_type} is not one of {', '.join(FILE_TYPES)}.")
-  stage = stored.experiment.stages[stored.position.stage]
+  stage = stored.stage
   model = describe_model(
     stored.experiment.name, stored.experiment.model, stage.rope_theta, stage.sequence_length
   )

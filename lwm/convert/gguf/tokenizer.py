@@ -15,7 +15,7 @@ from gguf import TokenType
 from sentencepiece import sentencepiece_model_pb2
 
 from lwm.convert.gguf.splits import Split, byte_level_of, split_named
-from lwm.data.tokenizer import SETTINGS_FILES
+from lwm.data.tokenizer import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from lwm.errors import UserError
 
 # A message class that its module builds when it is imported.
@@ -88,9 +88,9 @@ def read_tokenizer(
     "add_eos_token": vocabulary.flag("add_eos_token", False),
     "clean_up_tokenization_spaces": False,
   }
-  files[SETTINGS_FILES[0]] = (json.dumps(settings, indent=2) + "\n").encode()
+  files[TOKENIZER_CONFIG] = (json.dumps(settings, indent=2) + "\n").encode()
   if template := metadata.get(TEMPLATE_KEY):
-    files[SETTINGS_FILES[1]] = str(template).encode()
+    files[CHAT_TEMPLATE] = str(template).encode()
   return files
 
 

@@ -23,12 +23,9 @@ from lwm.convert.hugging_face.readme import VQGAN, readme
 from lwm.convert.safetensors import SHARD_BYTES, SafetensorsSink, read_json
 from lwm.convert.table import common_dtype, convert_out, their_shapes, write_manifest
 from lwm.convert.vqgan.model import write_vqmodel
-from lwm.data.tokenizer import load_tokenizer, tokenizer_files
+from lwm.data.tokenizer import GENERATION_CONFIG, TOKENIZER_CONFIG, load_tokenizer, tokenizer_files
 from lwm.errors import UserError
 from lwm.vision.codec import Codec
-
-_TOKENIZER_CONFIG = "tokenizer_config.json"
-_GENERATION_CONFIG = "generation_config.json"
 
 
 def export_hugging_face(
@@ -54,7 +51,7 @@ def export_hugging_face(
     UserError: no class of transformers computes what the model does, or the output exists or cannot
       be written; nothing is left then.
   """
-  config, stage = stored.experiment.model, stored.experiment.stages[stored.position.stage]
+  config, stage = stored.experiment.model, stored.stage
   codec = _codec(stored, vqgan)
   settings = Settings(architecture_of(config), config, stage.rope_theta, stage.sequence_length)
   rows, reader = table(settings.architecture, config), stored.reader()
@@ -109,7 +106,7 @@ def _write_tokenizer(directory: pathlib.Path, path: pathlib.Path, context: int) 
   (directory / kind).write_bytes(content[1])
   for name, text in settings:
     (directory / name).write_bytes(text)
-  if not (directory / _TOKENIZER_CONFIG).exists():
+  if not (directory / TOKENIZER_CONFIG).exists():
     names = {index: name for name, index in tokenizer.marks.items()}
     marks = {"bos_token": names[tokenizer.bos_id], "eos_token": names[tokenizer.eos_id]}
     made = {"model_max_length": context, "clean_up_tokenization_spaces": False, **marks}
@@ -126,9 +123,9 @@ def _write_tokenizer(directory: pathlib.Path, path: pathlib.Path, context: int) 
         "add_prefix_space": model.encode("a", out_type=str)[0].startswith("\u2581"),
         "legacy": False,
       }
-    _write_json(directory / _TOKENIZER_CONFIG, made)
+    _write_json(directory / TOKENIZER_CONFIG, made)
   ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-  generation = directory / _GENERATION_CONFIG
+  generation = directory / GENERATION_CONFIG
   if generation.exists():
     return {name: read_json(generation).get(name, index) for name, index in ids.items()}
   _write_json(generation, ids)
