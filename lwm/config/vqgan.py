@@ -1,6 +1,7 @@
 """Sizes of the VQGAN and of its training, and the layout of the vision tokens that it makes."""
 
 import dataclasses
+import math
 
 # Codes of LWM's VQGAN. Smaller codebooks keep the same end marks.
 _LWM_CODEBOOK_SIZE = 8192
@@ -8,6 +9,9 @@ _LWM_CODEBOOK_SIZE = 8192
 _VOCAB_MULTIPLE = 256
 # The ranges of pixels that VQGANs are trained with.
 PIXEL_RANGES = ((-1, 1), (0, 1))
+QUANTIZERS = ("moving_average", "simvq", "ibq", "fsq")
+# 8192 codes.
+FSQ_LEVELS = (8, 8, 8, 4, 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +109,81 @@ class VQGANConfig:
 
 # 256 codes per frame, <eof> 8192, <eov> 8193, 8448 ids.
 LWM_LAYOUT = VQGANConfig().layout
+
+
+@dataclasses.dataclass
+class VQGANLossConfig:
+  """The quantizer and the losses of VQGAN training; see `lwm.vision.objective`."""
+
+  # One of QUANTIZERS; see `lwm.vision.quantizers`.
+  quantizer: str = "moving_average"
+  # Number of first steps in which the decoder sees latents that are not quantized. The codebook
+  # already follows the latents.
+  continuous_steps: int = 200
+  commitment_weight: float = 0.25
+  # moving_average: decay per step of the averages that make the code vectors.
+  codebook_decay: float = 0.97
+  # moving_average: a code is replaced by a latent when it wins less than this share of an even
+  # split of the batch. 0: no code is replaced.
+  restart_share: float = 0.02
+  # ibq: the soft assignment is a softmax of the negative squared distances over this.
+  temperature: float = 1.0
+  # ibq: the weight of the entropy loss, the same in all steps.
+  entropy_weight: float = 0.1
+  # fsq: values per latent channel; they multiply to the codebook's size.
+  levels: tuple[int, ...] = FSQ_LEVELS
+  # Of the distance between features of a frame and its reconstruction. The features come from the
+  # network in `perceptual_file` (`lwm.vision.perceptual` states its layout), or from the
+  # discriminator if no file is named.
+  perceptual_weight: float = 0.0
+  perceptual_file: str = ""
+  # 0: no discriminator.
+  adversarial_weight: float = 0.0
+  # The first step of the discriminator and of its loss.
+  adversarial_start: int = 0
+  discriminator_channels: int = 64
+  # Convolutions with stride 2.
+  discriminator_layers: int = 3
+  # Decay per step of the average of the parameters, which is what is evaluated and saved. 0: none.
+  average_decay: float = 0.999
+
+  def validate(self, config: VQGANConfig) -> None:
+    """Raises ValueError, naming the settings that are wrong or contradict each other."""
+    if self.quantizer not in QUANTIZERS:
+      raise ValueError(f"quantizer={self.quantizer!r} must be one of {', '.join(QUANTIZERS)}.")
+    for name in ("codebook_decay", "restart_share", "average_decay"):
+      if not 0 <= getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)} is not in [0, 1).")
+    weights = "commitment_weight", "entropy_weight", "perceptual_weight", "adversarial_weight"
+    for name in (*weights, "continuous_steps", "adversarial_start"):
+      if not getattr(self, name) >= 0:
+        raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+    if not self.temperature > 0:
+      raise ValueError(f"temperature={self.temperature} must be positive.")
+    for name in ("discriminator_channels", "discriminator_layers"):
+      if not getattr(self, name) >= 1:
+        raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+    if self.quantizer == "fsq":
+      if any(level < 2 for level in self.levels) or math.prod(self.levels) != config.codebook_size:
+        raise ValueError(
+          f"levels={self.levels} must be at least 2 each and multiply to "
+          f"codebook_size={config.codebook_size}: change one."
+        )
+      if len(self.levels) != config.codebook_width:
+        raise ValueError(
+          f"levels={self.levels} has {len(self.levels)} values, which must be "
+          f"codebook_width={config.codebook_width}: change one."
+        )
+    if self.perceptual_weight and not (self.perceptual_file or self.adversarial_weight):
+      raise ValueError(
+        f"perceptual_weight={self.perceptual_weight} needs features: name a perceptual_file, or "
+        "set adversarial_weight to use those of the discriminator."
+      )
+    if self.perceptual_file and not self.perceptual_weight:
+      raise ValueError(
+        f"perceptual_file={self.perceptual_file!r} is not used while perceptual_weight=0: change "
+        "one."
+      )
 
 
 @dataclasses.dataclass

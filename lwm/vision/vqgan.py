@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels.varying import vary_trees_alike
 from lwm.config.vqgan import VQGANConfig
 
 # Distances of one block of the nearest-code search: 32 MiB in float32.
@@ -113,10 +114,14 @@ class Decoder(nnx.Module):
     self.head = nnx.Conv(channels, 3, (3, 3), rngs=rngs)
 
   def __call__(self, latents_BxhxwxC: jax.Array) -> jax.Array:
+    return self.head(self.features(latents_BxhxwxC))
+
+  def features(self, latents_BxhxwxC: jax.Array) -> jax.Array:
+    """What the last layer turns into pixels, [B, H, W, C]."""
     hidden = self.stem(latents_BxhxwxC)
     for layer in self.layers:
       hidden = layer(hidden)
-    return self.head(jax.nn.silu(self.norm(hidden)))
+    return jax.nn.silu(self.norm(hidden))
 
 
 def nearest_codes(latents_BxhxwxE: jax.Array, codebook_VxE: jax.Array) -> jax.Array:
@@ -131,9 +136,9 @@ def nearest_codes(latents_BxhxwxE: jax.Array, codebook_VxE: jax.Array) -> jax.Ar
   codes_per_block = min(len(codebook_VxE), _CODES_PER_BLOCK)
   code_blocks = (
     jnp.arange(0, len(codebook_VxE), codes_per_block, dtype=jnp.int32),
-    _blocks(codebook_VxE, codes_per_block),
+    blocks_of(codebook_VxE, codes_per_block),
     # The padding is infinitely far away.
-    _blocks(jnp.square(codebook_VxE).sum(-1), codes_per_block, jnp.inf),
+    blocks_of(jnp.square(codebook_VxE).sum(-1), codes_per_block, jnp.inf),
   )
 
   def nearest(latents_LxE: jax.Array) -> jax.Array:
@@ -152,15 +157,16 @@ def nearest_codes(latents_BxhxwxE: jax.Array, codebook_VxE: jax.Array) -> jax.Ar
       return best, None
 
     start = jnp.full(len(latents_LxE), jnp.inf), jnp.zeros(len(latents_LxE), jnp.int32)
-    (_, codes_L), _ = jax.lax.scan(search, start, code_blocks)
+    start, blocks, _ = vary_trees_alike(start, code_blocks, latents_LxE)
+    (_, codes_L), _ = jax.lax.scan(search, start, blocks)
     return codes_L
 
-  latent_blocks = _blocks(latents_LxE, min(len(latents_LxE), _LATENTS_PER_BLOCK))
+  latent_blocks = blocks_of(latents_LxE, min(len(latents_LxE), _LATENTS_PER_BLOCK))
   codes_L = jax.lax.map(nearest, latent_blocks).reshape(-1)[: len(latents_LxE)]
   return codes_L.reshape(grid)
 
 
-def _blocks(array: jax.Array, size: int, padding: float = 0.0) -> jax.Array:
+def blocks_of(array: jax.Array, size: int, padding: float = 0.0) -> jax.Array:
   """Splits the first axis into [blocks, size], with the last block padded."""
   missing = -len(array) % size
   padded = jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1), constant_values=padding)
