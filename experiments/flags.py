@@ -26,7 +26,7 @@ _IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", st
 def define_config(required: bool = True) -> flags.FlagHolder:
   """Defines --config=FILE[:ARGUMENT]; each setting in it is a flag too: --config.seed=1."""
   holder = config_flags.DEFINE_config_file(
-    "config", None, "Python file whose get_config() returns an Experiment.", lock_config=False
+    "config", None, "Python file whose get_config() returns an experiment.", lock_config=False
   )
   _list_in_help("config")
   if required:

@@ -24,7 +24,7 @@ import jax
 from absl import flags
 
 from experiments import flags as experiment_flags, plan_tables
-from lwm.config.experiment import Experiment, Stage
+from lwm.config.experiment import AnyExperiment, Experiment
 from lwm.config.validate import check_devices, validate
 from lwm.errors import UserError
 from lwm.parallel import xla_flags
@@ -67,6 +67,8 @@ def main(argv: list[str]) -> None:
   validate(experiment)
   experiment.stages = chosen_stages(experiment, _STAGE.value)
   topology = load(_TOPOLOGY.value)
+  if (_SEARCH.value or _LONGEST.value) and not isinstance(experiment, Experiment):
+    raise UserError("--search and --longest are for language models: set a VQGAN's mesh by flags.")
   if _SEARCH.value:
     _print_found(experiment, topology)
   elif _LONGEST.value:
@@ -80,7 +82,7 @@ def main(argv: list[str]) -> None:
     _print_plans(experiment, topology)
 
 
-def _print_plans(experiment: Experiment, topology: Topology) -> None:
+def _print_plans(experiment: AnyExperiment, topology: Topology) -> None:
   plans = []
   for stage in experiment.stages:
     plan = plan_stage(experiment, stage, topology)[0]
@@ -126,7 +128,7 @@ def _tell(
     tried.append(plan)
 
 
-def chosen_stages(experiment: Experiment, choice: str | None) -> list[Stage]:
+def chosen_stages(experiment: AnyExperiment, choice: str | None) -> list:
   """The stage with this name or number, or all stages if `choice` is None."""
   if choice is None:
     return experiment.stages

@@ -7,7 +7,7 @@ A checkpoint is a directory `checkpoints/STEP`, where STEP counts over all stage
     progress    the position (see position.py)
     config      the experiment
     datasets    SHA-256 of each dataset's manifest
-    tokenizer   the tokenizer's file and its settings
+    tokenizer   the tokenizer's file and its settings; empty for a VQGAN
 
 Orbax writes it in the background, into a directory that gets its final name only at the end. So a
 checkpoint is complete or absent; the next run removes what a killed one left incomplete. Older
@@ -35,6 +35,7 @@ from lwm.checkpoint.identity import Identity, change_of_the_past, datasets_of_th
 from lwm.checkpoint.items import ArraysSave, FilesSave
 from lwm.checkpoint.position import Position
 from lwm.checkpoint.reader import StoredCheckpoint, all_steps
+from lwm.config.experiment import Experiment
 from lwm.errors import ResumeError, UserError, disk_error
 from lwm.program.state import TrainState
 
@@ -195,8 +196,10 @@ class Checkpoints:
   def _check_identity(self, stored: StoredCheckpoint, identity: Identity) -> None:
     current = dataclasses.asdict(identity.experiment)
     difference = change_of_the_past(stored.config, current, stored.position)
-    if difference is None and stored.tokenizer != identity.tokenizer:
-      difference = f"another tokenizer than {identity.experiment.tokenizer}"
+    experiment = identity.experiment
+    if difference is None and isinstance(experiment, Experiment):
+      if stored.tokenizer != identity.tokenizer:
+        difference = f"another tokenizer than {experiment.tokenizer}"
     for name in sorted(datasets_of_the_past(current, stored.position) & identity.manifests.keys()):
       if difference is None and stored.manifests[name] != identity.manifests[name]:
         difference = f"dataset {name!r} as it was before it was prepared again"

@@ -6,12 +6,14 @@ has read. Settings in FREE change nothing but the order of float32 sums and may 
 """
 
 import dataclasses
+import hashlib
+import json
 import re
 import typing
 from typing import Any
 
 from lwm.checkpoint.position import Position
-from lwm.config.experiment import Experiment
+from lwm.config.experiment import AnyExperiment
 
 # Settings that may always change, as regular expressions over their paths.
 FREE = (
@@ -38,18 +40,24 @@ class Identity:
 
   Attributes:
     experiment: its settings.
-    tokenizer_files: contents of the tokenizer's file and of its settings, by name, its own first.
+    tokenizer_files: contents of the tokenizer's file and of its settings, by name, its own first;
+      a VQGAN has none.
     manifests: SHA-256 of each dataset's manifest, by the dataset's name.
   """
 
-  experiment: Experiment
+  experiment: AnyExperiment
   tokenizer_files: dict[str, bytes]
   manifests: dict[str, str]
 
   @property
   def tokenizer(self) -> bytes:
     """Content of the tokenizer's file."""
-    return next(iter(self.tokenizer_files.values()))
+    return next(iter(self.tokenizer_files.values()), b"")
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+  """SHA-256 of a dataset's manifest."""
+  return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def with_defaults(stored: Any, kind: Any) -> Any:
@@ -63,6 +71,8 @@ def with_defaults(stored: Any, kind: Any) -> Any:
     kinds = {field.name: field.type for field in dataclasses.fields(kind)}
     known = {name: with_defaults(value, kinds.get(name)) for name, value in stored.items()}
     return dataclasses.asdict(typing.cast(Any, kind)()) | known
+  if isinstance(stored, list) and typing.get_origin(kind) is tuple:
+    return tuple(stored)  # JSON has lists only.
   if isinstance(stored, list) and typing.get_origin(kind) is list:
     return [with_defaults(entry, *typing.get_args(kind)) for entry in stored]
   return stored

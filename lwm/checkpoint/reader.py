@@ -18,7 +18,7 @@ from lwm.checkpoint.arrays import ArrayReader
 from lwm.checkpoint.identity import as_dataclass, with_defaults
 from lwm.checkpoint.items import stored_tokenizer
 from lwm.checkpoint.position import Position
-from lwm.config.experiment import Experiment, Stage
+from lwm.config.experiment import AnyExperiment, Experiment, Stage, VQGANExperiment
 from lwm.errors import UserError
 
 # The directory of checkpoints in a run's workdir.
@@ -92,7 +92,7 @@ class StoredCheckpoint:
   @functools.cached_property
   def config(self) -> dict[str, Any]:
     """The experiment, as nested dicts and lists; settings newer than it have their defaults."""
-    return with_defaults(self._json("config"), Experiment)
+    return with_defaults(self._json("config"), self._kind)
 
   @functools.cached_property
   def manifests(self) -> dict[str, str]:
@@ -104,10 +104,33 @@ class StoredCheckpoint:
     """The experiment that it was made with.
 
     Raises:
-      UserError: a newer version of this program wrote it.
+      UserError: it holds a VQGAN, or a newer version of this program wrote it.
     """
+    return self._experiment(Experiment)
+
+  @functools.cached_property
+  def vqgan_experiment(self) -> VQGANExperiment:
+    """The experiment of a VQGAN that it was made with.
+
+    Raises:
+      UserError: it holds a language model, or a newer version of this program wrote it.
+    """
+    return self._experiment(VQGANExperiment)
+
+  def require(self, kind: type[AnyExperiment]) -> None:
+    """Raises UserError unless it was made with this kind of experiment."""
+    if self._kind is not kind:
+      names = {Experiment: "a language model", VQGANExperiment: "a VQGAN"}
+      raise UserError(f"{self.path} holds {names[self._kind]}: name a run of {names[kind]}.")
+
+  @property
+  def _kind(self) -> type[AnyExperiment]:
+    return VQGANExperiment if "vqgan" in self._json("config") else Experiment
+
+  def _experiment[Kind: (Experiment, VQGANExperiment)](self, kind: type[Kind]) -> Kind:
+    self.require(kind)
     try:
-      return as_dataclass(self.config, Experiment)
+      return as_dataclass(self.config, kind)
     except KeyError as error:
       raise UserError(
         f"{self.path} was written by a newer version of this program, which has the setting "

@@ -1,4 +1,4 @@
-"""The Experiment: a tree of dataclasses with all settings of a run.
+"""All settings of a run as a tree of dataclasses: an Experiment, or a VQGANExperiment.
 
 Functions in configs/ build it, flags override its settings, and `validate` checks it once. Treat it
 as immutable after that.
@@ -8,6 +8,7 @@ import dataclasses
 import pprint
 
 from lwm.config.model import ModelConfig
+from lwm.config.vqgan import VQGANConfig, VQGANLossConfig
 from lwm.parallel.sharding import MeshConfig
 
 LAYOUTS = ("contiguous", "zigzag")
@@ -64,6 +65,31 @@ class Stage:
   @property
   def rows_per_batch(self) -> int:
     return self.tokens_per_batch // self.sequence_length
+
+
+@dataclasses.dataclass
+class FrameDatasetConfig:
+  """A dataset of frames (`experiments.prepare_frames`)."""
+
+  name: str = ""
+  path: str = ""
+
+
+@dataclasses.dataclass
+class VQGANStage:
+  """Training of a VQGAN on one mixture of frames, starting from the stage before it."""
+
+  name: str = ""
+  frames_per_batch: int = 128
+  steps: int = 100
+  warmup_steps: int = 10
+  mixture: list[MixtureEntry] = dataclasses.field(default_factory=list)
+  # Frames are divided over `data` and `fsdp`; the other axes have one device.
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  # None: the setting of OptimizerConfig.
+  schedule: str | None = None
+  peak_learning_rate: float | None = None
+  end_learning_rate: float | None = None
 
 
 @dataclasses.dataclass
@@ -130,7 +156,10 @@ class FaultConfig:
 
 @dataclasses.dataclass
 class EvaluationConfig:
-  """Held-out loss every `every_steps` and at the end of a stage, on `rows` rows per dataset."""
+  """Evaluation every `every_steps` and at the end of a stage, on held-out rows per dataset.
+
+  A row of a dataset of frames is a frame.
+  """
 
   every_steps: int = 100
   rows: int = 16
@@ -146,7 +175,7 @@ class DataConfig:
 
 @dataclasses.dataclass
 class Experiment:
-  """All settings of a run. See configs/ for complete experiments."""
+  """All settings of a language model's run. See configs/ for complete experiments."""
 
   name: str = "experiment"
   seed: int = 0
@@ -166,6 +195,29 @@ class Experiment:
   evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
 
-def dump(experiment: Experiment) -> str:
+@dataclasses.dataclass
+class VQGANExperiment:
+  """All settings of a VQGAN's run."""
+
+  name: str = "vqgan"
+  seed: int = 0
+  # As in Experiment.
+  init_from: str = ""
+  vqgan: VQGANConfig = dataclasses.field(default_factory=VQGANConfig)
+  losses: VQGANLossConfig = dataclasses.field(default_factory=VQGANLossConfig)
+  optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  datasets: list[FrameDatasetConfig] = dataclasses.field(default_factory=list)
+  stages: list[VQGANStage] = dataclasses.field(default_factory=list)
+  checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+  faults: FaultConfig = dataclasses.field(default_factory=FaultConfig)
+  evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+
+
+AnyExperiment = Experiment | VQGANExperiment
+AnyStage = Stage | VQGANStage
+
+
+def dump(experiment: AnyExperiment) -> str:
   """The experiment as text, which golden tests compare."""
   return pprint.pformat(experiment, width=100, sort_dicts=False) + "\n"

@@ -4,7 +4,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from lwm.config import experiment as experiment_lib
-from lwm.config.experiment import Experiment, Stage
+from lwm.config.experiment import (
+  AnyExperiment,
+  AnyStage,
+  Experiment,
+  LossConfig,
+  OptimizerConfig,
+  Stage,
+  VQGANExperiment,
+  VQGANStage,
+)
 from lwm.config.model import COMPUTE_DTYPES, PROJECTIONS, REMAT_POLICIES, ModelConfig
 from lwm.errors import ConfigError
 from lwm.parallel.sharding import ShardingRules
@@ -19,18 +28,17 @@ _DIMENSIONS = {
 }
 
 
-def validate(experiment: Experiment) -> None:
+def validate(experiment: AnyExperiment) -> None:
   """Raises ConfigError, one sentence that names the settings, unless the experiment makes sense.
 
   This needs no devices; `check_devices` compares the stages with the devices that exist.
   """
-  _check_model(experiment.model)
-  _check_optimizer(experiment)
-  _one_of("loss.softmax_range", experiment.loss.softmax_range, experiment_lib.SOFTMAX_RANGES)
-  for field in ("text_weight", "vision_weight", "z_loss"):
-    _not_negative(f"loss.{field}", getattr(experiment.loss, field))
-  if experiment.loss.text_weight + experiment.loss.vision_weight <= 0:
-    raise ConfigError("config.loss: text_weight and vision_weight are both 0: make one positive.")
+  if isinstance(experiment, VQGANExperiment):
+    _check_vqgan(experiment)
+  else:
+    _check_model(experiment.model)
+    _check_loss(experiment.loss)
+  _check_optimizer(experiment.optimizer)
   for setting in (
     "checkpoint.every_steps",
     "checkpoint.keep",
@@ -52,11 +60,12 @@ def validate(experiment: Experiment) -> None:
 
   names = [dataset.name for dataset in experiment.datasets]
   _unique("datasets", names)
-  for index, dataset in enumerate(experiment.datasets):
-    _one_of(f"datasets[{index}].weighting", dataset.weighting, experiment_lib.WEIGHTINGS)
-    _one_of(
-      f"datasets[{index}].long_documents", dataset.long_documents, experiment_lib.LONG_DOCUMENTS
-    )
+  if isinstance(experiment, Experiment):
+    for index, dataset in enumerate(experiment.datasets):
+      _one_of(f"datasets[{index}].weighting", dataset.weighting, experiment_lib.WEIGHTINGS)
+      _one_of(
+        f"datasets[{index}].long_documents", dataset.long_documents, experiment_lib.LONG_DOCUMENTS
+      )
   if not experiment.stages:
     raise ConfigError("config.stages is empty: an experiment needs at least one stage.")
   _unique("stages", [stage.name for stage in experiment.stages])
@@ -64,22 +73,29 @@ def validate(experiment: Experiment) -> None:
     _check_stage(f"stages[{index}]", stage, names)
 
 
-def check_devices(experiment: Experiment, num_devices: int) -> None:
+def check_devices(experiment: AnyExperiment, num_devices: int) -> None:
   """Raises ConfigError unless every stage and the model fit `num_devices` devices."""
   rules = ShardingRules()
   for index, stage in enumerate(experiment.stages):
     where = f"config.stages[{index}]"
     sizes = stage.mesh.resolve(num_devices)
-    rows = stage.rows_per_batch // stage.accumulation_steps
+    if isinstance(stage, VQGANStage):
+      rows, text = stage.frames_per_batch, f"frames_per_batch={stage.frames_per_batch} does"
+    else:
+      rows = stage.rows_per_batch // stage.accumulation_steps
+      text = (
+        f"{rows} rows per microbatch (tokens_per_batch {stage.tokens_per_batch} / "
+        f"sequence_length {stage.sequence_length} / accumulation_steps "
+        f"{stage.accumulation_steps}) do"
+      )
     if rows % _product(rules.batch, sizes):
       raise ConfigError(
-        f"{where}: {rows} rows per microbatch (tokens_per_batch {stage.tokens_per_batch} / "
-        f"sequence_length {stage.sequence_length} / accumulation_steps "
-        f"{stage.accumulation_steps}) do not divide over mesh {_by_axis(rules.batch, sizes)}: "
-        "change one of them."
+        f"{where}: {text} not divide over mesh {_by_axis(rules.batch, sizes)}: change one of them."
       )
-    _check_sequence(where, stage, sizes, rules)
-    check_model_fits_mesh(experiment.model, sizes, rules)
+    if isinstance(experiment, Experiment):
+      assert isinstance(stage, Stage)
+      _check_sequence(where, stage, sizes, rules)
+      check_model_fits_mesh(experiment.model, sizes, rules)
 
 
 def check_model_fits_mesh(
@@ -192,8 +208,30 @@ def _check_model(model: ModelConfig) -> None:
     raise ConfigError(f"config.model.head_dim={model.head_dim} must be even: RoPE rotates pairs.")
 
 
-def _check_optimizer(experiment: Experiment) -> None:
-  optimizer = experiment.optimizer
+def _check_loss(loss: LossConfig) -> None:
+  _one_of("loss.softmax_range", loss.softmax_range, experiment_lib.SOFTMAX_RANGES)
+  for field in ("text_weight", "vision_weight", "z_loss"):
+    _not_negative(f"loss.{field}", getattr(loss, field))
+  if loss.text_weight + loss.vision_weight <= 0:
+    raise ConfigError("config.loss: text_weight and vision_weight are both 0: make one positive.")
+
+
+def _check_vqgan(experiment: VQGANExperiment) -> None:
+  for name, check in (
+    ("vqgan", experiment.vqgan.validate),
+    ("losses", lambda: experiment.losses.validate(experiment.vqgan)),
+  ):
+    try:
+      check()
+    except ValueError as error:
+      raise ConfigError(f"config.{name}: {error}") from error
+  if experiment.optimizer.trainable:
+    raise ConfigError(
+      "config.optimizer.trainable must be empty: a VQGAN's losses decide what is trained."
+    )
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
   _one_of("optimizer.schedule", optimizer.schedule, experiment_lib.SCHEDULES)
   for field in ("peak_learning_rate", "clip_norm", "epsilon"):
     _positive(f"optimizer.{field}", getattr(optimizer, field))
@@ -205,11 +243,8 @@ def _check_optimizer(experiment: Experiment) -> None:
       raise ConfigError(f"config.optimizer.{field}={getattr(optimizer, field)} is not in [0, 1).")
 
 
-def _check_stage(where: str, stage: Stage, datasets: list[str]) -> None:
-  for field in ("sequence_length", "tokens_per_batch", "steps", "accumulation_steps"):
-    _at_least(f"{where}.{field}", getattr(stage, field), 1)
-  _positive(f"{where}.rope_theta", stage.rope_theta)
-  _one_of(f"{where}.layout", stage.layout, experiment_lib.LAYOUTS)
+def _check_stage(where: str, stage: AnyStage, datasets: list[str]) -> None:
+  _at_least(f"{where}.steps", stage.steps, 1)
   if stage.schedule is not None:
     _one_of(f"{where}.schedule", stage.schedule, experiment_lib.SCHEDULES)
   if stage.peak_learning_rate is not None:
@@ -220,6 +255,33 @@ def _check_stage(where: str, stage: Stage, datasets: list[str]) -> None:
     raise ConfigError(
       f"config.{where}.warmup_steps={stage.warmup_steps} must be between 0 and steps={stage.steps}."
     )
+  if not stage.mixture:
+    raise ConfigError(f"config.{where}.mixture is empty; name at least one dataset.")
+  for index, entry in enumerate(stage.mixture):
+    _one_of(f"{where}.mixture[{index}].dataset", entry.dataset, datasets)
+    _not_negative(f"{where}.mixture[{index}].weight", entry.weight)
+  if sum(entry.weight for entry in stage.mixture) <= 0:
+    raise ConfigError(f"config.{where}.mixture: all weights are 0; make one positive.")
+  # The number of devices decides a size of -1, so it counts as 1 until then.
+  sizes = {axis: max(n, 1) for axis, n in stage.mesh.axis_sizes().items()}
+  if isinstance(stage, Stage):
+    _check_batch(where, stage)
+    _check_sequence(f"config.{where}", stage, sizes, ShardingRules())
+    return
+  _at_least(f"{where}.frames_per_batch", stage.frames_per_batch, 1)
+  for axis, size in stage.mesh.axis_sizes().items():
+    if size != 1 and axis not in ShardingRules().batch:
+      raise ConfigError(
+        f"config.{where}.mesh.{axis}={size} must be 1: frames are divided over "
+        f"{' and '.join(ShardingRules().batch)} only."
+      )
+
+
+def _check_batch(where: str, stage: Stage) -> None:
+  for field in ("sequence_length", "tokens_per_batch", "accumulation_steps"):
+    _at_least(f"{where}.{field}", getattr(stage, field), 1)
+  _positive(f"{where}.rope_theta", stage.rope_theta)
+  _one_of(f"{where}.layout", stage.layout, experiment_lib.LAYOUTS)
   if stage.tokens_per_batch % stage.sequence_length:
     raise ConfigError(
       f"config.{where}.tokens_per_batch={stage.tokens_per_batch} must be a multiple of "
@@ -230,16 +292,6 @@ def _check_stage(where: str, stage: Stage, datasets: list[str]) -> None:
       f"config.{where}.accumulation_steps={stage.accumulation_steps} must divide the "
       f"{stage.rows_per_batch} rows of a batch (tokens_per_batch / sequence_length)."
     )
-  if not stage.mixture:
-    raise ConfigError(f"config.{where}.mixture is empty; name at least one dataset.")
-  for index, entry in enumerate(stage.mixture):
-    _one_of(f"{where}.mixture[{index}].dataset", entry.dataset, datasets)
-    _not_negative(f"{where}.mixture[{index}].weight", entry.weight)
-  if sum(entry.weight for entry in stage.mixture) <= 0:
-    raise ConfigError(f"config.{where}.mixture: all weights are 0; make one positive.")
-  # The number of devices decides a size of -1, so it counts as 1 until then.
-  sizes = {axis: max(n, 1) for axis, n in stage.mesh.axis_sizes().items()}
-  _check_sequence(f"config.{where}", stage, sizes, ShardingRules())
 
 
 def _check_sequence(

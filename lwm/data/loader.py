@@ -3,12 +3,10 @@
 B rows of a batch, S sequence_length.
 """
 
-import collections
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -21,15 +19,13 @@ from lwm.data.dataset import TRAIN, VALIDATION, Dataset
 from lwm.data.packing import derived_seed
 from lwm.data.placement import Placement, Shards
 from lwm.data.rows import Rows
+from lwm.data.stream import mixed, mixture_weights, read_ahead, shuffled
 from lwm.data.tokenizer import load_tokenizer
 from lwm.errors import UserError
 from lwm.parallel.sharding import ShardingRules
 
 # Every experiment evaluates the same held-out rows.
 _EVALUATION_SEED = 0
-
-# More rows than any stage reads of a dataset.
-_ROWS_OF_STREAM = 1 << 48
 
 
 class Loader:
@@ -54,18 +50,16 @@ class Loader:
         stage's other datasets, or has nothing to learn from in rows of this length.
     """
     self._experiment = experiment
-    self._stage = experiment.stages[stage]
-    layout = Layout(self._stage.layout, mesh.shape[ShardingRules().ring])
-    rows, length = self._stage.rows_per_batch, self._stage.sequence_length
+    self.stage = experiment.stages[stage]
+    layout = Layout(self.stage.layout, mesh.shape[ShardingRules().ring])
+    rows, length = self.stage.rows_per_batch, self.stage.sequence_length
     self._placement = Placement(mesh, layout, rows, length)
     self._evaluation_placement = Placement(
-      mesh, layout, rows // self._stage.accumulation_steps, length
+      mesh, layout, rows // self.stage.accumulation_steps, length
     )
     self._configs = {config.name: config for config in experiment.datasets}
     # The datasets of this stage, by name.
-    self.datasets = open_datasets(experiment, self._stage)
-    weights = _weights(self._stage)
-
+    self.datasets = open_datasets(experiment, self.stage)
     streams = []
     self._rows = []
     for index, (name, dataset) in enumerate(self.datasets.items()):
@@ -74,15 +68,8 @@ class Loader:
         dataset.split(TRAIN), dataset.text_vocab_size, length, self._configs[name], seed
       )
       self._rows.append(source)
-      # Not endless, because grain could not count the rows of a mixture of endless streams.
-      streams.append(
-        grain.MapDataset.range(len(source))
-        .shuffle(seed=seed)
-        .repeat(-(-_ROWS_OF_STREAM // len(source)))
-        .map(lambda row, index=index: (index, row))
-      )
-    mixed = grain.MapDataset.mix(streams, list(weights.values()))
-    self._batches = mixed.batch(rows, batch_fn=list).map(self._read)
+      streams.append(shuffled(len(source), seed).map(lambda row, index=index: (index, row)))
+    self._batches = mixed(streams, self.stage).batch(rows, batch_fn=list).map(self._read)
 
   def _read(self, picks: Sequence[tuple[int, int]]) -> Shards:
     def read_row(row: int, runs: Sequence[tuple[int, int]], out: dict[str, np.ndarray]) -> None:
@@ -95,7 +82,7 @@ class Loader:
     """What the stage's rows hold of each dataset, as lines of text."""
     lines = []
     for name, rows in zip(self.datasets, self._rows):
-      where, policy = f"{self._stage.name}, {name}", self._configs[name].long_documents
+      where, policy = f"{self.stage.name}, {name}", self._configs[name].long_documents
       lines.append(f"{where}: {coverage(rows, np.arange(len(rows)), policy)}")
       if self.datasets[name].has_split(VALIDATION):
         line = f"{where}, held out: {coverage(*self._held_out(name), policy)}"
@@ -108,12 +95,8 @@ class Loader:
 
   def iterate(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, jax.Array]]:
     """The batches [start, stop), read ahead by threads; `stop` is the stage's steps if None."""
-    options = grain.ReadOptions(
-      num_threads=self._experiment.data.threads,
-      prefetch_buffer_size=self._experiment.data.prefetch_batches,
-    )
-    stop = self._stage.steps if stop is None else stop
-    for shards in self._batches.slice(slice(start, stop)).to_iter_dataset(options):
+    stop = self.stage.steps if stop is None else stop
+    for shards in read_ahead(self._batches, self._experiment.data, start, stop):
       yield self._placement.to_arrays(shards)
 
   @functools.cached_property
@@ -134,7 +117,7 @@ class Loader:
     rows = Rows(
       opened.split(VALIDATION),
       opened.text_vocab_size,
-      self._stage.sequence_length,
+      self.stage.sequence_length,
       dataclasses.replace(self._configs[dataset], weighting="token"),
       _EVALUATION_SEED,
     )
@@ -177,7 +160,7 @@ def open_datasets(experiment: Experiment, stage: Stage) -> dict[str, Dataset]:
   """
   paths = {config.name: config.path for config in experiment.datasets}
   model = experiment.model
-  datasets = {name: Dataset(paths[name], model.text_vocab_size) for name in _weights(stage)}
+  datasets = {name: Dataset(paths[name], model.text_vocab_size) for name in mixture_weights(stage)}
   tokenizer = load_tokenizer(experiment.tokenizer)
   for dataset in datasets.values():
     dataset.check_tokenizer(tokenizer)
@@ -185,15 +168,6 @@ def open_datasets(experiment: Experiment, stage: Stage) -> dict[str, Dataset]:
   for name, dataset in datasets.items():
     check_learnable(experiment, stage, name, dataset.split(TRAIN))
   return datasets
-
-
-def _weights(stage: Stage) -> dict[str, float]:
-  """The weight of each dataset in the stage's mixture, if it is above 0."""
-  weights: dict[str, float] = collections.defaultdict(float)
-  for entry in stage.mixture:
-    if entry.weight > 0:
-      weights[entry.dataset] += entry.weight
-  return weights
 
 
 def _check_vision(datasets: Iterable[Dataset], model: ModelConfig) -> None:

@@ -32,7 +32,7 @@ CHUNK_TOKENS = 8192
 MANIFEST = "manifest.json"
 _NAME = "tokens"
 _SUMMARY = "part.json"
-_BAD_RECORDS = "bad_records.jsonl"
+BAD_RECORDS = "bad_records.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ class PartWriter:
     self._first_number = first_number
     self._splits: dict[str, _SplitIndex] = {}
     self._sources: dict[str, int] = {}
-    (directory / _BAD_RECORDS).touch()
+    (directory / BAD_RECORDS).touch()
     self._features = _dataset_info(directory).features
     self._serializer = ExampleSerializer(self._features.get_serialized_info())
 
@@ -180,7 +180,7 @@ class PartWriter:
   def bad(self, where: str, reason: str) -> None:
     """Reports a record that was skipped; `where` is file:line, or what names the record best."""
     self.bad_records += 1
-    with open(self.directory / _BAD_RECORDS, "a") as file:
+    with open(self.directory / BAD_RECORDS, "a") as file:
       file.write(json.dumps({"where": where, "reason": reason}) + "\n")
 
   def close(self) -> None:
@@ -290,9 +290,9 @@ def join_parts(
   info.set_file_format("array_record")
   info.set_splits(tfds.core.splits.SplitDict(infos))
   info.write_to_directory(directory)
-  with open(directory / _BAD_RECORDS, "wb") as file:
+  with open(directory / BAD_RECORDS, "wb") as file:
     for part in parts:
-      file.write((part / _BAD_RECORDS).read_bytes())
+      file.write((part / BAD_RECORDS).read_bytes())
   unfinished = directory / f"{MANIFEST}.unfinished"
   unfinished.write_text(json.dumps(manifest, indent=2) + "\n")
   unfinished.rename(directory / MANIFEST)
@@ -357,7 +357,7 @@ def _join_split(
 
 def first_problem(parts: Sequence[pathlib.Path]) -> str:
   """Where the first bad record of the parts is, and why it is bad."""
-  lines = (line for part in parts for line in (part / _BAD_RECORDS).read_text().splitlines())
+  lines = (line for part in parts for line in (part / BAD_RECORDS).read_text().splitlines())
   record = json.loads(next(lines))
   return f"{record['where']}: {record['reason'].removesuffix('.')}"
 

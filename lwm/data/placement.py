@@ -87,3 +87,38 @@ class Placement:
 
       arrays[name] = jax.make_array_from_callback(self.shape, self.sharding, shard)
     return arrays
+
+
+# (first row, last row) of a device's shard, the last one excluded, -> its frames.
+FrameShards = dict[tuple[int, int], np.ndarray]
+
+
+class FramePlacement:
+  """Batches of frames, uint8 [B, H, W, 3], whose rows are divided over a mesh."""
+
+  def __init__(self, mesh: Mesh, num_frames: int, resolution: int):
+    self._shape = (num_frames, resolution, resolution, 3)
+    self._sharding = NamedSharding(mesh, ShardingRules().spec("batch"))
+    indices = self._sharding.addressable_devices_indices_map(self._shape).values()
+    self._rows = sorted({self._key(index) for index in indices})
+
+  def _key(self, index: tuple[slice, ...] | None) -> tuple[int, int]:
+    assert index is not None  # JAX gives None to devices outside the sharding only.
+    return index[0].indices(self._shape[0])[:2]
+
+  def read(self, read_frame: Callable[[int], np.ndarray]) -> FrameShards:
+    """Reads the frames of this process's devices, and no others.
+
+    Args:
+      read_frame: gives the frame of a row, uint8 [H, W, 3].
+    """
+    return {
+      (first, stop): np.stack([read_frame(row) for row in range(first, stop)])
+      for first, stop in self._rows
+    }
+
+  def to_array(self, shards: FrameShards) -> jax.Array:
+    """The global array of a batch."""
+    return jax.make_array_from_callback(
+      self._shape, self._sharding, lambda index: shards[self._key(index)]
+    )

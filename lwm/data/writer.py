@@ -11,7 +11,7 @@ import shutil
 import socket
 import types
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from lwm.config.vqgan import LWM_LAYOUT, VisionLayout
 from lwm.data.dataset import TRAIN
@@ -114,7 +114,13 @@ class DatasetWriter:
     return PartWriter(self._parts[-1], self._vocabulary, lambda split: first.get(split, 0))
 
 
-class DatasetParts:
+class PartWriterLike(Protocol):
+  """What writes one part."""
+
+  def close(self) -> None: ...
+
+
+class Parts[Writer: PartWriterLike]:
   """A dataset that is made in numbered parts, by one or more processes, in any order.
 
   Complete parts are kept in a directory beside `path`, so a process that was killed makes only its
@@ -126,43 +132,45 @@ class DatasetParts:
     directory: of the parts and other files of the work; it is removed at the end.
   """
 
-  def __init__(self, path: str | os.PathLike, vocabulary: Vocabulary, settings: Mapping[str, Any]):
+  def __init__(self, path: str | os.PathLike, settings: Mapping[str, Any]):
     """
     Args:
       path: of the dataset; its parents are made.
-      vocabulary: of the documents.
-      settings: everything else that decides what the parts hold, as JSON values by name.
+      settings: everything that decides what the parts hold, as JSON values by name.
 
     Raises:
       UserError: `path` exists already, or was begun with other settings.
     """
     self.path = pathlib.Path(path)
     _refuse_existing(self.path)
-    self._vocabulary = vocabulary
     self.directory = self.path.with_name(f".{self.path.name}.unfinished")
     self._joined = self.directory / _JOINED
     self.directory.mkdir(parents=True, exist_ok=True)
-    self._check_settings(
-      {
-        "tokenizer": vocabulary.tokenizer.sha256,
-        "vqgan": vocabulary.vqgan_sha256,
-        "chunk_tokens": vocabulary.chunk_tokens,
-        **settings,
-      }
-    )
+    self._check_settings(dict(settings))
+
+  def _open_part(self, directory: pathlib.Path, number: int) -> Writer:
+    """A writer of a part, which makes the directory."""
+    raise NotImplementedError
+
+  def _join_parts(self, parts: list[pathlib.Path], joined: pathlib.Path) -> list[str]:
+    """Makes a dataset at `joined`, which may exist, and returns the names of its splits.
+
+    The manifest comes last. Raises UserError if there is nothing to write.
+    """
+    raise NotImplementedError
 
   def is_complete(self, number: int) -> bool:
     """Whether a part is complete."""
     return self._part(number).exists() or (self._joined / MANIFEST).exists()
 
   @contextlib.contextmanager
-  def part(self, number: int) -> Iterator[PartWriter]:
+  def part(self, number: int) -> Iterator[Writer]:
     """Writes a part, which is complete at the end of the `with` unless an error ends it."""
     own = f"-{socket.gethostname()}-{os.getpid()}"
     directory = self.directory / (self._part(number).name + own)
     # Left by a process of the same number that was killed.
     shutil.rmtree(directory, ignore_errors=True)
-    writer = PartWriter(directory, self._vocabulary, lambda split: number * _NUMBERS_PER_PART)
+    writer = self._open_part(directory, number)
     yield writer
     writer.close()
     try:
@@ -176,12 +184,12 @@ class DatasetParts:
     """Makes the dataset of the parts [0, count), which are complete.
 
     Raises:
-      UserError: there is no document to train on. All parts are removed then.
+      UserError: there is nothing to train on. All parts are removed then.
     """
     parts = [self._part(number) for number in range(count)]
     if not (self._joined / MANIFEST).exists():
       try:
-        splits = _join(self.path, parts, self._joined, self._vocabulary)
+        splits = self._join_parts(parts, self._joined)
         if TRAIN not in splits:
           raise UserError(f"{self.path} would hold out every document: hold out fewer.")
       except UserError:
@@ -210,6 +218,37 @@ class DatasetParts:
           f"{self.path} was begun with {name}={begun.get(name)}, and now it is "
           f"{settings.get(name)}: use the same input and flags, or delete {self.directory}."
         )
+
+
+class DatasetParts(Parts[PartWriter]):
+  """A dataset of documents that is made in numbered parts."""
+
+  def __init__(self, path: str | os.PathLike, vocabulary: Vocabulary, settings: Mapping[str, Any]):
+    """
+    Args:
+      path: of the dataset; its parents are made.
+      vocabulary: of the documents.
+      settings: everything else that decides what the parts hold, as JSON values by name.
+
+    Raises:
+      UserError: `path` exists already, or was begun with other settings.
+    """
+    self._vocabulary = vocabulary
+    super().__init__(
+      path,
+      {
+        "tokenizer": vocabulary.tokenizer.sha256,
+        "vqgan": vocabulary.vqgan_sha256,
+        "chunk_tokens": vocabulary.chunk_tokens,
+        **settings,
+      },
+    )
+
+  def _open_part(self, directory: pathlib.Path, number: int) -> PartWriter:
+    return PartWriter(directory, self._vocabulary, lambda split: number * _NUMBERS_PER_PART)
+
+  def _join_parts(self, parts: list[pathlib.Path], joined: pathlib.Path) -> list[str]:
+    return _join(self.path, parts, joined, self._vocabulary)
 
 
 def _refuse_existing(path: pathlib.Path) -> None:

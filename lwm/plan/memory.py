@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 
-from lwm.config.experiment import Stage
 from lwm.plan.compilation import Buffer, Compilation, compile_ahead
 from lwm.plan.topology import Topology
 from lwm.program.stage import StageProgram
@@ -59,21 +58,19 @@ class Memory:
 
 
 def compile_train_step(
-  program: StageProgram, stage: Stage, topology: Topology, offload: bool
+  program: StageProgram, topology: Topology, offload: bool
 ) -> tuple[Memory, Compilation]:
   """Compiles the step that training would run, for devices that you don't need to have.
 
   Args:
     program: the stage's program, for devices of the topology.
-    stage: the stage; its batches are the step's input.
     topology: the machine.
     offload: whether the moments are kept in the host's memory.
 
   Raises a UserError as `compile_program` does.
   """
-  batch = program.abstract_batch(stage.rows_per_batch, stage.sequence_length)
   with jax.set_mesh(program.mesh):
-    lowered = program.train_step.lower(program.state, batch)
+    lowered = program.train_step.lower(program.state, program.batch)
   # Shardings for GPUs that this machine lacks don't say which memory they mean.
   on_device = [
     leaf for leaf in jax.tree.leaves(program.state.optimizer_state) if not (offload and leaf.ndim)

@@ -3,8 +3,16 @@
 import dataclasses
 from typing import Any
 
-from lwm.config.experiment import Experiment, OptimizerConfig, Stage
+from lwm.config.experiment import (
+  AnyExperiment,
+  AnyStage,
+  OptimizerConfig,
+  Stage,
+  VQGANExperiment,
+  VQGANStage,
+)
 from lwm.plan.compilation import Compilation
+from lwm.plan.frame_roofline import estimate_frames
 from lwm.plan.memory import Memory, compile_train_step
 from lwm.plan.roofline import Roofline, estimate
 from lwm.plan.topology import Topology
@@ -15,7 +23,7 @@ from lwm.program.stage import StageProgram, build_program
 class StagePlan:
   """Memory and speed of one stage on one machine."""
 
-  stage: Stage
+  stage: AnyStage
   topology: Topology
   mesh: dict[str, int]
   remat: str
@@ -28,10 +36,15 @@ class StagePlan:
 
   def as_json(self) -> dict[str, Any]:
     """Numbers, strings, lists and dicts; all units are bytes, seconds and FLOPs."""
+    stage, roofline = self.stage, dataclasses.asdict(self.roofline)
+    roofline[f"{roofline.pop('unit')}_per_second_per_chip"] = roofline.pop("rate_per_chip")
+    if isinstance(stage, Stage):
+      names = ("sequence_length", "tokens_per_batch")
+    else:
+      names = ("frames_per_batch",)
     return {
-      "stage": self.stage.name,
-      "sequence_length": self.stage.sequence_length,
-      "tokens_per_batch": self.stage.tokens_per_batch,
+      "stage": stage.name,
+      **{name: getattr(stage, name) for name in names},
       "topology": self.topology.name,
       "devices": len(self.topology.devices),
       "mesh": self.mesh,
@@ -41,15 +54,14 @@ class StagePlan:
       "fits": self.memory.fits,
       "excess": self.memory.excess,
       "memory": dataclasses.asdict(self.memory),
-      "roofline": dataclasses.asdict(self.roofline)
-      | {"hop_hides": self.roofline.hop and self.roofline.hop.hides},
+      "roofline": roofline | {"hop_hides": self.roofline.hop and self.roofline.hop.hides},
       "compile_seconds": self.compile_seconds,
       "peak_rss": self.peak_rss,
     }
 
 
 def plan_stage(
-  experiment: Experiment, stage: Stage, topology: Topology
+  experiment: AnyExperiment, stage: AnyStage, topology: Topology
 ) -> tuple[StagePlan, StageProgram, Compilation]:
   """Compiles and estimates a stage.
 
@@ -62,16 +74,25 @@ def plan_stage(
     UserError: the mesh, the model and the devices do not fit together, or XLA refuses the program.
   """
   program = build_program(experiment, stage, topology.devices)
-  memory, compilation = compile_train_step(program, stage, topology, experiment.optimizer.offload)
+  memory, compilation = compile_train_step(program, topology, experiment.optimizer.offload)
+  if isinstance(experiment, VQGANExperiment):
+    assert isinstance(stage, VQGANStage)
+    # A VQGAN has no attention, and nothing is computed again.
+    remat, head_groups = "none", 1
+    roofline = estimate_frames(experiment, stage, program, topology)
+  else:
+    assert isinstance(stage, Stage)
+    remat, head_groups = experiment.model.remat, experiment.model.head_groups
+    roofline = estimate(experiment, stage, program.mesh, topology)
   plan = StagePlan(
     stage=stage,
     topology=topology,
     mesh=dict(program.mesh.shape),
-    remat=experiment.model.remat,
-    head_groups=experiment.model.head_groups,
+    remat=remat,
+    head_groups=head_groups,
     moments=moments_text(experiment.optimizer),
     memory=memory,
-    roofline=estimate(experiment, stage, program.mesh, topology),
+    roofline=roofline,
     compile_seconds=compilation.seconds,
     peak_rss=compilation.peak_rss,
   )

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 
+from lwm.config.experiment import Stage
 from lwm.cost.chips import GIB
 from lwm.plan.candidates import Candidate
 from lwm.plan.plan import StagePlan, moments_text
@@ -45,7 +46,7 @@ def stage_report(plan: StagePlan) -> str:
       lines.append(f"  {milliseconds(seconds):>34}   {name}")
   lines.append(
     f"  {'estimated step':<22}{milliseconds(roofline.step_seconds):>12}   "
-    f"{roofline.tokens_per_second_per_chip:,.0f} tokens/s per chip, MFU {roofline.mfu:.1%}"
+    f"{roofline.rate_per_chip:,.0f} {roofline.unit}/s per chip, MFU {roofline.mfu:.1%}"
   )
   if hop := roofline.hop:
     lines.append(
@@ -69,12 +70,13 @@ def table_head() -> str:
 def table_row(plan: StagePlan) -> str:
   """One plan as a line of a table."""
   stage, roofline = plan.stage, plan.roofline
+  length = stage.sequence_length if isinstance(stage, Stage) else 1
   return (
-    f"{stage.name:<8} {stage.sequence_length:>9} {plan.topology.name:<9} "
+    f"{stage.name:<8} {length:>9} {plan.topology.name:<9} "
     f"{mesh_text(plan.mesh):<34} {plan.remat:<17} {heads_text(plan.head_groups):<5} "
     f"{plan.moments:<13} {gib(plan.memory.total):>10} {gib(plan.memory.capacity):>10}  "
     f"{'yes' if plan.memory.fits else 'NO':<5} {milliseconds(roofline.step_seconds):>11} "
-    f"{roofline.tokens_per_second_per_chip:>13,.0f} {roofline.mfu:>6.1%}"
+    f"{roofline.rate_per_chip:>13,.0f} {roofline.mfu:>6.1%}"
   )
 
 
@@ -149,10 +151,14 @@ def _policy_text(mesh: dict[str, int], remat: str, head_groups: int, moments: st
 def heading(plan: StagePlan) -> str:
   """The stage, machine, mesh and policies of a plan."""
   stage = plan.stage
+  if isinstance(stage, Stage):
+    batch = f"{stage.rows_per_batch} rows of {stage.sequence_length} tokens"
+    policies = f"remat {plan.remat}, heads {heads_text(plan.head_groups)}, "
+  else:
+    batch, policies = f"{stage.frames_per_batch} frames", ""
   return (
-    f"{stage.name}: {stage.rows_per_batch} rows of {stage.sequence_length} tokens on "
-    f"{plan.topology.name} ({len(plan.topology.devices)} devices), mesh {mesh_text(plan.mesh)}, "
-    f"remat {plan.remat}, heads {heads_text(plan.head_groups)}, moments {plan.moments}; compiled "
+    f"{stage.name}: {batch} on {plan.topology.name} ({len(plan.topology.devices)} devices), "
+    f"mesh {mesh_text(plan.mesh)}, {policies}moments {plan.moments}; compiled "
     f"in {plan.compile_seconds:.0f} s, peak memory of this process {gib(plan.peak_rss)}"
   )
 

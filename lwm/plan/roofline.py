@@ -53,7 +53,8 @@ class Roofline:
     traffic: bytes over each mesh axis.
     seconds: parts of the step by name, without what is hidden behind other parts.
     step_seconds: the sum of `seconds`.
-    tokens_per_second_per_chip: all tokens of the batch, per second and chip.
+    unit: what a batch consists of, tokens or frames.
+    rate_per_chip: all of these in a batch, per second and chip.
     mfu: model FLOPs over the peak of all devices.
     hop: one hop of the ring; None without a ring.
     assumptions: sentences that say what else the figures rest on.
@@ -64,7 +65,8 @@ class Roofline:
   traffic: tuple[Traffic, ...]
   seconds: dict[str, float]
   step_seconds: float
-  tokens_per_second_per_chip: float
+  unit: str
+  rate_per_chip: float
   mfu: float
   hop: Hop | None
   assumptions: tuple[str, ...]
@@ -125,19 +127,27 @@ def estimate(
     traffic=tuple(traffic),
     seconds=seconds,
     step_seconds=step,
-    tokens_per_second_per_chip=tokens / step / (mesh.size / chip.devices_per_chip),
+    unit="tokens",
+    rate_per_chip=tokens / step / (mesh.size / chip.devices_per_chip),
     mfu=flops / step / per_second,
     hop=_hop(model, division, traffic, pairs / mesh.size, chip.flops * ATTENTION_EFFICIENCY),
     assumptions=_assumptions(chip),
   )
 
 
-def _assumptions(chip: Chip) -> tuple[str, ...]:
+def machine_text(chip: Chip) -> str:
+  """Peak and bandwidths of a chip as a sentence."""
   network = "" if chip.is_tpu else f", network {chip.network_bandwidth / 1e9:g} GB/s per device"
   return (
     f"{chip.name}: {chip.flops / 1e12:.3g} TFLOP/s, memory {chip.memory_bandwidth / 1e9:g} GB/s, "
     f"links {chip.link_bandwidth / 1e9:g} GB/s one way{network}, "
-    f"to the host {chip.host_bandwidth / 1e9:g} GB/s.",
+    f"to the host {chip.host_bandwidth / 1e9:g} GB/s."
+  )
+
+
+def _assumptions(chip: Chip) -> tuple[str, ...]:
+  return (
+    machine_text(chip),
     f"Matrix products reach {MATMUL_EFFICIENCY:.0%} of the peak, attention "
     f"{ATTENTION_EFFICIENCY:.0%} (its backward pass: seven products, four of them the model's).",
     "Every row is one document, and every token a target over the text ids: no batch is more work.",

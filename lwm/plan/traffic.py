@@ -80,7 +80,7 @@ def step_traffic(
     ((rules.ring,), "keys and values", keys),
     ((rules.ulysses,), "heads", heads),
   ]
-  wires = _Wires(mesh, topology)
+  wires = Wires(mesh, topology)
   traffic = []
   for axes, what, amount in sent:
     if amount and math.prod(sizes[axis] for axis in axes) > 1:
@@ -115,7 +115,7 @@ def moment_bytes(optimizer: OptimizerConfig) -> int:
   return 2 * dtype_bytes(optimizer.moment_dtype)
 
 
-class _Wires:
+class Wires:
   """Bandwidth along mesh axes."""
 
   def __init__(self, mesh: jax.sharding.Mesh, topology: Topology):

@@ -1,4 +1,4 @@
-"""What a stage minimises: one loss of all modalities, and its gradients over microbatches.
+"""What a stage of a language model minimises: one loss of all modalities, over microbatches.
 
 Letters: B rows, S sequence, A microbatches (accumulation_steps); a trailing 2 is (text, vision), as
 in MODALITIES.
@@ -15,10 +15,8 @@ from lwm.config.batch import MODALITIES
 from lwm.config.experiment import LossConfig
 from lwm.model import LossSums, Model, sums_by_modality
 from lwm.parallel.sharding import ShardingRules
+from lwm.program.step import Batch, Metrics
 from lwm.program.trainable import Trainable
-
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +42,10 @@ class Objective:
   layout: Layout
   accumulation_steps: int = 1
   trainable: Trainable = Trainable()
+
+  def init(self, key: jax.Array) -> Any:
+    """Random parameters."""
+    return self.model.init(key)
 
   def sums(self, params: Any, batch: Batch) -> LossSums:
     """Sums over the targets of a batch or a microbatch."""
@@ -106,6 +108,11 @@ class Objective:
     for m, name in enumerate(MODALITIES):
       metrics[f"{name}_loss"] = normaliser_2[m] * nll_2[m]
     return gradients, frozen, metrics | extras.losses | extras.statistics
+
+  def evaluate(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Sums of weighted negative log-likelihoods, and of weights, by modality: float32 [2] each."""
+    sums = self.sums(params, batch)
+    return sums.nll, sums.weight
 
   def counts(self, batch: Batch) -> Metrics:
     """What `lwm.model.flops.train_flops` takes, float32 scalars.

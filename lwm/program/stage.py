@@ -6,25 +6,38 @@ planner compiles exactly what a run would.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from kernels.ring import Layout
 from lwm import model as model_lib
 from lwm.config.batch import FIELDS
-from lwm.config.experiment import Experiment, Stage
+from lwm.config.experiment import (
+  AnyExperiment,
+  AnyStage,
+  Experiment,
+  Stage,
+  VQGANExperiment,
+  VQGANStage,
+)
 from lwm.config.model import ModelConfig
 from lwm.config.validate import check_model_fits_mesh
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import ShardingRules
 from lwm.program import optimizer as optimizer_lib, state as state_lib, step as step_lib
+from lwm.program.frame_objective import FRAMES, FrameObjective, logical_axes
 from lwm.program.objective import Objective
 from lwm.program.state import TrainState
-from lwm.program.trainable import Trainable, num_elements, trainable
+from lwm.program.trainable import Trainable, matching, num_elements, trainable
+from lwm.vision.objective import VQGANObjective
+
+_RULES = ShardingRules()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,24 +45,26 @@ class StageProgram:
   """What a stage runs, under `jax.set_mesh(program.mesh)`.
 
   `train_step(state, batch, loss_limit) -> (state, metrics)`, which donates its state, and
-  `evaluation_step(params, batch) -> (nll sums [2], weights [2])` are jitted; see
-  lwm/program/step.py.
+  `evaluation_step(params, batch) -> sums` are jitted; see lwm/program/step.py and the objective's
+  `evaluate`. `state` and `batch` are ShapeDtypeStructs with shardings.
   """
 
-  model: model_lib.Model
-  mesh: jax.sharding.Mesh
-  layout: Layout
-  state: TrainState  # ShapeDtypeStructs with shardings.
-  batch_sharding: NamedSharding
+  objective: Any  # See `lwm.program.step.Objective`.
+  mesh: Mesh
+  state: TrainState
+  batch: dict[str, jax.ShapeDtypeStruct]
   optimizer: Any
-  trainable: Trainable
   train_step: Any
   evaluation_step: Any
+
+  @property
+  def trainable(self) -> Trainable:
+    return self.objective.trainable
 
   def initial_params(self, seed: int) -> Any:
     """Random parameters, each shard made on its own device."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state.params)
-    return jax.jit(self.model.init, out_shardings=shardings)(jax.random.key(seed))
+    return jax.jit(self.objective.init, out_shardings=shardings)(jax.random.key(seed))
 
   def place_params(self, params: Any) -> Any:
     """Moves the parameters of another stage to this mesh; donates the given ones."""
@@ -66,16 +81,30 @@ class StageProgram:
     total = trained + frozen
     return f"trains {trained:,} of {total:,} parameters ({trained / total:.2%})" if frozen else ""
 
-  def abstract_batch(self, rows: int, sequence_length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of the batches that the steps are compiled for."""
-    return {
-      name: jax.ShapeDtypeStruct((rows, sequence_length), dtype, sharding=self.batch_sharding)
-      for name, dtype in FIELDS.items()
-    }
+  def trace(self) -> jax.stages.Traced:
+    """The train step, traced for the stage's batches. Use it under the mesh."""
+    return self.train_step.trace(self.state, self.batch, jax.ShapeDtypeStruct((), jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+  """What differs between the programs of language models and of VQGANs.
+
+  Attributes:
+    objective: what is minimised.
+    params: ShapeDtypeStructs without shardings.
+    logical_axes: a tuple of logical axis names per parameter.
+    batch: ShapeDtypeStructs with shardings.
+  """
+
+  objective: Any
+  params: Any
+  logical_axes: Any
+  batch: dict[str, jax.ShapeDtypeStruct]
 
 
 def build_program(
-  experiment: Experiment, stage: Stage, devices: Sequence[jax.Device] | None = None
+  experiment: AnyExperiment, stage: AnyStage, devices: Sequence[jax.Device] | None = None
 ) -> StageProgram:
   """The programs of `stage`; nothing is compiled yet.
 
@@ -89,50 +118,81 @@ def build_program(
       of its stretches names a kind of layers that does not exist.
   """
   mesh = make_mesh(stage.mesh, devices)
-  rules = ShardingRules()
-  config = _with_padded_tables(experiment, stage, mesh.size, rules)
-  check_model_fits_mesh(config, mesh.shape, rules)
-  model = model_lib.build(config, rules)
-  layout = Layout(stage.layout, mesh.shape[rules.ring])
+  if isinstance(experiment, VQGANExperiment):
+    assert isinstance(stage, VQGANStage)
+    parts = _vqgan_parts(experiment, stage, mesh)
+  else:
+    assert isinstance(stage, Stage)
+    parts = _language_parts(experiment, stage, mesh)
   abstract_params = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    model.abstract(),
-    rules.tree_shardings(model.logical_axes, mesh),
+    parts.params,
+    _RULES.tree_shardings(parts.logical_axes, mesh),
   )
-  trained = trainable(experiment, stage, abstract_params)
-  optimizer = optimizer_lib.adamw(experiment.optimizer, stage, trained.split(model.logical_axes)[0])
-  replicated = NamedSharding(mesh, rules.spec())
+  trained = parts.objective.trainable
+  optimizer = optimizer_lib.adamw(experiment.optimizer, stage, trained.split(parts.logical_axes)[0])
+  replicated = NamedSharding(mesh, _RULES.spec())
   state = state_lib.abstract_state(
     abstract_params, optimizer, trained, mesh, experiment.optimizer.offload
-  )
-
-  objective = Objective(
-    model, experiment.loss, stage.rope_theta, layout, stage.accumulation_steps, trained
   )
   train_step = jax.jit(
     functools.partial(
       step_lib.train_step,
-      objective=objective,
+      objective=parts.objective,
       optimizer=optimizer,
       learning_rate=optimizer_lib.learning_rate(experiment.optimizer, stage),
     ),
     out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated),
     donate_argnums=0,
   )
-  evaluation_step = jax.jit(
-    functools.partial(step_lib.evaluation_step, objective=objective), out_shardings=replicated
-  )
   return StageProgram(
-    model=model,
+    objective=parts.objective,
     mesh=mesh,
-    layout=layout,
     state=state,
-    batch_sharding=NamedSharding(mesh, rules.spec("batch", "sequence")),
+    batch=parts.batch,
     optimizer=optimizer,
-    trainable=trained,
     train_step=train_step,
-    evaluation_step=evaluation_step,
+    evaluation_step=jax.jit(parts.objective.evaluate, out_shardings=replicated),
   )
+
+
+def _language_parts(experiment: Experiment, stage: Stage, mesh: Mesh) -> _Parts:
+  config = _with_padded_tables(experiment, stage, mesh.size, _RULES)
+  check_model_fits_mesh(config, mesh.shape, _RULES)
+  model = model_lib.build(config, _RULES)
+  params = model.abstract()
+  shape = stage.rows_per_batch, stage.sequence_length
+  sharding = NamedSharding(mesh, _RULES.spec("batch", "sequence"))
+  objective = Objective(
+    model,
+    experiment.loss,
+    stage.rope_theta,
+    Layout(stage.layout, mesh.shape[_RULES.ring]),
+    stage.accumulation_steps,
+    trainable(experiment, stage, params),
+  )
+  batch = {
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in FIELDS.items()
+  }
+  return _Parts(objective, params, model.logical_axes, batch)
+
+
+def _vqgan_parts(experiment: VQGANExperiment, stage: VQGANStage, mesh: Mesh) -> _Parts:
+  vqgan = VQGANObjective(experiment.vqgan, experiment.losses)
+  params = vqgan.abstract()
+  before = itertools.takewhile(lambda other: other.name != stage.name, experiment.stages)
+  objective = FrameObjective(
+    vqgan, matching(params, vqgan.trained), experiment.seed, sum(other.steps for other in before)
+  )
+  shards = math.prod(mesh.shape[axis] for axis in _RULES.model)
+  side = experiment.vqgan.resolution
+  frames = jax.ShapeDtypeStruct(
+    (stage.frames_per_batch, side, side, 3),
+    jnp.uint8,
+    sharding=NamedSharding(mesh, _RULES.spec("batch")),
+  )
+  axes = jax.tree.map(lambda leaf: logical_axes(leaf, shards), params)
+  return _Parts(objective, params, axes, {FRAMES: frames})
 
 
 def _with_padded_tables(

@@ -1,19 +1,39 @@
-"""The train step and the evaluation step.
-
-A trailing 2 is (text, vision), as in MODALITIES.
-"""
+"""The train step, whatever is trained."""
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lwm.program.objective import Batch, Metrics, Objective
 from lwm.program.state import TrainState
+from lwm.program.trainable import Trainable
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class Objective(Protocol):
+  """What a stage minimises: see lwm/program/objective.py and lwm/program/frame_objective.py."""
+
+  @property
+  def trainable(self) -> Trainable:
+    """Which parameters the optimizer updates. The others are frozen."""
+
+  def init(self, key: jax.Array) -> Any:
+    """Random parameters."""
+
+  def gradients(self, params: Any, batch: Batch, step: jax.Array) -> tuple[Any, Any, Metrics]:
+    """Gradients of the trained parameters, new values of the frozen ones, and metrics."""
+
+  def counts(self, batch: Batch) -> Metrics:
+    """What a batch contains, for reports."""
+
+  def evaluate(self, params: Any, batch: Batch) -> Any:
+    """Sums over a batch of held-out rows."""
 
 
 def train_step(
@@ -32,15 +52,14 @@ def train_step(
 
   Args:
     state: float32 parameters, moments and step.
-    batch: arrays [B, S] as in lwm/config/batch.py; the objective's accumulation_steps divides the
-      rows of each device.
+    batch: what the objective takes.
     loss_limit: float32 scalar.
     objective: the loss, which parameters the optimizer updates, and new values of the others.
     optimizer: updates the trained parameters; its `update` takes `applied` (see optimizer.py).
     learning_rate: the optimizer's schedule, for the metrics.
 
   Returns:
-    The next state; and the metrics of `Objective.gradients` and `Objective.counts`, gradient_norm
+    The next state; and the metrics of the objective's `gradients` and `counts`, gradient_norm
     before clipping, learning_rate, and applied, 0 for a bad step and 1 otherwise. All are float32
     scalars, except the statistics of layers.
   """
@@ -64,11 +83,3 @@ def train_step(
   }
   params = objective.trainable.join(trained, frozen)
   return TrainState(params, optimizer_state, state.step + applied), metrics
-
-
-def evaluation_step(
-  params: Any, batch: Batch, *, objective: Objective
-) -> tuple[jax.Array, jax.Array]:
-  """Sums of weighted negative log-likelihoods, and of weights, by modality: float32 [2] each."""
-  sums = objective.sums(params, batch)
-  return sums.nll, sums.weight

@@ -7,7 +7,7 @@ A parameter's name is its dotted path in the tree, such as `blocks.attention.que
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -77,6 +77,12 @@ def trainable(experiment: Experiment, stage: Stage, params: Mapping[str, Any]) -
       raise ConfigError(
         f"config.{where}: {pattern!r} matches no parameter; their names are {', '.join(names)}."
       )
+  return matching(params, patterns)
+
+
+def matching(params: Mapping[str, Any], patterns: Iterable[str]) -> Trainable:
+  """The parameters whose names match one of the patterns."""
+  names = _flatten(params)
   return Trainable(
     frozenset(name for pattern in patterns for name in fnmatch.filter(names, pattern))
   )
@@ -91,10 +97,7 @@ def check_trainable(experiment: Experiment) -> None:
 
 def added_to(params: Mapping[str, Any], settings: Sequence[str]) -> Trainable:
   """The parameters that these settings of the model, keys of ADDED, add to a base."""
-  names = _flatten(params)
-  return Trainable(
-    frozenset(name for setting in settings for name in fnmatch.filter(names, ADDED[setting]))
-  )
+  return matching(params, [ADDED[setting] for setting in settings])
 
 
 def _settings(model: ModelConfig) -> list[str]:

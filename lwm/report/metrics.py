@@ -3,13 +3,16 @@
 metrics.jsonl holds one JSON object per line. Its "kind" is one of four:
 
     train       one per step, exactly once however often the run was killed and resumed: stage,
-                step (of the stage), total_steps, loss, text_loss and vision_loss (absent without
-                targets), gradient_norm, learning_rate, tokens (without padding), text_targets,
-                vision_targets, attended_pairs, whatever the model's blocks report, seconds,
-                tokens_per_second, mfu, data_seconds (waiting for the batch), starved_seconds
-                (the part of them in which the device had nothing to run)
+                step (of the stage), total_steps, loss, gradient_norm, learning_rate, seconds,
+                mfu, data_seconds (waiting for the batch), starved_seconds (the part of them in
+                which the device had nothing to run). A language model adds text_loss and
+                vision_loss (absent without targets), tokens (without padding), tokens_per_second,
+                text_targets, vision_targets, attended_pairs, whatever the model's blocks report. A
+                VQGAN adds the parts of its loss, psnr, usage, perplexity, frames,
+                frames_per_second
     evaluation  stage, step, total_steps, and `held_out`: for each dataset and modality dataset,
-                modality, loss, unigram_entropy (both in nats), targets
+                modality, loss, unigram_entropy (both in nats), targets; or for each dataset of
+                frames dataset, psnr, ssim, usage, perplexity, frames
     goodput     when an attempt begins, when steps begin (at the start and after an evaluation or
                 a checkpoint) and at the end: total_steps, time (seconds since 1970), attempts,
                 wall_seconds and its parts by the categories of goodput.py (step_seconds,
@@ -59,9 +62,10 @@ class MetricsLog:
       if isinstance(value, float) and name != "time":
         self._events.add_scalar(f"{record['kind']}/{name}", value, step)
     for row in record.get("held_out", ()):
-      name = f"held_out/{row['dataset']}/{row['modality']}"
-      self._events.add_scalar(f"{name}_loss", row["loss"], step)
-      self._events.add_scalar(f"{name}_unigram_entropy", row["unigram_entropy"], step)
+      prefix = f"{row['modality']}_" if "modality" in row else ""
+      for name, value in row.items():
+        if isinstance(value, float):
+          self._events.add_scalar(f"held_out/{row['dataset']}/{prefix}{name}", value, step)
 
   def sync(self) -> None:
     """Returns once the records are on disk: a checkpoint needs those of all steps before it."""

@@ -8,16 +8,14 @@ import jax
 
 from lwm.checkpoint.position import Position
 from lwm.config import experiment as experiment_lib
-from lwm.config.batch import MODALITIES
-from lwm.config.experiment import Experiment, Stage
+from lwm.config.experiment import AnyStage
 from lwm.cost.peak import peak_flops
-from lwm.model.flops import train_flops
-from lwm.program.trainable import trained_shares
-from lwm.report import goodput, held_out as held_out_lib
+from lwm.report import goodput
 from lwm.report.goodput import Account
 from lwm.report.input_wait import InputWait, InputWatch
 from lwm.report.metrics import FILE_NAME, MetricsLog, read_metrics
 from lwm.report.plots import plot_stage
+from lwm.report.presentation import Presentation
 from lwm.report.profiling import Profiler
 from lwm.report.terminal import ProgressLine
 
@@ -27,7 +25,7 @@ class Reporter:
 
   def __init__(
     self,
-    experiment: Experiment,
+    presentation: Presentation,
     workdir: pathlib.Path,
     position: Position,
     profile_steps: range = range(0),
@@ -35,14 +33,14 @@ class Reporter:
     """Continues the files of `workdir`.
 
     Args:
-      experiment: the run's.
+      presentation: of the run's experiment.
       workdir: of the run.
       position: where the run starts or resumes; records of later steps are dropped.
       profile_steps: steps to trace, counted over all stages from 1.
     """
-    stages = experiment.stages
+    self._presentation = presentation
+    stages = presentation.experiment.stages
     self.total_steps = sum(stage.steps for stage in stages)
-    self._experiment = experiment
     self._workdir = workdir
     self._first_step = {
       stage.name: sum(before.steps for before in stages[:index])
@@ -60,8 +58,8 @@ class Reporter:
     if not self._speaks:
       return
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.txt").write_text(experiment_lib.dump(experiment))
-    peaks = [peak_flops(device, experiment.model.compute_dtype) for device in jax.local_devices()]
+    (workdir / "config.txt").write_text(experiment_lib.dump(presentation.experiment))
+    peaks = [peak_flops(device, presentation.compute_dtype) for device in jax.local_devices()]
     known = [peak for peak in peaks if peak is not None]
     # All processes have the same devices.
     self._peak = sum(known) * jax.process_count() if len(known) == len(peaks) else None
@@ -71,12 +69,14 @@ class Reporter:
 
   def _open(self, position: Position, carried: list[dict[str, Any]]) -> None:
     self._log = MetricsLog(self._workdir, position.total_steps, carried)
-    stages = self._experiment.stages
-    tokens = sum(stage.steps * stage.tokens_per_batch for stage in stages[position.stage :])
+    stages = self._presentation.experiment.stages[position.stage :]
+    units = [self._presentation.units_per_batch(stage) for stage in stages]
+    ahead = sum(stage.steps * size for stage, size in zip(stages, units))
     self._line = ProgressLine(
+      self._presentation,
       steps_done=position.total_steps,
       steps=self.total_steps,
-      tokens_ahead=tokens - position.step * stages[position.stage].tokens_per_batch,
+      units_ahead=ahead - position.step * units[0],
     )
 
   def say(self, text: str) -> None:
@@ -95,7 +95,7 @@ class Reporter:
     """Goes around the dispatch of step `total_steps`, and names the step in profiles."""
     return self._profiler.step(total_steps)
 
-  def step(self, stage: Stage, step: int, metrics: dict[str, Any], wait: InputWait) -> None:
+  def step(self, stage: AnyStage, step: int, metrics: dict[str, Any], wait: InputWait) -> None:
     """Reports step `step` (counted from 1) of `stage`, whose metrics are NumPy arrays."""
     metrics = {name: value.tolist() for name, value in metrics.items()}
     seconds, starved = self.account.lap("step"), wait.starved(self._last_wait)
@@ -108,38 +108,30 @@ class Reporter:
     self._profiler.finished(self._steps_done)
     if not self._speaks:
       return
-    flops = train_flops(
-      self._experiment.model,
-      **{
-        name: metrics[name]
-        for name in ("tokens", "attended_pairs", "text_targets", "vision_targets")
-      },
-      softmax_range=self._experiment.loss.softmax_range,
-      trained=trained_shares(self._experiment, stage),
-    )
-    record = self._record("train", stage, step)
-    absent = {f"{name}_loss" for name in MODALITIES if metrics[f"{name}_targets"] == 0}
-    record |= {name: value for name, value in metrics.items() if name not in absent}
+    presentation, unit = self._presentation, self._presentation.unit.name
+    record = self._record("train", stage, step) | presentation.recorded(metrics)
     record |= {
       "seconds": seconds,
       "data_seconds": wait.seconds,
       "starved_seconds": starved,
-      "tokens_per_second": metrics["tokens"] / seconds,
+      f"{unit}_per_second": metrics[unit] / seconds,
     }
     if self._peak:
-      record["mfu"] = flops / seconds / self._peak
+      record["mfu"] = presentation.flops(stage, metrics) / seconds / self._peak
     self._log.write(record)
-    self._line.step(record, stage_steps=stage.steps, batch_tokens=stage.tokens_per_batch)
+    batch_units = presentation.units_per_batch(stage)
+    self._line.step(record, stage_steps=stage.steps, batch_units=batch_units)
 
-  def evaluation(self, stage: Stage, step: int, held_out: list[dict[str, Any]]) -> None:
-    """Reports the rows that lwm/report/held_out.py makes."""
+  def evaluation(self, stage: AnyStage, step: int, held_out: list[dict[str, Any]]) -> None:
+    """Reports results on held-out rows, one entry per dataset or per dataset and modality."""
     if not self._speaks:
       return
     self._log.write(self._record("evaluation", stage, step) | {"held_out": held_out})
     if held_out:
-      self.say(f"{stage.name} {step}/{stage.steps} | held out | {held_out_lib.summary(held_out)}")
+      summary = self._presentation.summary(held_out)
+      self.say(f"{stage.name} {step}/{stage.steps} | held out | {summary}")
 
-  def fault(self, stage: Stage, position: Position, event: str, text: str) -> None:
+  def fault(self, stage: AnyStage, position: Position, event: str, text: str) -> None:
     """Reports what went wrong and what was done about it, as a line and a record."""
     self.account.lap("restart")
     if not self._speaks:
@@ -162,13 +154,13 @@ class Reporter:
     if self._speaks:
       self._log.sync()
 
-  def plot(self, stage: Stage) -> None:
+  def plot(self, stage: AnyStage) -> None:
     """Draws the curves of a finished stage."""
     if not self._speaks:
       return
     path = self._workdir / "curves" / f"{stage.name}.png"
     path.parent.mkdir(exist_ok=True)
-    plot_stage(read_metrics(self._workdir / FILE_NAME), stage.name, path)
+    plot_stage(self._presentation, read_metrics(self._workdir / FILE_NAME), stage.name, path)
     self.say(f"curves of {stage.name}: {path}")
 
   def close(self) -> None:
@@ -182,7 +174,7 @@ class Reporter:
       self._line.close()
 
   def finish(self, checkpoint: pathlib.Path) -> None:
-    """Prints the held-out losses, where the time went, and where the files are."""
+    """Prints the held-out results, where the time went, and where the files are."""
     self.close()
     if not self._speaks:
       return
@@ -191,8 +183,9 @@ class Reporter:
       record for record in records if record["kind"] == "evaluation" and record["held_out"]
     ]
     if evaluations:
-      print(f"\nAfter step {evaluations[-1]['total_steps']}, in nats per target:")
-      print(held_out_lib.table(evaluations[-1]["held_out"]))
+      title = self._presentation.held_out_title
+      print(f"\nAfter step {evaluations[-1]['total_steps']}, {title}:")
+      print(self._presentation.table(evaluations[-1]["held_out"]))
     account = [record for record in records if record["kind"] == "goodput"]
     if account:
       print(f"\n{goodput.table(account[-1])}")
@@ -204,7 +197,7 @@ class Reporter:
     if self._speaks:
       self._log.write(self.account.record(self._steps_done))
 
-  def _record(self, kind: str, stage: Stage, step: int) -> dict[str, Any]:
+  def _record(self, kind: str, stage: AnyStage, step: int) -> dict[str, Any]:
     return {
       "kind": kind,
       "stage": stage.name,

@@ -5,16 +5,17 @@ from typing import Any
 
 import tqdm
 
-from lwm.config.batch import MODALITIES
+from lwm.report.presentation import Presentation
 
 
 class ProgressLine:
   """One line per step on stdout and, on a terminal, a bar for the whole run below them."""
 
-  def __init__(self, *, steps_done: int, steps: int, tokens_ahead: int):
-    """`tokens_ahead`: tokens in all remaining steps, to estimate the remaining time."""
-    self._tokens_ahead = tokens_ahead
-    self._tokens_per_second: float | None = None
+  def __init__(self, presentation: Presentation, *, steps_done: int, steps: int, units_ahead: int):
+    """`units_ahead`: units in all remaining steps, to estimate the remaining time."""
+    self._presentation = presentation
+    self._units_ahead = units_ahead
+    self._units_per_second: float | None = None
     self._bar = tqdm.tqdm(
       initial=steps_done,
       total=steps,
@@ -24,15 +25,15 @@ class ProgressLine:
       leave=False,
     )
 
-  def step(self, record: dict[str, Any], *, stage_steps: int, batch_tokens: int) -> None:
+  def step(self, record: dict[str, Any], *, stage_steps: int, batch_units: int) -> None:
     """Prints a train record (see lwm/report/metrics.py)."""
-    self._tokens_ahead -= batch_tokens
-    speed = batch_tokens / record["seconds"]
+    self._units_ahead -= batch_units
+    speed = batch_units / record["seconds"]
     # An exponential average: the first step of a stage may include warming up.
-    previous = self._tokens_per_second or speed
-    self._tokens_per_second = 0.9 * previous + 0.1 * speed
-    eta = duration(self._tokens_ahead / self._tokens_per_second)
-    self.say(step_line(record, stage_steps, eta))
+    previous = self._units_per_second or speed
+    self._units_per_second = 0.9 * previous + 0.1 * speed
+    eta = duration(self._units_ahead / self._units_per_second)
+    self.say(step_line(self._presentation, record, stage_steps, eta))
     self._bar.set_postfix_str(f"{eta} left", refresh=False)
     self._bar.update()
 
@@ -46,19 +47,18 @@ class ProgressLine:
     self._bar.close()
 
 
-def step_line(record: dict[str, Any], stage_steps: int, eta: str) -> str:
+def step_line(
+  presentation: Presentation, record: dict[str, Any], stage_steps: int, eta: str
+) -> str:
   """A train record as one line of text."""
   parts = [f"{record['stage']} {record['step']:>{len(str(stage_steps))}}/{stage_steps}"]
   parts.append(f"loss {record['loss']:.3f}")
-  parts += [
-    f"{modality} {record[f'{modality}_loss']:.3f}"
-    for modality in MODALITIES
-    if f"{modality}_loss" in record
-  ]
+  parts += presentation.columns(record)
   parts.append(f"grad {record['gradient_norm']:.2f}")
   parts.append(f"lr {record['learning_rate']:.1e}")
   parts.append(f"{record['seconds']:.2f} s")
-  parts.append(f"{count(record['tokens_per_second'])} tok/s")
+  unit = presentation.unit
+  parts.append(f"{count(record[f'{unit.name}_per_second'])} {unit.per_second}")
   if "mfu" in record:
     parts.append(f"MFU {record['mfu']:.1%}")
   parts.append(f"{eta} left")

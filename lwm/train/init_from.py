@@ -46,6 +46,7 @@ def initial_params(
   if not experiment.init_from:
     return program.initial_params(experiment.seed), ""
   stored = newest(pathlib.Path(experiment.init_from))
+  stored.require(Experiment)
   theirs, ours = stored.config["model"], dataclasses.asdict(experiment.model)
   absent = [setting for setting in ADDED if theirs[setting] is None]
   may_differ = (*_MAY_DIFFER, *_CHANGEABLE, *absent)
@@ -86,7 +87,7 @@ def _with_added(
   division = added_to(program.state.params, settings)
   added, base = division.split(program.state.params)
   drawn = jax.jit(
-    lambda key: division.split(program.model.init(key))[0],
+    lambda key: division.split(program.objective.model.init(key))[0],
     out_shardings=jax.tree.map(lambda leaf: leaf.sharding, added),
   )(jax.random.key(seed))
   return division.join(drawn, stored.params(base)), num_elements(added)
@@ -95,7 +96,7 @@ def _with_added(
 def _tables(program: StageProgram) -> list[Any]:
   """Paths of the parameters that have one row or column per id."""
   axes = jax.tree_util.tree_flatten_with_path(
-    program.model.logical_axes, is_leaf=lambda node: isinstance(node, tuple)
+    program.objective.model.logical_axes, is_leaf=lambda node: isinstance(node, tuple)
   )[0]
   return [path for path, names in axes if "vocab" in names]
 
@@ -105,7 +106,7 @@ def _fill(program: StageProgram, params: Any, rows: int, seed: int) -> Any:
   shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state.params)
 
   def fill(params: Any, key: jax.Array) -> Any:
-    random = program.model.init(key)
+    random = program.objective.model.init(key)
 
     def merge(axes: tuple[str | None, ...], read: jax.Array, drawn: jax.Array) -> jax.Array:
       if "vocab" not in axes:
@@ -117,7 +118,7 @@ def _fill(program: StageProgram, params: Any, rows: int, seed: int) -> Any:
 
     return jax.tree.map(
       merge,
-      program.model.logical_axes,
+      program.objective.model.logical_axes,
       params,
       random,
       is_leaf=lambda node: isinstance(node, tuple),

@@ -11,17 +11,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lwm.checkpoint.position import START, Position
-from lwm.config.experiment import Experiment
-from lwm.data import Loader
-from lwm.data.dataset import VALIDATION
+from lwm.config.experiment import AnyExperiment
 from lwm.errors import ResumeError
 from lwm.program.stage import StageProgram, build_program
 from lwm.program.state import TrainState
-from lwm.report import held_out
 from lwm.report.goodput import wall_clock
 from lwm.report.input_wait import InputWait
 from lwm.report.terminal import duration
@@ -31,7 +27,7 @@ from lwm.train.run import Run
 
 
 def train(
-  experiment: Experiment,
+  experiment: AnyExperiment,
   workdir: pathlib.Path,
   devices: Sequence[jax.Device] | None = None,
   profile_steps: range = range(0),
@@ -45,9 +41,9 @@ def train(
     profile_steps: steps to trace into WORKDIR/profile, counted over all stages from 1.
 
   Raises:
-    UserError: the workdir belongs to another experiment or cannot be used (see workdir.py), data or
-      tokenizer are missing or damaged, a bad step ends the run (see FaultConfig), or a device has
-      too little memory.
+    UserError: the workdir belongs to another experiment or cannot be used (see workdir.py), data
+      are missing or damaged, a bad step ends the run (see FaultConfig), or a device has too little
+      memory.
     ResumeError: the run was asked to stop and has left a checkpoint, cannot write to the disk, or
       another run uses the workdir.
   """
@@ -84,20 +80,18 @@ class StageLoop:
     self.run = run
     self.program = program
     self.stage = run.experiment.stages[index]
-    self.loader = Loader(run.experiment, index, program.mesh)
+    self.loader = run.task.open_loader(index, program.mesh)
     self._faults = run.experiment.faults
     # Batches from the current position on, or None where the position has moved.
     self._batches: Iterator[dict[str, jax.Array]] | None = None
-    for line in self.loader.report():
+    for line in run.task.notes(program, self.loader):
       run.reporter.say(line)
-    if trained := program.trained_text():
-      run.reporter.say(f"{self.stage.name} | {trained}")
     with run.reporter.account.spend("compile"):
       self.train_step = self._compile()
 
   def train(self, state: TrainState, position: Position) -> tuple[TrainState, Position]:
     """Runs the rest of the stage, evaluating and saving by their periods and at its end."""
-    run, stage = self.run, self.stage
+    run, program, stage = self.run, self.program, self.stage
     evaluate_every = run.experiment.evaluation.every_steps
     save_every = run.experiment.checkpoint.every_steps
     rollbacks = 0
@@ -119,7 +113,11 @@ class StageLoop:
       last = position.step == stage.steps
       if last or (position.step == stop and stop % evaluate_every == 0):
         with run.reporter.account.spend("evaluation"):
-          run.reporter.evaluation(stage, stop, self._held_out(state))
+          held_out = run.task.held_out(program, self.loader, state.params)
+          run.reporter.evaluation(stage, stop, held_out)
+          if last:
+            for line in run.task.write_results(run.workdir, program, self.loader, state.params):
+              run.reporter.say(line)
       at_period = position.step == stop and stop % save_every == 0
       if last or at_period or (run.notice.reason and position.step and not bad):
         run.save(state, position)
@@ -220,29 +218,13 @@ class StageLoop:
     """Compiles the train step before the first batch, so that no step's time includes it."""
     program, stage = self.program, self.stage
     started = time.perf_counter()
-    batch = program.abstract_batch(stage.rows_per_batch, stage.sequence_length)
-    limit = jax.ShapeDtypeStruct((), jnp.float32)
-    compiled = program.train_step.lower(program.state, batch, limit).compile()
+    compiled = program.trace().lower().compile()
     axes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1)
     self.run.reporter.say(
-      f"{stage.name}: {stage.sequence_length} tokens x {stage.rows_per_batch} rows, mesh "
-      f"{axes or 'of one device'}, compiled in {duration(time.perf_counter() - started)}"
+      f"{stage.name}: {self.run.task.batch_text(stage)}, mesh {axes or 'of one device'}, compiled "
+      f"in {duration(time.perf_counter() - started)}"
     )
     return compiled
-
-  def _held_out(self, state: TrainState) -> list[dict[str, Any]]:
-    """Held-out losses of the stage's datasets: see lwm/report/held_out.py."""
-    return [
-      row
-      for name in self.loader.evaluation_datasets
-      for row in held_out.losses(
-        state.params,
-        self.program.evaluation_step,
-        self.loader.evaluation_batches(name),
-        name,
-        self.loader.datasets[name].unigram_entropy(VALIDATION),
-      )
-    ]
 
 
 def next_multiple(step: int, period: int) -> int:

@@ -1,8 +1,6 @@
 """One attempt at an experiment in its working directory: what stays the same from step to step."""
 
 import contextlib
-import hashlib
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -10,21 +8,17 @@ from typing import Any
 import jax
 
 from lwm.checkpoint.checkpoints import Checkpoints
-from lwm.checkpoint.identity import Identity
 from lwm.checkpoint.position import START, Position
 from lwm.checkpoint.reader import DIRECTORY
-from lwm.config.experiment import Experiment
-from lwm.data import Dataset, load_tokenizer, open_datasets
-from lwm.data.tokenizer import tokenizer_files
+from lwm.config.experiment import AnyExperiment
 from lwm.errors import ResumeError
 from lwm.program.stage import StageProgram
 from lwm.program.state import TrainState
-from lwm.program.trainable import check_trainable
 from lwm.report.reporter import Reporter
 from lwm.train.disk import bad_disk_explained
 from lwm.train.faults import check_tolerated
-from lwm.train.init_from import initial_params
 from lwm.train.stop import StopNotice
+from lwm.train.task import task_of
 from lwm.train.workdir import held
 
 
@@ -36,6 +30,7 @@ class Run:
 
   Attributes:
     experiment: validated, and checked against the devices.
+    task: what depends on the kind of experiment.
     workdir: created if needed; held by this run alone while the `with` lasts.
     devices: all devices unless given.
     identity: what a checkpoint must agree with.
@@ -47,7 +42,7 @@ class Run:
 
   def __init__(
     self,
-    experiment: Experiment,
+    experiment: AnyExperiment,
     workdir: pathlib.Path,
     devices: Sequence[jax.Device] | None = None,
     profile_steps: range = range(0),
@@ -60,12 +55,13 @@ class Run:
       profile_steps: steps to trace into WORKDIR/profile, counted over all stages from 1.
 
     Raises:
-      UserError: a dataset or the tokenizer is missing, or they do not belong together.
+      UserError: data are missing, or do not fit the experiment.
     """
     self.experiment = experiment
     self.workdir = workdir
     self.devices = devices
-    self.identity = run_identity(experiment)
+    self.task = task_of(experiment)
+    self.identity = self.task.identity()
     self.notice = StopNotice()
     self._profile_steps = profile_steps
 
@@ -86,7 +82,7 @@ class Run:
       )
       self.resumed, notes = self.checkpoints.latest(self.identity)
       position = self.resumed or START
-      self.reporter = Reporter(experiment, self.workdir, position, self._profile_steps)
+      self.reporter = Reporter(self.task.presentation, self.workdir, position, self._profile_steps)
       for note in notes:
         self.reporter.fault(experiment.stages[position.stage], position, "checkpoint", note)
       self._stack = stack.pop_all()
@@ -104,8 +100,8 @@ class Run:
 
     1. A checkpoint of the workdir. Inside the stage it gives the whole state; from the end of the
        stage before it gives the parameters.
-    2. `Experiment.init_from`: the parameters of another run (see init_from.py).
-    3. Random parameters drawn from `Experiment.seed`.
+    2. `init_from` of the experiment: the parameters of another run (see `Task.initial_params`).
+    3. Random parameters drawn from the experiment's seed.
 
     Args:
       program: of the stage.
@@ -113,7 +109,7 @@ class Run:
       checkpoint: position of the checkpoint to use, or None.
     """
     if checkpoint is None:
-      params, origin = initial_params(self.experiment, program, self.identity.tokenizer)
+      params, origin = self.task.initial_params(program, self.identity)
       if origin:
         self.reporter.say(origin)
       return program.fresh_state(params), START
@@ -154,23 +150,3 @@ class Run:
       what: which step is bad, and why.
     """
     check_tolerated(self.experiment.faults, in_a_row, what, self.checkpoints.newest)
-
-
-def run_identity(experiment: Experiment) -> Identity:
-  """Reads what tells this run from others.
-
-  Raises:
-    UserError: the tokenizer or a dataset is missing, or does not fit the experiment.
-  """
-  tokenizer = load_tokenizer(experiment.tokenizer)
-  manifests = {}
-  for config in experiment.datasets:
-    dataset = Dataset(config.path)
-    dataset.check_tokenizer(tokenizer)
-    text = json.dumps(dataset.manifest, sort_keys=True)
-    manifests[config.name] = hashlib.sha256(text.encode()).hexdigest()
-  # A stage that cannot run is an error before the stages ahead of it are trained.
-  check_trainable(experiment)
-  for stage in experiment.stages:
-    open_datasets(experiment, stage)
-  return Identity(experiment, tokenizer_files(tokenizer.path), manifests)

@@ -44,14 +44,14 @@ def losses(num_devices: int, mesh: dict[str, int]) -> list[float]:
   experiment, stage = planned(mesh)
   check_devices(experiment, num_devices)
   program = build_program(experiment, stage, jax.devices()[:num_devices])
-  order_S = program.layout.permutation(LENGTH)
+  order_S = program.objective.layout.permutation(LENGTH)
   found = []
   with jax.set_mesh(program.mesh):
     state = program.fresh_state(program.initial_params(seed=0))
     for seed in range(stage.steps):
       batch = random_batch(np.random.default_rng(seed), experiment.model)
       batch = {
-        name: jax.device_put(array_BxS[:, order_S], program.batch_sharding)
+        name: jax.device_put(array_BxS[:, order_S], program.batch[name].sharding)
         for name, array_BxS in batch.items()
       }
       state, metrics = program.train_step(state, batch)

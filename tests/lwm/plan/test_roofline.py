@@ -69,7 +69,7 @@ def test_flops_and_seconds(v5p):
   assert roofline.seconds["compute"] == pytest.approx(compute)
   assert roofline.step_seconds == pytest.approx(sum(roofline.seconds.values()))
   assert roofline.mfu == pytest.approx((products + attention) / peak / roofline.step_seconds)
-  assert roofline.tokens_per_second_per_chip == pytest.approx(TOKENS / roofline.step_seconds / 4)
+  assert roofline.rate_per_chip == pytest.approx(TOKENS / roofline.step_seconds / 4)
 
 
 @pytest.mark.parametrize(

@@ -126,8 +126,8 @@ def test_split_rows_moves_nothing_between_devices(experiment):
   program = build_program(experiment, stage)
   array_BxS = np.arange(8 * 64).reshape(8, 64)
   with jax.set_mesh(program.mesh):
-    batch = {"tokens": jax.device_put(array_BxS, program.batch_sharding)}
-    split = jax.jit(lambda batch: split_rows(batch, 2, program.model.rules))
+    batch = {"tokens": jax.device_put(array_BxS, program.batch["tokens"].sharding)}
+    split = jax.jit(lambda batch: split_rows(batch, 2, program.objective.model.rules))
     parts_AxBxS = split(batch)["tokens"]
     text = split.lower(batch).compile().as_text()
   assert not any(name in text for name in ("all-gather", "all-to-all", "collective-permute"))

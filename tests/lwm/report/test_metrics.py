@@ -5,13 +5,16 @@ import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
+from configs import laptop
 from lwm.errors import UserError
 from lwm.report.held_out import by_modality, summary, table
+from lwm.report.language import LanguagePresentation
 from lwm.report.metrics import FILE_NAME, MetricsLog, read_metrics
 from lwm.report.plots import plot_stage
 from lwm.report.tensorboard import EventFile
 from lwm.report.terminal import count, duration, step_line
 
+PRESENTATION = LanguagePresentation(laptop.get_config())
 HELD_OUT = [
   {"dataset": "books", "modality": "text", "loss": 2.0, "unigram_entropy": 5.0, "targets": 300},
   {"dataset": "film", "modality": "text", "loss": 6.0, "unigram_entropy": 1.0, "targets": 100},
@@ -114,7 +117,7 @@ def test_an_event_file_is_one_that_tensorboard_reads(tmp_path):
 
 def test_curves(tmp_path):
   path = tmp_path / "a.png"
-  plot_stage([record(1), record(2), evaluation(2), record(3, "b")], "a", path)
+  plot_stage(PRESENTATION, [record(1), record(2), evaluation(2), record(3, "b")], "a", path)
   with Image.open(path) as image:
     assert image.size == (960, 720)
     assert len(image.convert("RGB").getcolors(1 << 20)) > 10
@@ -139,7 +142,7 @@ def test_held_out_means_count_targets():
 
 
 def test_step_line():
-  line = step_line(record(2) | {"mfu": 0.314}, 200, "3m05s")
+  line = step_line(PRESENTATION, record(2) | {"mfu": 0.314}, 200, "3m05s")
   assert line == (
     "a   2/200 | loss 2.500 | text 2.000 | grad 1.00 | lr 1.0e-03 | 0.50 s | 1k tok/s | "
     "MFU 31.4% | 3m05s left"

@@ -1,0 +1,133 @@
+"""The task of a VQGAN's run."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from lwm.checkpoint.identity import Identity, first_difference, manifest_digest
+from lwm.checkpoint.reader import newest
+from lwm.config.experiment import VQGANExperiment, VQGANStage
+from lwm.data.frame_loader import FrameLoader, open_frames
+from lwm.data.frames import FrameDataset
+from lwm.errors import UserError
+from lwm.parallel.mesh import make_mesh
+from lwm.parallel.sharding import MeshConfig
+from lwm.program.stage import StageProgram
+from lwm.report.presentation import Record
+from lwm.report.vqgan import VQGANPresentation
+from lwm.vision.codec import Codec, save_vqgan
+from lwm.vision.pictures import save_contact_sheet
+
+# In the workdir.
+VQGAN_FILE = "vqgan.npz"
+_SHEETS = "reconstructions"
+_FRAMES_IN_SHEET = 6
+
+
+class VQGANTask:
+  """See `lwm.train.task.Task`."""
+
+  def __init__(self, experiment: VQGANExperiment):
+    self._experiment = experiment
+    self.presentation = VQGANPresentation(experiment)
+
+  def identity(self) -> Identity:
+    """Reads the manifests of the datasets.
+
+    Raises:
+      UserError: a dataset is missing, or does not fit the experiment.
+    """
+    experiment = self._experiment
+    manifests = {
+      config.name: manifest_digest(FrameDataset(config.path).manifest)
+      for config in experiment.datasets
+    }
+    for stage in experiment.stages:
+      open_frames(experiment, stage)
+    return Identity(experiment, {}, manifests)
+
+  def initial_params(self, program: StageProgram, identity: Identity) -> tuple[Any, str]:
+    """Random parameters, or all that another run with the same VQGAN has learnt.
+
+    Raises:
+      UserError: `init_from` has no checkpoint, or holds another VQGAN.
+    """
+    experiment = self._experiment
+    if not experiment.init_from:
+      return program.initial_params(experiment.seed), ""
+    stored = newest(pathlib.Path(experiment.init_from))
+    theirs = dataclasses.asdict(stored.vqgan_experiment.vqgan)
+    difference = first_difference(theirs, dataclasses.asdict(experiment.vqgan), "vqgan")
+    if difference:
+      raise UserError(
+        f"config.init_from={experiment.init_from} holds a VQGAN with {difference}: change the "
+        "config, or initialise from another run."
+      )
+    return stored.params(program.state.params), f"initial parameters: {stored.path}"
+
+  def open_loader(self, index: int, mesh: Mesh) -> FrameLoader:
+    return FrameLoader(self._experiment, index, mesh)
+
+  def notes(self, program: StageProgram, loader: FrameLoader) -> list[str]:
+    return loader.report()
+
+  def batch_text(self, stage: VQGANStage) -> str:
+    side = self._experiment.vqgan.resolution
+    return f"{stage.frames_per_batch} frames of {side}x{side} pixels"
+
+  def held_out(self, program: StageProgram, loader: FrameLoader, params: Any) -> list[Record]:
+    """Results on the held-out frames of each dataset."""
+    rows = []
+    for name in loader.evaluation_datasets:
+      # All batches are dispatched before the first result is waited for.
+      sums = [program.evaluation_step(params, batch) for batch in loader.evaluation_batches(name)]
+      total = jax.tree.map(
+        lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *jax.device_get(sums)
+      )
+      rows.append({"dataset": name} | results(total))
+    return rows
+
+  def write_results(
+    self, workdir: pathlib.Path, program: StageProgram, loader: FrameLoader, params: Any
+  ) -> list[str]:
+    """Writes the VQGAN's file, and a sheet of held-out frames, each above its reconstruction."""
+
+    def variables(params: Any) -> Any:
+      whole = jax.tree.map(lambda leaf: jax.reshard(leaf, PartitionSpec()), params)
+      return program.objective.vqgan.variables(whole)
+
+    saved = jax.jit(variables)(params)
+    if jax.process_index() != 0:
+      return []
+    path = workdir / VQGAN_FILE
+    save_vqgan(path, self._experiment.vqgan, jax.device_get(saved))
+    lines = [f"VQGAN: {path}"]
+    rows = []
+    # No other process takes part.
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices()[:1])):
+      codec = Codec(path, _FRAMES_IN_SHEET)
+      for name in loader.evaluation_datasets:
+        truth = np.stack([loader.held_out(name, index) for index in range(_FRAMES_IN_SHEET)])
+        rows += [truth, codec.decode(codec.encode(truth))]
+    if rows:
+      sheet = workdir / _SHEETS / f"{loader.stage.name}.png"
+      save_contact_sheet(sheet, rows)
+      lines.append(f"held-out frames, each above its reconstruction: {sheet}")
+    return lines
+
+
+def results(sums: dict[str, np.ndarray]) -> Record:
+  """The record of an evaluation, from the sums of `VQGANObjective.evaluate`."""
+  wins_V, frames = sums["wins"], float(sums["frames"])
+  share_V = wins_V[wins_V > 0] / wins_V.sum()
+  return {
+    "psnr": float(10 * np.log10(255**2 * frames / sums["squared_error"])),
+    "ssim": float(sums["ssim"] / frames),
+    "usage": float((wins_V > 0).mean()),
+    "codebook_perplexity": float(np.exp(-(share_V * np.log(share_V)).sum())),
+    "frames": int(frames),
+  }
