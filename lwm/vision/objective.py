@@ -280,9 +280,8 @@ class VQGANObjective:
 
   @functools.cached_property
   def _graph(self) -> tuple[Any, nnx.State, nnx.State]:
-    return nnx.split(
-      nnx.eval_shape(lambda: VQGAN(self.config, rngs=nnx.Rngs(0))), nnx.Param, Codebook
-    )
+    model = nnx.eval_shape(lambda: VQGAN(self.config, rngs=nnx.Rngs(0)))
+    return nnx.graphdef(model), nnx.state(model, nnx.Param), nnx.state(model, Codebook)
 
   def _model(self, generator: Params, table_VxE: jax.Array | None = None) -> VQGAN:
     """The network of these parameters; without a table, it can only compute with latents."""

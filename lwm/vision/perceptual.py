@@ -43,7 +43,7 @@ def load_network(path: str | os.PathLike) -> dict[str, np.ndarray]:
   except (OSError, ValueError, zipfile.BadZipFile) as error:
     raise UserError(f"perceptual_file={path} is not a file of arrays (.npz): {error}.") from error
   channels = 3
-  expected = {"mean": (3,), "std": (3,)}
+  expected: dict[str, tuple[int, ...]] = {"mean": (3,), "std": (3,)}
   for name in _convolutions(weights):
     kernel = weights[f"{name}.kernel"]
     outputs = kernel.shape[-1] if kernel.ndim else 0
