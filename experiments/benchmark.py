@@ -36,6 +36,7 @@ from experiments import flags as experiment_flags
 from experiments.runtime import devices, use_compilation_cache
 from kernels import benchmarks
 from lwm.benchmark import measure_stage, this_machine
+from lwm.config.experiment import Experiment
 from lwm.config.validate import check_devices, validate
 from lwm.convert import benchmark as conversions
 from lwm.cost.peak import peak_flops
@@ -58,6 +59,8 @@ def train() -> None:
   experiment = _CONFIG.value
   if experiment is None:
     raise UserError("train: name the experiment to measure with --config=FILE.")
+  if not isinstance(experiment, Experiment):
+    raise UserError("train: this measures language models; name the config of one.")
   validate(experiment)
   check_devices(experiment, len(devices()))
   use_compilation_cache()

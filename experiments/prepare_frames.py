@@ -15,50 +15,29 @@ of what they have made:
     python -m experiments.prepare_frames ...
 """
 
-import os
 import sys
-import time
 
 from absl import flags
 
-from experiments import flags as experiment_flags, shards
+from experiments import decoding, flags as experiment_flags, shards
 from lwm.data.dataset import TRAIN, VALIDATION
-from lwm.data.film_job import PartReport
 from lwm.data.films import digest, read_films
 from lwm.data.frame_job import FrameJob
 from lwm.data.frame_parts import FrameParts
 from lwm.data.frames import FrameDataset
 from lwm.errors import UserError
-from lwm.vision import decoders
 
 _INPUT = flags.DEFINE_string("input", None, "Folder of films, or a manifest.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to make.", required=True)
 _RESOLUTION = flags.DEFINE_integer(
   "resolution", 256, "Pixels along one side of a frame.", lower_bound=1
 )
-_FRAMES_PER_SECOND = flags.DEFINE_float(
-  "frames_per_second", 4.0, "Frames to take per second of film.", lower_bound=1e-6
-)
-_MAX_FRAMES = flags.DEFINE_integer(
-  "max_frames", 100_000, "A film with more frames is bad.", lower_bound=1
-)
-_TIMEOUT = flags.DEFINE_float(
-  "timeout", 60.0, "A film is bad after this many seconds without a frame.", lower_bound=1e-3
-)
-_DECODERS = flags.DEFINE_integer(
-  "decoders", os.cpu_count() or 1, "Processes that decode films, one at a time each.", lower_bound=1
-)
-_FILMS_PER_PART = flags.DEFINE_integer(
-  "films_per_part",
-  64,
-  "Films to write at a time; a killed command makes its unfinished parts again.",
-  lower_bound=1,
-)
 _VALIDATION_FRACTION = flags.DEFINE_float(
   "validation_fraction", 0.05, "Share of each film to hold out, at its end."
 )
 _SHARDS = shards.Shards()
-flags.adopt_module_key_flags(shards)
+for module in (decoding, shards):
+  flags.adopt_module_key_flags(module)
 
 
 def main(argv: list[str]) -> None:
@@ -74,15 +53,19 @@ def main(argv: list[str]) -> None:
     _RESOLUTION.value,
     {
       "input": digest(films),
-      "frames_per_second": _FRAMES_PER_SECOND.value,
-      "max_frames": _MAX_FRAMES.value,
-      "films_per_part": _FILMS_PER_PART.value,
+      "frames_per_second": decoding.FRAMES_PER_SECOND.value,
+      "max_frames": decoding.MAX_FRAMES.value,
+      "films_per_part": decoding.FILMS_PER_PART.value,
       "validation_fraction": _VALIDATION_FRACTION.value,
     },
   )
-  count = -(-len(films) // _FILMS_PER_PART.value)
+  films_per_part = decoding.FILMS_PER_PART.value
+  assert films_per_part  # It has a default.
+  count = -(-len(films) // films_per_part)
   numbers = [n for n in range(count) if _SHARDS.is_mine(n) and not parts.is_complete(n)]
-  _make(FrameJob(films, _FILMS_PER_PART.value, parts, _VALIDATION_FRACTION.value), numbers)
+  job = FrameJob(films, films_per_part, parts, _VALIDATION_FRACTION.value)
+  with decoding.new_decoders(_RESOLUTION.value) as pool:
+    job.run(numbers, pool, decoding.part_printer(len(numbers)))
   if is_share:
     _SHARDS.print_complete()
     return
@@ -93,29 +76,6 @@ def main(argv: list[str]) -> None:
   bad = dataset.manifest["bad_records"]
   report = f" (see {dataset.path / 'bad_records.jsonl'})" if bad else ""
   print(f"{bad:,} bad films{report}; dataset: {dataset.path}")
-
-
-def _make(job: FrameJob, numbers: list[int]) -> None:
-  """Makes parts, and prints a line for each."""
-  start = time.monotonic()
-  frames = parts = 0
-
-  def report(part: PartReport) -> None:
-    nonlocal frames, parts
-    frames, parts = frames + part.frames, parts + 1
-    rate = frames / (time.monotonic() - start)
-    print(
-      f"part {part.number}: {part.films:,} films, {part.bad_films:,} of them bad, "
-      f"{part.frames:,} frames; {parts:,} of {len(numbers):,} parts, {rate:,.0f} frames/s",
-      flush=True,
-    )
-
-  decoding = decoders.settings(
-    _RESOLUTION.value, _FRAMES_PER_SECOND.value, _MAX_FRAMES.value, _TIMEOUT.value
-  )
-  assert _DECODERS.value  # It has a default.
-  with decoders.Decoders(_DECODERS.value, decoding) as pool:
-    job.run(numbers, pool, report)
 
 
 if __name__ == "__main__":

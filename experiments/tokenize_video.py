@@ -12,25 +12,22 @@ makes the dataset of what they have made:
     python -m experiments.tokenize_video ...
 """
 
-import os
 import sys
-import time
 
 import jax
 from absl import flags
 
-from experiments import flags as experiment_flags, shards
+from experiments import decoding, flags as experiment_flags, shards
 from experiments.runtime import devices, use_compilation_cache
 from lwm.data.dataset import Dataset
 from lwm.data.film_documents import FilmDocuments
-from lwm.data.film_job import FilmJob, PartReport
+from lwm.data.film_job import FilmJob
 from lwm.data.film_throughput import throughput
 from lwm.data.films import digest, read_films
 from lwm.data.parts import Vocabulary
 from lwm.data.tokenizer import load_tokenizer
 from lwm.data.writer import DatasetParts
 from lwm.errors import UserError
-from lwm.vision import decoders
 from lwm.vision.codec import Codec
 from lwm.vision.frame_encoder import FrameEncoder
 
@@ -40,26 +37,8 @@ _VQGAN = flags.DEFINE_string("vqgan", None, "The VQGAN's file.", required=True)
 _TOKENIZER = flags.DEFINE_string(
   "tokenizer", None, "A *.model or tokenizer.json file.", required=True
 )
-_FRAMES_PER_SECOND = flags.DEFINE_float(
-  "frames_per_second", 4.0, "Frames to take per second of film; LWM takes 4.", lower_bound=1e-6
-)
-_MAX_FRAMES = flags.DEFINE_integer(
-  "max_frames", 100_000, "A film with more frames is bad.", lower_bound=1
-)
-_TIMEOUT = flags.DEFINE_float(
-  "timeout", 60.0, "A film is bad after this many seconds without a frame.", lower_bound=1e-3
-)
-_DECODERS = flags.DEFINE_integer(
-  "decoders", os.cpu_count() or 1, "Processes that decode films, one at a time each.", lower_bound=1
-)
 _FRAMES_PER_DEVICE = flags.DEFINE_integer(
   "frames_per_device", 32, "Frames that a device encodes at a time.", lower_bound=1
-)
-_FILMS_PER_PART = flags.DEFINE_integer(
-  "films_per_part",
-  64,
-  "Films to write at a time; a killed command makes its unfinished parts again.",
-  lower_bound=1,
 )
 _VALIDATION_FRACTION = flags.DEFINE_float(
   "validation_fraction", 0.0, "Share of the films to hold out, chosen by hash of their paths."
@@ -71,41 +50,14 @@ _THROUGHPUT_SECONDS = flags.DEFINE_float(
   lower_bound=0.1,
 )
 _SHARDS = shards.Shards()
-flags.adopt_module_key_flags(shards)
+for module in (decoding, shards):
+  flags.adopt_module_key_flags(module)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice among several captions.")
 
 
 def _new_encoder(codec: Codec) -> FrameEncoder:
   use_compilation_cache()
   return FrameEncoder(codec, jax.local_devices(), _FRAMES_PER_DEVICE.value)
-
-
-def _new_decoders(codec: Codec) -> decoders.Decoders:
-  decoding = decoders.settings(
-    codec.config.resolution, _FRAMES_PER_SECOND.value, _MAX_FRAMES.value, _TIMEOUT.value
-  )
-  assert _DECODERS.value  # It has a default.
-  return decoders.Decoders(_DECODERS.value, decoding)
-
-
-def _make(job: FilmJob, numbers: list[int], codec: Codec) -> None:
-  """Makes parts, and prints a line for each."""
-  start = time.monotonic()
-  frames = parts = 0
-
-  def report(part: PartReport) -> None:
-    nonlocal frames, parts
-    frames, parts = frames + part.frames, parts + 1
-    rate = frames / (time.monotonic() - start)
-    print(
-      f"part {part.number}: {part.films:,} films, {part.bad_films:,} of them bad, "
-      f"{part.frames:,} frames; {parts:,} of {len(numbers):,} parts, {rate:,.0f} frames/s",
-      flush=True,
-    )
-
-  encoder = _new_encoder(codec)
-  with _new_decoders(codec) as pool:
-    job.run(numbers, pool, encoder, report)
 
 
 def main(argv: list[str]) -> None:
@@ -120,7 +72,10 @@ def main(argv: list[str]) -> None:
   films = read_films(_INPUT.value)
   if _THROUGHPUT_SECONDS.value:
     rates = throughput(
-      films, lambda: _new_decoders(codec), _new_encoder(codec), _THROUGHPUT_SECONDS.value
+      films,
+      lambda: decoding.new_decoders(codec.config.resolution),
+      _new_encoder(codec),
+      _THROUGHPUT_SECONDS.value,
     )
     for name, rate in rates:
       print(f"{name}: {rate:,.1f} frames/s", flush=True)
@@ -131,24 +86,26 @@ def main(argv: list[str]) -> None:
     Vocabulary(tokenizer, codec.sha256, layout),
     {
       "input": digest(films),
-      "frames_per_second": _FRAMES_PER_SECOND.value,
-      "max_frames": _MAX_FRAMES.value,
-      "films_per_part": _FILMS_PER_PART.value,
+      "frames_per_second": decoding.FRAMES_PER_SECOND.value,
+      "max_frames": decoding.MAX_FRAMES.value,
+      "films_per_part": decoding.FILMS_PER_PART.value,
       "validation_fraction": _VALIDATION_FRACTION.value,
       "seed": _SEED.value,
     },
   )
   job = FilmJob(
     films,
-    _FILMS_PER_PART.value,
+    decoding.FILMS_PER_PART.value,
     parts,
     FilmDocuments(tokenizer, layout, _SEED.value),
     _VALIDATION_FRACTION.value,
   )
-  count = -(-len(films) // _FILMS_PER_PART.value)
+  count = -(-len(films) // decoding.FILMS_PER_PART.value)
   numbers = [n for n in range(count) if _SHARDS.is_mine(n) and not parts.is_complete(n)]
   if numbers:
-    _make(job, numbers, codec)
+    encoder = _new_encoder(codec)
+    with decoding.new_decoders(codec.config.resolution) as pool:
+      job.run(numbers, pool, encoder, decoding.part_printer(len(numbers)))
   if is_share:
     _SHARDS.print_complete()
     return

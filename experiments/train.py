@@ -1,6 +1,7 @@
-"""Trains an experiment; the same command resumes it from the newest checkpoint in its workdir.
+"""Trains a language model or a VQGAN; the same command resumes from the workdir's last checkpoint.
 
     python -m experiments.train --config=configs/laptop.py --workdir=runs/laptop
+    python -m experiments.train --config=configs/vqgan_lwm.py --workdir=runs/vqgan
 
 Every setting is a flag: --config.optimizer.peak_learning_rate=1e-3, --config.stages[0].steps=10.
 On several hosts, start the same command on each. On a TPU pod, under SLURM or in an indexed

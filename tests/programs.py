@@ -23,7 +23,7 @@ LIBRARIES = (
   "lwm.train.loop",
   "lwm.infer",
   "lwm.plan",
-  "lwm.vision.fit",
+  "lwm.vision.codec",
   "tensorflow_datasets",
   "pyarrow.parquet",
 )

@@ -184,37 +184,3 @@ class VQGANLossConfig:
         f"perceptual_file={self.perceptual_file!r} is not used while perceptual_weight=0: change "
         "one."
       )
-
-
-@dataclasses.dataclass
-class VQGANTrainingConfig:
-  """How a VQGAN is trained; see `lwm.vision.train`."""
-
-  steps: int = 800
-  # Number of first steps without quantization; the codebook then starts from clusters of latents.
-  continuous_steps: int = 200
-  batch_size: int = 8
-  peak_learning_rate: float = 2e-3
-  warmup_steps: int = 20
-  commitment_weight: float = 0.25
-  # Decay per step of the moving averages that make the code vectors.
-  codebook_decay: float = 0.97
-  # A code is replaced by a latent when it wins less than this share of an even split of the batch.
-  restart_share: float = 0.02
-
-  def validate(self) -> None:
-    """Raises ValueError, naming the settings that are wrong or contradict each other."""
-    if self.batch_size < 1:
-      raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
-    if not self.peak_learning_rate > 0:
-      raise ValueError(f"peak_learning_rate={self.peak_learning_rate} must be positive.")
-    if not self.commitment_weight >= 0:
-      raise ValueError(f"commitment_weight={self.commitment_weight} must not be negative.")
-    for name in ("codebook_decay", "restart_share"):
-      if not 0 <= getattr(self, name) < 1:
-        raise ValueError(f"{name}={getattr(self, name)} is not in [0, 1).")
-    for name in ("warmup_steps", "continuous_steps"):
-      if not 0 <= getattr(self, name) < self.steps:
-        raise ValueError(
-          f"{name}={getattr(self, name)} is not in [0, steps), steps={self.steps}: change one."
-        )

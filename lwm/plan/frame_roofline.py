@@ -2,8 +2,6 @@
 
 import math
 
-import jax
-
 from lwm.config.experiment import VQGANExperiment, VQGANStage
 from lwm.cost.chips import Chip
 from lwm.cost.layer import FLOAT32_BYTES

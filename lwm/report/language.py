@@ -73,4 +73,4 @@ class LanguagePresentation:
         ends = [(min(steps), entropy), (max(steps), entropy)]
         dashed = {"color": color, "linestyle": "--", "linewidth": 1}
         curves.append(Curve(f"{modality}, unigram entropy", ends, dashed))
-    return [Panel("loss (nats per target)", curves)]
+    return [Panel("loss (nats per target)", curves, 3)]

@@ -24,9 +24,9 @@ def plot_stage(
   rates = [(r["step"], r["learning_rate"]) for r in train]
   rate = Panel("learning rate", [Curve("", rates, {"color": "black"})])
   panels = [*presentation.panels(train, evaluations), rate]
-  figure = Figure(figsize=(8, 6), layout="constrained")
+  heights = [panel.height for panel in panels]
+  figure = Figure(figsize=(8, 1.5 * sum(heights)), layout="constrained")
   FigureCanvasAgg(figure)
-  heights = (3, *[1] * (len(panels) - 1))
   subplots = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights)
   for axes, panel in zip(subplots, panels):
     for curve in panel.curves:
@@ -34,7 +34,7 @@ def plot_stage(
     axes.set_ylabel(panel.label)
     axes.grid(alpha=0.3)
     if panel is not rate:
-      axes.legend(fontsize="small")
+      axes.legend(fontsize="small", ncols=1 + len(panel.curves) // 4)
   subplots[0].set_title(stage)
   subplots[-1].set_xlabel("step")
   subplots[-1].set_ylim(bottom=0)

@@ -31,10 +31,11 @@ class Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
-  """A part of a plot."""
+  """A part of a plot; `height` is relative to that of the learning rate."""
 
   label: str
   curves: list[Curve]
+  height: int = 1
 
 
 class Presentation(Protocol):
@@ -71,4 +72,4 @@ class Presentation(Protocol):
     """Held-out results as a table."""
 
   def panels(self, train: list[Record], evaluations: list[Record]) -> list[Panel]:
-    """The curves of a stage, from its train and evaluation records, the largest panel first."""
+    """The curves of a stage, from its train and evaluation records."""

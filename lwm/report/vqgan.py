@@ -70,7 +70,7 @@ class VQGANPresentation:
   def panels(self, train: list[Record], evaluations: list[Record]) -> list[Panel]:
     """PSNR and codebook usage, in training and on each dataset's held-out frames; the losses."""
     panels = []
-    for name, label in (("psnr", "PSNR (dB)"), ("usage", "codebook usage")):
+    for name, label, height in (("psnr", "PSNR (dB)", 2), ("usage", "codebook usage", 1)):
       points = [(record["step"], record[name]) for record in train]
       curves = [Curve("train", points, {"linewidth": 0.8, "alpha": 0.6})]
       for dataset in sorted(
@@ -83,17 +83,18 @@ class VQGANPresentation:
           if row["dataset"] == dataset
         ]
         curves.append(Curve(f"{dataset}, held out", points, {"marker": "o"}))
-      panels.append(Panel(label, curves))
+      panels.append(Panel(label, curves, height))
     losses = [
       name
-      for name, value in train[-1].items()
+      for record in train[-1:]
+      for name, value in record.items()
       if isinstance(value, float) and name not in _NO_LOSSES
     ]
     curves = [
       Curve(name, [(record["step"], record[name]) for record in train], {"linewidth": 0.8})
       for name in losses
     ]
-    return [*panels, Panel("losses", curves)]
+    return [*panels, Panel("losses", curves, 2)]
 
 
 def _texts(row: Record) -> list[str]:

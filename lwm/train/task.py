@@ -3,7 +3,6 @@
 import pathlib
 from typing import Any, Protocol
 
-import jax
 from jax.sharding import Mesh
 
 from lwm.checkpoint.identity import Identity

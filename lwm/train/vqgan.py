@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 from jax.sharding import Mesh, PartitionSpec
 
 from lwm.checkpoint.identity import Identity, first_difference, manifest_digest
@@ -19,12 +20,11 @@ from lwm.parallel.sharding import MeshConfig
 from lwm.program.stage import StageProgram
 from lwm.report.presentation import Record
 from lwm.report.vqgan import VQGANPresentation
-from lwm.vision.codec import Codec, save_vqgan
+from lwm.vision.codec import FILE_NAME, Codec, save_vqgan
 from lwm.vision.pictures import save_contact_sheet
 
 # In the workdir.
-VQGAN_FILE = "vqgan.npz"
-_SHEETS = "reconstructions"
+SHEETS = "reconstructions"
 _FRAMES_IN_SHEET = 6
 
 
@@ -62,6 +62,9 @@ class VQGANTask:
     stored = newest(pathlib.Path(experiment.init_from))
     theirs = dataclasses.asdict(stored.vqgan_experiment.vqgan)
     difference = first_difference(theirs, dataclasses.asdict(experiment.vqgan), "vqgan")
+    ours = traverse_util.flatten_dict(program.state.params, sep=".")
+    if difference is None and (unlike := ours.keys() ^ stored.reader().arrays.keys()):
+      difference = f"other config.losses, and so with or without {min(unlike)}"
     if difference:
       raise UserError(
         f"config.init_from={experiment.init_from} holds a VQGAN with {difference}: change the "
@@ -73,7 +76,10 @@ class VQGANTask:
     return FrameLoader(self._experiment, index, mesh)
 
   def notes(self, program: StageProgram, loader: FrameLoader) -> list[str]:
-    return loader.report()
+    """The number of frames, and what a step computes."""
+    stage = loader.stage
+    flops = self.presentation.flops(stage, {}) / stage.frames_per_batch
+    return [*loader.report(), f"{stage.name}: {flops / 1e9:.3g} GFLOPs per frame and step"]
 
   def batch_text(self, stage: VQGANStage) -> str:
     side = self._experiment.vqgan.resolution
@@ -103,7 +109,7 @@ class VQGANTask:
     saved = jax.jit(variables)(params)
     if jax.process_index() != 0:
       return []
-    path = workdir / VQGAN_FILE
+    path = workdir / FILE_NAME
     save_vqgan(path, self._experiment.vqgan, jax.device_get(saved))
     lines = [f"VQGAN: {path}"]
     rows = []
@@ -114,7 +120,7 @@ class VQGANTask:
         truth = np.stack([loader.held_out(name, index) for index in range(_FRAMES_IN_SHEET)])
         rows += [truth, codec.decode(codec.encode(truth))]
     if rows:
-      sheet = workdir / _SHEETS / f"{loader.stage.name}.png"
+      sheet = workdir / SHEETS / f"{loader.stage.name}.png"
       save_contact_sheet(sheet, rows)
       lines.append(f"held-out frames, each above its reconstruction: {sheet}")
     return lines

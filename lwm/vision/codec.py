@@ -19,6 +19,8 @@ from lwm.config.vqgan import VQGANConfig
 from lwm.errors import UserError, disk_error
 from lwm.vision.vqgan import VQGAN
 
+# In the workdir of a VQGAN's run.
+FILE_NAME = "vqgan.npz"
 _CONFIG = "config"
 
 
@@ -80,16 +82,17 @@ class Codec:
     """Loads a file that `save_vqgan` wrote.
 
     Args:
-      path: the file.
+      path: the file, or the workdir of a VQGAN's run.
       batch_size: frames per call of the compiled program. The last batch is padded, so one program
         serves all, and a frame's codes do not depend on how many other frames come with it.
 
     Raises:
       UserError: the file does not exist or is not a VQGAN's.
     """
-    self.path = path = pathlib.Path(path)
+    path = pathlib.Path(path)
+    self.path = path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
-      raise UserError(f"There is no VQGAN file {path}: make one with experiments.train_vqgan.")
+      raise UserError(f"There is no VQGAN file {path}: train one with experiments.train.")
     try:
       with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}

@@ -3,7 +3,7 @@
 The architecture is LWM's. The encoder is a 3x3 stem, levels of residual blocks (GroupNorm, swish,
 3x3 convolution, twice) with strided convolutions between them, and two blocks at the end without
 attention. The decoder mirrors it with nearest-neighbour upsampling. The codebook is between 1x1
-convolutions. `lwm.vision.train` describes the training.
+convolutions. `lwm.vision.objective` describes the training.
 
 Legend: B frames; H, W height and width in pixels; h, w height and width of the grid; C channels;
 L latents, in a block of the search too; V codes, in a block of the search too; E codebook width.

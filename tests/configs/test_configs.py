@@ -14,6 +14,8 @@ from configs import (
   models,
   text_llama3_8b,
   text_qwen3_8b,
+  vqgan_laptop,
+  vqgan_lwm,
 )
 from lwm.config import experiment as experiment_lib
 from lwm.config.model import AdapterConfig, LoraConfig, ModelConfig, Stretch
@@ -28,6 +30,8 @@ CONFIGS = {
   "lwm_vision_7b": (lwm_vision_7b, 512),
   "text_llama3_8b": (text_llama3_8b, 64),
   "text_qwen3_8b": (text_qwen3_8b, 64),
+  "vqgan_laptop": (vqgan_laptop, 1),
+  "vqgan_lwm": (vqgan_lwm, 8),
 }
 
 

@@ -111,3 +111,20 @@ def test_a_refused_gpu_program_is_one_short_line():
   assert line.startswith("error: XLA cannot compile this for gpu: INTERNAL: ")
   assert "Expected instruction to have shape equal to (...)" in line
   assert len(line) < 300
+
+
+@pytest.mark.slow
+def test_a_vqgan_on_a_slice():
+  config = "--config=tests/lwm/train/tiny_vqgan.py:unused"
+  done = programs.run("experiments.plan", config, "--topology=v5p:2x2x1", "--json")
+  assert done.returncode == 0, done.stderr
+  answer = json.loads(done.stdout)
+  assert answer["fits"] and answer["frames_per_batch"] == 8 and answer["mesh"]["fsdp"] == 4
+  assert answer["memory"]["batch"] >= 2 * 16 * 16 * 3
+  roofline = answer["roofline"]
+  assert roofline["frames_per_second_per_chip"] > 0
+  assert [part["what"] for part in roofline["traffic"]] == ["weights", "gradients"]
+  done = programs.run("experiments.plan", config, "--topology=v5p:2x2x1", "--search")
+  assert done.stderr == (
+    "error: --search and --longest are for language models: set a VQGAN's mesh by flags.\n"
+  )

@@ -11,9 +11,11 @@ _programs = {}
 @pytest.fixture(autouse=True)
 def shared_programs(monkeypatch):
   def build_once(experiment, stage, devices=None):
-    settings = experiment.model, experiment.optimizer, experiment.loss, stage, devices
     # The model's tables are padded to what all meshes need.
-    key = repr((settings, [other.mesh for other in experiment.stages]))
+    meshes = [other.mesh for other in experiment.stages]
+    parts = ("model", "loss", "vqgan", "losses", "optimizer")
+    settings = [getattr(experiment, part, None) for part in parts]
+    key = repr((settings, stage, devices, meshes))
     if key not in _programs:
       _programs[key] = build_program(experiment, stage, devices)
     return _programs[key]

@@ -1,4 +1,4 @@
-"""A tiny VQGAN's experiment: two stages, 10 steps in all.
+"""A tiny VQGAN's experiment of 8 steps.
 
 --config=tests/lwm/train/tiny_vqgan.py:DIRECTORY    # with frames
 """
@@ -35,12 +35,9 @@ def get_config(directory: str) -> VQGANExperiment:
     datasets=[FrameDatasetConfig(name="ramps", path=f"{directory}/frames")],
     stages=[
       VQGANStage(
-        name="first", frames_per_batch=8, steps=7, warmup_steps=2, mixture=[MixtureEntry("ramps")]
-      ),
-      VQGANStage(
-        name="second", frames_per_batch=8, steps=3, warmup_steps=0, mixture=[MixtureEntry("ramps")]
-      ),
+        name="only", frames_per_batch=8, steps=8, warmup_steps=2, mixture=[MixtureEntry("ramps")]
+      )
     ],
-    checkpoint=CheckpointConfig(every_steps=4, keep=2),
+    checkpoint=CheckpointConfig(every_steps=3, keep=2),
     evaluation=EvaluationConfig(every_steps=5, rows=16),
   )
