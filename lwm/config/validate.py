@@ -69,14 +69,16 @@ def validate(experiment: AnyExperiment) -> None:
   if not experiment.stages:
     raise ConfigError("config.stages is empty: an experiment needs at least one stage.")
   _unique("stages", [stage.name for stage in experiment.stages])
-  for index, stage in enumerate(experiment.stages):
+  stages: Sequence[AnyStage] = experiment.stages
+  for index, stage in enumerate(stages):
     _check_stage(f"stages[{index}]", stage, names)
 
 
 def check_devices(experiment: AnyExperiment, num_devices: int) -> None:
   """Raises ConfigError unless every stage and the model fit `num_devices` devices."""
   rules = ShardingRules()
-  for index, stage in enumerate(experiment.stages):
+  stages: Sequence[AnyStage] = experiment.stages
+  for index, stage in enumerate(stages):
     where = f"config.stages[{index}]"
     sizes = stage.mesh.resolve(num_devices)
     if isinstance(stage, VQGANStage):

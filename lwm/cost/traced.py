@@ -24,8 +24,8 @@ class Work(NamedTuple):
 def work(jaxpr: Any) -> Work:
   """The work of a program, `jax.make_jaxpr(function)(...).jaxpr`, on all devices together.
 
-  A branch counts as the largest of its kind. Zeros that a strided convolution's gradient inserts
-  between its inputs are not counted.
+  Of branches, the one with most FLOPs counts. Zeros that the gradient of a strided convolution
+  inserts between its inputs are not counted.
   """
   flops = size = 0.0
   for equation in jaxpr.eqns:
@@ -38,8 +38,13 @@ def work(jaxpr: Any) -> Work:
       )
     inner = [work(sub) for sub in jaxprs_in_params(equation.params)]
     if inner:
-      times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-      if equation.primitive.name == "cond":
+      times = 1
+      if equation.primitive.name == "scan":
+        times = equation.params["length"]
+      elif equation.primitive.name == "shard_map":
+        # The inner program is that of one device.
+        times = equation.params["mesh"].size
+      elif equation.primitive.name == "cond":
         inner = [max(inner)]
       flops += times * sum(part.flops for part in inner)
       size += times * sum(part.bytes for part in inner)

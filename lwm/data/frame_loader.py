@@ -107,7 +107,7 @@ class FrameLoader:
     """
     batch = self.stage.frames_per_batch
     for first in range(0, self._experiment.evaluation.rows, batch):
-      shards = self._placement.read(lambda row, first=first: self.held_out(dataset, first + row))
+      shards = self._placement.read(lambda row: self.held_out(dataset, first + row))
       yield {"frames": self._placement.to_array(shards)}
 
 

@@ -5,11 +5,11 @@ import math
 from lwm.config.experiment import VQGANExperiment, VQGANStage
 from lwm.cost.chips import Chip
 from lwm.cost.layer import FLOAT32_BYTES
+from lwm.cost.traced import work
 from lwm.parallel.sharding import ShardingRules
 from lwm.plan.roofline import UPDATE_BYTES, Roofline, machine_text
 from lwm.plan.topology import Topology
 from lwm.plan.traffic import Traffic, Wires, moment_bytes
-from lwm.program.frame_work import step_work
 from lwm.program.stage import StageProgram
 from lwm.program.trainable import num_elements
 
@@ -24,15 +24,15 @@ def estimate_frames(
 ) -> Roofline:
   """Estimates a step of `stage` with its program for devices of the topology."""
   chip, sizes, devices = topology.chip, program.mesh.shape, program.mesh.size
-  work = step_work(experiment, stage)
+  step_work = work(program.traced.jaxpr)
   per_second = devices * chip.flops
-  compute = work.flops / (per_second * CONVOLUTION_EFFICIENCY * _share(chip))
+  compute = step_work.flops / (per_second * CONVOLUTION_EFFICIENCY * _share(chip))
 
   rules = ShardingRules()
   trained, frozen = (num_elements(part) for part in program.trainable.split(program.state.params))
   shards = math.prod(sizes[axis] for axis in rules.model)
   update = UPDATE_BYTES + 2 * moment_bytes(experiment.optimizer)
-  moved = MOVES * work.bytes / devices + update * trained / shards
+  moved = MOVES * step_work.bytes / devices + update * trained / shards
   memory = moved / chip.memory_bandwidth
 
   wires = Wires(program.mesh, topology)
@@ -53,14 +53,14 @@ def estimate_frames(
   }
   step = sum(seconds.values())
   return Roofline(
-    model_flops=work.flops,
+    model_flops=step_work.flops,
     recompute_flops=0.0,
     traffic=traffic,
     seconds=seconds,
     step_seconds=step,
     unit="frames",
     rate_per_chip=stage.frames_per_batch / step / (devices / chip.devices_per_chip),
-    mfu=work.flops / step / per_second,
+    mfu=step_work.flops / step / per_second,
     hop=None,
     assumptions=(
       machine_text(chip),

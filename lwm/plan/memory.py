@@ -70,7 +70,7 @@ def compile_train_step(
   Raises a UserError as `compile_program` does.
   """
   with jax.set_mesh(program.mesh):
-    lowered = program.train_step.lower(program.state, program.batch)
+    lowered = program.traced.lower()
   # Shardings for GPUs that this machine lacks don't say which memory they mean.
   on_device = [
     leaf for leaf in jax.tree.leaves(program.state.optimizer_state) if not (offload and leaf.ndim)

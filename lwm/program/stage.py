@@ -81,8 +81,9 @@ class StageProgram:
     total = trained + frozen
     return f"trains {trained:,} of {total:,} parameters ({trained / total:.2%})" if frozen else ""
 
-  def trace(self) -> jax.stages.Traced:
-    """The train step, traced for the stage's batches. Use it under the mesh."""
+  @functools.cached_property
+  def traced(self) -> jax.stages.Traced:
+    """The train step, traced for the stage's batches. Ask for it under the mesh."""
     return self.train_step.trace(self.state, self.batch, jax.ShapeDtypeStruct((), jnp.float32))
 
 

@@ -1,9 +1,7 @@
 """How a VQGAN's run is reported: parts of the loss, and how close reconstructions are."""
 
 from lwm.config.experiment import VQGANExperiment, VQGANStage
-from lwm.cost.traced import Work
 from lwm.program.frame_objective import FRAMES
-from lwm.program.frame_work import step_work
 from lwm.report.presentation import Curve, Panel, Record, Unit
 
 # Results on held-out frames: name, text, and format.
@@ -38,15 +36,14 @@ class VQGANPresentation:
 
   def __init__(self, experiment: VQGANExperiment):
     self.experiment = experiment
-    self._work: dict[str, Work] = {}
+    # By the name of the stage; the task fills it when a stage begins.
+    self.step_flops: dict[str, float] = {}
 
   def units_per_batch(self, stage: VQGANStage) -> int:
     return stage.frames_per_batch
 
   def flops(self, stage: VQGANStage, metrics: Record) -> float:
-    if stage.name not in self._work:
-      self._work[stage.name] = step_work(self.experiment, stage)
-    return self._work[stage.name].flops
+    return self.step_flops[stage.name]
 
   def recorded(self, metrics: Record) -> Record:
     return metrics

@@ -58,6 +58,13 @@ class LanguageTask:
   def batch_text(self, stage: Stage) -> str:
     return f"{stage.sequence_length} tokens x {stage.rows_per_batch} rows"
 
+  def less_memory(self, stage: Stage) -> str:
+    return (
+      "try --config.model.remat=full, or more devices along fsdp or ring of the stage's mesh; "
+      f"python -m experiments.plan --config=... --topology=... --stage={stage.name} --search finds "
+      "what fits"
+    )
+
   def held_out(self, program: StageProgram, loader: Loader, params: Any) -> list[Record]:
     """Held-out losses of the stage's datasets: see lwm/report/held_out.py."""
     return [

@@ -57,7 +57,8 @@ def train(
       stage = experiment.stages[index]
       if position.stage < index or position.step < stage.steps:
         program = build_program(experiment, stage, devices)
-        with jax.set_mesh(program.mesh), explain_out_of_memory(workdir, stage):
+        advice = run.task.less_memory(stage)
+        with jax.set_mesh(program.mesh), explain_out_of_memory(workdir, stage.name, advice):
           if state is None:
             state, position = run.first_state(program, index, run.resumed)
           else:
@@ -218,7 +219,7 @@ class StageLoop:
     """Compiles the train step before the first batch, so that no step's time includes it."""
     program, stage = self.program, self.stage
     started = time.perf_counter()
-    compiled = program.trace().lower().compile()
+    compiled = program.traced.lower().compile()
     axes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1)
     self.run.reporter.say(
       f"{stage.name}: {self.run.task.batch_text(stage)}, mesh {axes or 'of one device'}, compiled "

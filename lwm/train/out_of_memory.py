@@ -6,16 +6,20 @@ from collections.abc import Iterator
 
 import jax
 
-from lwm.config.experiment import Stage
 from lwm.errors import UserError
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(workdir: pathlib.Path, stage: Stage) -> Iterator[None]:
+def explain_out_of_memory(workdir: pathlib.Path, stage: str, advice: str) -> Iterator[None]:
   """Writes a profile of device memory to `workdir` if the block runs out of it.
 
   The profile lists live arrays by the line that made them. It does not contain what the compiler
   refused to allocate, nor a program's temporaries.
+
+  Args:
+    workdir: of the run.
+    stage: name of the stage.
+    advice: what to try.
 
   Raises:
     UserError: device memory ran out. Errors about a kernel's scratchpad pass through.
@@ -27,12 +31,10 @@ def explain_out_of_memory(workdir: pathlib.Path, stage: Stage) -> Iterator[None]
     if not reason.startswith("RESOURCE_EXHAUSTED") or "memory space vmem" in reason:
       raise
     process = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
-    path = workdir / f"memory_{stage.name}{process}.prof"
+    path = workdir / f"memory_{stage}{process}.prof"
     jax.profiler.save_device_memory_profile(path)
     raise UserError(
-      f"stage {stage.name} needs more memory than its devices have "
-      f"({reason.splitlines()[0].rstrip('.')}): try --config.model.remat=full, or more devices "
-      "along fsdp or ring of the stage's mesh; python -m experiments.plan --config=... "
-      f"--topology=... --stage={stage.name} --search finds what fits, and pprof -top {path} shows "
+      f"stage {stage} needs more memory than its devices have "
+      f"({reason.splitlines()[0].rstrip('.')}): {advice}, and pprof -top {path} shows "
       "what filled it."
     ) from error

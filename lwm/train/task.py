@@ -41,6 +41,9 @@ class Task(Protocol):
   def batch_text(self, stage: Any) -> str:
     """The size of a stage's batches."""
 
+  def less_memory(self, stage: Any) -> str:
+    """What to try if a stage needs more memory than its devices have."""
+
   def held_out(self, program: StageProgram, loader: Any, params: Any) -> list[Record]:
     """Results on held-out rows; each has the name of its dataset."""
 

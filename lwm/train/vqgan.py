@@ -12,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from lwm.checkpoint.identity import Identity, first_difference, manifest_digest
 from lwm.checkpoint.reader import newest
 from lwm.config.experiment import VQGANExperiment, VQGANStage
+from lwm.cost.traced import work
 from lwm.data.frame_loader import FrameLoader, open_frames
 from lwm.data.frames import FrameDataset
 from lwm.errors import UserError
@@ -77,13 +78,23 @@ class VQGANTask:
 
   def notes(self, program: StageProgram, loader: FrameLoader) -> list[str]:
     """The number of frames, and what a step computes."""
-    stage = loader.stage
-    flops = self.presentation.flops(stage, {}) / stage.frames_per_batch
-    return [*loader.report(), f"{stage.name}: {flops / 1e9:.3g} GFLOPs per frame and step"]
+    stage, flops = loader.stage, work(program.traced.jaxpr).flops
+    self.presentation.step_flops[stage.name] = flops
+    per_frame = flops / stage.frames_per_batch / 1e9
+    return [
+      *loader.report(),
+      f"{stage.name}: {per_frame:.3g} GFLOPs per frame, forward and backward",
+    ]
 
   def batch_text(self, stage: VQGANStage) -> str:
     side = self._experiment.vqgan.resolution
     return f"{stage.frames_per_batch} frames of {side}x{side} pixels"
+
+  def less_memory(self, stage: VQGANStage) -> str:
+    return (
+      "try a smaller frames_per_batch, or more devices along data or fsdp of the stage's mesh; "
+      f"python -m experiments.plan --config=... --topology=... --stage={stage.name} says what fits"
+    )
 
   def held_out(self, program: StageProgram, loader: FrameLoader, params: Any) -> list[Record]:
     """Results on the held-out frames of each dataset."""

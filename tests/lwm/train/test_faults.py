@@ -18,7 +18,7 @@ from lwm.errors import ResumeError, UserError
 from lwm.parallel.sharding import MeshConfig
 from lwm.program.stage import build_program
 from lwm.report.metrics import MetricsLog, read_metrics
-from lwm.train import loop
+from lwm.train import language, loop
 from lwm.train.faults import loss_limit, with_loss
 from tests.lwm.train.test_resume import accounts, final_state, steps_done
 
@@ -72,7 +72,7 @@ def run(
           os.kill(os.getpid(), signal.SIGTERM)
         yield batch
 
-  monkeypatch.setattr(loop, "Loader", Altered)
+  monkeypatch.setattr(language, "Loader", Altered)
   loop.train(experiment, workdir, jax.devices()[:devices])
 
 

@@ -38,6 +38,6 @@ def test_out_of_memory_is_one_sentence_and_a_profile(experiment, tmp_path, monke
 )
 def test_other_errors_are_left_alone(reason, experiment, tmp_path):
   with pytest.raises(jax.errors.JaxRuntimeError, match=reason):
-    with explain_out_of_memory(tmp_path, experiment.stages[0]):
+    with explain_out_of_memory(tmp_path, "text_64", "try less"):
       raise jax.errors.JaxRuntimeError(reason)
   assert not list(tmp_path.iterdir())

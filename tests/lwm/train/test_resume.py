@@ -49,9 +49,13 @@ def final_state(workdir, total_steps=51):
 
 def what_was_learnt(workdir) -> list:
   """All that metrics.jsonl says but times."""
-  timed = ("seconds", "data_seconds", "starved_seconds", "tokens_per_second", "mfu")
+  timed = ("seconds", "data_seconds", "starved_seconds", "mfu")
   return [
-    {name: value for name, value in record.items() if name not in timed}
+    {
+      name: value
+      for name, value in record.items()
+      if name not in timed and not name.endswith("_per_second")
+    }
     for record in read_metrics(workdir / "metrics.jsonl")
     if record["kind"] in ("train", "evaluation")
   ]

@@ -21,8 +21,8 @@ def get_config(directory: str) -> VQGANExperiment:
     vqgan=VQGANConfig(
       resolution=16,
       hidden_channels=8,
-      channel_multipliers=(1, 2),
-      num_res_blocks=1,
+      channel_multipliers=(1, 1),
+      num_res_blocks=0,
       latent_channels=8,
       codebook_size=16,
       codebook_width=8,
