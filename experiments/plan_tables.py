@@ -108,6 +108,7 @@ def longest_contexts(
     experiment = dataclasses.replace(lwm_text_7b.get_config(), model=case.model())
     validate(experiment)
     plan = longest(experiment, load(case.machine), report_try, tries)
+    assert plan is None or isinstance(plan.stage, Stage)
     length = plan.stage.sequence_length if plan else 0
     ratio = length / case.paper
     if as_json:

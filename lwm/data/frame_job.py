@@ -3,7 +3,7 @@
 N frames, H and W height and width in pixels.
 """
 
-import os
+import pathlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -22,7 +22,7 @@ from lwm.vision.decoders import Decoders
 class _OpenFilm:
   """A film that is being decoded. Its frames wait in a file, because it may turn out to be bad."""
 
-  def __init__(self, film: Film, directory: str | os.PathLike):
+  def __init__(self, film: Film, directory: pathlib.Path):
     self.film, self.problem = film, film.problem
     self.ended = bool(film.problem)
     self.num_frames = 0

@@ -38,10 +38,9 @@ class StagePlan:
     """Numbers, strings, lists and dicts; all units are bytes, seconds and FLOPs."""
     stage, roofline = self.stage, dataclasses.asdict(self.roofline)
     roofline[f"{roofline.pop('unit')}_per_second_per_chip"] = roofline.pop("rate_per_chip")
+    names = ["frames_per_batch"]
     if isinstance(stage, Stage):
-      names = ("sequence_length", "tokens_per_batch")
-    else:
-      names = ("frames_per_batch",)
+      names = ["sequence_length", "tokens_per_batch"]
     return {
       "stage": stage.name,
       **{name: getattr(stage, name) for name in names},

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lwm.config.experiment import OptimizerConfig, Stage
+from lwm.config.experiment import AnyStage, OptimizerConfig
 from lwm.program.moments import scale_by_adam
 
 
-def learning_rate(optimizer: OptimizerConfig, stage: Stage) -> Callable[[jax.Array], jax.Array]:
+def learning_rate(optimizer: OptimizerConfig, stage: AnyStage) -> Callable[[jax.Array], jax.Array]:
   """The stage's schedule: maps the number of updates done, int32, to a learning rate, float32.
 
   During the warm-up, update n of a stage (n from 1) uses n / warmup_steps of the peak. After the
@@ -38,7 +38,7 @@ def learning_rate(optimizer: OptimizerConfig, stage: Stage) -> Callable[[jax.Arr
 
 
 def adamw(
-  optimizer: OptimizerConfig, stage: Stage, logical_axes: Any
+  optimizer: OptimizerConfig, stage: AnyStage, logical_axes: Any
 ) -> optax.GradientTransformationExtraArgs:
   """The stage's optimizer.
 

@@ -39,19 +39,23 @@ class Panel(NamedTuple):
 
 
 class Presentation(Protocol):
-  """How a kind of experiment is reported.
+  """How a kind of experiment is reported."""
 
-  Attributes:
-    experiment: the run's.
-    unit: of its batches.
-    compute_dtype: of the matrix products, for the peak FLOP/s of a CPU.
-    held_out_title: what the last table of held-out results shows.
-  """
+  @property
+  def experiment(self) -> AnyExperiment:
+    """The run's."""
 
-  experiment: AnyExperiment
-  unit: Unit
-  compute_dtype: str
-  held_out_title: str
+  @property
+  def unit(self) -> Unit:
+    """What its batches consist of."""
+
+  @property
+  def compute_dtype(self) -> str:
+    """The dtype of matrix products, for the peak FLOP/s of a CPU."""
+
+  @property
+  def held_out_title(self) -> str:
+    """What the last table of held-out results shows."""
 
   def units_per_batch(self, stage: Any) -> int:
     """Units in a batch of a stage, padding included, to estimate the remaining time."""

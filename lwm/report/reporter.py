@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,7 +40,7 @@ class Reporter:
       profile_steps: steps to trace, counted over all stages from 1.
     """
     self._presentation = presentation
-    stages = presentation.experiment.stages
+    stages: Sequence[AnyStage] = presentation.experiment.stages
     self.total_steps = sum(stage.steps for stage in stages)
     self._workdir = workdir
     self._first_step = {
@@ -69,7 +70,7 @@ class Reporter:
 
   def _open(self, position: Position, carried: list[dict[str, Any]]) -> None:
     self._log = MetricsLog(self._workdir, position.total_steps, carried)
-    stages = self._presentation.experiment.stages[position.stage :]
+    stages: Sequence[AnyStage] = self._presentation.experiment.stages[position.stage :]
     units = [self._presentation.units_per_batch(stage) for stage in stages]
     ahead = sum(stage.steps * size for stage, size in zip(stages, units))
     self._line = ProgressLine(

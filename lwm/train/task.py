@@ -14,13 +14,11 @@ from lwm.train.vqgan import VQGANTask
 
 
 class Task(Protocol):
-  """A kind of experiment, bound to one.
+  """A kind of experiment, bound to one."""
 
-  Attributes:
-    presentation: how its run is reported.
-  """
-
-  presentation: Presentation
+  @property
+  def presentation(self) -> Presentation:
+    """How its run is reported."""
 
   def identity(self) -> Identity:
     """What tells this run from others. Raises UserError if data are missing or do not fit."""
