@@ -291,8 +291,8 @@ def soft_assignment(
     temperature: distances are divided by it.
 
   Returns:
-    The mean code vector of each latent [L, E], the entropy of each latent's softmax [L] in nats,
-    and the mean of the softmax over the latents [V].
+    The mean code vector of each latent [L, E], with the gradient of the softmax alone; the entropy
+    of each latent's softmax [L] in nats; and the mean of the softmax over the latents [V].
   """
   size = min(len(table_VxE), _CODES_PER_BLOCK)
   # The padding is so far away that its probability is 0.
@@ -312,7 +312,8 @@ def soft_assignment(
   def terms(latents_LxE, total_L, block):
     logits_LxV = logits(latents_LxE, block)
     share_LxV = jnp.exp(logits_LxV - total_L[:, None])
-    return share_LxV @ block[0], (share_LxV * logits_LxV).sum(-1), share_LxV.mean(0)
+    vectors_VxE = jax.lax.stop_gradient(block[0])
+    return share_LxV @ vectors_VxE, (share_LxV * logits_LxV).sum(-1), share_LxV.mean(0)
 
   totals_KxL = jax.lax.map(functools.partial(normaliser, latents_LxE), blocks)
   total_L = jax.nn.logsumexp(totals_KxL, axis=0)
