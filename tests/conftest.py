@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = (
   # A device that waits 40 s for another one on a busy machine would end the process.
   + " --xla_cpu_collective_call_terminate_timeout_seconds=1200"
   # Most programs run once. LLVM's optimisations would take almost half of the suite's time.
+  + " --xla_cpu_parallel_codegen_split_count=1"
   + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 # With fewer threads, all of them can wait in collectives: see lwm/parallel/xla_flags.py.

@@ -5,14 +5,18 @@ server never uses a device, so it has no threads that a fork would lose. JAX has
 (JAX_PLATFORMS and others) by then: a test that changes them needs a process of its own.
 """
 
+import atexit
 import multiprocessing
 import os
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 import types
+
+import jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 TIMEOUT = 600
@@ -45,38 +49,89 @@ def one_device() -> dict[str, str]:
   return environment | {"XLA_FLAGS": " ".join(flags)}
 
 
+class Program:
+  """A program that was started; it has what the tests need of subprocess.Popen."""
+
+  def __init__(self, program: str, *arguments: object, environment: dict[str, str]):
+    """Starts `python -m program`, or `python -c program` if it has several lines, in the checkout.
+
+    The process leads a group of its own.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(LIBRARIES))
+    self._command = [program, *map(str, arguments)]
+    self._folder = tempfile.TemporaryDirectory()
+    self._paths = [pathlib.Path(self._folder.name, name) for name in ("stdout", "stderr")]
+    for path in self._paths:
+      path.touch()
+    self._process = context.Process(target=_run, args=(self._command, environment, self._paths))
+    self._process.start()
+    self.pid = self._process.pid
+
+  @property
+  def returncode(self) -> int | None:
+    return self._process.exitcode
+
+  def poll(self) -> int | None:
+    return self._process.exitcode
+
+  def wait(self, timeout: float = TIMEOUT) -> int:
+    self._process.join(timeout)
+    if self._process.is_alive():
+      raise subprocess.TimeoutExpired(self._command, timeout)
+    return self._process.exitcode
+
+  def communicate(self, timeout: float = TIMEOUT) -> tuple[str, str]:
+    """Waits for the end; returns all output and all errors."""
+    self.wait(timeout)
+    return self.output(), self._paths[1].read_text()
+
+  def output(self) -> str:
+    """What it has printed so far."""
+    return self._paths[0].read_text()
+
+  def send_signal(self, number: int) -> None:
+    if self.poll() is None:
+      os.kill(self.pid, number)
+
+  def kill(self) -> None:
+    self.send_signal(signal.SIGKILL)
+
+
 def run(program: str, *arguments: object, several_devices: bool = False):
-  """Runs `python -m program`, or `python -c program` if it has several lines, in the checkout.
+  """Runs a program to its end.
 
   Returns:
     A subprocess.CompletedProcess. The program had one device, or all those of this process.
   """
-  context = multiprocessing.get_context("forkserver")
-  context.set_forkserver_preload(list(LIBRARIES))
-  with tempfile.TemporaryDirectory() as folder:
-    paths = [pathlib.Path(folder, name) for name in ("stdout", "stderr")]
-    command = [program, *map(str, arguments)]
-    environment = dict(os.environ) if several_devices else one_device()
-    process = context.Process(target=_run, args=(command, environment, paths))
-    process.start()
-    process.join(TIMEOUT)
-    if process.is_alive():
-      process.kill()
-      raise subprocess.TimeoutExpired(command, TIMEOUT)
-    output, errors = (path.read_text() if path.exists() else "" for path in paths)
-    return subprocess.CompletedProcess(command, process.exitcode, output, errors)
+  environment = dict(os.environ) if several_devices else one_device()
+  started = Program(program, *arguments, environment=environment)
+  try:
+    output, errors = started.communicate()
+  finally:
+    started.kill()
+  return subprocess.CompletedProcess([program, *arguments], started.returncode, output, errors)
 
 
 def _run(command: list[str], environment: dict[str, str], paths: list[pathlib.Path]) -> None:
+  os.setsid()
   for descriptor, path in enumerate(paths, start=1):
-    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
   os.environ.clear()
   os.environ.update(environment)
   os.chdir(ROOT)
+  # JAX has read this variable in the server.
+  jax.config.update(
+    "jax_numpy_rank_promotion", environment.get("JAX_NUMPY_RANK_PROMOTION", "allow")
+  )
   program, *arguments = command
   sys.argv = ["-c", *arguments]
-  if "\n" in program:
-    main = sys.modules["__main__"] = types.ModuleType("__main__")
-    exec(compile(program, "<string>", "exec"), main.__dict__)
-  else:
-    runpy.run_module(program, run_name="__main__", alter_sys=True)
+  try:
+    if "\n" in program:
+      main = sys.modules["__main__"] = types.ModuleType("__main__")
+      exec(compile(program, "<string>", "exec"), main.__dict__)
+    else:
+      runpy.run_module(program, run_name="__main__", alter_sys=True)
+  finally:
+    # multiprocessing leaves them out.
+    atexit._run_exitfuncs()

@@ -26,11 +26,10 @@ def test_json_of_a_stage_that_fits():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu", ("a100", "h100"))
-def test_gpus_keep_block_inputs_in_the_hosts_memory(gpu):
+def test_gpus_keep_block_inputs_in_the_hosts_memory():
   """With Triton's kernels. The result is the same if ptxas here is too old for the GPU."""
   flags = "model.head_dim=64", "model.remat=offload", "optimizer.offload=true"
-  done = plan(f"--topology={gpu}:1x4", "--json", *(f"--config.{flag}" for flag in flags))
+  done = plan("--topology=h100:1x4", "--json", *(f"--config.{flag}" for flag in flags))
   assert done.returncode == 0, done.stderr
   answer = json.loads(done.stdout)
   memory = answer["memory"]

@@ -46,11 +46,10 @@ def check(*arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "capability, head_dim, dtype",
-  ((80, 64, "float32"), (89, 64, "float16"), (90, 128, "bfloat16"), (100, 256, "bfloat16")),
+  "capability, head_dim, dtype", ((89, 64, "float16"), (90, 128, "bfloat16"))
 )
 def test_triton_kernels_fit(capability, head_dim, dtype):
-  """One kernel per generation; for the others run python -m tests.kernels.triton_resources."""
+  """Least memory, and the most used; for others, run python -m tests.kernels.triton_resources."""
   assert check(capability, dtype, head_dim) == 5
 
 
@@ -65,10 +64,8 @@ def compiled(*arguments):
   "gpu, backend, head_dim, dtype, length",
   (
     ("a100", "triton", 256, "float32", 16384),
-    ("h200", "triton", 64, "float16", 16384),
     ("b200", "triton", 128, "bfloat16", 1 << 20),
     ("h200", "mosaic_gpu", 64, "bfloat16", 1 << 20),
-    ("h200", "mosaic_gpu", 128, "bfloat16", 16384),
     ("h200", "mosaic_gpu", 128, "float16", 16384),
     ("h200", "mosaic_gpu", 256, "bfloat16", 16384),
   ),

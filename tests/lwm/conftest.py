@@ -3,8 +3,6 @@
 import pathlib
 import random
 import runpy
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from lwm.config.experiment import Experiment
 from tests import programs
 
 CONFIG = pathlib.Path(__file__).parent / "train" / "tiny.py"
-CHECKOUT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -56,17 +53,11 @@ def experiment(make_experiment) -> Experiment:
 @pytest.fixture(scope="session")
 def start_program(prepared):
   """Starts `experiments.NAME` on tiny.py, as a process with one device and a group of its own."""
+  environment = programs.one_device() | {"JAX_NUMPY_RANK_PROMOTION": "raise"}
 
-  def start(name: str, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-      [sys.executable, "-m", f"experiments.{name}", f"--config={CONFIG}:{prepared}", *arguments],
-      cwd=CHECKOUT,
-      env=programs.one_device() | {"JAX_NUMPY_RANK_PROMOTION": "raise"},
-      text=True,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      start_new_session=True,
-    )
+  def start(name: str, *arguments: str) -> programs.Program:
+    config = f"--config={CONFIG}:{prepared}"
+    return programs.Program(f"experiments.{name}", config, *arguments, environment=environment)
 
   return start
 

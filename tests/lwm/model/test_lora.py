@@ -56,8 +56,7 @@ def test_merged_parameters_give_the_same_losses(tiny, batch, config, expected):
   assert np.abs(without[0].nll / sums.nll - 1).max() > 1e-2
 
 
-@pytest.mark.parametrize("head_groups", [1, 2])
-def test_eight_devices_equal_one(tiny, batch, config, expected, head_groups):
-  config = dataclasses.replace(config, head_groups=head_groups)
+def test_eight_devices_equal_one(tiny, batch, config, expected):
+  config = dataclasses.replace(config, head_groups=2)
   mesh = tiny.mesh(fsdp=2, ring=2, tensor=2)
   tiny.assert_close(tiny.loss_and_gradients(config, mesh, "zigzag", batch), expected, 1e-5)

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from lwm.errors import RESUME_EXIT_CODE
+from tests import programs
 from tests.lwm.train.test_resume import (
   complete,
   final_state,
@@ -123,7 +124,7 @@ def test_killed_and_damaged_twenty_times(start_program, undisturbed, tmp_path):
   assert_as_if_undisturbed(workdir, undisturbed)
 
 
-def wait_for(moment: Callable[[], bool], process: subprocess.Popen) -> None:
+def wait_for(moment: Callable[[], bool], process: programs.Program) -> None:
   while not moment():
     assert process.poll() is None, process.communicate()[1]
     time.sleep(0.005)

@@ -7,8 +7,6 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -18,8 +16,8 @@ import pytest
 
 from lwm.errors import RESUME_EXIT_CODE
 from lwm.report.metrics import read_metrics
+from tests import programs
 
-CHECKOUT = pathlib.Path(__file__).parents[3]
 CONFIG = pathlib.Path(__file__).with_name("pair.py")
 STEPS = 14
 # Of a machine under load.
@@ -53,21 +51,13 @@ class Run:
         "--peer_timeout=20",
       ]
       self.processes.append(
-        subprocess.Popen(
-          [
-            sys.executable,
-            "-m",
-            "experiments.train",
-            f"--config={CONFIG}:{prepared}",
-            f"--workdir={workdir}",
-            *(peers if num_processes > 1 else []),
-            *(override.replace("PROCESS", str(process)) for override in overrides),
-          ],
-          cwd=CHECKOUT,
-          env=environment,
-          text=True,
-          stdout=subprocess.PIPE,
-          stderr=subprocess.PIPE,
+        programs.Program(
+          "experiments.train",
+          f"--config={CONFIG}:{prepared}",
+          f"--workdir={workdir}",
+          *(peers if num_processes > 1 else []),
+          *(override.replace("PROCESS", str(process)) for override in overrides),
+          environment=environment,
         )
       )
 
@@ -216,8 +206,9 @@ def test_sigterm_for_one_stops_both_after_the_same_step(run, tmp_path):
       assert f"stopped after step {step} of 500" in errors.splitlines()[-1]
     if when == "training":
       started = run(tmp_path, 2, "--config.stages[0].steps=500")
-      while not (line := started.processes[0].stdout.readline()).startswith("resuming"):
-        assert line, started.errors()
+      while "resuming" not in started.processes[0].output():
+        assert started.processes[0].poll() is None, started.errors()
+        time.sleep(0.001)
 
 
 @pytest.mark.slow
