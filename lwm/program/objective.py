@@ -51,18 +51,25 @@ class Objective:
       params, batch, rope_theta=self.rope_theta, layout=self.layout, loss=self.loss
     )
 
-  def gradients(self, params: Any, batch: Batch) -> tuple[Any, Metrics]:
+  def gradients(self, params: Any, batch: Batch, step: jax.Array) -> tuple[Any, Any, Metrics]:
     """Gradients of the loss, and the metrics that come with it.
 
     The divisors of both modalities are known before the first microbatch, so the gradients of
     microbatches simply add up: accumulation changes only the order of float32 sums. Auxiliary
     losses and statistics are means over microbatches.
 
+    Args:
+      params: all parameters.
+      batch: see `train_step`.
+      step: int32 scalar, the stage's updates so far. This objective does not depend on it.
+
     Returns:
-      The gradients of the trained parameters, float32, sharded like them; and loss, which is what
-      is minimised, NAME_loss of each modality, nats per target (0 without targets), and what the
-      layers report (`lwm.model.extras.Extras`), by its name.
+      The gradients of the trained parameters, float32, sharded like them; the values that the
+      frozen parameters have after the step, here the same as before; and metrics: loss, which is
+      what is minimised, NAME_loss of each modality, nats per target (0 without targets), and what
+      the layers report (`lwm.model.extras.Extras`), by its name.
     """
+    del step
     weights_2 = sums_by_modality(batch["loss_weights"], batch["modality"])
     normaliser_2 = jnp.where(weights_2 > 0, 1 / jnp.where(weights_2 > 0, weights_2, 1), 0)
     configured_2 = jnp.array([getattr(self.loss, f"{name}_weight") for name in MODALITIES])
@@ -98,7 +105,7 @@ class Objective:
     metrics = {"loss": sum(extras.losses.values(), start=loss)}
     for m, name in enumerate(MODALITIES):
       metrics[f"{name}_loss"] = normaliser_2[m] * nll_2[m]
-    return gradients, metrics | extras.losses | extras.statistics
+    return gradients, frozen, metrics | extras.losses | extras.statistics
 
   def counts(self, batch: Batch) -> Metrics:
     """What `lwm.model.flops.train_flops` takes, float32 scalars.

@@ -35,7 +35,7 @@ def train_step(
     batch: arrays [B, S] as in lwm/config/batch.py; the objective's accumulation_steps divides the
       rows of each device.
     loss_limit: float32 scalar.
-    objective: the loss, and which parameters are trained.
+    objective: the loss, which parameters the optimizer updates, and new values of the others.
     optimizer: updates the trained parameters; its `update` takes `applied` (see optimizer.py).
     learning_rate: the optimizer's schedule, for the metrics.
 
@@ -44,16 +44,18 @@ def train_step(
     before clipping, learning_rate, and applied, 0 for a bad step and 1 otherwise. All are float32
     scalars, except the statistics of layers.
   """
-  gradients, metrics = objective.gradients(state.params, batch)
+  gradients, frozen, metrics = objective.gradients(state.params, batch, state.step)
   loss, gradient_norm = metrics["loss"], optax.tree.norm(gradients)
   # One NaN in any gradient makes their norm NaN.
   applied = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & (loss <= loss_limit)
-  trained, frozen = objective.trainable.split(state.params)
+  trained, frozen_before = objective.trainable.split(state.params)
   updates, optimizer_state = optimizer.update(
     gradients, state.optimizer_state, trained, applied=applied
   )
-  trained = jax.tree.map(
-    functools.partial(jnp.where, applied), optax.apply_updates(trained, updates), trained
+  trained, frozen = jax.tree.map(
+    functools.partial(jnp.where, applied),
+    (optax.apply_updates(trained, updates), frozen),
+    (trained, frozen_before),
   )
   metrics |= objective.counts(batch) | {
     "gradient_norm": gradient_norm,

@@ -10,9 +10,11 @@ from lwm.config.experiment import LossConfig
 from lwm.model import LossSums, ModelConfig, build, extras
 from lwm.parallel.sharding import MeshConfig
 from lwm.program.objective import Objective, split_rows
+from lwm.program.optimizer import kept_unless_applied
 from lwm.program.stage import build_program
 from lwm.program.state import TrainState
 from lwm.program.step import train_step
+from lwm.program.trainable import Trainable
 
 
 def batch_of(weights_BxS, modality_BxS):
@@ -86,6 +88,36 @@ def test_padding_is_not_counted():
   batch["key_stop"] = jnp.array([[1, 2, 0]])
   _, metrics = run_toy_step(batch, LossConfig())
   assert metrics["tokens"] == 2 and metrics["attended_pairs"] == 3
+
+
+class MovingAverage:
+  """Minimises the mean of one parameter; another one, frozen, follows the batch."""
+
+  trainable = Trainable(frozenset({"trained"}))
+
+  def gradients(self, params, batch, step):
+    frozen = {"average": 0.5 * params["average"] + 0.5 * batch["value"] + step}
+    return {"trained": jnp.ones(2)}, frozen, {"loss": batch["value"]}
+
+  def counts(self, batch):
+    return {}
+
+
+def test_a_step_may_rewrite_frozen_parameters_but_a_bad_one_does_not():
+  optimizer = optax.sgd(1.0)
+  params = {"trained": jnp.zeros(2), "average": jnp.float32(2.0)}
+  state = TrainState(params, optimizer.init({"trained": params["trained"]}), jnp.int32(3))
+  for value, trained, average, step in ((4.0, -1.0, 6.0, 4), (np.inf, 0.0, 2.0, 3)):
+    after, metrics = train_step(
+      state,
+      {"value": jnp.float32(value)},
+      objective=MovingAverage(),
+      optimizer=kept_unless_applied(optimizer),
+      learning_rate=lambda step: jnp.float32(1),
+    )
+    np.testing.assert_array_equal(after.params["trained"], [trained, trained])
+    assert after.params["average"] == average and after.step == step
+    assert metrics["applied"] == (step == 4)
 
 
 def test_split_rows_moves_nothing_between_devices(experiment):
