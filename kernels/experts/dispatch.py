@@ -29,11 +29,7 @@ class Placement(NamedTuple):
 
 
 def place(
-  expert_Txk: jax.Array,
-  *,
-  num_experts: int,
-  destinations: int = 1,
-  capacity: int | None = None,
+  expert_Txk: jax.Array, *, num_experts: int, destinations: int = 1, capacity: int | None = None
 ) -> Placement:
   """Sorts choices by expert. R is `destinations` times the most rows that one may need.
 

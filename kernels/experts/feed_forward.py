@@ -109,9 +109,7 @@ def _whole(settings: Settings, tokens, weights) -> tuple[jax.Array, jax.Array]:
   if settings.capacity_factor is not None:
     mean = expert_Txk.size / settings.num_experts
     capacity = max(int(settings.capacity_factor * mean), 1)
-  placement = place(
-    expert_Txk, num_experts=settings.num_experts, destinations=n, capacity=capacity
-  )
+  placement = place(expert_Txk, num_experts=settings.num_experts, destinations=n, capacity=capacity)
   x_RxM = spread(x_TxM, placement.row_Txk, placement.choice_R)
   y_RxM = _exchanged(settings, exchange, n, x_RxM, placement.sizes_nxe, weights)
   out_TxM = combine(y_RxM, share_Txk, placement.row_Txk, placement.choice_R)

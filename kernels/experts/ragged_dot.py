@@ -12,9 +12,7 @@ from kernels.experts.backend import Backend
 
 # [R, K] and [R, N] with groups of rows, contracted over the rows.
 _OUTER = jax.lax.RaggedDotDimensionNumbers(
-  dot_dimension_numbers=(([0], [0]), ([], [])),
-  lhs_ragged_dimensions=[0],
-  rhs_group_dimensions=[],
+  dot_dimension_numbers=(([0], [0]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )
 
 

@@ -14,6 +14,7 @@ from kernels.ring import Layout
 from lwm.config.batch import MODALITIES
 from lwm.config.experiment import LossConfig
 from lwm.model import LossSums, Model, sums_by_modality
+from lwm.model.balance import rebalanced
 from lwm.parallel.sharding import ShardingRules
 from lwm.program.trainable import Trainable
 
@@ -65,7 +66,7 @@ class Objective:
 
     Returns:
       The gradients of the trained parameters, float32, sharded like them; the values that the
-      frozen parameters have after the step, here the same as before; and metrics: loss, which is
+      frozen parameters have after the step (`lwm.model.balance.rebalanced`); and metrics: loss, which is
       what is minimised, NAME_loss of each modality, nats per target (0 without targets), and what
       the layers report (`lwm.model.extras.Extras`), by its name.
     """
@@ -105,6 +106,7 @@ class Objective:
     metrics = {"loss": sum(extras.losses.values(), start=loss)}
     for m, name in enumerate(MODALITIES):
       metrics[f"{name}_loss"] = normaliser_2[m] * nll_2[m]
+    frozen = rebalanced(self.model.config, frozen, extras.statistics)
     return gradients, frozen, metrics | extras.losses | extras.statistics
 
   def counts(self, batch: Batch) -> Metrics:
