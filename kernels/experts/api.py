@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from kernels import backends
 from kernels.experts import reference
 from kernels.experts.backend import Backend, differentiable
+from kernels.experts.pallas_tpu import PALLAS_TPU
 from kernels.experts.ragged_dot import RAGGED_DOT
 from kernels.experts.xla import XLA
 from kernels.varying import vary_alike
 
 # The best first. `ragged_dot` supports everything.
-BACKENDS = (XLA, RAGGED_DOT)
+BACKENDS = (PALLAS_TPU, XLA, RAGGED_DOT)
 
 
 def grouped_matmul(
@@ -34,8 +35,8 @@ def grouped_matmul(
     x_RxK: float32 or bfloat16, sorted by group.
     weight_ExKxN: same dtype.
     sizes_E: int32, rows per group; may be 0. Their sum is at most R.
-    backend: "xla" (CPU), "ragged_dot" (runs everywhere), "reference" (a loop over groups), your own
-      `Backend`, or None for the best on this platform.
+    backend: "pallas_tpu" (TPU), "xla" (CPU), "ragged_dot" (runs everywhere), "reference" (a loop
+      over groups), your own `Backend`, or None for the best on this platform.
 
   Returns:
     [R, N] in the dtype of x.

@@ -17,8 +17,8 @@ from lwm.cost.layer import Division, LayerCost, dtype_bytes, total
 from lwm.model import extras as extras_lib
 from lwm.model.adapter import Adapter, Prompt, adapter_cost
 from lwm.model.attention import Attend, Attention, attention_cost
-from lwm.model.extras import Extras
 from lwm.model.experts import Experts, experts_cost
+from lwm.model.extras import Extras
 from lwm.model.feed_forward import FeedForward, feed_forward_cost
 from lwm.model.parameters import RMSNorm
 from lwm.parallel.sharding import ShardingRules

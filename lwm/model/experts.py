@@ -73,9 +73,8 @@ class Experts(nnx.Module):
     self.expert_down = matrix(rngs, rules, (L, E, F, M), ("layers", *_OUT), residual_std(config))
     if experts.router == "sigmoid":
       self.router_bias = zeros(rules, (L, E), ("layers", None))
-    self.shared = None
-    if experts.shared_experts:
-      self.shared = FeedForward(_shared(config), num_layers, rules, rngs)
+    has_shared = experts.shared_experts > 0
+    self.shared = FeedForward(_shared(config), num_layers, rules, rngs) if has_shared else None
 
   def __call__(
     self, x_BxSxM: jax.Array, modality_BxS: jax.Array | None
@@ -135,11 +134,11 @@ class Experts(nnx.Module):
     out_TxM, dropped = expert_feed_forward(
       x_TxM, expert_Txk, routing.share_Txk, *weights, settings=self._settings(x_BxSxM.shape[0])
     )
-    modality_2xT = modality_T == jnp.arange(len(MODALITIES))[:, None]
-    is_chosen_TxE = jnp.any(expert_Txk[:, :, None] == jnp.arange(config.num_experts), axis=1)
+    modality_2xT = modality_T[None] == jnp.arange(len(MODALITIES))[:, None]
+    chosen_TxE = jnp.sum(jax.nn.one_hot(expert_Txk, config.num_experts), axis=1)
     square_T = jnp.square(jax.nn.logsumexp(logits_TxE, axis=1))
     sums = _Sums(
-      jnp.dot(modality_2xT.astype(jnp.float32), is_chosen_TxE.astype(jnp.float32)),
+      jnp.dot(modality_2xT.astype(jnp.float32), chosen_TxE),
       jnp.sum(jnp.where(is_token_T[:, None], routing.probability_TxE, 0), axis=0),
       jnp.sum(jnp.where(is_token_T, square_T, 0)),
       dropped,

@@ -29,7 +29,7 @@ class MeshConfig:
 
   data: int = 1
   fsdp: int = -1
-  # Devices that divide the experts of a layer and exchange tokens. All else treats this axis like
+  # Devices that divide the experts of a layer, together with ulysses. All else treats this axis like
   # fsdp.
   expert: int = 1
   ring: int = 1
@@ -82,8 +82,9 @@ class ShardingRules:
     sequence: (ring, ulysses), the axes over which sequences are divided: the ring and, inside it,
       the neighbours that exchange heads for tokens (kernels/ulysses). None keeps sequences whole.
     tensor: the axis over which heads, feed-forward widths and vocabularies are divided.
-    experts: axes over which experts are divided. Attention uses the same axes otherwise: for rows,
-      for tokens, or for heads. The axes of the tokens come before others.
+    experts: axes over which experts are divided. Attention uses the same devices otherwise: it
+      divides rows over the first axis, and exchanges heads for tokens along the second one. Axes
+      that divide tokens must come before others.
     cache: axes over which the positions of a sampler's key/value cache are divided.
     slices: the only axis that may cross from one TPU slice to the next, over the slower network.
   """
@@ -92,7 +93,7 @@ class ShardingRules:
   batch: tuple[str, ...] = ("data", "fsdp", "expert")
   sequence: tuple[str, str] | None = ("ring", "ulysses")
   tensor: str = "tensor"
-  experts: tuple[str, ...] = ("expert",)
+  experts: tuple[str, ...] = ("expert", "ulysses")
   cache: tuple[str, ...] = ()
   slices: str = "data"
 

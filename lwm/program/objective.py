@@ -66,9 +66,9 @@ class Objective:
 
     Returns:
       The gradients of the trained parameters, float32, sharded like them; the values that the
-      frozen parameters have after the step (`lwm.model.balance.rebalanced`); and metrics: loss, which is
-      what is minimised, NAME_loss of each modality, nats per target (0 without targets), and what
-      the layers report (`lwm.model.extras.Extras`), by its name.
+      frozen parameters have after the step, which only `lwm.model.balance` changes; and metrics:
+      loss, which is what is minimised, NAME_loss of each modality, nats per target (0 without
+      targets), and what the layers report (`lwm.model.extras.Extras`), by its name.
     """
     del step
     weights_2 = sums_by_modality(batch["loss_weights"], batch["modality"])
