@@ -75,6 +75,11 @@ class Division:
       divides_experts=rules.expert_feed_forward is None,
     )
 
+  @property
+  def of_experts(self) -> int:
+    """Number of parts of the weights of all experts, of which a device uses one."""
+    return self.experts if self.divides_experts else self.experts * self.tensor
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerCost:
@@ -111,6 +116,12 @@ class LayerCost:
   exchanged: int = 0
   gathered: int = 0
   dispatched: int = 0
+
+
+def weights_in_use(cost: LayerCost, division: Division) -> float:
+  """Elements of the gathered weights that a device uses."""
+  dense = cost.weights - cost.expert_weights
+  return dense / division.tensor + cost.expert_weights / division.of_experts
 
 
 def total(layers: Iterable[tuple[LayerCost, int]]) -> LayerCost:

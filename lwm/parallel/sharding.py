@@ -29,8 +29,8 @@ class MeshConfig:
 
   data: int = 1
   fsdp: int = -1
-  # Devices that divide the experts of a layer, together with ulysses. All else treats this axis like
-  # fsdp.
+  # Devices that divide the experts of a layer, together with ulysses. For everything else this axis
+  # is like fsdp.
   expert: int = 1
   ring: int = 1
   # Neighbours inside a ring shard that exchange heads for tokens: sequences are divided over

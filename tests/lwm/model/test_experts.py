@@ -5,12 +5,22 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 
-from lwm.config.model import ExpertsConfig
+from kernels.attention import KeyIntervals
+from kernels.ring import Layout
+from lwm.config.experiment import LossConfig
+from lwm.config.model import ExpertsConfig, expert_stretches
+from lwm.model import build
 from lwm.model.experts import PADDING, Experts
 from lwm.parallel.sharding import ShardingRules
+from lwm.program.objective import Objective
+from lwm.program.optimizer import kept_unless_applied
+from lwm.program.state import TrainState
+from lwm.program.step import train_step
+from lwm.program.trainable import Trainable
 
 ROWS, LENGTH, WIDTH, E, K = 8, 16, 16, 32, 3
 SOFTMAX = ExpertsConfig(E, K, width=10)
@@ -175,8 +185,6 @@ def expected(tiny):
 
 
 CONFIGS = {"softmax": SOFTMAX, "sigmoid": SIGMOID}
-EXPERTS = ShardingRules().experts
-WITHOUT_RING = ShardingRules(sequence=None)
 CASES = [
   ("softmax", False, {}, {}),
   ("sigmoid", True, {}, {}),
@@ -204,3 +212,114 @@ def test_layer_equals_a_loop_over_tokens(tiny, expected, router, skew, sizes, ru
     tiny, CONFIGS[router], ShardingRules(**rules), tiny.mesh(**{"fsdp": 1, **sizes}), params
   )
   assert_close(actual, wanted)
+
+
+def decoder_config(tiny, **changes):
+  experts = ExpertsConfig(
+    4, 2, 16, shared_experts=1, router="sigmoid", balance_loss=0.1, router_z_loss=0.1, bias_rate=0.1
+  )
+  stretches = expert_stretches(3, first=1)
+  return tiny.config(num_layers=3, stretches=stretches, experts=experts, **changes)
+
+
+def batch_of(tiny):
+  rng = np.random.default_rng(1)
+  return tiny.pack([[tiny.document(rng, 9, 0), tiny.document(rng, 11, 1)] for _ in range(4)], 24)
+
+
+def step_on(tiny, sizes, batch, **changes):
+  """What a step with SGD of rate 1 adds to the parameters, and its metrics."""
+  mesh, model = tiny.mesh(**{"fsdp": 1, **sizes}), build(decoder_config(tiny, **changes))
+  layout = Layout("zigzag", mesh.shape["ring"])
+  names = frozenset(traverse_util.flatten_dict(model.logical_axes, sep="."))
+  trainable = Trainable(names - {"blocks_1.feed_forward.router_bias"})
+  objective = Objective(model, LossConfig(), tiny.rope_theta, layout, 1, trainable)
+
+  @tiny.jit
+  def step(params, batch):
+    optimizer = kept_unless_applied(optax.sgd(1.0))
+    state = TrainState(params, optimizer.init(trainable.split(params)[0]), jnp.int32(0))
+    state, metrics = train_step(
+      state, batch, objective=objective, optimizer=optimizer, learning_rate=jnp.float32
+    )
+    return jax.tree.map(jnp.subtract, state.params, params), metrics
+
+  with jax.set_mesh(mesh):
+    params = tiny.init(model, mesh)
+    return jax.tree.map(np.asarray, step(params, tiny.place(batch, layout, mesh, model.rules)))
+
+
+@pytest.fixture(scope="module")
+def one_device(tiny):
+  return step_on(tiny, {}, batch_of(tiny), remat="none")
+
+
+@pytest.mark.parametrize(
+  "sizes, remat",
+  [(dict(expert=2, ring=2, tensor=2), "full"), (dict(fsdp=2, expert=2, ulysses=2), "attention")],
+  ids=str,
+)
+def test_updates_losses_and_loads_equal_one_device(tiny, one_device, sizes, remat):
+  updates, metrics = step_on(tiny, sizes, batch_of(tiny), remat=remat)
+  np.testing.assert_array_equal(metrics["expert_load"], one_device[1]["expert_load"])
+  for name in ("loss", "text_loss", "vision_loss", "balance_loss", "router_z_loss"):
+    np.testing.assert_allclose(metrics[name], one_device[1][name], rtol=1e-5)
+  tiny.assert_close(updates, one_device[0], 2e-5)
+
+
+def test_loads_count_tokens_and_biases_follow_them(tiny, one_device):
+  updates, metrics = one_device
+  # Four rows with 9 tokens of text and 11 of vision, 2 experts each; the rest is padding.
+  assert metrics["expert_load"].shape == (2, 2, 4)
+  np.testing.assert_array_equal(metrics["expert_load"].sum(axis=2), [[72, 88]] * 2)
+  load_LxE = metrics["expert_load"].sum(axis=1)
+  np.testing.assert_allclose(
+    updates["blocks_1"]["feed_forward"]["router_bias"],
+    0.1 * np.sign(load_LxE.mean(axis=1, keepdims=True) - load_LxE),
+    rtol=1e-6,
+  )
+
+
+def test_auxiliary_losses_reach_every_router_through_the_scan(tiny):
+  """No target has a weight, so that nothing else has a gradient."""
+  batch = batch_of(tiny)
+  batch["loss_weights"][:] = 0
+  updates, metrics = step_on(tiny, {}, batch, remat="none")
+  np.testing.assert_allclose(metrics["loss"], metrics["balance_loss"] + metrics["router_z_loss"])
+  assert metrics["balance_loss"] > 0 and metrics["router_z_loss"] > 0
+  router_LxExM = np.moveaxis(updates["blocks_1"]["feed_forward"]["router"], 2, 1)
+  assert np.abs(router_LxExM).max(axis=2).min() > 1e-6
+  assert not updates["output"].any()
+
+
+def test_decoding_equals_reading_at_once(tiny):
+  config = decoder_config(tiny, remat="none")
+  tokens = np.random.default_rng(0).integers(0, 64, (2, 7)).astype(np.int32)
+  whole, mesh = build(config), tiny.mesh()
+  with jax.set_mesh(mesh):
+    start = jnp.zeros((2, 7), jnp.int32)
+    intervals = KeyIntervals(start, start + jnp.arange(1, 8)[None])
+
+    @tiny.jit
+    def read(params, tokens):
+      hidden = whole.hidden(
+        params,
+        tokens,
+        start + jnp.arange(7)[None],
+        intervals,
+        rope_theta=tiny.rope_theta,
+        layout=Layout("contiguous", 1),
+      )
+      return whole.logits(params, hidden)
+
+    expected = np.asarray(read(tiny.init(whole, mesh), tokens))
+  mesh, model = tiny.mesh(expert=2, tensor=2), build(config, ShardingRules(sequence=None))
+  with jax.set_mesh(mesh):
+    params = tiny.init(model, mesh)
+    decode = tiny.jit(
+      lambda params, tokens, cache: model.decode(params, tokens, cache, rope_theta=tiny.rope_theta)
+    )
+    logits, cache = decode(params, tokens[:, :6], model.init_cache(2, 8))
+    last, _ = decode(params, tokens[:, 6:], cache)
+  np.testing.assert_allclose(logits, expected[:, 5], rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(last, expected[:, 6], rtol=1e-4, atol=1e-5)
