@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 REMAT_POLICIES = ("none", "dots", "attention", "full", "offload", "offload_attention")
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -179,8 +180,12 @@ class ModelConfig:
 
 def expert_stretches(num_layers: int, first: int = 0, every: int = 1) -> list[Stretch]:
   """Stretches with experts in every `every`-th layer from layer `first` on, and dense others."""
-  kinds = [
-    EXPERTS if layer >= first and (layer - first) % every == 0 else "dense"
-    for layer in range(num_layers)
-  ]
-  return [Stretch(kind, len(list(layers))) for kind, layers in itertools.groupby(kinds)]
+  return stretches_of(
+    [layer >= first and (layer - first) % every == 0 for layer in range(num_layers)]
+  )
+
+
+def stretches_of(has_experts: Sequence[bool]) -> list[Stretch]:
+  """Stretches of layers with experts and of dense ones, from whether each layer has experts."""
+  groups = [(own, len(list(layers))) for own, layers in itertools.groupby(has_experts)]
+  return [Stretch(EXPERTS if own else "dense", number) for own, number in groups]
