@@ -48,9 +48,8 @@ def place(
   expert_A = expert_Txk.reshape(-1)
   order_A = jnp.argsort(expert_A, stable=True)
   rank_A = jnp.argsort(order_A)
-  stop_E = jnp.searchsorted(
-    expert_A[order_A], jnp.arange(num_experts), side="right", method="sort"
-  ).astype(jnp.int32)
+  is_before_ExA = expert_A[None] <= jnp.arange(num_experts, dtype=jnp.int32)[:, None]
+  stop_E = jnp.sum(is_before_ExA, axis=1, dtype=jnp.int32)
   start_E = jnp.concatenate([jnp.zeros_like(stop_E[:1]), stop_E[:-1]])
   sizes_E = stop_E - start_E
   if capacity is not None:

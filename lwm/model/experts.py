@@ -149,6 +149,9 @@ class Experts(nnx.Module):
     rules, config = self.rules, self.config
     exchange = tuple(axis for axis in rules.experts if axis in rules.residual_axes)
     divides_width = rules.expert_feed_forward is not None
+    mesh = jax.sharding.get_abstract_mesh()
+    # As in a dense layer, a chunk is counted after tokens are gathered over `tensor`.
+    sharers = mesh.shape[rules.tensor] if rules.residual is not None else 1
     return Settings(
       num_experts=config.num_experts,
       exchange_axes=exchange,
@@ -156,8 +159,8 @@ class Experts(nnx.Module):
       tensor_axis=rules.tensor if divides_width else None,
       has_part_of_tokens=divides_width and rules.residual is not None,
       capacity_factor=config.capacity_factor,
-      chunk=num_rows * self.chunk,
-      is_ragged=jax.sharding.get_abstract_mesh().abstract_device.platform == "tpu",
+      chunk=num_rows * max(self.chunk // sharers, 1),
+      is_ragged=mesh.abstract_device.platform == "tpu",
     )
 
   def _extras(self, sums: _Sums) -> Extras:

@@ -85,6 +85,7 @@ class ShardingRules:
     experts: axes over which experts are divided. Attention uses the same devices otherwise: it
       divides rows over the first axis, and exchanges heads for tokens along the second one. Axes
       that divide tokens must come before others.
+    expert: the one of these axes that dense models do not need, because it is like fsdp for them.
     cache: axes over which the positions of a sampler's key/value cache are divided.
     slices: the only axis that may cross from one TPU slice to the next, over the slower network.
   """
@@ -95,6 +96,7 @@ class ShardingRules:
   tensor: str = "tensor"
   experts: tuple[str, ...] = ("expert", "ulysses")
   cache: tuple[str, ...] = ()
+  expert: str = "expert"
   slices: str = "data"
 
   # Logical axes that are never sharded.
