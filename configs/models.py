@@ -1,6 +1,6 @@
 """Model sizes. A config picks one and changes what it needs to."""
 
-from lwm.config.model import ModelConfig, RopeScaling
+from lwm.config.model import ExpertsConfig, ModelConfig, RopeScaling, expert_stretches
 from lwm.config.vqgan import VQGANConfig
 
 VISION_VOCAB_SIZE = VQGANConfig().layout.vocab_size
@@ -49,6 +49,39 @@ def qwen3_8b() -> ModelConfig:
   model.text_vocab_size = 151936
   model.norm_epsilon = 1e-6
   model.query_key_norm = True
+  return model
+
+
+def mixtral_8x7b() -> ModelConfig:
+  """Mixtral 8x7B, 46.7 billion parameters, which uses rope_theta 1e6 (arXiv 2401.04088)."""
+  model = lwm_7b()
+  model.num_kv_heads = 8
+  model.experts = ExpertsConfig(num_experts=8, experts_per_token=2, width=14336)
+  return model
+
+
+def fine_grained_16b() -> ModelConfig:
+  """DeepSeekMoE 16B (arXiv 2401.06066): 64 experts of which 6 are chosen, and 2 shared ones.
+
+  The first layer is dense. Routing is DeepSeek-V3's, balanced by biases (arXiv 2412.19437).
+  """
+  model = lwm_7b()
+  model.num_layers = 28
+  model.width = 2048
+  model.num_heads = model.num_kv_heads = 16
+  model.feed_forward_width = 10944
+  model.text_vocab_size = 102400
+  model.norm_epsilon = 1e-6
+  model.experts = ExpertsConfig(
+    num_experts=64,
+    experts_per_token=6,
+    width=1408,
+    shared_experts=2,
+    router="sigmoid",
+    # The losses that remain when biases balance the loads (arXiv 2412.19437, section 4.2).
+    balance_loss=1e-4,
+  )
+  model.stretches = expert_stretches(model.num_layers, first=1)
   return model
 
 

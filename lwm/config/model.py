@@ -1,6 +1,8 @@
 """Hyper-parameters of the decoder."""
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 
 REMAT_POLICIES = ("none", "dots", "attention", "full", "offload", "offload_attention")
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -22,6 +24,39 @@ class Stretch:
 
   kind: str = "dense"
   num_layers: int = 1
+
+
+# The kind of layers whose feed-forward network is `ModelConfig.experts`.
+EXPERTS = "experts"
+ROUTERS = ("softmax", "sigmoid")
+
+
+@dataclasses.dataclass
+class ExpertsConfig:
+  """A mixture of experts in place of a dense feed-forward network (docs/experts.md)."""
+
+  num_experts: int = 8
+  experts_per_token: int = 2
+  # Feed-forward width of one expert.
+  width: int = 128
+  # Experts that every token goes through, in addition.
+  shared_experts: int = 0
+  # How the scores of experts come from the router's logits. "softmax": over all experts (Mixtral,
+  # arXiv 2401.04088); "sigmoid": of each alone, and experts are chosen by score + bias, where the
+  # bias follows the loads (DeepSeek-V3, arXiv 2412.19437).
+  router: str = "softmax"
+  # The scores of a token's experts are divided by their sum, then multiplied by `scale`.
+  renormalise: bool = True
+  scale: float = 1.0
+  # Coefficients of the losses, per layer: load balance (arXiv 2101.03961) and mean squared
+  # log-sum-exp of the router's logits (arXiv 2202.08906).
+  balance_loss: float = 0.01
+  router_z_loss: float = 0.001
+  # What the bias of a sigmoid router changes by in a step.
+  bias_rate: float = 0.001
+  # The most rows of an expert from one device and chunk of tokens, as a multiple of their mean;
+  # further tokens skip the expert. None: no token does.
+  capacity_factor: float | None = None
 
 
 # Projections that can have a low-rank addition.
@@ -68,7 +103,8 @@ class ModelConfig:
   """
 
   num_layers: int = 2
-  # From the first layer to the last; their sizes add up to num_layers. Empty: all layers are dense.
+  # From the first layer to the last; their sizes add up to num_layers. Empty: all layers are dense,
+  # or all have experts if `experts` is set.
   stretches: list[Stretch] = dataclasses.field(default_factory=list)
   width: int = 64
   num_heads: int = 4
@@ -88,6 +124,8 @@ class ModelConfig:
   # RMSNorm of each head's query and key, with a learned scale, before RoPE (Qwen3, arXiv
   # 2505.09388).
   query_key_norm: bool = False
+  # The experts of the layers of kind "experts".
+  experts: ExpertsConfig | None = None
   # Low-rank additions to a base model, trained in its place. None: there are none.
   lora: LoraConfig | None = None
   # Adapters of the blocks of a base model, trained in its place. None: there are none.
@@ -136,5 +174,18 @@ class ModelConfig:
 
   @property
   def resolved_stretches(self) -> list[Stretch]:
-    """`stretches`, or the one stretch of dense layers that an empty list stands for."""
-    return self.stretches or [Stretch("dense", self.num_layers)]
+    """`stretches`, or the one stretch of all layers that an empty list stands for."""
+    return self.stretches or [Stretch(EXPERTS if self.experts else "dense", self.num_layers)]
+
+
+def expert_stretches(num_layers: int, first: int = 0, every: int = 1) -> list[Stretch]:
+  """Stretches with experts in every `every`-th layer from layer `first` on, and dense others."""
+  return stretches_of(
+    [layer >= first and (layer - first) % every == 0 for layer in range(num_layers)]
+  )
+
+
+def stretches_of(has_experts: Sequence[bool]) -> list[Stretch]:
+  """Stretches of layers with experts and of dense ones, from whether each layer has experts."""
+  groups = [(own, len(list(layers))) for own, layers in itertools.groupby(has_experts)]
+  return [Stretch(EXPERTS if own else "dense", number) for own, number in groups]

@@ -14,7 +14,15 @@ from lwm.config.experiment import (
   VQGANExperiment,
   VQGANStage,
 )
-from lwm.config.model import COMPUTE_DTYPES, PROJECTIONS, REMAT_POLICIES, ModelConfig
+from lwm.config.model import (
+  COMPUTE_DTYPES,
+  EXPERTS,
+  PROJECTIONS,
+  REMAT_POLICIES,
+  ROUTERS,
+  ExpertsConfig,
+  ModelConfig,
+)
 from lwm.errors import ConfigError
 from lwm.parallel.sharding import ShardingRules
 
@@ -125,6 +133,17 @@ def check_model_fits_mesh(
     raise ConfigError(
       f"{name} = {size} does not divide over mesh.{_by_axis(axes, sizes)}: change one of them."
     )
+  if model.experts is not None:
+    for setting, axes in (
+      ("num_experts", rules.experts),
+      ("width", () if rules.expert_feed_forward is None else (rules.expert_feed_forward,)),
+    ):
+      size = getattr(model.experts, setting)
+      if size % _product(axes, sizes):
+        raise ConfigError(
+          f"config.model.experts.{setting} = {size} does not divide over "
+          f"mesh.{_by_axis(axes, sizes)}: change one of them."
+        )
   if rules.sequence is None:
     return
   # Key/value heads are repeated if they do not divide over `ulysses`.
@@ -173,6 +192,10 @@ def _check_model(model: ModelConfig) -> None:
     _at_least(f"model.{field}", getattr(model, field), 0)
   for index, stretch in enumerate(model.stretches):
     _at_least(f"model.stretches[{index}].num_layers", stretch.num_layers, 1)
+    if stretch.kind == EXPERTS and model.experts is None:
+      raise ConfigError(
+        f"config.model.stretches[{index}].kind={EXPERTS!r} needs config.model.experts."
+      )
   layers = sum(stretch.num_layers for stretch in model.resolved_stretches)
   if layers != model.num_layers:
     raise ConfigError(
@@ -195,6 +218,8 @@ def _check_model(model: ModelConfig) -> None:
       f"config.model.num_kv_heads={model.num_kv_heads} must be a multiple of "
       f"config.model.head_groups={model.head_groups}."
     )
+  if model.experts is not None:
+    _check_experts(model.experts)
   if model.lora is not None:
     _at_least("model.lora.rank", model.lora.rank, 1)
     _positive("model.lora.alpha", model.lora.alpha)
@@ -208,6 +233,23 @@ def _check_model(model: ModelConfig) -> None:
       _positive(f"model.adapter.{field}", getattr(model.adapter, field))
   if model.head_dim % 2:
     raise ConfigError(f"config.model.head_dim={model.head_dim} must be even: RoPE rotates pairs.")
+
+
+def _check_experts(experts: ExpertsConfig) -> None:
+  for field in ("num_experts", "experts_per_token", "width"):
+    _at_least(f"model.experts.{field}", getattr(experts, field), 1)
+  _at_least("model.experts.shared_experts", experts.shared_experts, 0)
+  if experts.experts_per_token > experts.num_experts:
+    raise ConfigError(
+      f"config.model.experts.experts_per_token={experts.experts_per_token} is more than "
+      f"config.model.experts.num_experts={experts.num_experts}."
+    )
+  _one_of("model.experts.router", experts.router, ROUTERS)
+  _positive("model.experts.scale", experts.scale)
+  for field in ("balance_loss", "router_z_loss", "bias_rate"):
+    _not_negative(f"model.experts.{field}", getattr(experts, field))
+  if experts.capacity_factor is not None:
+    _positive("model.experts.capacity_factor", experts.capacity_factor)
 
 
 def _check_loss(loss: LossConfig) -> None:

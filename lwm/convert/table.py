@@ -18,7 +18,7 @@ import numpy as np
 
 from lwm import model as model_lib
 from lwm.checkpoint.arrays import ArrayInfo, ArrayWriter, Index
-from lwm.config.model import ModelConfig
+from lwm.config.model import EXPERTS, ModelConfig
 from lwm.convert.tensors import Sink, Source
 from lwm.errors import UserError
 
@@ -79,7 +79,8 @@ class Part:
   Attributes:
     path: of the parameter, dotted: "blocks.attention.query".
     transform: between ours and theirs.
-    where: which part of the parameter. For one layer of a stretch: its index on the first axis.
+    where: which part of the parameter. For one layer of a stretch: its index on the first axis;
+      for an expert, its index on the second one too.
   """
 
   path: str
@@ -99,20 +100,32 @@ class Tensor:
   parts: tuple[Part, ...]
 
 
-# Rows of one layer: (their name, with {layer}; our names inside the block; the transform).
+# Rows of one layer: (their name, with {layer}; our names inside the block; the transform). A name
+# with {expert} stands for one row per expert, whose axis is the first one of our parameter.
 LayerRow = tuple[str, tuple[str, ...], Transform]
 
 
-def layer_rows(config: ModelConfig, rows: Sequence[LayerRow]) -> list[Tensor]:
-  """The rows of all layers, over the stretches of the model."""
+def layer_rows(
+  config: ModelConfig, rows: Sequence[LayerRow], expert_rows: Sequence[LayerRow] = ()
+) -> list[Tensor]:
+  """The rows of all layers, over the stretches of the model.
+
+  Args:
+    config: of the model.
+    rows: of its dense layers.
+    expert_rows: of its layers of experts.
+  """
   tensors = []
   first = 0
   for index, stretch in enumerate(config.resolved_stretches):
     blocks = model_lib.stretch_name(index)
     for layer in range(stretch.num_layers):
-      for name, ours, transform in rows:
-        parts = tuple(Part(f"{blocks}.{path}", transform, (layer,)) for path in ours)
-        tensors.append(Tensor(name.format(layer=first + layer), parts))
+      for name, ours, transform in expert_rows if stretch.kind == EXPERTS else rows:
+        per_expert = config.experts is not None and "{expert}" in name
+        for expert in range(config.experts.num_experts) if per_expert else (None,):
+          where = (layer,) if expert is None else (layer, expert)
+          parts = tuple(Part(f"{blocks}.{path}", transform, where) for path in ours)
+          tensors.append(Tensor(name.format(layer=first + layer, expert=expert), parts))
     first += stretch.num_layers
   return tensors
 

@@ -46,6 +46,8 @@ class Division:
     tensor: devices that have the same tokens and divide heads, widths and vocabularies.
     ring: devices in a ring.
     ulysses: neighbours that exchange heads for tokens.
+    experts: devices that divide the experts of a layer.
+    divides_experts: whether `tensor` divides experts rather than their widths.
   """
 
   tokens: float = 1
@@ -54,6 +56,8 @@ class Division:
   tensor: int = 1
   ring: int = 1
   ulysses: int = 1
+  experts: int = 1
+  divides_experts: bool = False
 
   @classmethod
   def of(cls, stage: Stage, sizes: Mapping[str, int]) -> "Division":
@@ -67,7 +71,14 @@ class Division:
       tensor=sizes[rules.tensor],
       ring=ring,
       ulysses=ulysses,
+      experts=math.prod(sizes[axis] for axis in rules.experts),
+      divides_experts=rules.expert_feed_forward is None,
     )
+
+  @property
+  def of_experts(self) -> int:
+    """Number of parts of the weights of all experts, of which a device uses one."""
+    return self.experts if self.divides_experts else self.experts * self.tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +87,7 @@ class LayerCost:
 
   Attributes:
     weights: elements of the matrices, on all devices together.
+    expert_weights: how many of these belong to experts, which devices divide.
     flops: forward FLOPs of matrix products per token.
     pair_flops: forward FLOPs per (query, key) pair.
     recompute_flops: FLOPs per token that the backward pass computes again.
@@ -87,9 +99,12 @@ class LayerCost:
     hop: elements per token of a device that a hop of the ring sends: keys and values.
     exchanged: elements per token of a device that a step exchanges, heads for tokens.
     gathered: elements per token of a device that a step gathers or scatters over `tensor`.
+    dispatched: elements per token that a step sends to experts, or that come back, if all of them
+      are on other devices.
   """
 
   weights: int = 0
+  expert_weights: int = 0
   flops: int = 0
   pair_flops: int = 0
   recompute_flops: int = 0
@@ -100,6 +115,13 @@ class LayerCost:
   hop: int = 0
   exchanged: int = 0
   gathered: int = 0
+  dispatched: int = 0
+
+
+def weights_in_use(cost: LayerCost, division: Division) -> float:
+  """Elements of the gathered weights that a device uses."""
+  dense = cost.weights - cost.expert_weights
+  return dense / division.tensor + cost.expert_weights / division.of_experts
 
 
 def total(layers: Iterable[tuple[LayerCost, int]]) -> LayerCost:

@@ -12,11 +12,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lwm.config.model import ModelConfig
+from lwm.config.model import EXPERTS, ModelConfig
 from lwm.cost.layer import Division, LayerCost, dtype_bytes, total
 from lwm.model import extras as extras_lib
 from lwm.model.adapter import Adapter, Prompt, adapter_cost
 from lwm.model.attention import Attend, Attention, attention_cost
+from lwm.model.experts import Experts, experts_cost
 from lwm.model.extras import Extras
 from lwm.model.feed_forward import FeedForward, feed_forward_cost
 from lwm.model.parameters import RMSNorm
@@ -34,7 +35,7 @@ class Block(nnx.Module):
     self.attention_norm = RMSNorm(config, (num_layers,))
     self.attention = Attention(config, num_layers, rules, rngs)
     self.feed_forward_norm = RMSNorm(config, (num_layers,))
-    self.feed_forward = FeedForward(config, num_layers, rules, rngs)
+    self.feed_forward = self._make_feed_forward(config, num_layers, rules, rngs)
     adapter = config.adapter
     self.adapter = Adapter(adapter, config.width, num_layers, rules, rngs) if adapter else None
 
@@ -46,8 +47,12 @@ class Block(nnx.Module):
     attend: Attend,
     head_groups: int = 1,
     prompt: Prompt | None = None,
+    modality_BxS: jax.Array | None = None,
   ) -> tuple[jax.Array, Any, Extras]:
     """One layer of the stretch; its parameters have no axis of layers here.
+
+    `modality_BxS` is that of the tokens, as `lwm.model.experts.Experts` takes it. Dense layers
+    treat all tokens alike.
 
     Returns:
       The residual stream after the block, [B, S, M]; what `attend` carries on; and the extras.
@@ -60,13 +65,21 @@ class Block(nnx.Module):
       input_BxSxM, cosine_BxSxP, sine_BxSxP, attend, head_groups
     )
     x_BxSxM += mixed_BxSxM
-    x_BxSxM += self.feed_forward(self.feed_forward_norm(x_BxSxM))
-    return x_BxSxM, carried, extras_lib.nothing()
+    out_BxSxM, extras = self._feed_forward(self.feed_forward_norm(x_BxSxM), modality_BxS)
+    return x_BxSxM + out_BxSxM, carried, extras
 
-  @staticmethod
-  def cost(config: ModelConfig, division: Division) -> LayerCost:
+  _make_feed_forward: Any = FeedForward
+  _feed_forward_cost: Any = staticmethod(feed_forward_cost)
+
+  def _feed_forward(
+    self, x_BxSxM: jax.Array, modality_BxS: jax.Array | None
+  ) -> tuple[jax.Array, Extras]:
+    return self.feed_forward(x_BxSxM), extras_lib.nothing()
+
+  @classmethod
+  def cost(cls, config: ModelConfig, division: Division) -> LayerCost:
     """The cost of one block, whose input is kept under every remat policy, without its norms."""
-    costs = (attention_cost, feed_forward_cost, adapter_cost)
+    costs = (attention_cost, cls._feed_forward_cost, adapter_cost)
     parts = [cost(config, division) for cost in costs]
     block_input = config.width * dtype_bytes(config.compute_dtype) / division.tensor
     layers = total((part, 1) for part in parts)
@@ -77,5 +90,17 @@ class Block(nnx.Module):
     )
 
 
+class ExpertBlock(Block):
+  """A block whose feed-forward network is a mixture of experts."""
+
+  _make_feed_forward = Experts
+  _feed_forward_cost = staticmethod(experts_cost)
+
+  def _feed_forward(
+    self, x_BxSxM: jax.Array, modality_BxS: jax.Array | None
+  ) -> tuple[jax.Array, Extras]:
+    return self.feed_forward(x_BxSxM, modality_BxS)
+
+
 # Kinds of layers by the name that `Stretch.kind` gives them.
-KINDS: dict[str, type[Block]] = {"dense": Block}
+KINDS: dict[str, type[Block]] = {"dense": Block, EXPERTS: ExpertBlock}

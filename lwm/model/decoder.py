@@ -30,6 +30,7 @@ from lwm.model.adapter import Prompt, has_vision, has_vision_in_cache, modality_
 from lwm.model.attention import SAVE_ATTENTION, Attend, attended
 from lwm.model.block import KINDS
 from lwm.model.cache import Cache
+from lwm.model.experts import PADDING
 from lwm.model.extras import Extras
 from lwm.model.parameters import RMSNorm, table
 from lwm.model.projection import Projection, Weights
@@ -108,6 +109,7 @@ class Decoder(nnx.Module):
       prompt = self._prompt(
         has_vision(self.config, self.rules, layout, tokens_BxS, intervals.start_BxQ)
       )
+    modality_BxS = self._modality(tokens_BxS, intervals) if self.config.experts else None
     x_BxSxM = self._embed(tokens_BxS)
     reported = []
     for blocks in self._stretches:
@@ -117,7 +119,7 @@ class Decoder(nnx.Module):
       def block(x_BxSxM, layer):
         x_BxSxM = checkpoint_name(x_BxSxM, _BLOCK_INPUT)
         x_BxSxM, _, extras = nnx.merge(graph, layer)(
-          x_BxSxM, cosine, sine, attend, self.config.head_groups, prompt
+          x_BxSxM, cosine, sine, attend, self.config.head_groups, prompt, modality_BxS
         )
         return x_BxSxM, extras
 
@@ -219,6 +221,13 @@ class Decoder(nnx.Module):
       out_specs=rules.spec("batch", "residual", None),
     )(self._embedding(jnp.float32, whole), jax.reshard(tokens_BxS, rules.spec("batch", "residual")))
     return x_BxSxM.astype(self.config.compute_dtype)
+
+  def _modality(self, tokens_BxS: jax.Array, intervals: KeyIntervals) -> jax.Array:
+    """The modality of each token, an index in MODALITIES, or PADDING; sharded like the residual."""
+    is_vision_BxS = (tokens_BxS >= self.config.text_vocab_size).astype(jnp.int32)
+    is_padding_BxS = intervals.stop_BxQ <= intervals.start_BxQ
+    modality_BxS = jnp.where(is_padding_BxS, PADDING, is_vision_BxS)
+    return jax.reshard(modality_BxS, self.rules.spec("batch", "residual"))
 
   def _prompt(self, has_vision_BxS: jax.Array) -> Prompt:
     has_vision_BxS = jax.reshard(has_vision_BxS, self.rules.spec("batch", "residual"))

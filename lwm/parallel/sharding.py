@@ -29,6 +29,9 @@ class MeshConfig:
 
   data: int = 1
   fsdp: int = -1
+  # Devices that divide the experts of a layer, together with ulysses. For everything else this axis
+  # is like fsdp.
+  expert: int = 1
   ring: int = 1
   # Neighbours inside a ring shard that exchange heads for tokens: sequences are divided over
   # ring x ulysses.
@@ -73,20 +76,27 @@ class ShardingRules:
   gathered for use. The width of an activation has no logical axis, because it is never sharded.
 
   Attributes:
-    model: axes over which parameters are stored in shards.
+    model: axes over which parameters are stored in shards, except those of experts, which are
+      stored in shards over the axes of `model` that are not in `experts`.
     batch: axes over which the rows of a batch are divided.
     sequence: (ring, ulysses), the axes over which sequences are divided: the ring and, inside it,
       the neighbours that exchange heads for tokens (kernels/ulysses). None keeps sequences whole.
     tensor: the axis over which heads, feed-forward widths and vocabularies are divided.
+    experts: axes over which experts are divided. Attention uses the same devices otherwise: it
+      divides rows over the first axis, and exchanges heads for tokens along the second one. Axes
+      that divide tokens must come before others.
+    expert: the one of these axes that dense models do not need, because it is like fsdp for them.
     cache: axes over which the positions of a sampler's key/value cache are divided.
     slices: the only axis that may cross from one TPU slice to the next, over the slower network.
   """
 
-  model: tuple[str, ...] = ("fsdp", "ring", "ulysses")
-  batch: tuple[str, ...] = ("data", "fsdp")
+  model: tuple[str, ...] = ("fsdp", "expert", "ring", "ulysses")
+  batch: tuple[str, ...] = ("data", "fsdp", "expert")
   sequence: tuple[str, str] | None = ("ring", "ulysses")
   tensor: str = "tensor"
+  experts: tuple[str, ...] = ("expert", "ulysses")
   cache: tuple[str, ...] = ()
+  expert: str = "expert"
   slices: str = "data"
 
   # Logical axes that are never sharded.
@@ -122,6 +132,16 @@ class ShardingRules:
     return self.tensor
 
   @property
+  def expert_model(self) -> tuple[str, ...]:
+    """The axes of the width of the model in a parameter of experts."""
+    return tuple(axis for axis in self.model if axis not in self.experts)
+
+  @property
+  def expert_feed_forward(self) -> str | None:
+    """The axis of the widths of experts: they are whole if `tensor` divides the experts."""
+    return None if self.tensor in self.experts else self.tensor
+
+  @property
   def residual(self) -> tuple[str, ...] | None:
     """The axes of the sequence of the residual stream, between the layers of a block.
 
@@ -136,6 +156,11 @@ class ShardingRules:
     """The mesh axes that the tokens of attention and feed-forward are divided over."""
     return (*self.batch, *(self.sequence or ()))
 
+  @property
+  def residual_axes(self) -> tuple[str, ...]:
+    """The mesh axes that the tokens of the residual stream are divided over."""
+    return (*self.batch, *(self.residual or ()))
+
   def spec(self, *logical_axes: str | None) -> PartitionSpec:
     """The partition of an array with these dimensions."""
     return PartitionSpec(*(axis and getattr(self, axis) for axis in logical_axes))
@@ -143,15 +168,18 @@ class ShardingRules:
   def gathered(self, *logical_axes: str | None, whole: bool = False) -> PartitionSpec:
     """The partition of a parameter in use: whole along `model`, still sharded over `tensor`.
 
-    The axes of the tokens are `reduced`: all shards of the tokens use the same copy, and its
+    The parameters of experts are whole along `expert_model` and still sharded over `experts`. The
+    other axes of the tokens are `reduced`: all shards of the tokens use the same copy, and its
     gradient is a sum over them that has not been taken yet.
 
     Args:
       *logical_axes: the dimensions of the parameter.
       whole: whether the parameter is whole along `tensor` too, for tokens that are divided over it.
     """
-    axes = (None if whole or axis == "model" else axis for axis in logical_axes)
+    axes = (None if whole or axis in _STORED else axis for axis in logical_axes)
     shared = {*self.token_axes, *((self.tensor,) if whole else ())}
+    if "experts" in logical_axes:
+      shared -= {*self.experts}
     # jax 0.11.2 cannot lower a shard_map with sums not yet taken on a mesh of one device.
     alone = jax.sharding.get_abstract_mesh().size == 1
     return PartitionSpec(*self.spec(*axes), reduced=set() if alone else shared)
@@ -176,6 +204,10 @@ class ShardingRules:
     )
 
 
+# Logical axes along which a parameter in use is whole.
+_STORED = ("model", "expert_model")
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def _gather(weight, dtype, rules: ShardingRules, logical_axes: LogicalAxes, whole: bool):
   return jax.reshard(weight.astype(dtype), rules.gathered(*logical_axes, whole=whole))
@@ -191,11 +223,12 @@ def _gather_backward(dtype, rules, logical_axes, whole, _, gradient):
     return (jax.reshard(gradient.astype(jnp.float32), spec),)
 
   # The transpose of `reshard` would be an all-reduce in `dtype`, with twice the traffic.
-  scattered = {"model": rules.model, **({"vocab": rules.vocab} if whole else {})}
-  scattered = {name: axes for name, axes in scattered.items() if name in logical_axes}
-  stored = rules.model if "model" in logical_axes else ()
-  shared = (*rules.token_axes, *((rules.tensor,) if whole and "vocab" not in scattered else ()))
-  summed = tuple(axis for axis in shared if axis not in stored)
+  scattered = {name: getattr(rules, name) for name in _STORED if name in logical_axes}
+  stored = {axis for axes in scattered.values() for axis in axes}
+  if whole and "vocab" in logical_axes:
+    scattered["vocab"] = rules.vocab
+    stored.add(rules.vocab)
+  summed = tuple(axis for axis in AXES if axis in gathered.reduced and axis not in stored)
 
   def reduce(gradient):
     gradient = gradient.astype(jnp.float32)

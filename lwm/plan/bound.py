@@ -8,7 +8,7 @@ up to twice as much.
 from collections.abc import Mapping
 
 from lwm.config.experiment import Experiment, Stage
-from lwm.cost.layer import FLOAT32_BYTES, KEPT, Division, dtype_bytes
+from lwm.cost.layer import FLOAT32_BYTES, KEPT, Division, dtype_bytes, weights_in_use
 from lwm.model.flops import body_cost, vocabulary_weights
 from lwm.plan.traffic import moment_bytes
 from lwm.program.trainable import trained_shares
@@ -37,7 +37,7 @@ def least_memory(experiment: Experiment, stage: Stage, sizes: Mapping[str, int])
   saved = 0 if kept.on_host else tokens * cost.kept
   if kept.everything:
     # Gathered weights.
-    saved += cost.weights / tensor * number
+    saved += weights_in_use(cost, division) * number
   residual = tokens / tensor * model.width * number
   # The gradient of the residual stream, which goes past the layer.
   block = gradients + tokens * cost.backward + residual

@@ -66,6 +66,8 @@ def candidates(
     sizes = {**dict.fromkeys(AXES, 1), **dict(zip(axes, shape))}
     if head_groups > 1 and sizes[ShardingRules.tensor] > 1:
       continue
+    if experiment.model.experts is None and sizes[ShardingRules.expert] > 1:
+      continue
     mesh = MeshConfig(**sizes)
     trial = dataclasses.replace(
       experiment,

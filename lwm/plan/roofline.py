@@ -12,7 +12,7 @@ import jax
 from lwm.config.experiment import Experiment, Stage
 from lwm.config.model import ModelConfig
 from lwm.cost.chips import Chip
-from lwm.cost.layer import FLOAT32_BYTES, KEPT, Division, LayerCost, dtype_bytes
+from lwm.cost.layer import FLOAT32_BYTES, KEPT, Division, LayerCost, dtype_bytes, weights_in_use
 from lwm.model.flops import body_cost, layers, train_flops, vocabulary_weights
 from lwm.parallel.sharding import ShardingRules
 from lwm.plan.topology import Topology
@@ -115,6 +115,7 @@ def estimate(
     "memory beyond compute": max(0.0, memory - compute),
     f"activations over {rules.tensor}": wires("activations"),
     f"heads over {rules.ulysses}": wires("heads"),
+    "tokens to experts and back": wires("tokens to experts"),
     "weights and gradients, what compute does not hide": max(0.0, weights - busy),
     "keys and values, what attention does not hide": max(0.0, keys - attention_seconds),
     "activations to the host and back, what compute does not hide": max(0.0, kept - busy),
@@ -152,7 +153,8 @@ def _assumptions(chip: Chip) -> tuple[str, ...]:
     f"{ATTENTION_EFFICIENCY:.0%} (its backward pass: seven products, four of them the model's).",
     "Every row is one document, and every token a target over the text ids: no batch is more work.",
     "Weights, gradients and offloaded activations travel during any computation, keys and values "
-    f"during attention, activations over {ShardingRules.tensor} and offloaded moments during none.",
+    f"during attention, activations over {ShardingRules.tensor}, tokens to experts and offloaded "
+    "moments during none.",
   )
 
 
@@ -161,12 +163,13 @@ def _memory_bytes(
 ) -> float:
   """Bytes that a device reads and writes in a step, roughly."""
   model, number = experiment.model, dtype_bytes(experiment.model.compute_dtype)
-  parameters, shares = cost.weights + vocabulary_weights(model), trained_shares(experiment, stage)
-  trained = shares.body * cost.weights + shares.tables * vocabulary_weights(model)
+  tables, shares = vocabulary_weights(model), trained_shares(experiment, stage)
+  trained = shares.body * cost.weights + shares.tables * tables
   shard = trained / division.tensor / division.storage
   update = UPDATE_BYTES + 2 * moment_bytes(experiment.optimizer)
   # All parameters are gathered: their weights are written and read in each of three passes.
-  weights = 6 * number * parameters / division.tensor * stage.accumulation_steps
+  in_use = weights_in_use(cost, division) + tables / division.tensor
+  weights = 6 * number * in_use * stage.accumulation_steps
   # A backward pass moves twice as much as a forward pass.
   passes = 3 if KEPT[model.remat].everything else 4
   return update * shard + weights + passes * cost.moved * division.tokens * number

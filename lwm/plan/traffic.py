@@ -47,28 +47,38 @@ def step_traffic(
   `rules.tensor` too. Gradients of both are reduced in float32. All this happens once per
   microbatch. Activations are gathered over `rules.tensor` before each half of a block and scattered
   after it. Keys and values go around the ring, and in the backward pass their float32 gradients
-  with them. `rules.ulysses` exchanges heads for tokens. What is offloaded goes to the host's memory
-  and comes back. Frozen parameters have no gradients and no moments.
+  with them. `rules.ulysses` exchanges heads for tokens. The weights of experts are gathered over
+  `rules.expert_model` alone; tokens travel to them and back over `rules.experts`. What is offloaded
+  goes to the host's memory and comes back. Frozen parameters have no gradients and no moments.
   """
   model, rules, sizes = experiment.model, ShardingRules(), mesh.shape
   kept, division = KEPT[model.remat], Division.of(stage, sizes)
   cost, tables = body_cost(model, division), vocabulary_weights(model)
   number, tensor, tokens = dtype_bytes(model.compute_dtype), division.tensor, division.tokens
-  body = cost.weights / tensor
+  body = (cost.weights - cost.expert_weights) / tensor
+  experts = cost.expert_weights / division.of_experts
   stored, whole, group = rules.model, (*rules.model, rules.tensor), division.storage
   # Each device sends all but its own part.
   steps = stage.accumulation_steps
-  stored_share, whole_share = (steps * (n - 1) / n for n in (group, group * tensor))
+  around_experts = math.prod(sizes[axis] for axis in rules.expert_model)
+  stored_share, whole_share, experts_share = (
+    steps * (n - 1) / n for n in (group, group * tensor, around_experts)
+  )
   trained = trained_shares(experiment, stage)
   trained_body, trained_tables = trained.body * body, trained.tables * tables
-  shard = (trained_body + trained_tables / tensor) / group
+  trained_experts = trained.body * experts
+  shard = (trained_body + trained_tables / tensor) / group + trained_experts / around_experts
   hops = (division.ring - 1) * (2 if kept.attention else 3)
   keys = tokens * cost.hop * (hops * number + division.ring * FLOAT32_BYTES)
   activations = (tensor - 1) / tensor * tokens * number * cost.gathered
   heads = tokens * cost.exchanged * number * (division.ulysses - 1) / division.ulysses
+  dispatched = tokens / tensor * cost.dispatched * number * (1 - 1 / division.experts)
+  passes = 1 if kept.everything else 2
   sent = [
-    (stored, "weights", stored_share * body * number * (1 if kept.everything else 2)),
+    (stored, "weights", stored_share * body * number * passes),
     (stored, "gradients", stored_share * trained_body * FLOAT32_BYTES),
+    (rules.expert_model, "weights", experts_share * experts * number * passes),
+    (rules.expert_model, "gradients", experts_share * trained_experts * FLOAT32_BYTES),
     (whole, "tables", whole_share * tables * FLOAT32_BYTES),
     (whole, "gradients of tables", whole_share * trained_tables * FLOAT32_BYTES),
     *(
@@ -77,6 +87,7 @@ def step_traffic(
       if axis not in stored
     ),
     ((rules.tensor,), "activations", activations),
+    (rules.experts, "tokens to experts", dispatched),
     ((rules.ring,), "keys and values", keys),
     ((rules.ulysses,), "heads", heads),
   ]

@@ -14,6 +14,7 @@ from kernels.ring import Layout
 from lwm.config.batch import MODALITIES
 from lwm.config.experiment import LossConfig
 from lwm.model import LossSums, Model, sums_by_modality
+from lwm.model.balance import rebalanced
 from lwm.parallel.sharding import ShardingRules
 from lwm.program.step import Batch, Metrics
 from lwm.program.trainable import Trainable
@@ -67,9 +68,9 @@ class Objective:
 
     Returns:
       The gradients of the trained parameters, float32, sharded like them; the values that the
-      frozen parameters have after the step, here the same as before; and metrics: loss, which is
-      what is minimised, NAME_loss of each modality, nats per target (0 without targets), and what
-      the layers report (`lwm.model.extras.Extras`), by its name.
+      frozen parameters have after the step, which only `lwm.model.balance` changes; and metrics:
+      loss, which is what is minimised, NAME_loss of each modality, nats per target (0 without
+      targets), and what the layers report (`lwm.model.extras.Extras`), by its name.
     """
     del step
     weights_2 = sums_by_modality(batch["loss_weights"], batch["modality"])
@@ -107,6 +108,7 @@ class Objective:
     metrics = {"loss": sum(extras.losses.values(), start=loss)}
     for m, name in enumerate(MODALITIES):
       metrics[f"{name}_loss"] = normaliser_2[m] * nll_2[m]
+    frozen = rebalanced(self.model.config, frozen, extras.statistics)
     return gradients, frozen, metrics | extras.losses | extras.statistics
 
   def evaluate(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -17,7 +17,7 @@ from lwm import model as model_lib
 from lwm.config.experiment import Experiment, Stage
 from lwm.config.model import ModelConfig
 from lwm.errors import ConfigError
-from lwm.model import adapter, lora
+from lwm.model import adapter, balance, lora
 from lwm.model.flops import TrainedShares
 
 # Settings of the model that add parameters to a base, and globs over the names of these.
@@ -54,7 +54,8 @@ class Trainable:
 def trainable(experiment: Experiment, stage: Stage, params: Mapping[str, Any]) -> Trainable:
   """What `Stage.trainable`, or else `OptimizerConfig.trainable`, names.
 
-  Without patterns, all parameters are trained; of a model with parameters that were added to a
+  No optimizer trains the biases of routers (lwm/model/balance.py). Without patterns, all other
+  parameters are trained; of a model with parameters that were added to a
   base (ADDED), only the added ones are.
 
   Args:
@@ -69,15 +70,20 @@ def trainable(experiment: Experiment, stage: Stage, params: Mapping[str, Any]) -
   if stage.trainable is not None:
     where, patterns = f"stages.trainable of stage {stage.name!r}", stage.trainable
   names = _flatten(params)
+  balanced = fnmatch.filter(names, balance.BIASES)
   if not patterns:
     settings = _settings(experiment.model)
-    return added_to(params, settings) if settings else Trainable()
+    if settings:
+      return added_to(params, settings)
+    return Trainable(frozenset(names).difference(balanced)) if balanced else Trainable()
   for pattern in patterns:
     if not fnmatch.filter(names, pattern):
       raise ConfigError(
         f"config.{where}: {pattern!r} matches no parameter; their names are {', '.join(names)}."
       )
-  return matching(params, patterns)
+  named = matching(params, patterns).names
+  assert named is not None
+  return Trainable(named.difference(balanced))
 
 
 def matching(params: Mapping[str, Any], patterns: Iterable[str]) -> Trainable:

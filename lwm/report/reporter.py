@@ -12,6 +12,7 @@ from lwm.config import experiment as experiment_lib
 from lwm.config.experiment import AnyStage
 from lwm.cost.peak import peak_flops
 from lwm.report import goodput
+from lwm.report.expert_plots import plot_loads
 from lwm.report.goodput import Account
 from lwm.report.input_wait import InputWait, InputWatch
 from lwm.report.metrics import FILE_NAME, MetricsLog, read_metrics
@@ -161,8 +162,12 @@ class Reporter:
       return
     path = self._workdir / "curves" / f"{stage.name}.png"
     path.parent.mkdir(exist_ok=True)
-    plot_stage(self._presentation, read_metrics(self._workdir / FILE_NAME), stage.name, path)
+    records = read_metrics(self._workdir / FILE_NAME)
+    plot_stage(self._presentation, records, stage.name, path)
     self.say(f"curves of {stage.name}: {path}")
+    loads = path.with_name(f"{stage.name}_experts.png")
+    if plot_loads(records, stage.name, loads):
+      self.say(f"loads of experts in {stage.name}: {loads}")
 
   def close(self) -> None:
     """Writes and closes the files."""

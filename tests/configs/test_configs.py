@@ -7,7 +7,11 @@ import pathlib
 import pytest
 
 from configs import (
+  experts_fine_16b,
+  experts_lwm_vision_8x7b,
+  experts_mixtral_8x7b,
   laptop,
+  laptop_experts,
   laptop_lora,
   lwm_text_7b,
   lwm_vision_7b,
@@ -18,13 +22,25 @@ from configs import (
   vqgan_lwm,
 )
 from lwm.config import experiment as experiment_lib
-from lwm.config.model import AdapterConfig, LoraConfig, ModelConfig, Stretch
+from lwm.config.model import (
+  AdapterConfig,
+  ExpertsConfig,
+  LoraConfig,
+  ModelConfig,
+  Stretch,
+  expert_stretches,
+)
 from lwm.config.validate import check_devices, validate
 from lwm.errors import ConfigError
+from lwm.model.flops import body_cost, vocabulary_weights
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CONFIGS = {
+  "experts_fine_16b": (experts_fine_16b, 256),
+  "experts_lwm_vision_8x7b": (experts_lwm_vision_8x7b, 512),
+  "experts_mixtral_8x7b": (experts_mixtral_8x7b, 256),
   "laptop": (laptop, 1),
+  "laptop_experts": (laptop_experts, 1),
   "laptop_lora": (laptop_lora, 1),
   "lwm_text_7b": (lwm_text_7b, 256),
   "lwm_vision_7b": (lwm_vision_7b, 512),
@@ -101,6 +117,10 @@ def _experiment(**changes):
     ({"model__head_dim": 7}, ["head_dim=7"]),
     ({"model__stretches": [Stretch("dense", 3)]}, ["stretches", "3 layers", "num_layers=4"]),
     ({"model__stretches": [Stretch("dense", 4), Stretch("dense", 0)]}, ["stretches[1]", "=0"]),
+    ({"model__stretches": [Stretch("experts", 4)]}, ["stretches[0].kind='experts'", "experts"]),
+    ({"model__experts": ExpertsConfig(2, 3)}, ["experts_per_token=3", "num_experts=2"]),
+    ({"model__experts": ExpertsConfig(router="hash")}, ["experts.router='hash'", "'sigmoid'"]),
+    ({"model__experts": ExpertsConfig(capacity_factor=0)}, ["experts.capacity_factor=0"]),
     ({"model__sliding_window": 0}, ["sliding_window=0"]),
     ({"model__attention_soft_cap": 0.0}, ["attention_soft_cap=0.0"]),
     ({"model__lora": LoraConfig(rank=0)}, ["model.lora.rank=0"]),
@@ -143,8 +163,13 @@ def test_a_wrong_combination_is_one_message_that_names_the_settings(changes, nam
     ({"stages__0__mesh__tensor": 3}, 8, ["tensor=3", "8 devices"]),
     ({"stages__0__mesh__fsdp": 2}, 8, ["fsdp=2", "8 devices"]),
     ({"stages__0__mesh__data": -1}, 8, ["one axis"]),
-    ({}, 16, ["stages[0]", "8 rows", "1 x 16"]),
-    ({"stages__0__mesh__ring": 2}, 32, ["stages[0]", "8 rows", "1 x 16"]),
+    ({}, 16, ["stages[0]", "8 rows", "1 x 16 x 1"]),
+    ({"stages__0__mesh__ring": 2}, 32, ["stages[0]", "8 rows", "1 x 16 x 1"]),
+    (
+      {"model__experts": ExpertsConfig(12), "stages__0__mesh__expert": 8},
+      8,
+      ["experts.num_experts = 12", "expert x ulysses = 8 x 1"],
+    ),
   ],
 )
 def test_a_mesh_that_does_not_fit_is_one_message(changes, devices, named):
@@ -157,3 +182,21 @@ def test_dump_shows_every_setting():
   text = experiment_lib.dump(laptop.get_config())
   for field in dataclasses.fields(ModelConfig):
     assert f"{field.name}=" in text
+
+
+def test_stretches_of_experts():
+  kinds = [(stretch.kind, stretch.num_layers) for stretch in expert_stretches(7, first=1, every=3)]
+  assert kinds == [("dense", 1), ("experts", 1), ("dense", 2), ("experts", 1), ("dense", 2)]
+  assert expert_stretches(3) == [Stretch("experts", 3)]
+
+
+@pytest.mark.parametrize(
+  "model, billions, active_billions",
+  [(models.mixtral_8x7b(), 46.70, 12.88), (models.fine_grained_16b(), 16.38, 2.83)],
+)
+def test_models_with_experts_have_the_published_number_of_parameters(
+  model: ModelConfig, billions, active_billions
+):
+  cost, tables = body_cost(model), vocabulary_weights(model)
+  assert (cost.weights + tables) / 1e9 == pytest.approx(billions, abs=0.01)
+  assert (cost.flops / 2 + tables) / 1e9 == pytest.approx(active_billions, abs=0.01)

@@ -2,7 +2,7 @@
 
 Run it by hand from the root of the repository, in an environment with torch and transformers:
 
-  python tests/golden/make_hugging_face.py
+  python tests/golden/make_hugging_face.py [CASE ...]
 
 The files were written with Python 3.11, torch 2.13.0 (CPU) and transformers 5.24.0. Each directory
 is what `save_pretrained` wrote, and `logits.npz`: ids [1, S] and logits [1, S, V], computed in
@@ -11,6 +11,7 @@ float32 from the rounded weights of the files.
 
 import pathlib
 import shutil
+import sys
 
 import numpy as np
 import torch
@@ -61,6 +62,23 @@ CASES = {
       max_window_layers=0,
     ),
   ),
+  "mixtral": (
+    "mixtral",
+    dict(**GROUPED, intermediate_size=16, num_local_experts=5, num_experts_per_tok=2, head_dim=6),
+  ),
+  # The first layer is dense.
+  "qwen3_moe": (
+    "qwen3_moe",
+    dict(
+      **GROUPED,
+      head_dim=12,
+      num_experts=6,
+      num_experts_per_tok=3,
+      moe_intermediate_size=12,
+      norm_topk_prob=True,
+      mlp_only_layers=[0],
+    ),
+  ),
   "qwen3": ("qwen3", dict(**GROUPED, head_dim=12, rope_parameters=rope(1e6))),
 }
 # Stored in float32 or float16 instead of bfloat16.
@@ -69,11 +87,12 @@ SHARDED = "llama"
 
 
 def main():
-  shutil.rmtree(GOLDEN, ignore_errors=True)
-  for name, (model_type, options) in CASES.items():
+  for name in sys.argv[1:] or CASES:
+    model_type, options = CASES[name]
+    shutil.rmtree(GOLDEN / name, ignore_errors=True)
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(
-      model_type, **COMMON, **options, attn_implementation="eager"
+      model_type, **{**COMMON, **options}, attn_implementation="eager"
     )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     dtype = DTYPES.get(name, torch.bfloat16)

@@ -9,7 +9,17 @@ import numpy as np
 
 from lwm.config.model import ModelConfig, RopeScaling
 from lwm.config.vqgan import VisionLayout
-from lwm.convert.hugging_face.names import ARCHITECTURES, LLAMA, MISTRAL, QWEN2, QWEN3, Architecture
+from lwm.convert.hugging_face.experts import experts_problem, read_experts, write_experts
+from lwm.convert.hugging_face.names import (
+  ARCHITECTURES,
+  LLAMA,
+  MISTRAL,
+  MIXTRAL,
+  QWEN2,
+  QWEN3,
+  QWEN3_MOE,
+  Architecture,
+)
 from lwm.errors import UserError
 
 CONFIG = "config.json"
@@ -104,8 +114,10 @@ def read_config(path: pathlib.Path, content: Mapping[str, Any]) -> Settings:
   heads, context = settings["num_attention_heads"], settings["max_position_embeddings"]
   theta, scaling = _rope(path, settings)
   text, vision = _vocabularies(path, settings)
+  experts, stretches = read_experts(path, settings, architecture)
   model = ModelConfig(
     num_layers=settings["num_hidden_layers"],
+    stretches=stretches,
     width=settings["hidden_size"],
     num_heads=heads,
     num_kv_heads=settings["num_key_value_heads"] or heads,
@@ -119,6 +131,7 @@ def read_config(path: pathlib.Path, content: Mapping[str, Any]) -> Settings:
     sliding_window=_window(path, settings, architecture),
     attention_bias=architecture.attention_bias,
     query_key_norm=architecture.query_key_norm,
+    experts=experts,
   )
   return Settings(architecture, model, theta, context)
 
@@ -134,13 +147,15 @@ def architecture_of(config: ModelConfig) -> Architecture:
     problem = f"attention_soft_cap={config.attention_soft_cap}"
   elif config.attention_bias and config.query_key_norm:
     problem = "attention_bias and query_key_norm together"
-  elif any(stretch.kind != "dense" for stretch in config.resolved_stretches):
-    problem = "layers other than dense ones"
+  elif config.experts is not None:
+    problem = experts_problem(config)
   if problem:
     raise UserError(
       f"config.model: no class of transformers that is exported to has {problem}: such a model "
       "can only be used here."
     )
+  if config.experts is not None:
+    return QWEN3_MOE if config.query_key_norm else MIXTRAL
   if config.query_key_norm:
     return QWEN3
   if config.attention_bias:
@@ -192,6 +207,7 @@ def write_config(
     "dtype": dtype,
     "torch_dtype": dtype,
     **marks,
+    **write_experts(model),
   }
   if architecture.window == "named":
     content["use_sliding_window"] = model.sliding_window is not None

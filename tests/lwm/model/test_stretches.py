@@ -102,7 +102,9 @@ class Reporting(nnx.Module):
   def __init__(self, config, num_layers, rules, rngs):
     self.strength = nnx.Param(jnp.arange(1.0, num_layers + 1), logical_axes=("layers",))
 
-  def __call__(self, x_BxSxM, cosine_BxSxP, sine_BxSxP, attend, head_groups=1, prompt=None):
+  def __call__(
+    self, x_BxSxM, cosine_BxSxP, sine_BxSxP, attend, head_groups=1, prompt=None, modality_BxS=None
+  ):
     square_BxSxM = jnp.square(x_BxSxM)
     loss = 0.5 * jnp.square(self.strength[...]) * jnp.mean(square_BxSxM)
     statistics = {"channel_square": jnp.mean(square_BxSxM, axis=(0, 1))}

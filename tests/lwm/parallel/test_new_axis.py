@@ -17,15 +17,15 @@ CHECKOUT = pathlib.Path(__file__).parents[3]
 # What a new axis that divides rows and stored parameters takes: text of sharding.py, and its
 # replacement.
 EDITS = (
-  ("  fsdp: int = -1\n", "  fsdp: int = -1\n  expert: int = 1\n"),
-  ('model: tuple[str, ...] = ("fsdp", ', 'model: tuple[str, ...] = ("fsdp", "expert", '),
+  ("  fsdp: int = -1\n", "  fsdp: int = -1\n  pod: int = 1\n"),
+  ('model: tuple[str, ...] = ("fsdp", ', 'model: tuple[str, ...] = ("fsdp", "pod", '),
   (
-    'batch: tuple[str, ...] = ("data", "fsdp")',
-    'batch: tuple[str, ...] = ("data", "fsdp", "expert")',
+    'batch: tuple[str, ...] = ("data", "fsdp", ',
+    'batch: tuple[str, ...] = ("data", "fsdp", "pod", ',
   ),
 )
 # The name of a mesh axis as a string.
-AXIS = re.compile(r'"(data|fsdp|ring|ulysses|tensor)"')
+AXIS = re.compile(r'"(data|fsdp|expert|ring|ulysses|tensor)"')
 
 
 @pytest.mark.slow
@@ -41,7 +41,7 @@ def test_a_new_axis_trains_and_is_planned(tmp_path):
     text = text.replace(old, new)
   path.write_text(text)
   process = subprocess.run(
-    [sys.executable, new_axis_worker.__file__, "8", json.dumps(dict(fsdp=2, expert=2, ring=2))],
+    [sys.executable, new_axis_worker.__file__, "8", json.dumps(dict(fsdp=2, pod=2, ring=2))],
     cwd=tmp_path,
     env=os.environ | {"PYTHONPATH": str(tmp_path)},
     capture_output=True,

@@ -1,0 +1,51 @@
+"""Turns a dense checkpoint into one with experts that computes the same.
+
+    python -m experiments.upcycle --input=runs/laptop --output=weights/laptop_experts
+    python -m experiments.train --config=configs/laptop_experts.py --workdir=runs/upcycled \\
+        --config.model.experts.width=384 --config.init_from=weights/laptop_experts
+
+--input is the workdir of a run, or a checkpoint that experiments.import_weights wrote. Every expert
+starts as a copy of the layer's feed-forward network, which has its width; so a token uses
+--experts_per_token times as many FLOPs in these layers as before.
+"""
+
+import pathlib
+
+from absl import flags
+
+from experiments import flags as experiment_flags
+from lwm import convert
+from lwm.checkpoint.reader import newest
+from lwm.config.model import ROUTERS, ExpertsConfig
+from lwm.errors import UserError
+
+_INPUT = flags.DEFINE_string("input", None, "The dense model: a run's workdir or a checkpoint.")
+_OUTPUT = flags.DEFINE_string("output", None, "The checkpoint to write, a new directory.")
+_NUM_EXPERTS = flags.DEFINE_integer("num_experts", 8, "Experts per layer.", 1)
+_PER_TOKEN = flags.DEFINE_integer("experts_per_token", 2, "Experts that a token uses.", 1)
+_ROUTER = flags.DEFINE_enum("router", ROUTERS[0], ROUTERS, "How experts are chosen.")
+_NOISE = flags.DEFINE_float(
+  "noise",
+  0.0,
+  "Standard deviation of what is added to the copies, relative to that of the weights.",
+  0.0,
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the routers and the noise.", 0)
+flags.mark_flags_as_required(["input", "output"])
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  if _PER_TOKEN.value > _NUM_EXPERTS.value:
+    raise UserError(
+      f"--experts_per_token={_PER_TOKEN.value} is more than --num_experts={_NUM_EXPERTS.value}."
+    )
+  experts = ExpertsConfig(_NUM_EXPERTS.value, _PER_TOKEN.value, router=_ROUTER.value)
+  output = pathlib.Path(_OUTPUT.value)
+  stored = newest(pathlib.Path(_INPUT.value))
+  experiment = convert.upcycle(stored, output, experts, _NOISE.value, _SEED.value)
+  print(f"{stored.path} with config.model.experts={experiment.model.experts} is in {output}")
+
+
+if __name__ == "__main__":
+  experiment_flags.run(main)

@@ -1,0 +1,225 @@
+"""The feed-forward networks of experts on a mesh: dispatch, products, combination.
+
+T local tokens, k choices per token, M model width, F local feed-forward width, E experts, e local
+experts, n devices that exchange rows, t devices of the tensor axis, S sources of rows, L rows per
+source, R = S L rows, N chunks.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.experts.api import grouped_matmul
+from kernels.experts.backend import Backend
+from kernels.experts.dispatch import combine, place, sorted_experts, spread
+from kernels.experts.exchange import Exchange
+from kernels.varying import vary_trees_alike
+
+
+class Settings(NamedTuple):
+  """How the work is divided.
+
+  Attributes:
+    num_experts: E, on all devices together.
+    exchange_axes: mesh axes over which both tokens and experts are divided: tokens travel.
+    expert_axes: mesh axes over which the experts of a device of `exchange_axes` are divided
+      further, among devices that have the same tokens. Results are summed over them.
+    tensor_axis: the mesh axis that divides F, if one does.
+    has_part_of_tokens: the tokens are divided over `tensor_axis` too, instead of being the same.
+    capacity_factor: the most rows of an expert from one device and chunk, as a multiple of the
+      mean; further choices are dropped. None: nothing is dropped.
+    chunk: the most tokens at a time.
+    is_ragged: see `Exchange`.
+    backend: of `grouped_matmul`.
+  """
+
+  num_experts: int
+  exchange_axes: tuple[str, ...] = ()
+  expert_axes: tuple[str, ...] = ()
+  tensor_axis: str | None = None
+  has_part_of_tokens: bool = False
+  capacity_factor: float | None = None
+  chunk: int = 2048
+  is_ragged: bool = False
+  backend: str | Backend | None = None
+
+
+def expert_feed_forward(
+  x_TxM: jax.Array,
+  expert_Txk: jax.Array,
+  share_Txk: jax.Array,
+  gate_exMxF: jax.Array,
+  up_exMxF: jax.Array,
+  down_exFxM: jax.Array,
+  settings: Settings,
+) -> tuple[jax.Array, jax.Array]:
+  """The sum over a token's experts of share x SwiGLU of the expert, and the choices dropped.
+
+  At most `settings.chunk` tokens are dispatched at a time, and several chunks recompute everything
+  in the backward pass, so memory is that of one chunk: up to min(k, experts per device) rows per
+  token and exchanging device, all of which exist only if every token chooses the same device.
+
+  On a mesh, call it inside `jax.shard_map(..., check_vma=True)`. Local experts are the slice of all
+  experts that belongs to a device whose number, counted along `exchange_axes` and then
+  `expert_axes`, has the last axis changing fastest.
+
+  Args:
+    x_TxM: float32 or bfloat16. Products run in its dtype.
+    expert_Txk: int32, the chosen experts, which differ from each other; E: none, as for padding.
+    share_Txk: float32.
+    gate_exMxF: in the dtype of x. With several chunks, the gradients of the weights accumulate in
+      float32.
+    up_exMxF: likewise.
+    down_exFxM: likewise.
+    settings: how the work is divided.
+
+  Returns:
+    [T, M] in the dtype of x, and the number of choices of these tokens that capacity dropped, a
+    float32 scalar. Both vary over the axes that the tokens vary over.
+  """
+  x_TxM, expert_Txk, share_Txk, *weights = vary_trees_alike(
+    x_TxM, expert_Txk, share_Txk, gate_exMxF, up_exMxF, down_exFxM
+  )
+  tokens = x_TxM, expert_Txk, share_Txk
+  num_chunks = -(-x_TxM.shape[0] // settings.chunk)
+  if num_chunks == 1:
+    out_TxM, dropped = _whole(settings, tokens, weights)
+  else:
+    out_TxM, dropped = _by_chunks(num_chunks, settings, tokens, weights)
+  shared = (*settings.expert_axes, *(() if settings.has_part_of_tokens else _tensor(settings)))
+  if shared:
+    # The devices along these axes counted the same choices.
+    return jax.lax.psum(out_TxM, shared), jax.lax.pmean(dropped, shared)
+  return out_TxM, dropped
+
+
+def _tensor(settings: Settings) -> tuple[str, ...]:
+  return () if settings.tensor_axis is None else (settings.tensor_axis,)
+
+
+def _whole(settings: Settings, tokens, weights) -> tuple[jax.Array, jax.Array]:
+  """The networks for all tokens at once."""
+  x_TxM, expert_Txk, share_Txk = tokens
+  exchange = Exchange(settings.exchange_axes, settings.is_ragged)
+  n = exchange.num_devices if settings.exchange_axes else 1
+  capacity = None
+  if settings.capacity_factor is not None:
+    mean = expert_Txk.size / settings.num_experts
+    capacity = max(int(settings.capacity_factor * mean), 1)
+  placement = place(expert_Txk, num_experts=settings.num_experts, destinations=n, capacity=capacity)
+  x_RxM = spread(x_TxM, placement.row_Txk, placement.choice_R)
+  y_RxM = _exchanged(settings, exchange, n, x_RxM, placement.sizes_nxe, weights)
+  out_TxM = combine(y_RxM, share_Txk, placement.row_Txk, placement.choice_R)
+  chosen = jnp.sum(expert_Txk < settings.num_experts)
+  return out_TxM, (chosen - jnp.sum(placement.sizes_nxe)).astype(jnp.float32)
+
+
+def _exchanged(settings, exchange: Exchange, n: int, x_RxM, sent_nxe, weights):
+  """The networks of rows that are sorted by device and expert; their results in the same order."""
+  x_nxLxM = x_RxM.reshape(n, -1, x_RxM.shape[1])
+  if n == 1:
+    return _gathered(settings, x_nxLxM, sent_nxe, weights)[0]
+  received_nxe = exchange.sizes(sent_nxe)
+  sent_n, received_n = sent_nxe.sum(axis=1), received_nxe.sum(axis=1)
+  x_nxLxM = exchange.rows(x_nxLxM, sent_n, received_n)
+  y_nxLxM = _gathered(settings, x_nxLxM, received_nxe, weights)
+  return exchange.rows(y_nxLxM, received_n, sent_n).reshape(x_RxM.shape)
+
+
+def _gathered(settings: Settings, x_nxLxM, sizes_nxe, weights):
+  """Local experts for the rows of n sources, and for those of the other devices of tensor_axis."""
+  axis = settings.tensor_axis
+  if axis is None or not settings.has_part_of_tokens or jax.lax.axis_size(axis) == 1:
+    return _local(settings, x_nxLxM, sizes_nxe, weights)
+  x_SxLxM = jax.lax.all_gather(x_nxLxM, axis, tiled=True)
+  sizes_Sxe = jax.lax.all_gather(sizes_nxe, axis, tiled=True)
+  y_SxLxM = _local(settings, x_SxLxM, sizes_Sxe, weights)
+  return jax.lax.psum_scatter(y_SxLxM, axis, tiled=True)
+
+
+def _local(settings: Settings, x_SxLxM, sizes_Sxe, weights):
+  """Local experts for the rows of S sources, each sorted by expert; 0 for rows of others."""
+  gate_exMxF, up_exMxF, down_exFxM = weights
+  S, L, M = x_SxLxM.shape
+  num_local = gate_exMxF.shape[0]
+  first: Any = 0
+  if settings.expert_axes:
+    first = num_local * jax.lax.axis_index(settings.expert_axes)
+  x_RxM = x_SxLxM.reshape(S * L, M)
+  is_sorted = S == 1 and not settings.expert_axes
+  if is_sorted:
+    sizes_e, sorted_RxM = sizes_Sxe[0], x_RxM
+  else:
+    expert_R = sorted_experts(sizes_Sxe, L).reshape(-1) - first
+    expert_R = jnp.where((expert_R < 0) | (expert_R > num_local), num_local, expert_R)
+    own = place(expert_R[:, None], num_experts=num_local)
+    sizes_e = own.sizes_nxe[0]
+    sorted_RxM = spread(x_RxM, own.row_Txk, own.choice_R)
+  product = functools.partial(grouped_matmul, sizes_E=sizes_e, backend=settings.backend)
+  hidden_RxF = jax.nn.silu(product(sorted_RxM, gate_exMxF)) * product(sorted_RxM, up_exMxF)
+  y_RxM = product(hidden_RxF, down_exFxM)
+  if not is_sorted:
+    y_RxM = spread(y_RxM, own.choice_R[:, None], own.row_Txk[:, 0])
+  return y_RxM.reshape(S, L, M)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_chunks(num_chunks: int, settings: Settings, tokens, weights):
+  out_NxCxM, dropped_N = jax.lax.map(
+    lambda chunk: _whole(settings, chunk, weights), _split(settings, tokens, num_chunks)
+  )
+  num_tokens, M = tokens[0].shape
+  return out_NxCxM.reshape(-1, M)[:num_tokens], jnp.sum(dropped_N)
+
+
+def _forward(num_chunks, settings, tokens, weights):
+  return _by_chunks(num_chunks, settings, tokens, weights), (tokens, weights)
+
+
+def _backward(num_chunks, settings, residuals, gradients):
+  tokens, weights = residuals
+  out_gradient_TxM, _ = gradients
+
+  def add_chunk(totals, chunk):
+    (x_CxM, expert_Cxk, share_Cxk), out_gradient_CxM = chunk
+
+    def network(x_CxM, share_Cxk, weights):
+      return _whole(settings, (x_CxM, expert_Cxk, share_Cxk), weights)[0]
+
+    _, transpose = jax.vjp(network, x_CxM, share_Cxk, weights)
+    x_gradient, share_gradient, weight_gradients = transpose(out_gradient_CxM)
+    return jax.tree.map(jnp.add, totals, weight_gradients), (x_gradient, share_gradient)
+
+  zeros = jax.tree.map(lambda weight: jnp.zeros_like(weight, jnp.float32), weights)
+  chunks = _split(settings, tokens, num_chunks), _rows(out_gradient_TxM, num_chunks)
+  totals, (x_gradient_NxCxM, share_gradient_NxCxk) = jax.lax.scan(add_chunk, zeros, chunks)
+  x_TxM, expert_Txk, share_Txk = tokens
+  num_tokens = x_TxM.shape[0]
+  token_gradients = (
+    x_gradient_NxCxM.reshape(-1, x_TxM.shape[1])[:num_tokens],
+    np.zeros(expert_Txk.shape, jax.dtypes.float0),
+    share_gradient_NxCxk.reshape(-1, share_Txk.shape[1])[:num_tokens],
+  )
+  return token_gradients, jax.tree.map(lambda total, w: total.astype(w.dtype), totals, weights)
+
+
+_by_chunks.defvjp(_forward, _backward)
+
+
+def _split(settings: Settings, tokens, num_chunks: int):
+  """Equal chunks [N, C, ...] of tokens; the last is filled with tokens that choose no expert."""
+  x_TxM, expert_Txk, share_Txk = tokens
+  return (
+    _rows(x_TxM, num_chunks),
+    _rows(expert_Txk, num_chunks, settings.num_experts),
+    _rows(share_Txk, num_chunks),
+  )
+
+
+def _rows(array: jax.Array, num_chunks: int, fill: int = 0) -> jax.Array:
+  padding = -array.shape[0] % num_chunks
+  padded = jnp.pad(array, ((0, padding), (0, 0)), constant_values=fill)
+  return padded.reshape(num_chunks, -1, array.shape[1])

@@ -1,0 +1,69 @@
+"""Which pairs (block of rows, group) a grouped product computes.
+
+Groups begin and end anywhere, so a block of rows may belong to several groups, and is then visited
+once for each of them, one visit after the other. Without empty groups there are at most
+blocks + groups - 1 visits. The method is that of MegaBlocks' kernels for TPUs (`megablox` in JAX).
+
+R rows, b rows per block, E groups, V visits.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Visits(NamedTuple):
+  """Visits in the order of groups, and so of rows. All arrays are int32.
+
+  Attributes:
+    group_V: the group of each visit. Entries from `count` on repeat the last visit.
+    block_V: the block of rows of each visit.
+    start_E: first row of each group.
+    stop_E: row after the last of each group.
+    count: number of visits, a scalar.
+    block: rows per block, a Python number.
+  """
+
+  group_V: jax.Array
+  block_V: jax.Array
+  start_E: jax.Array
+  stop_E: jax.Array
+  count: jax.Array
+  block: int
+
+  def rows(self, array: jax.Array, visit: jax.Array) -> jax.Array:
+    """The block of rows of a visit, [b, ...]."""
+    return jax.lax.dynamic_slice_in_dim(array, self.block_V[visit] * self.block, self.block)
+
+  def is_own(self, visit: jax.Array) -> jax.Array:
+    """Which rows of the block of a visit belong to its group, bool [b, 1]."""
+    group = self.group_V[visit]
+    row_bx1 = self.block_V[visit] * self.block + jnp.arange(self.block)[:, None]
+    return (row_bx1 >= self.start_E[group]) & (row_bx1 < self.stop_E[group])
+
+
+def visits(sizes_E: jax.Array, num_blocks: int, block: int) -> Visits:
+  """The visits of all groups that have rows.
+
+  Args:
+    sizes_E: int32, rows per group; their sum is at most num_blocks * block.
+    num_blocks: number of blocks.
+    block: rows per block.
+  """
+  stop_E = jnp.cumsum(sizes_E)
+  start_E = stop_E - sizes_E
+  first_block_E = start_E // block
+  visits_E = jnp.where(sizes_E > 0, -(-stop_E // block) - first_block_E, 0)
+  visits_stop_E = jnp.cumsum(visits_E)
+  count = visits_stop_E[-1]
+  visit_V = jnp.minimum(
+    jnp.arange(num_blocks + sizes_E.shape[0] - 1, dtype=jnp.int32), jnp.maximum(count - 1, 0)
+  )
+  # Without any rows, the one entry names a group all the same.
+  group_V = jnp.minimum(
+    jnp.searchsorted(visits_stop_E, visit_V, side="right").astype(jnp.int32), sizes_E.shape[0] - 1
+  )
+  block_V = first_block_E[group_V] + visit_V - (visits_stop_E - visits_E)[group_V]
+  block_V = jnp.clip(block_V, 0, num_blocks - 1)
+  return Visits(group_V, block_V, start_E, stop_E, count, block)

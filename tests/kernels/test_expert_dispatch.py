@@ -1,0 +1,98 @@
+"""Rows for experts against a loop over choices: places, capacity, and the gradients of both ways.
+
+T tokens, k choices, E experts, M model width.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.experts import Settings, expert_feed_forward
+from kernels.experts.dispatch import combine, place, spread
+
+T, K, E, M = 20, 3, 6, 5
+
+
+def choices(rng):
+  """Distinct experts for each token; every fifth token is padding, and expert 4 is never chosen."""
+  expert_TxK = np.stack([rng.permutation([0, 1, 2, 3, 5])[:K] for _ in range(T)])
+  expert_TxK[::5] = E
+  return expert_TxK.astype(np.int32)
+
+
+@pytest.mark.parametrize("capacity", (None, 2))
+@pytest.mark.parametrize("destinations", (1, 3))
+def test_rows_are_sorted_and_gradients_come_back(destinations, capacity):
+  rng = np.random.default_rng(0)
+  expert_TxK = choices(rng)
+  placement = place(
+    jnp.asarray(expert_TxK), num_experts=E, destinations=destinations, capacity=capacity
+  )
+  kept = np.zeros((T, K), bool)
+  for expert in range(E):
+    kept.reshape(-1)[np.flatnonzero(expert_TxK == expert)[:capacity]] = True
+  row_TxK, choice_R = np.asarray(placement.row_Txk), np.asarray(placement.choice_R)
+  np.testing.assert_array_equal(row_TxK >= 0, kept)
+  np.testing.assert_array_equal(choice_R[row_TxK[kept]], np.flatnonzero(kept))
+  assert (choice_R >= 0).sum() == kept.sum() == placement.sizes_nxe.sum()
+  experts_of_rows = np.where(choice_R < 0, E, expert_TxK.reshape(-1)[choice_R])
+  for index, rows in enumerate(experts_of_rows.reshape(destinations, -1)):
+    own = range(index * E // destinations, (index + 1) * E // destinations)
+    np.testing.assert_array_equal(placement.sizes_nxe[index], [(rows == e).sum() for e in own])
+    assert sorted(rows) == list(rows) and set(rows) <= {*own, E}
+
+  x_TxM, share_TxK = rng.normal(size=(T, M)), rng.normal(size=(T, K))
+  cotangent_TxM = rng.normal(size=(T, M)).astype(np.float32)
+  weight_ExM = rng.normal(size=(E + 1, M)).astype(np.float32)
+
+  def actual(x_TxM, share_TxK):
+    x_RxM = spread(x_TxM, placement.row_Txk, placement.choice_R)
+    y_RxM = jnp.sin(x_RxM) * weight_ExM[experts_of_rows]
+    out_TxM = combine(y_RxM, share_TxK, placement.row_Txk, placement.choice_R)
+    return jnp.sum(out_TxM * cotangent_TxM), out_TxM
+
+  def expected(x_TxM, share_TxK):
+    factor_TxM = jnp.einsum("tk,tkm->tm", jnp.where(kept, share_TxK, 0), weight_ExM[expert_TxK])
+    out_TxM = jnp.sin(x_TxM) * factor_TxM
+    return jnp.sum(out_TxM * cotangent_TxM), out_TxM
+
+  arrays = x_TxM.astype(np.float32), share_TxK.astype(np.float32)
+  results, wanted = (
+    jax.tree.leaves(jax.value_and_grad(function, (0, 1), has_aux=True)(*arrays))
+    for function in (actual, expected)
+  )
+  for result, want in zip(results, wanted, strict=True):
+    np.testing.assert_allclose(result, want, rtol=1e-5, atol=1e-5)
+
+
+def test_capacity_drops_the_last_choices_and_says_how_many():
+  rng = np.random.default_rng(0)
+  expert_TxK = choices(rng)
+  x_TxM, share_TxK = rng.normal(size=(T, M)), rng.random(size=(T, K))
+  gate, up = rng.normal(size=(2, E, M, 7))
+  down = rng.normal(size=(E, 7, M))
+  # The mean is 10 choices per expert.
+  out_TxM, dropped = expert_feed_forward(
+    *(
+      jnp.asarray(x_TxM, jnp.float32),
+      jnp.asarray(expert_TxK),
+      jnp.asarray(share_TxK, jnp.float32),
+    ),
+    *(jnp.asarray(weight, jnp.float32) for weight in (gate, up, down)),
+    Settings(E, capacity_factor=0.5),
+  )
+  expected_TxM, taken, num_dropped = np.zeros((T, M)), np.zeros(E + 1), 0
+  for token, index in np.ndindex(T, K):
+    expert = expert_TxK[token, index]
+    if expert == E:
+      continue
+    taken[expert] += 1
+    if taken[expert] > 5:
+      num_dropped += 1
+      continue
+    hidden = x_TxM[token] @ gate[expert]
+    hidden = hidden / (1 + np.exp(-hidden)) * (x_TxM[token] @ up[expert])
+    expected_TxM[token] += share_TxK[token, index] * (hidden @ down[expert])
+  assert dropped == num_dropped > 0
+  np.testing.assert_allclose(out_TxM, expected_TxM, rtol=1e-4, atol=1e-4)
