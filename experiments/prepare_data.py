@@ -94,6 +94,12 @@ _RECORDS_PER_PART = flags.DEFINE_integer(
   "Records to write at a time; a killed command makes its unfinished part again.",
   lower_bound=1,
 )
+_SUBSAMPLE_FRAMES = flags.DEFINE_integer(
+  "subsample_frames",
+  None,
+  "Frames to keep per field of vision codes, spread evenly; all by default.",
+  lower_bound=1,
+)
 _SHARDS = shards.Shards()
 flags.adopt_module_key_flags(shards)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice among several --fields.")
@@ -154,6 +160,9 @@ def _to_document(source: sources.Source) -> prepare.ToDocument:
     raise UserError(
       f"Give --{given[0]} or --{given[1]}, not both: each says what the document is made of."
     )
+  has_codes = bool(source.kind != "text" and not (_CHAT_FIELD.value or _IDS_FIELD.value))
+  if _SUBSAMPLE_FRAMES.value and not has_codes:
+    raise UserError("--subsample_frames is for vision codes in --fields: leave it out.")
   if source.kind == "text":
     if given:
       raise UserError(f"--{given[0]} is for records with fields; text files have none.")
@@ -164,7 +173,9 @@ def _to_document(source: sources.Source) -> prepare.ToDocument:
     return prepare.from_ids(_IDS_FIELD.value)
   if source.kind == "tfds" and not _FIELDS.value:
     return prepare.from_text_field(_TEXT_FEATURE.value)
-  return prepare.from_fields(_FIELDS.value, _FIELDS_FROM.value, _SEED.value)
+  return prepare.from_fields(
+    _FIELDS.value, _FIELDS_FROM.value, _SEED.value, _SUBSAMPLE_FRAMES.value
+  )
 
 
 def main(argv: list[str]) -> None:
@@ -224,7 +235,7 @@ def main(argv: list[str]) -> None:
 def _settings(inputs: list[sources.Source]) -> dict[str, Any]:
   """What decides which records become which documents."""
   chosen = (_FIELDS, _FIELDS_FROM, _CHAT_FIELD, _IDS_FIELD, _TEXT_FEATURE)
-  others = (_VALIDATION_FRACTION, _RECORDS_PER_PART, _SEED)
+  others = (_VALIDATION_FRACTION, _RECORDS_PER_PART, _SUBSAMPLE_FRAMES, _SEED)
   return {
     "input": [source.identity() for source in inputs],
     **{flag.name: flag.value for flag in (*chosen, *others)},

@@ -22,7 +22,7 @@ from absl import flags
 from experiments import flags as experiment_flags, shards
 from experiments.runtime import devices, use_compilation_cache
 from lwm.data.dataset import Dataset
-from lwm.data.film_documents import FilmDocuments
+from lwm.data.film_documents import FilmDocuments, RowSettings
 from lwm.data.film_job import FilmJob, PartReport
 from lwm.data.film_throughput import throughput
 from lwm.data.films import digest, read_films
@@ -55,6 +55,23 @@ _DECODERS = flags.DEFINE_integer(
 _FRAMES_PER_DEVICE = flags.DEFINE_integer(
   "frames_per_device", 32, "Frames that a device encodes at a time.", lower_bound=1
 )
+_CAPTION_LAST = flags.DEFINE_float(
+  "caption_last",
+  0.0,
+  "Probability that a caption follows its frames and is trained on in their place; LWM takes 0.5.",
+  lower_bound=0,
+  upper_bound=1,
+)
+_CAPTION_DROPOUT = flags.DEFINE_float(
+  "caption_dropout",
+  0.0,
+  "Probability that a caption before the frames is left out, for classifier-free guidance.",
+  lower_bound=0,
+  upper_bound=1,
+)
+_SUBSAMPLE_FRAMES = flags.DEFINE_integer(
+  "subsample_frames", None, "Frames to keep per film, spread evenly; all by default.", lower_bound=1
+)
 _FILMS_PER_PART = flags.DEFINE_integer(
   "films_per_part",
   64,
@@ -72,7 +89,7 @@ _THROUGHPUT_SECONDS = flags.DEFINE_float(
 )
 _SHARDS = shards.Shards()
 flags.adopt_module_key_flags(shards)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice among several captions.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of captions, their order and dropout.")
 
 
 def _new_encoder(codec: Codec) -> FrameEncoder:
@@ -126,6 +143,9 @@ def main(argv: list[str]) -> None:
       print(f"{name}: {rate:,.1f} frames/s", flush=True)
     return
   layout = codec.config.layout
+  rows = RowSettings(
+    _SEED.value, _CAPTION_LAST.value, _CAPTION_DROPOUT.value, _SUBSAMPLE_FRAMES.value
+  )
   parts = DatasetParts(
     _OUTPUT.value,
     Vocabulary(tokenizer, codec.sha256, layout),
@@ -135,6 +155,7 @@ def main(argv: list[str]) -> None:
       "max_frames": _MAX_FRAMES.value,
       "films_per_part": _FILMS_PER_PART.value,
       "validation_fraction": _VALIDATION_FRACTION.value,
+      **{flag.name: flag.value for flag in (_CAPTION_LAST, _CAPTION_DROPOUT, _SUBSAMPLE_FRAMES)},
       "seed": _SEED.value,
     },
   )
@@ -142,7 +163,7 @@ def main(argv: list[str]) -> None:
     films,
     _FILMS_PER_PART.value,
     parts,
-    FilmDocuments(tokenizer, layout, _SEED.value),
+    FilmDocuments(tokenizer, layout, rows),
     _VALIDATION_FRACTION.value,
   )
   count = -(-len(films) // _FILMS_PER_PART.value)

@@ -81,7 +81,7 @@ class DatasetWriter:
       if error_type is None:
         self._part.close()
         joined = self._unfinished / _JOINED
-        _join(self.path, self._parts, joined, self._vocabulary)
+        _join(self.path, self._parts, joined, self._vocabulary, {})
         joined.rename(self.path)
     finally:
       shutil.rmtree(self._unfinished)
@@ -131,7 +131,8 @@ class DatasetParts:
     Args:
       path: of the dataset; its parents are made.
       vocabulary: of the documents.
-      settings: everything else that decides what the parts hold, as JSON values by name.
+      settings: everything else that decides what the parts hold, as JSON values by name. The
+        manifest records them.
 
     Raises:
       UserError: `path` exists already, or was begun with other settings.
@@ -139,6 +140,7 @@ class DatasetParts:
     self.path = pathlib.Path(path)
     _refuse_existing(self.path)
     self._vocabulary = vocabulary
+    self._settings = settings
     self.directory = self.path.with_name(f".{self.path.name}.unfinished")
     self._joined = self.directory / _JOINED
     self.directory.mkdir(parents=True, exist_ok=True)
@@ -181,7 +183,7 @@ class DatasetParts:
     parts = [self._part(number) for number in range(count)]
     if not (self._joined / MANIFEST).exists():
       try:
-        splits = _join(self.path, parts, self._joined, self._vocabulary)
+        splits = _join(self.path, parts, self._joined, self._vocabulary, self._settings)
         if TRAIN not in splits:
           raise UserError(f"{self.path} would hold out every document: hold out fewer.")
       except UserError:
@@ -218,10 +220,14 @@ def _refuse_existing(path: pathlib.Path) -> None:
 
 
 def _join(
-  path: pathlib.Path, parts: list[pathlib.Path], joined: pathlib.Path, vocabulary: Vocabulary
+  path: pathlib.Path,
+  parts: list[pathlib.Path],
+  joined: pathlib.Path,
+  vocabulary: Vocabulary,
+  settings: Mapping[str, Any],
 ) -> list[str]:
   """Joins the parts, and returns the names of the splits."""
-  manifest = join_parts(parts, joined, vocabulary)
+  manifest = join_parts(parts, joined, vocabulary, settings)
   if manifest["splits"]:
     return list(manifest["splits"])
   if not manifest["bad_records"]:
