@@ -31,6 +31,7 @@ output.
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
@@ -178,10 +179,8 @@ def _to_document(source: sources.Source) -> prepare.ToDocument:
   )
 
 
-def main(argv: list[str]) -> None:
-  del argv
-  # File names may contain bytes that are not UTF-8.
-  sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+def work(share: shards.Share) -> Callable[[], None]:
+  """Makes a share of the parts. Returns what makes the dataset when all parts are complete."""
   if not 0 <= _VALIDATION_FRACTION.value < 1:
     raise UserError(f"--validation_fraction={_VALIDATION_FRACTION.value} is not in [0, 1).")
   if _VALIDATION_INPUT.value and _VALIDATION_FRACTION.value:
@@ -195,9 +194,7 @@ def main(argv: list[str]) -> None:
       f"{_TOKENIZER.value} exists already: leave --train_tokenizer_vocab out to use it, or name "
       "another --tokenizer."
     )
-
-  is_share = _SHARDS.is_share()
-  if is_share and _TRAIN_TOKENIZER_VOCAB.value:
+  if share != shards.ALL and _TRAIN_TOKENIZER_VOCAB.value:
     raise UserError(
       "--train_tokenizer_vocab trains on the whole input: make the tokenizer first, and leave the "
       "flag out where --num_shards is given."
@@ -223,13 +220,26 @@ def main(argv: list[str]) -> None:
       writer, records, tokenizer, to_document, split
     ),
     _RECORDS_PER_PART.value,
-    _SHARDS.is_mine,
+    share.is_mine,
   )
-  if is_share:
-    _SHARDS.print_complete()
-    return
-  parts.join(count)
-  _print_summary(Dataset(_OUTPUT.value), inputs)
+
+  def join() -> None:
+    parts.join(count)
+    _print_summary(Dataset(_OUTPUT.value), inputs)
+
+  return join
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  # File names may contain bytes that are not UTF-8.
+  sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+  share = _SHARDS.share()
+  join = work(share or shards.ALL)
+  if share:
+    share.print_complete()
+  else:
+    join()
 
 
 def _settings(inputs: list[sources.Source]) -> dict[str, Any]:

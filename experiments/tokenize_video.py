@@ -5,8 +5,9 @@
 
 The input is a folder or a manifest with captions, dialogues, and times (docs/films.md). Each film
 becomes a document; a film that cannot be read is a line of bad_records.jsonl. A killed command
-continues when it is given again. Several workers share the work; the command without --num_shards
-makes the dataset of what they have made:
+continues when it is given again. The processes of one job (SLURM, a TPU pod, or --coordinator,
+--num_processes and --process_id) share the work. So do workers that know nothing of each other; the
+command without --num_shards makes the dataset of what they have made:
 
     python -m experiments.tokenize_video ... --num_shards=16 --shard_index=$INDEX
     python -m experiments.tokenize_video ...
@@ -15,6 +16,7 @@ makes the dataset of what they have made:
 import os
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 from absl import flags
@@ -30,6 +32,7 @@ from lwm.data.parts import Vocabulary
 from lwm.data.tokenizer import load_tokenizer
 from lwm.data.writer import DatasetParts
 from lwm.errors import UserError
+from lwm.parallel import distributed
 from lwm.vision import decoders
 from lwm.vision.codec import Codec
 from lwm.vision.frame_encoder import FrameEncoder
@@ -87,6 +90,11 @@ _THROUGHPUT_SECONDS = flags.DEFINE_float(
   "Write nothing: measure decoding, encoding, and both for this many seconds each.",
   lower_bound=0.1,
 )
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "Number of processes of one job, which share the work."
+)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 _SHARDS = shards.Shards()
 flags.adopt_module_key_flags(shards)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of captions, their order and dropout.")
@@ -125,39 +133,22 @@ def _make(job: FilmJob, numbers: list[int], codec: Codec) -> None:
     job.run(numbers, pool, encoder, report)
 
 
-def main(argv: list[str]) -> None:
-  del argv
-  # File names may contain bytes that are not UTF-8.
-  sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+def work(share: shards.Share) -> Callable[[], None]:
+  """Makes a share of the parts. Returns what makes the dataset when all parts are complete."""
   if not 0 <= _VALIDATION_FRACTION.value < 1:
     raise UserError(f"--validation_fraction={_VALIDATION_FRACTION.value} is not in [0, 1).")
-  is_share = _SHARDS.is_share()
-  devices()
   tokenizer, codec = load_tokenizer(_TOKENIZER.value), Codec(_VQGAN.value)
   films = read_films(_INPUT.value)
-  if _THROUGHPUT_SECONDS.value:
-    rates = throughput(
-      films, lambda: _new_decoders(codec), _new_encoder(codec), _THROUGHPUT_SECONDS.value
-    )
-    for name, rate in rates:
-      print(f"{name}: {rate:,.1f} frames/s", flush=True)
-    return
   layout = codec.config.layout
   rows = RowSettings(
     _SEED.value, _CAPTION_LAST.value, _CAPTION_DROPOUT.value, _SUBSAMPLE_FRAMES.value
   )
+  decoding = (_FRAMES_PER_SECOND, _MAX_FRAMES, _FILMS_PER_PART, _VALIDATION_FRACTION)
+  documents = (_CAPTION_LAST, _CAPTION_DROPOUT, _SUBSAMPLE_FRAMES, _SEED)
   parts = DatasetParts(
     _OUTPUT.value,
     Vocabulary(tokenizer, codec.sha256, layout),
-    {
-      "input": digest(films),
-      "frames_per_second": _FRAMES_PER_SECOND.value,
-      "max_frames": _MAX_FRAMES.value,
-      "films_per_part": _FILMS_PER_PART.value,
-      "validation_fraction": _VALIDATION_FRACTION.value,
-      **{flag.name: flag.value for flag in (_CAPTION_LAST, _CAPTION_DROPOUT, _SUBSAMPLE_FRAMES)},
-      "seed": _SEED.value,
-    },
+    {"input": digest(films), **{flag.name: flag.value for flag in (*decoding, *documents)}},
   )
   job = FilmJob(
     films,
@@ -167,14 +158,50 @@ def main(argv: list[str]) -> None:
     _VALIDATION_FRACTION.value,
   )
   count = -(-len(films) // _FILMS_PER_PART.value)
-  numbers = [n for n in range(count) if _SHARDS.is_mine(n) and not parts.is_complete(n)]
+  numbers = [n for n in range(count) if share.is_mine(n) and not parts.is_complete(n)]
   if numbers:
     _make(job, numbers, codec)
-  if is_share:
-    _SHARDS.print_complete()
+
+  def join() -> None:
+    parts.join(count)
+    _print_summary(Dataset(_OUTPUT.value))
+
+  return join
+
+
+def _print_throughput() -> None:
+  codec = Codec(_VQGAN.value)
+  rates = throughput(
+    read_films(_INPUT.value),
+    lambda: _new_decoders(codec),
+    _new_encoder(codec),
+    _THROUGHPUT_SECONDS.value,
+  )
+  for name, rate in rates:
+    print(f"{name}: {rate:,.1f} frames/s", flush=True)
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  # File names may contain bytes that are not UTF-8.
+  sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+  share = _SHARDS.share()
+  if share:
+    # Schedulers start workers in the same way as the processes of one job.
+    devices()
+    work(share)
+    share.print_complete()
     return
-  parts.join(count)
-  _print_summary(Dataset(_OUTPUT.value))
+  with distributed.joined(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
+    devices()
+    if _THROUGHPUT_SECONDS.value:
+      _print_throughput()
+      return
+    share = shards.Share(jax.process_count(), jax.process_index())
+    join = work(share)
+  # All processes have left the context, so all parts are complete.
+  if share.index == 0:
+    join()
 
 
 def _print_summary(dataset: Dataset) -> None:
