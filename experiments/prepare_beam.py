@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
   ]
   with beam.Pipeline(options=PipelineOptions(options)) as pipeline:
     indices = pipeline | beam.Create(range(count)) | beam.Reshuffle()
-    indices | beam.Map(_work, count, program, arguments)
+    indices | "make shares" >> beam.Map(_work, count, program, arguments)
   importlib.import_module(f"experiments.{program}").work(ALL)()
 
 

@@ -51,20 +51,32 @@ def run(program: str, *arguments: object, several_devices: bool = False):
   Returns:
     A subprocess.CompletedProcess. The program had one device, or all those of this process.
   """
-  context = multiprocessing.get_context("forkserver")
-  context.set_forkserver_preload(list(LIBRARIES))
   with tempfile.TemporaryDirectory() as folder:
     paths = [pathlib.Path(folder, name) for name in ("stdout", "stderr")]
     command = [program, *map(str, arguments)]
-    environment = dict(os.environ) if several_devices else one_device()
-    process = context.Process(target=_run, args=(command, environment, paths))
-    process.start()
+    process = _start(command, dict(os.environ) if several_devices else one_device(), paths)
     process.join(TIMEOUT)
     if process.is_alive():
       process.kill()
       raise subprocess.TimeoutExpired(command, TIMEOUT)
     output, errors = (path.read_text() if path.exists() else "" for path in paths)
     return subprocess.CompletedProcess(command, process.exitcode, output, errors)
+
+
+def start(program: str, *arguments: object) -> multiprocessing.process.BaseProcess:
+  """Starts what `run` runs, with one device and without its output, and does not wait."""
+  null = pathlib.Path(os.devnull)
+  return _start([program, *map(str, arguments)], one_device(), [null, null])
+
+
+def _start(
+  command: list[str], environment: dict[str, str], paths: list[pathlib.Path]
+) -> multiprocessing.process.BaseProcess:
+  context = multiprocessing.get_context("forkserver")
+  context.set_forkserver_preload(list(LIBRARIES))
+  process = context.Process(target=_run, args=(command, environment, paths))
+  process.start()
+  return process
 
 
 def _run(command: list[str], environment: dict[str, str], paths: list[pathlib.Path]) -> None:
