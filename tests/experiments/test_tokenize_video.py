@@ -12,7 +12,8 @@ from PIL import Image
 
 from lwm.data import train_sentencepiece
 from lwm.vision.codec import Codec
-from lwm.vision.video import read_clip
+from lwm.vision.pictures import peak_signal_to_noise
+from lwm.vision.video import read_clip, read_frames
 from tests import programs
 from tests.experiments.killed_films import files, unfinished
 from tests.lwm import films
@@ -130,3 +131,23 @@ def test_shown_frames_are_the_reconstruction_of_the_films(dataset, models, folde
       np.testing.assert_allclose(np.asarray(Image.open(shown / name), int), frame, atol=1)
       assert name in page
     assert not (shown / f"{document}-{len(decoded)}.png").exists()
+    clip = read_clip(shown / f"{document}-0.mp4", codec.config.resolution)
+    assert len(clip) == len(decoded) and peak_signal_to_noise(decoded, clip) > 25
+    assert f"{document}-0.mp4" in page
+
+  # The same beside the source, without a dataset.
+  sheets = tmp_path / "sheets"
+  vqgan, _ = models
+  output = run(
+    "experiments.reconstruct", vqgan, f"--input={folder}/films", f"--output={sheets}"
+  ).splitlines()
+  side = codec.config.resolution
+  assert f"3.mp4: {len(frames)} frames, PSNR " in output[3]
+  decibels = float(output[3].partition("PSNR ")[2].split()[0])
+  assert decibels == pytest.approx(peak_signal_to_noise(frames, decoded), abs=0.05)
+  assert "notes.txt: left out: " in output[4]
+  sheet = np.asarray(Image.open(sheets / "3-3.png"), int)
+  np.testing.assert_array_equal(sheet[:side, :side], frames[0])
+  np.testing.assert_allclose(sheet[-side:, :side], decoded[0], atol=1)
+  both = list(read_frames(sheets / "3-3.mp4"))
+  assert len(both) == len(frames) and both[0].size == (side, 2 * side)
