@@ -31,6 +31,7 @@ output.
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
@@ -94,6 +95,12 @@ _RECORDS_PER_PART = flags.DEFINE_integer(
   "Records to write at a time; a killed command makes its unfinished part again.",
   lower_bound=1,
 )
+_SUBSAMPLE_FRAMES = flags.DEFINE_integer(
+  "subsample_frames",
+  None,
+  "Frames to keep per field of vision codes, spread evenly; all by default.",
+  lower_bound=1,
+)
 _SHARDS = shards.Shards()
 flags.adopt_module_key_flags(shards)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice among several --fields.")
@@ -154,6 +161,9 @@ def _to_document(source: sources.Source) -> prepare.ToDocument:
     raise UserError(
       f"Give --{given[0]} or --{given[1]}, not both: each says what the document is made of."
     )
+  has_codes = bool(source.kind != "text" and not (_CHAT_FIELD.value or _IDS_FIELD.value))
+  if _SUBSAMPLE_FRAMES.value and not has_codes:
+    raise UserError("--subsample_frames is for vision codes in --fields: leave it out.")
   if source.kind == "text":
     if given:
       raise UserError(f"--{given[0]} is for records with fields; text files have none.")
@@ -164,13 +174,13 @@ def _to_document(source: sources.Source) -> prepare.ToDocument:
     return prepare.from_ids(_IDS_FIELD.value)
   if source.kind == "tfds" and not _FIELDS.value:
     return prepare.from_text_field(_TEXT_FEATURE.value)
-  return prepare.from_fields(_FIELDS.value, _FIELDS_FROM.value, _SEED.value)
+  return prepare.from_fields(
+    _FIELDS.value, _FIELDS_FROM.value, _SEED.value, _SUBSAMPLE_FRAMES.value
+  )
 
 
-def main(argv: list[str]) -> None:
-  del argv
-  # File names may contain bytes that are not UTF-8.
-  sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+def work(share: shards.Share) -> Callable[[], None]:
+  """Makes a share of the parts. Returns what makes the dataset when all parts are complete."""
   if not 0 <= _VALIDATION_FRACTION.value < 1:
     raise UserError(f"--validation_fraction={_VALIDATION_FRACTION.value} is not in [0, 1).")
   if _VALIDATION_INPUT.value and _VALIDATION_FRACTION.value:
@@ -184,9 +194,7 @@ def main(argv: list[str]) -> None:
       f"{_TOKENIZER.value} exists already: leave --train_tokenizer_vocab out to use it, or name "
       "another --tokenizer."
     )
-
-  is_share = _SHARDS.is_share()
-  if is_share and _TRAIN_TOKENIZER_VOCAB.value:
+  if share != shards.ALL and _TRAIN_TOKENIZER_VOCAB.value:
     raise UserError(
       "--train_tokenizer_vocab trains on the whole input: make the tokenizer first, and leave the "
       "flag out where --num_shards is given."
@@ -212,19 +220,32 @@ def main(argv: list[str]) -> None:
       writer, records, tokenizer, to_document, split
     ),
     _RECORDS_PER_PART.value,
-    _SHARDS.is_mine,
+    share.is_mine,
   )
-  if is_share:
-    _SHARDS.print_complete()
-    return
-  parts.join(count)
-  _print_summary(Dataset(_OUTPUT.value), inputs)
+
+  def join() -> None:
+    parts.join(count)
+    _print_summary(Dataset(_OUTPUT.value), inputs)
+
+  return join
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  # File names may contain bytes that are not UTF-8.
+  sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+  share = _SHARDS.share()
+  join = work(share or shards.ALL)
+  if share:
+    share.print_complete()
+  else:
+    join()
 
 
 def _settings(inputs: list[sources.Source]) -> dict[str, Any]:
   """What decides which records become which documents."""
   chosen = (_FIELDS, _FIELDS_FROM, _CHAT_FIELD, _IDS_FIELD, _TEXT_FEATURE)
-  others = (_VALIDATION_FRACTION, _RECORDS_PER_PART, _SEED)
+  others = (_VALIDATION_FRACTION, _RECORDS_PER_PART, _SUBSAMPLE_FRAMES, _SEED)
   return {
     "input": [source.identity() for source in inputs],
     **{flag.name: flag.value for flag in (*chosen, *others)},

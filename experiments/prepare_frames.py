@@ -22,7 +22,7 @@ from absl import flags
 from experiments import decoding, flags as experiment_flags, shards
 from lwm.data.dataset import TRAIN, VALIDATION
 from lwm.data.films import digest, read_films
-from lwm.data.frame_job import FrameJob
+from lwm.data.frame_job import FrameJob, single_clips
 from lwm.data.frame_parts import FrameParts
 from lwm.data.frames import FrameDataset
 from lwm.errors import UserError
@@ -46,8 +46,8 @@ def main(argv: list[str]) -> None:
   sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
   if not 0 <= _VALIDATION_FRACTION.value < 1:
     raise UserError(f"--validation_fraction={_VALIDATION_FRACTION.value} is not in [0, 1).")
-  is_share = _SHARDS.is_share()
-  films = read_films(_INPUT.value)
+  share = _SHARDS.share()
+  films = single_clips(read_films(_INPUT.value))
   parts = FrameParts(
     _OUTPUT.value,
     _RESOLUTION.value,
@@ -62,12 +62,14 @@ def main(argv: list[str]) -> None:
   films_per_part = decoding.FILMS_PER_PART.value
   assert films_per_part  # It has a default.
   count = -(-len(films) // films_per_part)
-  numbers = [n for n in range(count) if _SHARDS.is_mine(n) and not parts.is_complete(n)]
+  numbers = [
+    n for n in range(count) if (share or shards.ALL).is_mine(n) and not parts.is_complete(n)
+  ]
   job = FrameJob(films, films_per_part, parts, _VALIDATION_FRACTION.value)
   with decoding.new_decoders(_RESOLUTION.value) as pool:
     job.run(numbers, pool, decoding.part_printer(len(numbers)))
-  if is_share:
-    _SHARDS.print_complete()
+  if share:
+    share.print_complete()
     return
   parts.join(count)
   dataset = FrameDataset(_OUTPUT.value)

@@ -1,8 +1,28 @@
 """Flags of programs whose work several processes share."""
 
+from typing import NamedTuple
+
 from absl import flags
 
 from lwm.errors import UserError
+
+
+class Share(NamedTuple):
+  """The parts of a dataset that one of `count` workers makes."""
+
+  count: int
+  index: int
+
+  def is_mine(self, number: int) -> bool:
+    """Whether this worker makes the part of a number."""
+    return number % self.count == self.index
+
+  def print_complete(self) -> None:
+    """Says that this worker has made its share."""
+    print(f"shard {self.index} of {self.count}: complete", flush=True)
+
+
+ALL = Share(1, 0)
 
 
 class Shards:
@@ -16,8 +36,8 @@ class Shards:
       "shard_index", None, "Number of this worker, from 0.", lower_bound=0
     )
 
-  def is_share(self) -> bool:
-    """Whether this process makes only a share of the work.
+  def share(self) -> Share | None:
+    """What this process makes, or None if it makes the dataset.
 
     Raises:
       UserError: the flags contradict each other.
@@ -25,14 +45,8 @@ class Shards:
     count, index = self._count.value, self._index.value
     if (count is None) != (index is None):
       raise UserError("Give both --num_shards and --shard_index, or neither.")
-    if count is not None and index is not None and index >= count:
+    if count is None or index is None:
+      return None
+    if index >= count:
       raise UserError(f"--shard_index={index} is not below --num_shards={count}.")
-    return count is not None
-
-  def is_mine(self, number: int) -> bool:
-    """Whether this process makes the part of a number."""
-    return number % (self._count.value or 1) == (self._index.value or 0)
-
-  def print_complete(self) -> None:
-    """Says that this process has made its share."""
-    print(f"shard {self._index.value} of {self._count.value}: complete", flush=True)
+    return Share(count, index)

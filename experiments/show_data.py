@@ -4,8 +4,8 @@
         --tokenizer=data/laptop/tokenizer.model --vqgan=data/laptop/vqgan.npz
 
 Prints one line for each stretch of tokens with the same modality and weight, and writes the frames
-(OUTPUT/DOCUMENT-FRAME.png, as the VQGAN decodes them) and everything on one page
-(OUTPUT/index.html).
+(OUTPUT/DOCUMENT-FRAME.png, as the VQGAN decodes them), films (OUTPUT/DOCUMENT-FIRST_FRAME.mp4) and
+everything on one page (OUTPUT/index.html).
 """
 
 import html
@@ -24,6 +24,7 @@ from lwm.data.rows import Rows
 from lwm.data.tokenizer import Tokenizer, load_tokenizer
 from lwm.errors import UserError
 from lwm.vision.codec import Codec
+from lwm.vision.pictures import save_clip
 
 _DATASET = flags.DEFINE_string("dataset", None, "Directory of a prepared dataset.", required=True)
 _ROW = flags.DEFINE_integer("row", 0, "Index of the row.", lower_bound=0)
@@ -45,6 +46,8 @@ _LONG_DOCUMENTS = flags.DEFINE_enum(
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the packing.")
 
 _MOST_CHARACTERS = 300
+# Of films in datasets that do not say it, as in LWM.
+_FRAMES_PER_SECOND = 4.0
 _PAGE = """<!doctype html>
 <meta charset="utf-8">
 <title>{title}</title>
@@ -52,7 +55,7 @@ _PAGE = """<!doctype html>
   body {{ font-family: sans-serif; max-width: 80em; margin: 2em auto; }}
   pre {{ white-space: pre-wrap; display: inline; }}
   .target {{ background: #cfe8ff; }}
-  img {{ image-rendering: pixelated; width: 128px; margin: 2px; }}
+  img, video {{ image-rendering: pixelated; width: 128px; margin: 2px; }}
 </style>
 <h1>{title}</h1>
 <p>Tokens on a blue background count in the loss; a tooltip gives column and weight.</p>
@@ -79,6 +82,8 @@ class _Page:
     self._tokenizer = tokenizer
     self._codec = _codec(dataset, tokenizer) if dataset.has_vision else None
     self._output = output
+    settings = dataset.manifest.get("settings", {})
+    self._frames_per_second = settings.get("frames_per_second", _FRAMES_PER_SECOND)
     self._html: list[str] = []
     self._frames = 0
 
@@ -107,7 +112,12 @@ class _Page:
     print(f"  {_place(segment)}, vision: {len(codes_NxP)} whole frames")
     images = []
     if len(codes_NxP):
-      for frame_HxWx3 in self._codec.decode(codes_NxP):
+      frames_NxHxWx3 = self._codec.decode(codes_NxP)
+      if len(codes_NxP) > 1:
+        name = f"{document}-{self._frames}.mp4"
+        save_clip(self._output / name, frames_NxHxWx3, self._frames_per_second)
+        images.append(f'<video controls loop src="{name}"></video>')
+      for frame_HxWx3 in frames_NxHxWx3:
         name = f"{document}-{self._frames}.png"
         Image.fromarray(frame_HxWx3).save(self._output / name)
         images.append(f'<img loading="lazy" src="{name}">')

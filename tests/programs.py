@@ -113,6 +113,11 @@ def run(program: str, *arguments: object, several_devices: bool = False):
   return subprocess.CompletedProcess([program, *arguments], started.returncode, output, errors)
 
 
+def start(program: str, *arguments: object) -> Program:
+  """Starts what `run` runs, with one device, and does not wait."""
+  return Program(program, *arguments, environment=one_device())
+
+
 def _run(command: list[str], environment: dict[str, str], paths: list[pathlib.Path]) -> None:
   os.setsid()
   for descriptor, path in enumerate(paths, start=1):

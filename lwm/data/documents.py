@@ -13,7 +13,7 @@ import numpy as np
 from lwm.config.vqgan import LWM_LAYOUT, VisionLayout
 from lwm.data.sources import Problem
 from lwm.data.tokenizer import TextError, Tokenizer
-from lwm.data.vision_tokens import VISION_END, VISION_START, frame_tokens
+from lwm.data.vision_tokens import VISION_END, VISION_START, evenly_spaced, frame_tokens
 
 
 class BadDocument(ValueError):
@@ -104,23 +104,34 @@ def text_document(tokenizer: Tokenizer, text: str) -> Document:
 
 
 def video_document(
-  tokenizer: Tokenizer, codes_NxP: np.ndarray, caption: str = "", layout: VisionLayout = LWM_LAYOUT
+  tokenizer: Tokenizer,
+  codes_NxP: np.ndarray,
+  caption: str = "",
+  layout: VisionLayout = LWM_LAYOUT,
+  caption_last: bool = False,
 ) -> Document:
-  """<bos> caption <vision> frames </vision> <eos>; only the frames count in the loss.
+  """A pair of a caption and a clip. Only what comes second counts in the loss.
 
-  The marks do not: the sampler decides where a clip begins and ends, and in a batch of films the
-  few marks would otherwise be the whole text loss.
+  The document is <bos> caption <vision> frames </vision> <eos>, or with `caption_last`
+  <bos> <vision> frames </vision> caption <eos>. Without a caption, only the frames count.
+
+  Beside frames that count, the marks and <eos> do not: the sampler decides where a clip begins and
+  ends, and in a batch of films the few marks would otherwise be the whole text loss.
 
   Raises:
     BadDocument: the codes do not fit the layout.
   """
   builder = DocumentBuilder(tokenizer, layout).bos()
+  if caption and caption_last:
+    return builder.vision(codes_NxP, loss=False).text(caption).eos().build()
   if caption:
     builder.text(caption, loss=False)
   return builder.vision(codes_NxP, marks_loss=False).eos(loss=False).build()
 
 
-def record_document(tokenizer: Tokenizer, record: dict[str, Any], fields: str) -> Document:
+def record_document(
+  tokenizer: Tokenizer, record: dict[str, Any], fields: str, max_frames: int | None = None
+) -> Document:
   """A JSON record as a document, by LWM's fields specification (LWM, `lwm/data.py`).
 
   `fields` is a comma-separated list. The document is a <bos> without loss, the listed fields in
@@ -133,7 +144,8 @@ def record_document(tokenizer: Tokenizer, record: dict[str, Any], fields: str) -
     name with the word `vision` in it
                      codes of LWM's VQGAN, a list of ints [N P] or of lists [N, P], surrounded by
                      <vision> and </vision>, with end marks as in `frame_tokens`; `+` may join it to
-                     texts, which then come before or after it
+                     texts, which then come before or after it. Of more than `max_frames` frames, so
+                     many are kept, spread evenly.
 
   Raises:
     BadDocument: a field is missing or of the wrong type, a code is out of range, or all is blank.
@@ -157,7 +169,8 @@ def record_document(tokenizer: Tokenizer, record: dict[str, Any], fields: str) -
         if texts:
           builder.text(" ".join(texts), loss)
         texts = []
-        builder.vision(_codes(record, name), loss)
+        codes_NxP = _codes(record, name)
+        builder.vision(codes_NxP[evenly_spaced(len(codes_NxP), max_frames)], loss)
         empty = False
       else:
         texts.append(as_text(get_field(record, name), f"field {name!r}"))
@@ -172,8 +185,18 @@ def record_document(tokenizer: Tokenizer, record: dict[str, Any], fields: str) -
 
 def choose(alternatives: Sequence[str], seed: int, where: str) -> str:
   """One of the alternatives, chosen evenly by a hash of the seed and the record's place."""
+  return alternatives[_hash(seed, where) % len(alternatives)]
+
+
+def happens(probability: float, seed: int, where: str) -> bool:
+  """Whether an event happens, decided by a hash of the seed and the record's place."""
+  return _hash(seed, where) < probability * 2**64
+
+
+def _hash(seed: int, where: str) -> int:
+  """A number in [0, 2^64)."""
   digest = hashlib.blake2b(os.fsencode(f"{seed}/{where}"), digest_size=8).digest()
-  return alternatives[int.from_bytes(digest) % len(alternatives)]
+  return int.from_bytes(digest)
 
 
 def get_field(record: dict[str, Any], name: str) -> Any:

@@ -8,7 +8,6 @@ import numpy as np
 
 from lwm.data.films import Film
 from lwm.errors import UserError
-from lwm.vision.decoder_process import Clip
 from lwm.vision.decoders import Decoders
 from lwm.vision.frame_encoder import FrameEncoder
 
@@ -30,7 +29,7 @@ def throughput(
   Raises:
     UserError: no film has a frame.
   """
-  clips = [Clip(film.path, film.start, film.end) for film in films if not film.problem]
+  clips = [clip for film in films if not film.problem for clip in film.clips]
 
   def decoded(decoders: Decoders) -> Iterator[np.ndarray]:
     """Frames until the time is over, which begins with the first."""

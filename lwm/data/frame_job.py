@@ -19,6 +19,13 @@ from lwm.vision.decoder_process import Clip
 from lwm.vision.decoders import Decoders
 
 
+def single_clips(films: Iterable[Film]) -> list[Film]:
+  """The same films, with each film of an interleaved document as one of its own."""
+  return [
+    Film(film.key, film.where, *clip, problem=film.problem) for film in films for clip in film.clips
+  ]
+
+
 class _OpenFilm:
   """A film that is being decoded. Its frames wait in a file, because it may turn out to be bad."""
 
@@ -54,7 +61,7 @@ class FrameJob:
   ):
     """
     Args:
-      films: all films of the input.
+      films: all films of the input; see `single_clips`.
       films_per_part: in every part but the last.
       parts: of the dataset to write.
       held_out: share of each film, at its end, to hold out. Of films of one frame, such as images,

@@ -12,7 +12,7 @@ import array
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -240,7 +240,10 @@ def _dataset_info(directory: pathlib.Path) -> tfds.core.DatasetInfo:
 
 
 def join_parts(
-  parts: Sequence[pathlib.Path], directory: pathlib.Path, vocabulary: Vocabulary
+  parts: Sequence[pathlib.Path],
+  directory: pathlib.Path,
+  vocabulary: Vocabulary,
+  settings: Mapping[str, Any],
 ) -> dict[str, Any]:
   """Moves the parts' files into one dataset, in the order of the parts.
 
@@ -250,6 +253,7 @@ def join_parts(
     parts: directories that `PartWriter` completed.
     directory: is made; it is a dataset afterwards.
     vocabulary: of all documents.
+    settings: how the documents were made, as JSON values by name, for the manifest.
 
   Returns:
     The manifest. It has no splits, and is not written, if there is no document.
@@ -268,6 +272,7 @@ def join_parts(
     "text_vocab_size": vocabulary.tokenizer.vocab_size,
     "vision_layout": None,
     "chunk_tokens": vocabulary.chunk_tokens,
+    "settings": dict(settings),
     "bad_records": sum(summary["bad_records"] for summary in summaries),
     "documents_by_source": sources,
     "splits": {},

@@ -45,13 +45,16 @@ def from_text_field(name: str) -> ToDocument:
   return to_document
 
 
-def from_fields(fields: Sequence[str], fields_from: str, seed: int) -> ToDocument:
+def from_fields(
+  fields: Sequence[str], fields_from: str, seed: int, max_frames: int | None = None
+) -> ToDocument:
   """Documents of several fields, by LWM's fields specification (see `record_document`).
 
   Args:
     fields: alternatives, of which each record takes one; if empty, each record names its own.
     fields_from: the record's field with the specification, or a list of alternatives.
     seed: decides the choice among alternatives, together with the record's key.
+    max_frames: frames to keep per field of vision codes, spread evenly; None keeps all.
 
   Raises:
     UserError: a specification in `fields` has an empty entry.
@@ -70,7 +73,8 @@ def from_fields(fields: Sequence[str], fields_from: str, seed: int) -> ToDocumen
         f"field {fields_from!r} does not name the fields to take, so name them by --fields, "
         "--chat_field or --ids_field"
       )
-    return record_document(tokenizer, value, choose(alternatives, seed, record.key))
+    chosen = choose(alternatives, seed, record.key)
+    return record_document(tokenizer, value, chosen, max_frames)
 
   return to_document
 

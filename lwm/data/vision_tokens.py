@@ -15,6 +15,16 @@ VISION_START = "<vision>"
 VISION_END = "</vision>"
 
 
+def evenly_spaced(num_frames: int, max_frames: int | None) -> np.ndarray:
+  """The indices of at most `max_frames` frames spread evenly from the first to the last, as in LWM.
+
+  All frames if `max_frames` is None or no smaller than `num_frames`.
+  """
+  if max_frames is None or num_frames <= max_frames:
+    return np.arange(num_frames)
+  return np.linspace(0, num_frames - 1, max_frames, dtype=int)
+
+
 def frame_tokens(codes_NxP: np.ndarray, layout: VisionLayout = LWM_LAYOUT) -> np.ndarray:
   """Frames as vision ids with their end marks.
 

@@ -81,7 +81,7 @@ class DatasetWriter:
       if error_type is None:
         self._part.close()
         joined = self._unfinished / _JOINED
-        _join(self.path, self._parts, joined, self._vocabulary)
+        _join(self.path, self._parts, joined, self._vocabulary, {})
         joined.rename(self.path)
     finally:
       shutil.rmtree(self._unfinished)
@@ -233,7 +233,7 @@ class DatasetParts(Parts[PartWriter]):
     Raises:
       UserError: `path` exists already, or was begun with other settings.
     """
-    self._vocabulary = vocabulary
+    self._vocabulary, self._settings = vocabulary, settings
     super().__init__(
       path,
       {
@@ -248,7 +248,7 @@ class DatasetParts(Parts[PartWriter]):
     return PartWriter(directory, self._vocabulary, lambda split: number * _NUMBERS_PER_PART)
 
   def _join_parts(self, parts: list[pathlib.Path], joined: pathlib.Path) -> list[str]:
-    return _join(self.path, parts, joined, self._vocabulary)
+    return _join(self.path, parts, joined, self._vocabulary, self._settings)
 
 
 def _refuse_existing(path: pathlib.Path) -> None:
@@ -257,10 +257,14 @@ def _refuse_existing(path: pathlib.Path) -> None:
 
 
 def _join(
-  path: pathlib.Path, parts: list[pathlib.Path], joined: pathlib.Path, vocabulary: Vocabulary
+  path: pathlib.Path,
+  parts: list[pathlib.Path],
+  joined: pathlib.Path,
+  vocabulary: Vocabulary,
+  settings: Mapping[str, Any],
 ) -> list[str]:
   """Joins the parts, and returns the names of the splits."""
-  manifest = join_parts(parts, joined, vocabulary)
+  manifest = join_parts(parts, joined, vocabulary, settings)
   if manifest["splits"]:
     return list(manifest["splits"])
   if not manifest["bad_records"]:

@@ -1,4 +1,4 @@
-"""Contact sheets of frames, and how far a reconstruction is from the truth.
+"""Contact sheets and clips of frames, and how far a reconstruction is from the truth.
 
 Legend: N frames, H height, W width in pixels.
 """
@@ -7,7 +7,9 @@ import math
 import os
 import pathlib
 from collections.abc import Sequence
+from fractions import Fraction
 
+import av
 import numpy as np
 from PIL import Image
 
@@ -40,6 +42,20 @@ def save_contact_sheet(
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   Image.fromarray(sheet).save(path, format="PNG")
+
+
+def save_clip(
+  path: str | os.PathLike, frames_NxHxWx3: np.ndarray, frames_per_second: float
+) -> None:
+  """Writes uint8 frames as an MP4 that browsers play; H and W are even."""
+  with av.open(os.fspath(path), "w") as container:
+    rate = Fraction(frames_per_second).limit_denominator(1000)
+    stream = container.add_stream("libx264", rate=rate, options={"crf": "12"})
+    stream.height, stream.width = frames_NxHxWx3.shape[1:3]
+    stream.pix_fmt = "yuv420p"
+    for frame_HxWx3 in frames_NxHxWx3:
+      container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HxWx3, format="rgb24")))
+    container.mux(stream.encode())
 
 
 def peak_signal_to_noise(truth: np.ndarray, other: np.ndarray) -> float:

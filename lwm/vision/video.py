@@ -196,7 +196,10 @@ class FrameClock:
 
 
 def crop_and_resize(image: Image.Image, resolution: int, position: float = 0.5) -> np.ndarray:
-  """Cuts the largest square out of an image and scales it.
+  """Scales an image's shorter side to `resolution` and cuts a square out, as LWM does.
+
+  The longer side is rounded down, and the corner of the square to the nearest pixel, like in LWM's
+  `_process_frame` (lwm/vision_chat.py). Only the pixels of the square are computed.
 
   Args:
     image: RGB.
@@ -207,13 +210,18 @@ def crop_and_resize(image: Image.Image, resolution: int, position: float = 0.5) 
   Returns:
     uint8 [resolution, resolution, 3].
   """
-  side = min(image.size)
-  left = round((image.width - side) * position)
-  top = round((image.height - side) * position)
-  box = (left, top, left + side, top + side)
-  # resize(box=...) would let the filter reach over the edges of the square.
-  scaled = image.crop(box).resize((resolution, resolution), Image.Resampling.BICUBIC)
-  return np.asarray(scaled, np.uint8)
+  shorter = min(image.size)
+  box = []
+  for side in image.size:
+    scaled = int(resolution * side / shorter)
+    corner = round((scaled - resolution) * position)
+    box.append((side * corner / scaled, min(side * (corner + resolution) / scaled, side)))
+  (left, right), (top, bottom) = box
+  # The filter reaches over the edges of the box, as it does where the whole image is scaled.
+  square = image.resize(
+    (resolution, resolution), Image.Resampling.BICUBIC, (left, top, right, bottom)
+  )
+  return np.asarray(square, np.uint8)
 
 
 def read_clip(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lwm.data import Dataset, frame_codes
-from lwm.data.film_documents import FilmDocuments
+from lwm.data.film_documents import FilmDocuments, RowSettings
 from lwm.data.film_job import FilmJob
 from lwm.data.film_throughput import throughput
 from lwm.data.films import digest, read_films
@@ -58,7 +58,7 @@ def job(codec, manifest, tokenizer, tmp_path):
       self.count = -(-len(entries) // FILMS_PER_PART)
       vocabulary = Vocabulary(tokenizer, codec.sha256, codec.config.layout, chunk_tokens=500)
       self.parts = DatasetParts(self.path, vocabulary, {"input": digest(entries)})
-      documents = FilmDocuments(tokenizer, codec.config.layout, seed=0)
+      documents = FilmDocuments(tokenizer, codec.config.layout, RowSettings())
       self._job = FilmJob(entries, FILMS_PER_PART, self.parts, documents, validation_fraction=0.4)
 
     def missing(self) -> list[int]:

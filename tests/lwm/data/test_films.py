@@ -6,6 +6,7 @@ import pytest
 
 from lwm.data.films import digest, read_films
 from lwm.errors import UserError
+from lwm.vision.decoder_process import Clip
 
 
 def test_a_folder_with_a_link_to_itself(tmp_path):
@@ -31,12 +32,17 @@ def test_a_manifest(tmp_path):
     {"path": "x/1.mp4", "start": 1, "end": 2.5, "captions": "one"},
     {"path": "/2.mp4", "captions": ["one", "two"]},
     {"path": "3.jpg", "turns": turns},
+    {"content": ["one", {"path": "x/4.mp4", "start": 3}, "two", {"path": "5.jpg"}]},
   )
-  first, second, third = read_films(manifest)
+  first, second, third, fourth = read_films(manifest)
   assert (first.path, first.start, first.end) == (str(tmp_path / "x" / "1.mp4"), 1, 2.5)
   assert first.captions == ("one",) and second.captions == ("one", "two")
   assert (second.path, second.end, third.turns) == ("/2.mp4", None, turns)
-  assert not any(film.problem for film in (first, second, third))
+  clips = [Clip(str(tmp_path / "x" / "4.mp4"), 3), Clip(str(tmp_path / "5.jpg"))]
+  assert fourth.content == ("one", clips[0], "two", clips[1])
+  assert fourth.clips == clips and fourth.key == "x/4.mp4"
+  assert first.clips == [Clip(first.path, 1, 2.5)]
+  assert not any(film.problem for film in (first, second, third, fourth))
   changed = write(tmp_path / "films.jsonl", {"path": "x/1.mp4"})
   assert digest(read_films(changed)) != digest([first, second, third])
 
@@ -53,6 +59,11 @@ def test_a_manifest(tmp_path):
     ({"path": "x", "captions": [1]}, "captions is neither a text nor a list of texts"),
     ({"path": "x", "captions": "a", "turns": [1]}, "it has captions and turns"),
     (["x"], "a JSON list, not an object"),
+    ({"content": ["x"]}, "content has no film"),
+    ({"content": "x"}, "content is not a list of texts and films"),
+    ({"content": [{"path": "x"}], "start": 1}, "it has content and other fields"),
+    ({"content": [{"path": "x", "captions": "a"}]}, "field 'captions' of a film is unknown"),
+    ({"content": [{"path": "x", "end": 0}]}, "the part from 0 s to 0 s is empty"),
   ],
 )
 def test_bad_lines_are_named(tmp_path, line, problem):

@@ -162,8 +162,21 @@ def test_tall_images_are_cut_from_top_to_bottom():
   pixels = np.zeros((40, 20, 3), np.uint8)
   pixels[:20] = 200
   image = Image.fromarray(pixels)
-  assert (crop_and_resize(image, 8, 0.0) == 200).all()
-  assert (crop_and_resize(image, 8, 1.0) == 0).all()
+  # The filter reaches over the edge, by two rows.
+  assert (crop_and_resize(image, 8, 0.0)[:-2] == 200).all()
+  assert (crop_and_resize(image, 8, 1.0)[2:] == 0).all()
+
+
+def test_centred_squares_are_those_of_lwm():
+  rng = np.random.default_rng(0)
+  for width, height in ((64, 48), (101, 37), (33, 250), (48, 48), (20, 31)):
+    image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+    # LWM's `_process_frame` (lwm/vision_chat.py) scales the whole image, then crops.
+    size = (32, int(32 * height / width)) if width < height else (int(32 * width / height), 32)
+    left, top = ((side - 32) / 2 for side in size)
+    expected = image.resize(size).crop((left, top, left + 32, top + 32))
+    # The positions of pixels are rounded to float32.
+    np.testing.assert_allclose(crop_and_resize(image, 32), np.asarray(expected, int), atol=1)
 
 
 def test_unreadable_files_end_in_one_sentence(clip, tmp_path):
