@@ -71,9 +71,12 @@ class Weights(NamedTuple):
     def split(array: jax.Array | None) -> jax.Array | None:
       return None if array is None else array.reshape(groups, -1, *array.shape[1:])
 
-    # A quantized kernel has one axis of inputs.
-    is_quantized = isinstance(self.kernel, QuantizedKernel)
-    kernel = self.kernel if is_quantized else split(self.kernel)
+    kernel = self.kernel
+    if isinstance(kernel, Stationary):
+      part = Weights(kernel.part).split_inputs(groups).kernel
+      kernel = dataclasses.replace(kernel, part=part)
+    elif not isinstance(kernel, QuantizedKernel):  # A quantized kernel has one axis of inputs.
+      kernel = split(kernel)
     return self._replace(kernel=kernel, a=split(self.a))
 
 
