@@ -98,6 +98,16 @@ def vision_of(checkpoint: inference.Checkpoint, prefix: list[int]) -> np.ndarray
   return np.array([*prefix[first - len(start) :], *end], np.int32)
 
 
+def check_room(tokens: list[int], capacity: int) -> None:
+  """Raises UserError unless these tokens and an answer fit."""
+  if len(tokens) + inference.num_tokens() > capacity:
+    raise UserError(
+      f"The conversation has {len(tokens):,} tokens and an answer up to "
+      f"{inference.num_tokens():,}, more than --context={capacity:,}: raise it, or take fewer "
+      "--frames_per_second or --num_tokens."
+    )
+
+
 def open_session(
   checkpoint: inference.Checkpoint, vision: np.ndarray | None, saved: SavedPrefix | None
 ) -> infer.Session:
@@ -108,12 +118,7 @@ def open_session(
       f"The prefix {_LOAD_PREFIX.value} begins with another --system message: give the same one."
     )
   capacity = _CONTEXT.value or len(prefix) + _ROOM_FOR_TALK
-  needed = len(prefix) + inference.num_tokens()
-  if needed > capacity:
-    raise UserError(
-      f"The film has {len(prefix):,} tokens and an answer up to {inference.num_tokens():,}, more "
-      f"than --context={capacity:,}: raise it, or take fewer --frames_per_second."
-    )
+  check_room(prefix, capacity)
   engine = checkpoint.engine(checkpoint.load())
   print(f"cache: {engine.cache_bytes(1, capacity) / 2**20:,.1f} MiB for {capacity:,} tokens")
   if saved:
@@ -151,7 +156,9 @@ def main(argv: list[str]) -> None:
   sampling = inference.text_sampling(checkpoint.text())
   for question in questions():
     started = time.perf_counter()
-    session.follow([conversation.ask(question)])
+    prompt = conversation.ask(question)
+    check_room(prompt, session.capacity)
+    session.follow([prompt])
     conversation.answered(inference.stream(checkpoint, session, sampling, started))
 
 

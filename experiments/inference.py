@@ -60,7 +60,7 @@ _VQGAN = flags.DEFINE_string(
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same samples.", lower_bound=0)
 flags.mark_flag_as_required("workdir")
 
-# Tokens that are generated before their text is shown.
+# Tokens that are generated, after the first, before their text is shown.
 _BLOCK = 8
 
 
@@ -215,9 +215,9 @@ def stream(
     shown = whole
   seconds = time.perf_counter() - first
   print(text[len(shown) :])
-  rate = f", {(len(tokens) - _BLOCK) / seconds:,.1f} tokens/s" if len(tokens) > _BLOCK else ""
+  rate = f", {(len(tokens) - 1) / seconds:,.1f} tokens/s" if len(tokens) > 1 else ""
   print(
-    f"[{len(tokens):,} tokens after {len(session.tokens[0]) - len(tokens):,}; first tokens after "
+    f"[{len(tokens):,} tokens after {len(session.tokens[0]) - len(tokens):,}; the first after "
     f"{first - started:.2f} s{rate}]",
     file=sys.stderr,
     flush=True,

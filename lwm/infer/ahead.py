@@ -1,4 +1,4 @@
-"""The programs of an engine for machines that you don't have: lowered, to be compiled ahead of time.
+"""The programs of an engine, lowered for machines that you don't have.
 
 R rows of the cache, Q tokens to read.
 """

@@ -39,7 +39,7 @@ class Sampling:
     grammar: which ids, and how they are drawn.
     max_tokens: per row.
     guidance: see `programs.generate`.
-    block: tokens that the devices generate before the host sees them.
+    block: tokens that the devices generate, after the first one, before the host sees them.
   """
 
   grammar: Grammar
@@ -102,7 +102,7 @@ class Engine:
     # The last token of every row is read apart, so that its logits are the row's.
     shared = min(shared, min(map(len, rows)) - 1)
     if shared == 0:
-      session = Session(self, self.empty(len(rows), capacity), [[] for _ in rows])
+      session = Session(self, self.empty(len(rows), capacity), [[] for _ in rows], capacity)
     else:
       prefix = self.start(capacity)
       prefix.read([rows[0][:shared]])
@@ -112,7 +112,7 @@ class Engine:
 
   def start(self, capacity: int) -> "Session":
     """A session of one row that has read nothing; read before generating."""
-    return Session(self, self.empty(1, capacity), [[]])
+    return Session(self, self.empty(1, capacity), [[]], capacity)
 
   def num_columns(self, capacity: int) -> int:
     """Columns of a cache for `capacity` tokens."""
@@ -182,15 +182,11 @@ class Session:
     engine: reads and generates.
     state: on the devices; see `Engine.spread` for its rows.
     tokens: the ids of each row that have been read.
+    capacity: most tokens of a row.
   """
 
-  def __init__(self, engine: Engine, state: State, tokens: list[list[int]]):
-    self.engine, self.state, self.tokens = engine, state, tokens
-
-  @property
-  def capacity(self) -> int:
-    """Most tokens of a row."""
-    return jax.tree.leaves(self.state.cache.key_LxBxKxGxD)[0].shape[2]
+  def __init__(self, engine: Engine, state: State, tokens: list[list[int]], capacity: int):
+    self.engine, self.state, self.tokens, self.capacity = engine, state, tokens, capacity
 
   def read(self, rows: Rows) -> None:
     """Reads tokens after those of each row.
@@ -241,7 +237,8 @@ class Session:
     assert len(self.tokens) == 1
     times = self.engine.padded(num_rows) // len(self.state.logits_RxV)
     state = programs.fork(self.engine.few, self.state, times)
-    return Session(self.engine, state, [list(self.tokens[0]) for _ in range(num_rows)])
+    rows = [list(self.tokens[0]) for _ in range(num_rows)]
+    return Session(self.engine, state, rows, self.capacity)
 
   def generate(self, sampling: Sampling, seeds: Sequence[int]) -> Iterator[list[list[int]]]:
     """Generates after the tokens of all rows, and reads what it generates.
@@ -274,9 +271,8 @@ class Session:
         seen_BxV[index, list(row)] = True
     place = sampling.grammar.place_after(rows)
     progress = Progress(place, jnp.asarray(left_B, jnp.int32), seen_BxV)
-    left = sampling.max_tokens
+    left, size = sampling.max_tokens, 1  # The host sees the first token at once.
     while left > 0:
-      size = min(left, sampling.block)
       tokens_BxT, self.state, progress = programs.generate(
         engine.few,
         engine.params,
@@ -290,6 +286,7 @@ class Session:
         rope_theta=engine.rope_theta,
       )
       left -= size
+      size = min(left, sampling.block)
       new = [row[row != NOTHING].tolist() for row in np.asarray(tokens_BxT)[: len(seeds)]]
       for index, own in enumerate(self.tokens):
         own.extend(new[index // copies])

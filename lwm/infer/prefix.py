@@ -44,7 +44,7 @@ def save_prefix(session: Session, path: pathlib.Path, identity: str) -> None:
   (tokens,) = session.tokens
   length, cache = len(tokens), session.state.cache
   leaves = _leaves(cache)
-  order = _order(session.engine, session.capacity)[:length]
+  order = _order(session.engine, session.engine.num_columns(session.capacity))[:length]
   arrays = {
     name: ArrayInfo((leaf.shape[0], length, *leaf.shape[3:]), np.dtype(leaf.dtype))
     for name, leaf in leaves.items()
@@ -125,8 +125,8 @@ class SavedPrefix:
         padded[:length] = read
         leaves[name] = _set_layer(leaves[name], padded[order_K], layer)
     rows = len(state.logits_RxV)
-    session = Session(engine, State(_with_leaves(state.cache, leaves), state.logits_RxV), [[]])
-    session.tokens = [list(self.tokens)]
+    state = State(_with_leaves(state.cache, leaves), state.logits_RxV)
+    session = Session(engine, state, [list(self.tokens)], capacity)
     session.rewind([length])
     logits_RxV = np.broadcast_to(self._reader.read(_LOGITS), (rows, *state.logits_RxV.shape[1:]))
     logits_RxV = jax.device_put(logits_RxV, state.logits_RxV.sharding)
