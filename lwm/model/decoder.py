@@ -357,14 +357,16 @@ def _attend_to_cache(
       keys, values = write(keys, key), write(values, value)
       out, _ = decode.decode_attention(query, keys, values, intervals, **options)
       return out, keys, values
+    everywhere = functools.partial(
+      jax.lax.all_gather, axis_name=rules.sequence, axis=1, tiled=True, to="invarying"
+    )
+    # Written before they are read: otherwise, XLA would copy the cache.
+    keys, values = write(keys, everywhere(key)), write(values, everywhere(value))
     attend = functools.partial(decode.decode_attention, query_axes=rules.sequence, **options)
     out = _with_own_ring(
       config, rules, intervals, length, (query, key, value), keys, values, attend
     )
-    everywhere = functools.partial(
-      jax.lax.all_gather, axis_name=rules.sequence, axis=1, tiled=True, to="invarying"
-    )
-    return out, write(keys, everywhere(key)), write(values, everywhere(value))
+    return out, keys, values
 
   def attend(query, key, value):
     count = count_B
@@ -406,7 +408,7 @@ def _with_own_ring(
     intervals: columns that each of all new tokens attends to, [B, Q].
     length: columns before the new tokens, a scalar or [B].
     own: query, key and value of this device's new tokens.
-    keys: the cache without the new tokens.
+    keys: the cache; its columns of the new tokens are not read.
     values: likewise.
     attend_to_cache: attention of all new queries, divided over the axes of the sequence.
   """
