@@ -1,135 +1,225 @@
-"""Samples from a run or from imported weights: continues a text and a held-out clip.
+"""Generates text, pictures and films from a run or imported weights.
 
     python -m experiments.generate --workdir=runs/laptop
     python -m experiments.generate --workdir=weights/smollm2 --chat \\
         --prompt="What is the capital of France?"
+    python -m experiments.generate --workdir=runs/vision --make=image --prompt="a red house"
+    python -m experiments.generate --workdir=runs/vision --make=film --frames=8 --film=cat.mp4
+    python -m experiments.generate --workdir=runs/vision --chat --image=cat.png --prompt="What?"
+    python -m experiments.generate --workdir=runs/vision --prompts=prompts.jsonl
 
-Everything but the sampling comes from the newest checkpoint of the run. Writes
-WORKDIR/samples/text.txt. Also writes WORKDIR/samples/video.png if a dataset of the run has
-validation documents with clips and records which VQGAN its codes come from. The picture shows the
-ground truth above, as the VQGAN decodes it, and the prediction below; frames that the model was
-given have a border.
+Everything except the sampling comes from the newest checkpoint of the run. Without --make, it
+continues the prompt as text, and a held-out clip of the run's datasets if there is one. Texts go to
+WORKDIR/samples/text.txt or, with --prompts, texts.jsonl; pictures to PNG files beside it.
+docs/generate.md describes the rest.
 """
 
-import itertools
+import dataclasses
+import json
 import pathlib
-from collections.abc import Sequence
+import time
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import flags as experiment_flags
-from experiments.runtime import devices
+from experiments import flags as experiment_flags, inference
 from lwm import infer
 from lwm.config.batch import MODALITIES
 from lwm.config.experiment import Experiment
 from lwm.config.vqgan import VisionLayout
-from lwm.data import VALIDATION, Dataset, Tokenizer, load_tokenizer
+from lwm.data import VALIDATION, Dataset
 from lwm.data.chat import ChatFormat
 from lwm.data.dataset import Split
-from lwm.data.tokenizer import end_ids
+from lwm.data.documents import BadDocument
 from lwm.errors import UserError
-from lwm.parallel.mesh import make_mesh
-from lwm.parallel.sharding import MeshConfig
 from lwm.vision.codec import Codec
 from lwm.vision.pictures import save_contact_sheet
 
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "The --workdir of experiments.train, or the --output of import_weights."
-)
+flags.adopt_module_key_flags(inference)
 _PROMPT = flags.DEFINE_string("prompt", "def main(", "Text to continue.")
+_PROMPTS = flags.DEFINE_string(
+  "prompts", None, "File of prompts: lines of text, or of JSON with a field prompt if *.jsonl."
+)
 _CHAT = flags.DEFINE_bool(
   "chat", False, "Take the prompt as a user's message, in the tokenizer's chat template."
 )
-_WEIGHTS = flags.DEFINE_enum("weights", "float32", infer.FORMS, "The form of the weights.")
-_NUM_TOKENS = flags.DEFINE_integer("num_tokens", 256, "Text tokens to generate.", lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float(
-  "temperature", 0.8, "Temperature for text; 0 takes the likeliest token.", lower_bound=0
-)
-_TOP_K = flags.DEFINE_integer(
-  "top_k", 50, "Draw each text token from this many of the likeliest.", lower_bound=1
-)
+_MAKE = flags.DEFINE_enum("make", None, ["text", "image", "film", "mixed"], "What to generate.")
+_FILM = flags.DEFINE_multi_string("film", [], "A film before the prompt; --make=film continues it.")
+_IMAGE = flags.DEFINE_multi_string("image", [], "An image before the prompt.")
 _CLIP = flags.DEFINE_integer(
   "clip", 0, "Index of the clip to continue, among validation documents with clips.", lower_bound=0
 )
 _GIVEN_FRAMES = flags.DEFINE_integer("given_frames", 4, "Frames given to the model.", lower_bound=1)
-_FRAMES = flags.DEFINE_integer("frames", 4, "Frames to predict.", lower_bound=1)
+_FRAMES = flags.DEFINE_integer("frames", 4, "Frames to generate.", lower_bound=1)
 _VISION_TEMPERATURE = flags.DEFINE_float(
   "vision_temperature", 1.0, "Temperature for codes; 0 takes the likeliest code.", lower_bound=0
 )
-# LWM's value for video.
 _VISION_TOP_K = flags.DEFINE_integer(
-  "vision_top_k", 1000, "Draw each code from this many of the likeliest.", lower_bound=1
+  "vision_top_k",
+  None,
+  "Draw each code from this many of the likeliest. Default: LWM's 8192 for images, 1000 for films.",
+  lower_bound=1,
 )
-_VQGAN = flags.DEFINE_string(
-  "vqgan", None, "The VQGAN's file. Default: vqgan.npz beside the run's tokenizer."
+_GUIDANCE = flags.DEFINE_float(
+  "guidance",
+  None,
+  "Scale of classifier-free guidance. Default: LWM's 5 for images, 1 (none) for films.",
+  lower_bound=0,
 )
-_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same samples.")
-flags.mark_flag_as_required("workdir")
 
+_IMAGE_TOP_K, _IMAGE_GUIDANCE = 8192, 5.0
+_FILM_TOP_K, _FILM_GUIDANCE = 1000, 1.0
 _BORDER = np.array([40, 120, 255], np.uint8)
 
 
-def sample(
-  trained: infer.TrainedModel,
-  prompt: Sequence[int] | np.ndarray,
-  forced: np.ndarray,
-  choice: infer.Choice,
-) -> np.ndarray:
-  """The ids that follow one prompt: int32, as many as `forced` has."""
-  tokens_BxT = infer.sample(
-    trained.model,
-    trained.params,
-    jnp.asarray(prompt, jnp.int32)[None],
-    jnp.asarray(forced, jnp.int32),
-    jax.random.key(_SEED.value),
-    choice=choice,
-    rope_theta=trained.rope_theta,
-  )
-  return np.asarray(tokens_BxT[0])
+def read_prompts() -> list[str]:
+  """The texts of --prompts. Raises UserError for a line that is none."""
+  path = pathlib.Path(_PROMPTS.value or "")
+  try:
+    lines = path.read_text("utf-8").splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"--prompts={path} cannot be read as UTF-8 text: {error}.") from error
+  prompts = []
+  for number, line in enumerate(lines, start=1):
+    if not line.strip():
+      continue
+    if path.suffix == ".jsonl":
+      try:
+        line = json.loads(line)["prompt"]
+      except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}, line {number}, is not JSON with a field prompt.") from error
+    prompts.append(line)
+  if not prompts:
+    raise UserError(f"--prompts={path} has no prompts: write one per line.")
+  return prompts
 
 
-def decode_after(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
-  """The text of the tokens after a prompt.
-
-  Llama's tokenizer would drop a space at the beginning of the tokens if it decoded them alone.
-  """
-  return tokenizer.decode([*prompt, *tokens])[len(tokenizer.decode(prompt)) :]
-
-
-def write_text(trained: infer.TrainedModel, tokenizer: Tokenizer, path: pathlib.Path) -> str:
-  """Continues or answers the prompt until a token ends the text, and writes the text to `path`."""
-  if _CHAT.value:
-    message = {"role": "user", "content": _PROMPT.value}
-    prompt = ChatFormat(tokenizer).prompt([message])
-  else:
-    prompt = [tokenizer.bos_id, *tokenizer.encode(_PROMPT.value)]
-  choice = infer.Choice(0, tokenizer.vocab_size, _TEMPERATURE.value, _TOP_K.value)
-  tokens = sample(trained, prompt, np.full(_NUM_TOKENS.value, infer.SAMPLED), choice).tolist()
-  ends = end_ids(tokenizer)
-  tokens = list(itertools.takewhile(lambda token: token not in ends, tokens))
-  text = decode_after(tokenizer, prompt, tokens)
+def prompt_ids(checkpoint: inference.Checkpoint, text: str, vision: np.ndarray | None) -> list[int]:
+  """A prompt as ids; films and images come before its text, or where a message says <vision>."""
+  tokenizer = checkpoint.tokenizer
   if not _CHAT.value:
-    text = _PROMPT.value + text
-  path.write_text(text + "\n")
-  return text
+    ids = [] if vision is None else vision.tolist()
+    return [tokenizer.bos_id, *ids, *tokenizer.encode(text)]
+  try:
+    return ChatFormat(tokenizer).prompt([{"role": "user", "content": text}], vision)
+  except BadDocument as error:
+    raise UserError(f"The prompt {text!r} cannot be used: {error}.") from error
 
 
-def write_video(
-  trained: infer.TrainedModel, clip: infer.Clip, codec: Codec, path: pathlib.Path
+def make_text(
+  checkpoint: inference.Checkpoint, engine: infer.Engine, rows: list[list[int]], prompts: list[str]
 ) -> None:
-  """Continues the clip, and writes ground truth and prediction to `path`."""
-  start = trained.model.config.text_vocab_size
-  choice = infer.Choice(
-    start, start + codec.config.codebook_size, _VISION_TEMPERATURE.value, _VISION_TOP_K.value
+  """Continues or answers prompts until a token ends each text."""
+  sampling = inference.text_sampling(checkpoint.text())
+  folder = samples(checkpoint)
+  capacity = max(map(len, rows)) + sampling.max_tokens
+  started = time.perf_counter()
+  session = engine.open(rows, capacity)
+  if _PROMPTS.value is None:
+    (prompt,) = prompts
+    shown = "" if _CHAT.value else prompt
+    print(shown, end="", flush=True)
+    text = shown + inference.stream(checkpoint, session, sampling, started)
+    (folder / "text.txt").write_text(text + "\n")
+    print(f"text: {folder / 'text.txt'}")
+    return
+  answers = inference.generate_all(session, sampling)
+  seconds = time.perf_counter() - started
+  stop_ids = sampling.grammar.stop_ids
+  with (folder / "texts.jsonl").open("w") as file:
+    for prompt, row, tokens in zip(prompts, rows, answers):
+      kept = [token for token in tokens if token not in stop_ids]
+      text = inference.decode_after(checkpoint.tokenizer, row, kept)
+      file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+  count = sum(map(len, answers))
+  print(f"{len(rows):,} texts, {count:,} tokens, {count / seconds:,.1f} tokens/s")
+  print(f"texts: {folder / 'texts.jsonl'}")
+
+
+def vision_choice(is_image: bool) -> infer.Choice:
+  """How codes are drawn."""
+  top_k = _VISION_TOP_K.value or (_IMAGE_TOP_K if is_image else _FILM_TOP_K)
+  return infer.Choice(temperature=_VISION_TEMPERATURE.value or 0.0, top_k=top_k)
+
+
+def picture_grammar(
+  checkpoint: inference.Checkpoint, codec: Codec, frames: int, **changes: Any
+) -> infer.Grammar:
+  """Pictures of the run's VQGAN, of so many frames."""
+  config = codec.config
+  pictures = infer.Pictures.of(
+    checkpoint.tokenizer, checkpoint.text_vocab_size, config.codebook_size, config.layout
   )
-  tokens = sample(trained, clip.prompt, clip.forced, choice)
-  truth = codec.decode(clip.codes_NxP)
-  predicted = codec.decode(infer.sampled_codes(tokens, start, codec.config.layout))
-  given = [with_border(frame) for frame in truth[: _GIVEN_FRAMES.value]]
-  save_contact_sheet(path, [[*given, *truth[_GIVEN_FRAMES.value :]], [*given, *predicted]])
+  return dataclasses.replace(
+    checkpoint.text(),
+    pictures=dataclasses.replace(pictures, frames=frames, **changes),
+    vision=vision_choice(frames == 1),
+  )
+
+
+def make_pictures(
+  checkpoint: inference.Checkpoint, engine: infer.Engine, codec: Codec, rows: list[list[int]]
+) -> None:
+  """Generates an image or a film for each prompt, and writes it as a PNG."""
+  frames = 1 if _MAKE.value == "image" else _FRAMES.value or 1
+  default = _IMAGE_GUIDANCE if frames == 1 else _FILM_GUIDANCE
+  scale = default if _GUIDANCE.value is None else _GUIDANCE.value
+  grammar = picture_grammar(checkpoint, codec, frames)
+  films = generate_frames(checkpoint, engine, codec, rows, grammar, scale)
+  for number, codes_NxP in enumerate(films):
+    path = samples(checkpoint) / f"{_MAKE.value}_{number}.png"
+    save_contact_sheet(path, [codec.decode(codes_NxP)])
+    print(f"{_MAKE.value}: {path}")
+
+
+def generate_frames(
+  checkpoint: inference.Checkpoint,
+  engine: infer.Engine,
+  codec: Codec,
+  rows: list[list[int]],
+  grammar: infer.Grammar,
+  scale: float,
+) -> list[np.ndarray]:
+  """The codes [N, P] of the frames that follow each prompt.
+
+  Args:
+    checkpoint: of the flags.
+    engine: generates.
+    codec: the VQGAN.
+    rows: prompts that end in <vision>, or after a frame.
+    grammar: of pictures.
+    scale: of classifier-free guidance; 1 is none.
+  """
+  assert grammar.pictures is not None and grammar.pictures.frames is not None
+  layout = codec.config.layout
+  count = grammar.pictures.frames * layout.tokens_per_frame
+  guidance = None if scale == 1 else scale
+  if guidance is not None:
+    # LWM's prompt without a text.
+    without = [checkpoint.tokenizer.bos_id, *grammar.pictures.start]
+    rows = [row for prompt in rows for row in (prompt, without)]
+  session = engine.open(rows, max(map(len, rows)) + count)
+  sampling = infer.Sampling(grammar, count, guidance, block=layout.tokens_per_frame)
+  return [
+    infer.sampled_codes(np.array(tokens), checkpoint.text_vocab_size, layout)
+    for tokens in inference.generate_all(session, sampling)
+  ]
+
+
+def continue_clip(
+  checkpoint: inference.Checkpoint, engine: infer.Engine, clip: infer.Clip, codec: Codec
+) -> None:
+  """Continues a held-out clip, and writes ground truth and prediction as a PNG."""
+  path, given = samples(checkpoint) / "video.png", _GIVEN_FRAMES.value or 1
+  grammar = picture_grammar(checkpoint, codec, _FRAMES.value or 1)
+  grammar = dataclasses.replace(grammar, vision=vision_choice(is_image=False))
+  rows = [clip.prompt.tolist()]
+  (codes_NxP,) = generate_frames(checkpoint, engine, codec, rows, grammar, _FILM_GUIDANCE)
+  truth, predicted = codec.decode(clip.codes_NxP), codec.decode(codes_NxP)
+  border = [with_border(frame) for frame in truth[:given]]
+  save_contact_sheet(path, [[*border, *truth[given:]], [*border, *predicted]])
+  print(f"video: {path}")
 
 
 def clips(split: Split, layout: VisionLayout) -> np.ndarray:
@@ -169,38 +259,40 @@ def video_dataset(experiment: Experiment) -> Dataset | None:
   return None
 
 
-def load_codec(experiment: Experiment, dataset: Dataset) -> Codec:
-  """The VQGAN that the dataset's codes come from."""
-  beside_tokenizer = pathlib.Path(experiment.tokenizer).with_name("vqgan.npz")
-  codec = Codec(_VQGAN.value or beside_tokenizer)
-  if codec.sha256 != dataset.manifest["vqgan_sha256"]:
-    raise UserError(
-      f"{dataset.path} was not made with the VQGAN {_VQGAN.value or beside_tokenizer}: name the "
-      "right file with --vqgan."
-    )
-  return codec
+def samples(checkpoint: inference.Checkpoint) -> pathlib.Path:
+  """The folder of what is generated."""
+  folder = checkpoint.workdir / "samples"
+  folder.mkdir(exist_ok=True)
+  return folder
 
 
 def main(argv: list[str]) -> None:
   del argv
-  workdir = pathlib.Path(_WORKDIR.value or "")
-  with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), devices()[:1])):
-    trained = infer.load_trained(workdir, _WEIGHTS.value)
-    experiment, tokenizer = trained.experiment, load_tokenizer(trained.tokenizer)
-    dataset = video_dataset(experiment)
-    clip_and_codec = None
-    if dataset:
-      codec = load_codec(experiment, dataset)
-      clip_and_codec = held_out_clip(dataset, codec.config.layout), codec
-    print(f"{workdir}: step {trained.total_steps}, stage {trained.stage.name}")
-    print(f"weights: {_WEIGHTS.value}, {infer.num_bytes(trained.params) / 2**20:.1f} MiB")
-    samples = workdir / "samples"
-    samples.mkdir(exist_ok=True)
-    print(write_text(trained, tokenizer, samples / "text.txt"))
-    print(f"text: {samples / 'text.txt'}")
-    if clip_and_codec:
-      write_video(trained, *clip_and_codec, samples / "video.png")
-      print(f"video: {samples / 'video.png'}")
+  checkpoint = inference.Checkpoint()
+  makes_pictures = _MAKE.value in ("image", "film")
+  prompts = read_prompts() if _PROMPTS.value else [_PROMPT.value or ""]
+  clip_codec = None
+  if _MAKE.value is None and _PROMPTS.value is None and not (_FILM.value or _IMAGE.value):
+    if dataset := video_dataset(checkpoint.stored.experiment):
+      codec = checkpoint.codec(dataset)
+      clip_codec = held_out_clip(dataset, codec.config.layout), codec
+  picture_codec = checkpoint.codec() if makes_pictures else None
+  is_continued = _MAKE.value == "film" and bool(_FILM.value)
+  vision = checkpoint.films([*_IMAGE.value, *_FILM.value], open_end=is_continued)
+  if is_continued and vision is not None:
+    rows = [[checkpoint.tokenizer.bos_id, *vision.tolist()]]
+  else:
+    rows = [prompt_ids(checkpoint, prompt, vision) for prompt in prompts]
+    if makes_pictures:
+      start, _ = infer.picture_marks(checkpoint.tokenizer)
+      rows = [[*row, *start] for row in rows]
+  engine = checkpoint.engine(checkpoint.load())
+  if picture_codec is not None:
+    make_pictures(checkpoint, engine, picture_codec, rows)
+    return
+  make_text(checkpoint, engine, rows, prompts)
+  if clip_codec is not None:
+    continue_clip(checkpoint, engine, *clip_codec)
 
 
 if __name__ == "__main__":

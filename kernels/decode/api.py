@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kernels import backends
 from kernels.attention import attention
-from kernels.attention.intervals import KeyIntervals, within
+from kernels.attention.intervals import KeyIntervals
 from kernels.decode import cache as cache_lib
 from kernels.decode.backend import Backend
 from kernels.decode.cache import Cached
@@ -33,6 +33,8 @@ def decode_attention(
   *,
   layer: jax.Array | int = 0,
   axis_names: tuple[str, ...] = (),
+  stripe: int | None = None,
+  query_axes: tuple[str, ...] = (),
   soft_cap: float | None = None,
   backend: str | Backend | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -51,7 +53,10 @@ def decode_attention(
     value_LxBxKxGxD: likewise.
     intervals: [B, Q], in global positions of the cache.
     layer: int32 scalar.
-    axis_names: the mesh axes that shard the positions of the cache, in equal, contiguous parts.
+    axis_names: the mesh axes that shard the positions of the cache, in equal parts.
+    stripe: how the positions are dealt out to the devices; see `kernels.decode.local_length`.
+    query_axes: some of `axis_names`, over which the result is divided: each device gets the result
+      of its equal part of the queries.
     soft_cap: as in `attention`.
     backend: "pallas_tpu" (TPU), "triton" (NVIDIA GPUs), "xla" (runs everywhere), your own
       `Backend`, or None for the best on this platform. More than FEW query tokens use the best
@@ -59,7 +64,8 @@ def decode_attention(
 
   Returns:
     (out [B, Q, H, D] in the query's dtype, log_sum_exp [B, Q, H] float32), the same on all devices
-    of `axis_names`. A row with an empty interval has out 0 and log_sum_exp -inf.
+    of `axis_names`; with `query_axes`, a part of both along Q. A row with an empty interval has
+    out 0 and log_sum_exp -inf.
 
   Raises:
     ValueError: no backend has this name, or it does not support the arguments.
@@ -71,7 +77,9 @@ def decode_attention(
   arguments = query_BxQxHxD, key_LxBxKxGxD, value_LxBxKxGxD, jnp.asarray(layer), intervals
   leaves, structure = jax.tree.flatten(arguments)
   query, key, value, index, intervals = jax.tree.unflatten(structure, vary_alike(*leaves))
-  intervals = within(intervals, cache_lib.first_position(K, axis_names), K)
+  intervals = KeyIntervals(
+    *(cache_lib.local_length(bound, K, axis_names, stripe) for bound in intervals)
+  )
   if query.shape[1] <= FEW:
     out, log_sum_exp = backend.partial(
       query, key, value, index, intervals, scale=D**-0.5, soft_cap=soft_cap
@@ -83,18 +91,27 @@ def decode_attention(
     )
     out, log_sum_exp = attention(query, key, value, intervals, soft_cap=soft_cap)
   if axis_names:
-    out, log_sum_exp = _merge_over(axis_names, out.astype(jnp.float32), log_sum_exp)
+    out, log_sum_exp = _merge_over(axis_names, query_axes, out.astype(jnp.float32), log_sum_exp)
   return out.astype(query.dtype), log_sum_exp
 
 
-def _merge_over(axis_names, out_BxQxHxD, log_sum_exp_BxQxH):
+def _merge_over(axis_names, query_axes, out_BxQxHxD, log_sum_exp_BxQxH):
   """`kernels.attention.merge` over mesh axes, by one maximum and one sum."""
   maximum_BxQxH = jax.lax.pmax(log_sum_exp_BxQxH, axis_names)
   is_empty_BxQxH = maximum_BxQxH == -jnp.inf
   maximum_BxQxH = jnp.where(is_empty_BxQxH, 0.0, maximum_BxQxH)
   weight_BxQxHx1 = jnp.exp(log_sum_exp_BxQxH - maximum_BxQxH)[..., None]
   sums = jnp.concatenate([weight_BxQxHx1 * out_BxQxHxD, weight_BxQxHx1], axis=-1)
-  sums = jax.lax.psum(sums, axis_names)
+  summed_axes = tuple(axis for axis in axis_names if axis not in query_axes)
+  if query_axes:
+    sums = jax.lax.psum_scatter(sums, query_axes, scatter_dimension=1, tiled=True)
+    num_own = sums.shape[1]
+    first = jax.lax.axis_index(query_axes) * num_own
+    maximum_BxQxH, is_empty_BxQxH = (
+      jax.lax.dynamic_slice_in_dim(array, first, num_own, axis=1)
+      for array in (maximum_BxQxH, is_empty_BxQxH)
+    )
+  sums = jax.lax.psum(sums, summed_axes) if summed_axes else sums
   sum_BxQxH = jnp.where(is_empty_BxQxH, 1.0, sums[..., -1])
   log_sum_exp_BxQxH = jnp.where(is_empty_BxQxH, -jnp.inf, maximum_BxQxH + jnp.log(sum_BxQxH))
   return sums[..., :-1] / sum_BxQxH[..., None], log_sum_exp_BxQxH

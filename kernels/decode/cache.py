@@ -55,28 +55,97 @@ def write(
   layer: jax.Array | int,
   position: jax.Array | int,
   axis_names: tuple[str, ...] = (),
+  *,
+  stripe: int | None = None,
+  count_B: jax.Array | None = None,
 ) -> Cached:
   """Writes new tokens into one layer of a cache, starting at `position`; in place where XLA can.
 
   Args:
     cache_LxBxKxGxD: this device's positions. Inside `jax.shard_map`, with `axis_names`, the devices
-      hold equal, contiguous parts in the order of those axes.
+      hold equal parts in the order of those axes.
     new_BxQxGxD: floats or `Quantized`, as the cache is; all new tokens, on every device.
     layer: int32 scalar.
-    position: int32 scalar, the global position of the first new token. All must fit in the cache.
+    position: int32, the global position of the first new token: a scalar, or [B], one per row. All
+      tokens that are written must fit in the cache.
     axis_names: the mesh axes that shard the positions.
+    stripe: see `local_length`.
+    count_B: int32; only the first count_B[b] tokens of row b are written. None: all.
   """
-  offset = first_position(cache_length(cache_LxBxKxGxD), axis_names)
-  return jax.tree.map(
-    lambda old, new: _write(old, new, layer, position - offset, bool(axis_names)),
+  K = cache_length(cache_LxBxKxGxD)
+  Q = jax.tree.leaves(new_BxQxGxD)[0].shape[1]
+  if not axis_names and count_B is None and jnp.ndim(position) == 0:
+    return jax.tree.map(
+      lambda old, new: jax.lax.dynamic_update_slice(
+        old, new[None], [layer, 0, position] + [0] * (old.ndim - 3)
+      ),
+      cache_LxBxKxGxD,
+      new_BxQxGxD,
+    )
+  stripe = K if stripe is None else stripe
+  device, num_devices = _place(axis_names)
+  period = stripe * num_devices
+  # The most positions of one device among Q consecutive ones.
+  num_places = min(K, Q // period * stripe + min(stripe, Q % period))
+
+  def write_rows(cache, row, num_rows, position, count):
+    """Writes to the rows [row, row + num_rows), which all begin at `position`."""
+    first = local_length(position, K, axis_names, stripe)
+    first = jnp.clip(first, 0, K - num_places)
+    # A device rewrites as many positions as could be new, and keeps the old contents of the rest.
+    place = first + jnp.arange(num_places, dtype=jnp.int32)
+    token = place // stripe * period + device * stripe + place % stripe - position
+    is_new = (token >= 0) & (token < count)
+    token = jnp.clip(token, 0, Q - 1)
+
+    def update(old, new):
+      at = [layer, row, first] + [0] * (old.ndim - 3)
+      held = jax.lax.dynamic_slice(old, at, (1, num_rows, num_places, *old.shape[3:]))[0]
+      own = jax.lax.dynamic_slice_in_dim(new, row, num_rows, axis=0)
+      chosen = is_new.reshape(1, -1, *(1,) * (old.ndim - 3))
+      own = jnp.where(chosen, jnp.take(own, token, axis=1), held)
+      return jax.lax.dynamic_update_slice(old, own[None], at)
+
+    return jax.tree.map(update, cache, new_BxQxGxD)
+
+  num_rows = jax.tree.leaves(new_BxQxGxD)[0].shape[0]
+  if jnp.ndim(position) == 0 and count_B is None:
+    return write_rows(cache_LxBxKxGxD, 0, num_rows, position, Q)
+  zeros_B = jnp.zeros(num_rows, jnp.int32)
+  position_B = zeros_B + position
+  count_B = zeros_B + (Q if count_B is None else count_B)
+  return jax.lax.fori_loop(
+    0,
+    num_rows,
+    lambda row, cache: write_rows(cache, row, 1, position_B[row], count_B[row]),
     cache_LxBxKxGxD,
-    new_BxQxGxD,
   )
 
 
-def first_position(length: int, axis_names: tuple[str, ...]) -> jax.Array | int:
-  """The global position of this device's first position, if every device holds `length`."""
-  return length * jax.lax.axis_index(axis_names) if axis_names else 0
+def local_length(
+  length: jax.Array | int, num_local: int, axis_names: tuple[str, ...], stripe: int | None = None
+) -> jax.Array | int:
+  """How many of the first `length` positions this device holds; they are its first ones.
+
+  Args:
+    length: int32, any shape; may lie outside the cache.
+    num_local: K, the positions on every device.
+    axis_names: the mesh axes that shard the positions; empty if the device holds all.
+    stripe: the positions are dealt out to the devices in turn, this many at a time; it divides K.
+      So all devices hold equal parts of a cache that is not full, and have equal work. None: each
+      device holds contiguous positions.
+  """
+  stripe = num_local if stripe is None else stripe
+  device, num_devices = _place(axis_names)
+  rounds, rest = length // (stripe * num_devices), length % (stripe * num_devices)
+  return jnp.clip(rounds * stripe + jnp.clip(rest - device * stripe, 0, stripe), 0, num_local)
+
+
+def _place(axis_names: tuple[str, ...]) -> tuple[jax.Array | int, int]:
+  """This device's index along the axes, and the number of devices."""
+  if not axis_names:
+    return 0, 1
+  return jax.lax.axis_index(axis_names), jax.lax.axis_size(axis_names)
 
 
 def layer_of(cache_LxBxKxGxD: Cached, layer: jax.Array | int) -> Cached:
@@ -89,18 +158,3 @@ def layer_of(cache_LxBxKxGxD: Cached, layer: jax.Array | int) -> Cached:
 def cache_length(cache_LxBxKxGxD: Cached) -> int:
   """K, the positions on this device."""
   return jax.tree.leaves(cache_LxBxKxGxD)[0].shape[2]
-
-
-def _write(old, new, layer, position, is_sharded: bool):
-  """`write` for one array [L, B, K, ...]; the local `position` may be outside [0, K)."""
-  K, Q = old.shape[2], new.shape[1]
-  at = [layer, 0, position] + [0] * (old.ndim - 3)
-  if is_sharded:
-    # A device rewrites as many positions as could be new, and keeps the old contents of the rest.
-    num_places = min(K, Q)
-    at[2] = jnp.clip(position, 0, K - num_places)
-    token = at[2] - position + jnp.arange(num_places)
-    is_new = ((token >= 0) & (token < Q)).reshape(1, -1, *(1,) * (old.ndim - 3))
-    held = jax.lax.dynamic_slice(old, at, (1, old.shape[1], num_places, *old.shape[3:]))[0]
-    new = jnp.where(is_new, jnp.take(new, jnp.clip(token, 0, Q - 1), axis=1), held)
-  return jax.lax.dynamic_update_slice(old, new[None], at)

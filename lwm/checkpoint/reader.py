@@ -6,6 +6,7 @@ changes nothing and is safe while the run that writes the checkpoints is still t
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 from typing import Any
@@ -154,6 +155,14 @@ class StoredCheckpoint:
   def tokenizer(self) -> bytes:
     """Content of the tokenizer's file."""
     return self.tokenizer_path.read_bytes()
+
+  @property
+  def identity(self) -> str:
+    """A hash that names the checkpoint by its files, hexadecimal."""
+    file = self.path / digests.FILE_NAME
+    # Checkpoints of older versions have no digests: their place names them.
+    content = file.read_bytes() if file.exists() else bytes(self.path)
+    return hashlib.sha256(content).hexdigest()
 
   def reader(self) -> ArrayReader:
     """Reads the parameters one at a time, without devices."""

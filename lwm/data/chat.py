@@ -84,16 +84,23 @@ class ChatFormat:
     tokens |= {name: token_name(settings[name]) for name in settings if name.endswith("_token")}
     self._variables = {name: token for name, token in tokens.items() if isinstance(token, str)}
 
-  def prompt(self, messages: Any) -> list[int]:
+  def prompt(self, messages: Any, film: np.ndarray | None = None) -> list[int]:
     """The ids of a conversation, up to where the assistant's answer begins.
+
+    Args:
+      messages: as for `document`.
+      film: likewise.
 
     Raises:
       BadDocument: as `document` does.
     """
-    text, contents, _ = self._render(_checked(messages), add_generation_prompt=True)
+    messages = _checked(messages)
+    if film is not None:
+      messages = _with_film_mark(messages)
+    text, contents, _ = self._render(messages, add_generation_prompt=True)
     marks = mark_pattern(self._tokenizer.marks)
-    spans = [content for content in contents if marks.search(text[slice(*content)])]
-    return [index for index, _, _ in self._encode(text, spans)]
+    plain = [content for content in contents if marks.search(text[slice(*content)])]
+    return [index for index, _, _ in self._encode_with_film(text, contents, plain, film)]
 
   def document(self, messages: Any, film: np.ndarray | None = None) -> Document:
     """The document of a conversation.
@@ -123,21 +130,7 @@ class ChatFormat:
       answers = [(start, mark_ends.get(_skip_space(text, stop), stop)) for start, stop in answers]
     plain = sorted(contents_with_marks)
     try:
-      if film is None:
-        spans = self._encode(text, plain)
-      else:
-        place = next(
-          start + text[start:stop].index(VISION_START)
-          for start, stop in contents
-          if VISION_START in text[start:stop]
-        )
-        rest = place + len(VISION_START)
-        after = self._encode(text[rest:], _clipped(plain, rest, len(text)))
-        spans = [
-          *self._encode(text[:place], _clipped(plain, 0, place)),
-          *((index, place, place) for index in film.tolist()),
-          *((index, rest + start, rest + stop) for index, start, stop in after),
-        ]
+      spans = self._encode_with_film(text, contents, plain, film)
     except TextError as error:
       raise BadDocument(str(error)) from error
     spans_Lx3 = np.array(spans, np.int64).reshape(-1, 3)
@@ -190,6 +183,25 @@ class ChatFormat:
     if message["role"] == "assistant" and not self._has_generation:
       marked = _ANSWER + marked + _ANSWER_END
     return {**message, "content": content[:start] + marked + content[start + len(core) :]}
+
+  def _encode_with_film(
+    self, text: str, contents: list[Range], plain: list[Range], film: np.ndarray | None
+  ) -> list[tuple[int, int, int]]:
+    """`_encode`, with the ids of the film in the place of the first <vision> in a content."""
+    if film is None:
+      return self._encode(text, plain)
+    place = next(
+      start + text[start:stop].index(VISION_START)
+      for start, stop in contents
+      if VISION_START in text[start:stop]
+    )
+    rest = place + len(VISION_START)
+    after = self._encode(text[rest:], _clipped(plain, rest, len(text)))
+    return [
+      *self._encode(text[:place], _clipped(plain, 0, place)),
+      *((index, place, place) for index in film.tolist()),
+      *((index, rest + start, rest + stop) for index, start, stop in after),
+    ]
 
   def _encode(self, text: str, plain: list[Range]) -> list[tuple[int, int, int]]:
     """Ids with their ranges of characters. The ranges `plain` are encoded apart, without marks."""

@@ -9,7 +9,6 @@ import numpy as np
 
 from lwm.config.vqgan import VisionLayout
 from lwm.errors import UserError
-from lwm.infer.sampling import SAMPLED
 
 
 class Clip(NamedTuple):
@@ -17,12 +16,10 @@ class Clip(NamedTuple):
 
   Attributes:
     prompt: int32; the document up to and including the <eof> of the last given frame.
-    forced: int32; for each token to predict, <eof> where a frame ends and SAMPLED elsewhere.
     codes_NxP: int32; the codes of all true frames, given ones first.
   """
 
   prompt: np.ndarray
-  forced: np.ndarray
   codes_NxP: np.ndarray
 
 
@@ -51,9 +48,7 @@ def cut_clip(
     )
   stop = first + given * layout.tokens_per_frame
   ids = tokens[first : first + (given + predicted) * layout.tokens_per_frame]
-  forced = np.full((predicted, layout.tokens_per_frame), SAMPLED, np.int32)
-  forced[:, -1] = text_vocab_size + layout.end_of_frame
-  return Clip(tokens[:stop], forced.reshape(-1), sampled_codes(ids, text_vocab_size, layout))
+  return Clip(tokens[:stop], sampled_codes(ids, text_vocab_size, layout))
 
 
 def sampled_codes(tokens: np.ndarray, text_vocab_size: int, layout: VisionLayout) -> np.ndarray:

@@ -1,94 +1,73 @@
-"""Sampling: one compiled program reads a prompt and generates the tokens after it.
+"""How one id is drawn from logits.
 
-B batch, P prompt tokens, T new tokens, V vocabulary, C ids to choose from.
+B rows, V vocabulary, C ids to choose from.
 """
 
 import dataclasses
-import functools
-import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kernels.decode import whole_length
-from lwm.model import Model
-
-# Marks, among forced tokens, one that is to be sampled.
-SAMPLED = -1
-
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """How tokens are sampled, from the ids in [start, stop).
+  """How ids are drawn; the filters are applied in the order of the attributes.
 
   Attributes:
-    start: first id that may be sampled.
-    stop: one past the last.
+    repetition_penalty: divides positive logits of ids that the row has, and multiplies negative
+      ones (CTRL, arXiv 1909.05858); 1 changes nothing.
     temperature: divides the logits; 0 takes the likeliest id.
-    top_k: samples from this many of the likeliest ids; None samples from all.
+    top_k: keeps this many of the likeliest ids; None keeps all.
+    top_p: keeps the likeliest ids whose probabilities first add up to this (arXiv 1904.09751).
+    min_p: keeps ids of at least this probability, relative to the likeliest (arXiv 2407.01082).
   """
 
-  start: int
-  stop: int
+  repetition_penalty: float = 1.0
   temperature: float = 1.0
   top_k: int | None = None
+  top_p: float = 1.0
+  min_p: float = 0.0
 
 
-def draw(logits_BxV: jax.Array, key: jax.Array, choice: Choice) -> jax.Array:
-  """Samples one id per row, int32 [B], from float32 logits over all ids."""
-  logits_BxC = logits_BxV[:, choice.start : choice.stop]
-  if choice.temperature == 0:
-    return choice.start + jnp.argmax(logits_BxC, axis=-1).astype(jnp.int32)
-  if choice.top_k is not None and choice.top_k < choice.stop - choice.start:
-    lowest_Bx1 = jax.lax.top_k(logits_BxC, choice.top_k)[0][:, -1:]
-    logits_BxC = jnp.where(logits_BxC < lowest_Bx1, -jnp.inf, logits_BxC)
-  drawn_B = jax.random.categorical(key, logits_BxC / choice.temperature)
-  return choice.start + drawn_B.astype(jnp.int32)
+def row_keys(seed_B: jax.Array, position_B: jax.Array) -> jax.Array:
+  """One key per row, from its seed and the position of the token to draw: equal on any mesh."""
+  return jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(
+    seed_B, position_B
+  )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "choice", "rope_theta"))
-def sample(
-  model: Model,
-  params: Any,
-  prompt_BxP: jax.Array,
-  forced_T: jax.Array,
-  key: jax.Array,
-  *,
-  choice: Choice,
-  rope_theta: float,
+def draw(
+  logits_BxC: jax.Array, key_B: jax.Array, choice: Choice, seen_BxC: jax.Array | None = None
 ) -> jax.Array:
-  """Continues prompts by T tokens. Call it under `jax.set_mesh`.
+  """Draws one index per row, int32 [B].
 
   Args:
-    model: hashable, since the program is compiled once per model, choice and shape.
-    params: the model's parameters.
-    prompt_BxP: int32 ids, P >= 1, without padding.
-    forced_T: int32; the id that each new token must have, or SAMPLED. Frames are generated with an
-      <eof> forced after their codes, as LWM does (arXiv 2402.08268).
-    key: the same key gives the same tokens.
-    choice: how tokens are sampled.
-    rope_theta: base of RoPE.
-
-  Returns:
-    The new tokens, int32 [B, T].
+    logits_BxC: float32, whole on every device.
+    key_B: one key per row; a row's draw depends on nothing else than its logits and its key.
+    choice: how to draw.
+    seen_BxC: bool, the ids that a row has; needed for a repetition penalty.
   """
-  batch_size, prompt_length = prompt_BxP.shape
-  devices = jax.sharding.get_abstract_mesh().shape
-  length = whole_length(
-    prompt_length + len(forced_T), math.prod(devices[axis] for axis in model.rules.cache)
-  )
-  cache = model.init_cache(batch_size, length)
-  logits_BxV, cache = model.decode(params, prompt_BxP, cache, rope_theta=rope_theta)
-
-  def step(carry, inputs):
-    logits_BxV, cache = carry
-    forced, key = inputs
-    whole_BxV = jax.reshard(logits_BxV, model.rules.spec("batch", None))
-    token_B = jnp.where(forced == SAMPLED, draw(whole_BxV, key, choice), forced)
-    carry = model.decode(params, token_B[:, None], cache, rope_theta=rope_theta)
-    return carry, token_B
-
-  keys_T = jax.random.split(key, len(forced_T))
-  _, tokens_TxB = jax.lax.scan(step, (logits_BxV, cache), (forced_T, keys_T))
-  return tokens_TxB.T
+  penalty = choice.repetition_penalty
+  if penalty != 1:
+    assert seen_BxC is not None
+    lower_BxC = jnp.where(logits_BxC > 0, logits_BxC / penalty, logits_BxC * penalty)
+    logits_BxC = jnp.where(seen_BxC, lower_BxC, logits_BxC)
+  if choice.temperature == 0:
+    return jnp.argmax(logits_BxC, axis=-1).astype(jnp.int32)
+  logits_BxC /= choice.temperature
+  size = logits_BxC.shape[1]
+  k = min(choice.top_k or size, size)
+  if k < size or choice.top_p < 1:
+    likeliest_Bxk = jax.lax.top_k(logits_BxC, k)[0]
+    is_kept_Bxk = jnp.ones_like(likeliest_Bxk, bool)
+    if choice.top_p < 1:
+      probability_Bxk = jax.nn.softmax(likeliest_Bxk)
+      before_Bxk = jnp.cumsum(probability_Bxk, axis=-1) - probability_Bxk
+      is_kept_Bxk = before_Bxk < choice.top_p
+    lowest_Bx1 = jnp.min(likeliest_Bxk, axis=-1, where=is_kept_Bxk, initial=jnp.inf, keepdims=True)
+    logits_BxC = jnp.where(logits_BxC < lowest_Bx1, -jnp.inf, logits_BxC)
+  if choice.min_p > 0:
+    lowest_Bx1 = jnp.max(logits_BxC, axis=-1, keepdims=True) + jnp.log(choice.min_p)
+    logits_BxC = jnp.where(logits_BxC < lowest_Bx1, -jnp.inf, logits_BxC)
+  noise_BxC = jax.vmap(lambda key: jax.random.gumbel(key, (size,)))(key_B)
+  return jnp.argmax(logits_BxC + noise_BxC, axis=-1).astype(jnp.int32)

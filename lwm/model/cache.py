@@ -3,39 +3,42 @@
 L layers, B batch, Q new tokens, K cached tokens, G key/value heads, D head_dim.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kernels.attention import KeyIntervals
+from kernels.decode import STRETCH, Cached
 
 
 class Cache(NamedTuple):
   """Keys, already rotated to their positions, and values.
 
-  Shorter rows are padded on the left.
+  Rows may have different lengths: they are padded on the left, or each has its own `length`.
 
   Attributes:
-    key_LxBxKxGxD: in the compute dtype; columns from `length` on are not yet written.
+    key_LxBxKxGxD: in the compute dtype, or int8 (`kernels.decode.Quantized`). Columns from `length`
+      on are not yet written. Over several devices, columns are in the order of `stripe`.
     value_LxBxKxGxD: likewise.
     start_B: int32, the column of each row's first token; earlier columns are padding.
-    length: int32 scalar, the number of columns written.
+    length: int32, the number of columns written: a scalar, or [B], one per row.
     last_vision_B: int32, the column of each row's last vision id, -1 before the first one; None
       unless the model has `ModelConfig.adapter`.
   """
 
-  key_LxBxKxGxD: jax.Array
-  value_LxBxKxGxD: jax.Array
+  key_LxBxKxGxD: Cached
+  value_LxBxKxGxD: Cached
   start_B: jax.Array
   length: jax.Array
   last_vision_B: jax.Array | None = None
 
   def columns(self, num_tokens: int) -> jax.Array:
     """Columns of the next tokens, int32 [B, Q]."""
-    column_Q = self.length + jnp.arange(num_tokens, dtype=jnp.int32)
     # The zeros carry the sharding of the rows.
-    return jnp.zeros_like(self.start_B)[:, None] + column_Q[None]
+    length_B = jnp.zeros_like(self.start_B) + self.length
+    return length_B[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None]
 
   def positions(self, num_tokens: int) -> jax.Array:
     """Positions of the next tokens in their rows, int32 [B, Q]."""
@@ -46,6 +49,15 @@ class Cache(NamedTuple):
     stop_BxQ = self.columns(num_tokens) + 1
     return KeyIntervals(jnp.broadcast_to(self.start_B[:, None], stop_BxQ.shape), stop_BxQ)
 
-  def advance(self, num_tokens: int) -> "Cache":
-    """The cache after all layers have written the next tokens."""
+  def advance(self, num_tokens: int | jax.Array) -> "Cache":
+    """The cache after all layers have written the next tokens: as many in all rows, or [B]."""
     return self._replace(length=self.length + num_tokens)
+
+
+def stripe(num_columns: int) -> int:
+  """Columns that a device holds in a row, of its `num_columns`; see `decode.local_length`.
+
+  Columns are dealt out to the devices in turn, so that all of them have equal work while a cache is
+  being filled.
+  """
+  return math.gcd(num_columns, STRETCH)

@@ -17,8 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from kernels import decode
-from kernels.attention import SAVED_NAMES, KeyIntervals
+from kernels.attention import SAVED_NAMES, KeyIntervals, merge
 from kernels.attention.api import choose
+from kernels.decode import Quantized
 from kernels.quantised_matmul import columns
 from kernels.ring import Layout
 from kernels.ulysses import ulysses_attention
@@ -29,11 +30,11 @@ from lwm.model import extras as extras_lib, quantised, rope
 from lwm.model.adapter import Prompt, has_vision, has_vision_in_cache, modality_embeddings
 from lwm.model.attention import SAVE_ATTENTION, Attend, attended
 from lwm.model.block import KINDS
-from lwm.model.cache import Cache
+from lwm.model.cache import Cache, stripe
 from lwm.model.experts import PADDING
 from lwm.model.extras import Extras
 from lwm.model.parameters import RMSNorm, table
-from lwm.model.projection import Projection, Weights
+from lwm.model.projection import Projection, Stationary, Weights, is_stationary, join_width
 from lwm.model.quantised import QuantizedKernel
 from lwm.parallel.sharding import ShardingRules
 
@@ -128,12 +129,25 @@ class Decoder(nnx.Module):
     return self.norm(x_BxSxM), extras_lib.of_decoder(reported)
 
   def decode(
-    self, tokens_BxQ: jax.Array, cache: Cache, rope_theta: float | jax.Array
+    self,
+    tokens_BxQ: jax.Array,
+    cache: Cache,
+    rope_theta: float | jax.Array,
+    count_B: jax.Array | None = None,
   ) -> tuple[jax.Array, Cache]:
-    """Hidden states of tokens that follow the cached ones, [B, Q, M], and the extended cache."""
+    """Hidden states of tokens that follow the cached ones, [B, Q, M], and the extended cache.
+
+    If the rules divide sequences, so is Q. Only the first count_B[b] tokens of row b are read, and
+    the others have no meaning; None: all are read.
+    """
     num_tokens = tokens_BxQ.shape[1]
-    cosine, sine = self._rotations(cache.positions(num_tokens), rope_theta)
+    rows = self.rules.spec("batch", "sequence")
+    cosine, sine = self._rotations(jax.reshard(cache.positions(num_tokens), rows), rope_theta)
     intervals = attended(self.config, cache.intervals(num_tokens))
+    if count_B is not None:
+      is_token_BxQ = jnp.arange(num_tokens)[None] < count_B[:, None]
+      stop_BxQ = jnp.where(is_token_BxQ, intervals.stop_BxQ, intervals.start_BxQ)
+      intervals = intervals._replace(stop_BxQ=stop_BxQ)
     prompt = None
     if self.config.adapter:
       has_vision_BxQ, cache = has_vision_in_cache(self.config, tokens_BxQ, cache)
@@ -147,7 +161,7 @@ class Decoder(nnx.Module):
       def block(carry, layer_and_index):
         x_BxQxM, cache = carry
         layer, index = layer_and_index
-        attend = _attend_to_cache(self.config, self.rules, intervals, cache, index)
+        attend = _attend_to_cache(self.config, self.rules, intervals, cache, index, count_B)
         x_BxQxM, cache, _ = nnx.merge(graph, layer_of(layer))(
           x_BxQxM, cosine, sine, attend, prompt=prompt
         )
@@ -157,7 +171,7 @@ class Decoder(nnx.Module):
       carry, _ = jax.lax.scan(block, carry, (scanned, index_L))
       first_layer += stretch.num_layers
     x_BxQxM, cache = carry
-    return self.norm(x_BxQxM), cache.advance(num_tokens)
+    return self.norm(x_BxQxM), cache.advance(num_tokens if count_B is None else count_B)
 
   def head(self, dtype: DTypeLike, whole: bool = False) -> Weights:
     """The output projection, [M, V], whole along M: the transposed embedding if tied.
@@ -168,17 +182,25 @@ class Decoder(nnx.Module):
     """
     if self.config.tied_head:
       embedding = self._embedding(dtype, whole)
-      is_quantized = isinstance(embedding, QuantizedKernel)
-      return Weights(embedding if is_quantized else embedding.T)
+      kernel = embedding if isinstance(embedding, QuantizedKernel) else embedding.T
+      if is_stationary(self.rules):
+        kernel = Stationary(kernel, self.rules.model, inputs=True)
+      return Weights(kernel)
     return HEAD.gather(self, dtype, whole)
 
   def head_specs(self) -> Weights:
     """The partitions of what `head` returns, if it is not whole."""
     if self.config.tied_head:
-      value = self.embedding.get_value()
+      value, stationary = self.embedding.get_value(), is_stationary(self.rules)
       if isinstance(value, QuantizedKernel):
-        return Weights(value.specs(self.rules, *HEAD.axes))
-      return Weights(self.rules.gathered(*HEAD.axes))
+        kernel: Any = value.specs(self.rules, *HEAD.axes, whole=not stationary)
+      elif stationary:
+        kernel = self.rules.spec(*HEAD.axes)
+      else:
+        kernel = self.rules.gathered(*HEAD.axes)
+      if stationary:
+        kernel = Stationary(kernel, self.rules.model, inputs=True)
+      return Weights(kernel)
     return HEAD.specs(self)
 
   @property
@@ -189,38 +211,45 @@ class Decoder(nnx.Module):
 
   def _embedding(self, dtype: DTypeLike, whole: bool) -> Any:
     value = self.embedding.get_value()
+    if is_stationary(self.rules):
+      return value if isinstance(value, QuantizedKernel) else value.astype(dtype)
     if isinstance(value, QuantizedKernel):
       return value.gather(self.rules, *HEAD.axes)
     return self.rules.gather(value, dtype, "vocab", "model", whole=whole)
 
   def _embed(self, tokens_BxS: jax.Array) -> jax.Array:
-    rules = self.rules
-    # With divided sequences the table is gathered, because it is smaller than long contexts.
-    whole = rules.residual is not None
+    rules, stationary = self.rules, is_stationary(self.rules)
+    is_quantized = isinstance(self.embedding.get_value(), QuantizedKernel)
+    # With divided sequences the table is gathered, because it is smaller than long contexts. Codes
+    # are not: they serve inference, which reads few tokens at a time.
+    whole = rules.residual is not None and not is_quantized
 
     def local(table, tokens_BxS):
       table, tokens_BxS = vary_trees_alike(table, tokens_BxS)
       if whole:
         return table[tokens_BxS]
-      is_quantized = isinstance(table, QuantizedKernel)
       num_rows = table.matrix.codes.shape[2] if is_quantized else table.shape[0]
       row_BxS = tokens_BxS - num_rows * jax.lax.axis_index(rules.tensor)
       if is_quantized:
         x_BxSxM = columns(table.matrix, row_BxS)
       else:
         x_BxSxM = table.at[row_BxS].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-      return jax.lax.psum(x_BxSxM, rules.tensor)
+      x_BxSxM = jax.lax.psum(x_BxSxM, rules.tensor)
+      return join_width(x_BxSxM, rules.model) if stationary else x_BxSxM
 
     value = self.embedding.get_value()
-    table_spec: Any = rules.gathered("vocab", "model", whole=whole)
     if isinstance(value, QuantizedKernel):
-      table_spec = value.specs(rules, *HEAD.axes)
-    x_BxSxM = jax.shard_map(
-      local,
-      in_specs=(table_spec, rules.spec("batch", "residual")),
-      out_specs=rules.spec("batch", "residual", None),
-    )(self._embedding(jnp.float32, whole), jax.reshard(tokens_BxS, rules.spec("batch", "residual")))
-    return x_BxSxM.astype(self.config.compute_dtype)
+      table_spec: Any = value.specs(rules, *HEAD.axes, whole=not stationary)
+    elif stationary:
+      table_spec = rules.spec("vocab", "model")
+    else:
+      table_spec = rules.gathered("vocab", "model", whole=whole)
+    rows = rules.spec("batch", "residual" if whole else None)
+    x_BxSxM = jax.shard_map(local, in_specs=(table_spec, rows), out_specs=jax.P(*rows, None))(
+      self._embedding(jnp.float32, whole), jax.reshard(tokens_BxS, rows)
+    )
+    x_BxSxM = x_BxSxM.astype(self.config.compute_dtype)
+    return x_BxSxM if whole else jax.reshard(x_BxSxM, rules.spec("batch", "residual", None))
 
   def _modality(self, tokens_BxS: jax.Array, intervals: KeyIntervals) -> jax.Array:
     """The modality of each token, an index in MODALITIES, or PADDING; sharded like the residual."""
@@ -289,12 +318,25 @@ def _attend_over_mesh(
 
 
 def _attend_to_cache(
-  config: ModelConfig, rules: ShardingRules, intervals: KeyIntervals, cache: Cache, layer: jax.Array
+  config: ModelConfig,
+  rules: ShardingRules,
+  intervals: KeyIntervals,
+  cache: Cache,
+  layer: jax.Array,
+  count_B: jax.Array | None,
 ) -> Attend:
-  """Writes new keys and values to the devices that hold their positions, and attends to all."""
-  query_spec = rules.spec("batch", None, "heads", "head_dim")
-  key_spec = rules.spec("batch", None, "kv_heads", "head_dim")
+  """Writes new keys and values to the devices that hold their columns, and attends to all columns.
+
+  Cached keys and values never travel: every device attends with all new queries to the columns that
+  it holds, and results merge. If sequences are divided, the new tokens first attend to each other
+  by ring attention (`_with_own_ring`).
+  """
+  query_spec = rules.spec("batch", "sequence", "heads", "head_dim")
+  key_spec = rules.spec("batch", "sequence", "kv_heads", "head_dim")
   cache_spec = rules.spec("layers", "batch", "cache", "kv_heads", "head_dim")
+  is_quantized = isinstance(cache.key_LxBxKxGxD, Quantized)
+  if is_quantized:
+    cache_spec = Quantized(cache_spec, jax.P(*cache_spec[:-1]))
 
   @functools.partial(
     jax.shard_map,
@@ -306,28 +348,101 @@ def _attend_to_cache(
       cache_spec,
       rules.spec("batch", None),
       rules.spec(),
-      rules.spec(),
+      rules.spec("batch") if cache.length.ndim else rules.spec(),
+      rules.spec("batch"),
     ),
     out_specs=(query_spec, cache_spec, cache_spec),
   )
-  def local(query, key, value, keys, values, intervals, layer, length):
-    keys = decode.write(keys, key, layer, length, rules.cache)
-    values = decode.write(values, value, layer, length, rules.cache)
-    out, _ = decode.decode_attention(
-      query,
-      keys,
-      values,
-      intervals,
-      layer=layer,
-      axis_names=rules.cache,
-      soft_cap=config.attention_soft_cap,
+  def local(query, key, value, keys, values, intervals, layer, length, count):
+    num_columns = jax.tree.leaves(keys)[0].shape[2]
+    placed = dict(axis_names=rules.cache, stripe=stripe(num_columns))
+    options = dict(layer=layer, soft_cap=config.attention_soft_cap, **placed)
+
+    def write(cached, new):
+      new = decode.quantize(new) if is_quantized else new
+      return decode.write(cached, new, layer, length, count_B=count, **placed)
+
+    if rules.sequence is None:
+      keys, values = write(keys, key), write(values, value)
+      out, _ = decode.decode_attention(query, keys, values, intervals, **options)
+      return out, keys, values
+    everywhere = functools.partial(
+      jax.lax.all_gather, axis_name=rules.sequence, axis=1, tiled=True, to="invarying"
+    )
+    # Written before they are read: otherwise, XLA would copy the cache.
+    keys, values = write(keys, everywhere(key)), write(values, everywhere(value))
+    attend = functools.partial(decode.decode_attention, query_axes=rules.sequence, **options)
+    out = _with_own_ring(
+      config, rules, intervals, length, (query, key, value), keys, values, attend
     )
     return out, keys, values
 
   def attend(query, key, value):
+    count = count_B
+    if count is not None:
+      count = jax.reshard(count, rules.spec("batch"))
     out, keys, values = local(
-      query, key, value, cache.key_LxBxKxGxD, cache.value_LxBxKxGxD, intervals, layer, cache.length
+      query,
+      key,
+      value,
+      cache.key_LxBxKxGxD,
+      cache.value_LxBxKxGxD,
+      intervals,
+      layer,
+      cache.length,
+      count,
     )
     return out, cache._replace(key_LxBxKxGxD=keys, value_LxBxKxGxD=values)
 
   return attend
+
+
+def _with_own_ring(
+  config: ModelConfig,
+  rules: ShardingRules,
+  intervals: KeyIntervals,
+  length: jax.Array,
+  own: tuple[jax.Array, jax.Array, jax.Array],
+  keys: decode.Cached,
+  values: decode.Cached,
+  attend_to_cache: Callable[..., tuple[jax.Array, jax.Array]],
+) -> jax.Array:
+  """Attention of divided new tokens to each other and to the columns before them.
+
+  Inside `jax.shard_map`. The new keys travel around the ring; to the cached keys, the queries do.
+
+  Args:
+    config: of the model.
+    rules: over which axes sequences are divided.
+    intervals: columns that each of all new tokens attends to, [B, Q].
+    length: columns before the new tokens, a scalar or [B].
+    own: query, key and value of this device's new tokens.
+    keys: the cache; its columns of the new tokens are not read.
+    values: likewise.
+    attend_to_cache: attention of all new queries, divided over the axes of the sequence.
+  """
+  query, key, value = own
+  num_own, num_tokens = query.shape[1], intervals.start_BxQ.shape[1]
+  length_Bx1 = (jnp.zeros_like(intervals.start_BxQ[:, 0]) + length)[:, None]
+  first = jax.lax.axis_index(rules.sequence) * num_own
+  among_new = KeyIntervals(
+    *(
+      jax.lax.dynamic_slice_in_dim(jnp.clip(bound - length_Bx1, 0, num_tokens), first, num_own, 1)
+      for bound in intervals
+    )
+  )
+  new = ulysses_attention(
+    query,
+    key,
+    value,
+    among_new,
+    layout=Layout("contiguous", jax.lax.axis_size(rules.ring)),
+    ring_axis=rules.ring,
+    ulysses_axis=rules.ulysses,
+    soft_cap=config.attention_soft_cap,
+    backend=config.attention_backend,
+  )
+  queries = jax.lax.all_gather(query, rules.sequence, axis=1, tiled=True)
+  cached = KeyIntervals(*(jnp.minimum(bound, length_Bx1) for bound in intervals))
+  old = attend_to_cache(queries, keys, values, cached)
+  return merge([new, old])[0].astype(query.dtype)

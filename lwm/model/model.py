@@ -3,14 +3,15 @@
 Shapes: B batch, S sequence, Q new tokens, M model width, V vocabulary.
 """
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from kernels.attention import KeyIntervals
+from kernels.decode import Cached, Quantized
 from kernels.ring import Layout
 from kernels.varying import vary_trees_alike
 from lwm.config.experiment import LossConfig
@@ -148,23 +149,41 @@ class Model:
     id_BxSxV = jax.lax.broadcasted_iota(jnp.int32, logits_BxSxV.shape, 2, out_sharding=spec)
     return jnp.where(id_BxSxV < self.config.vocab_size, logits_BxSxV, -jnp.inf)
 
-  def init_cache(self, batch_size: int, max_length: int, start_B: jax.Array | None = None) -> Cache:
+  def init_cache(
+    self,
+    batch_size: int,
+    max_length: int,
+    start_B: jax.Array | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+    row_lengths: bool = False,
+  ) -> Cache:
     """An empty cache.
 
     Args:
       batch_size: number of rows.
       max_length: capacity of a row in tokens, padding included.
       start_B: int32, tokens of padding before each row's first token; default: 0.
+      dtype: of keys and values: int8, or by default the compute dtype.
+      row_lengths: whether each row has its own `length`.
     """
     require_explicit_mesh()
     config = self.config
     shape = config.num_layers, batch_size, max_length, config.num_kv_heads, config.head_dim
     spec = self.rules.spec("layers", "batch", "cache", "kv_heads", "head_dim")
-    empty = functools.partial(jnp.zeros, shape, jnp.dtype(config.compute_dtype), out_sharding=spec)
+    dtype = jnp.dtype(dtype or config.compute_dtype)
+
+    def empty() -> Cached:
+      zeros = jnp.zeros(shape, dtype, out_sharding=spec)
+      if dtype != jnp.int8:
+        return zeros
+      return Quantized(zeros, jnp.zeros(shape[:-1], jnp.float32, out_sharding=jax.P(*spec[:-1])))
+
     start_B = jnp.zeros(batch_size, jnp.int32) if start_B is None else start_B
     start_B = jax.reshard(start_B, self.rules.spec("batch"))
     last_vision_B = jnp.full_like(start_B, -1) if config.adapter else None
-    return Cache(empty(), empty(), start_B, jnp.int32(0), last_vision_B)
+    length = jnp.zeros_like(start_B) if row_lengths else jnp.int32(0)
+    return Cache(empty(), empty(), start_B, length, last_vision_B)
 
   def decode(
     self, params: Params, tokens_BxQ: jax.Array, cache: Cache, *, rope_theta: float | jax.Array
@@ -185,10 +204,28 @@ class Model:
     return self.logits(params, hidden_BxQxM[:, -1:])[:, 0], cache
 
   def read(
-    self, params: Params, tokens_BxQ: jax.Array, cache: Cache, *, rope_theta: float | jax.Array
+    self,
+    params: Params,
+    tokens_BxQ: jax.Array,
+    cache: Cache,
+    *,
+    rope_theta: float | jax.Array,
+    count_B: jax.Array | None = None,
   ) -> tuple[jax.Array, Cache]:
-    """Like `decode`, but returns hidden states after all tokens, [B, Q, M], for `logits`."""
-    return self._decoder(params).decode(self._place(tokens_BxQ), cache, rope_theta)
+    """Like `decode`, but returns hidden states after all tokens, [B, Q, M], for `logits`.
+
+    If the rules divide sequences, Q must divide over the axes of `rules.residual`.
+
+    Args:
+      params: as `init` returns them.
+      tokens_BxQ: int32 ids.
+      cache: has room for the tokens.
+      rope_theta: base of RoPE.
+      count_B: int32; only the first count_B[b] tokens of row b are read. It needs a cache whose
+        rows have their own lengths. The other tokens must be text ids. None: all tokens are read.
+    """
+    rows = self.rules.spec("batch", None)
+    return self._decoder(params).decode(jax.reshard(tokens_BxQ, rows), cache, rope_theta, count_B)
 
   def _decoder(self, params: Params) -> Decoder:
     require_explicit_mesh()

@@ -9,7 +9,11 @@ projections once, gathers their weights for use, passes them into `jax.shard_map
     product("bsm,mhd->bshd", x, weights)                                    # inside, in_specs:
     QUERY.specs(layer)
 
-`Weights` is a tree, so only this file must know another kind of weights.
+`Weights` is a tree, so only this file must know other kinds of weights.
+
+With `ShardingRules.stationary`, `gather` gathers nothing: each device multiplies with the shard of
+the weights that it stores, and `product` sums or joins the results (Pope et al., arXiv 2211.05102,
+section 3.2). Then a step of generation reads each weight once, on one device.
 
 L layers of a stretch, N head groups, R rank of a low-rank addition.
 """
@@ -27,7 +31,7 @@ from lwm.config.model import ModelConfig
 from lwm.model import lora, quantised
 from lwm.model.parameters import matrix, zeros
 from lwm.model.quantised import QuantizedKernel
-from lwm.parallel.sharding import LogicalAxes
+from lwm.parallel.sharding import LogicalAxes, ShardingRules
 
 # A parameter of a projection and its logical axes, without the axis of layers.
 _Part = tuple[nnx.Param, LogicalAxes]
@@ -67,10 +71,29 @@ class Weights(NamedTuple):
     def split(array: jax.Array | None) -> jax.Array | None:
       return None if array is None else array.reshape(groups, -1, *array.shape[1:])
 
-    # A quantized kernel has one axis of inputs.
-    is_quantized = isinstance(self.kernel, QuantizedKernel)
-    kernel = self.kernel if is_quantized else split(self.kernel)
+    kernel = self.kernel
+    if isinstance(kernel, Stationary):
+      part = Weights(kernel.part).split_inputs(groups).kernel
+      kernel = dataclasses.replace(kernel, part=part)
+    elif not isinstance(kernel, QuantizedKernel):  # A quantized kernel has one axis of inputs.
+      kernel = split(kernel)
     return self._replace(kernel=kernel, a=split(self.a))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stationary:
+  """The shard along `model` of a kernel that stays where it is stored, or its partitions.
+
+  Attributes:
+    part: as `Weights.kernel`.
+    axes: the mesh axes that `model` is divided over.
+    inputs: whether `model` is the kernel's inputs; if not, it is the last axis of its outputs.
+  """
+
+  part: Any
+  axes: tuple[str, ...] = dataclasses.field(metadata=dict(static=True))
+  inputs: bool = dataclasses.field(metadata=dict(static=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,23 +148,29 @@ class Projection:
       layer.lora_scale = config.lora.scale
 
   def gather(self, layer: Any, dtype: DTypeLike, whole: bool = False) -> Weights:
-    """The weights in `dtype`, whole along `model` (see `ShardingRules.gather`)."""
+    """The weights in `dtype`, whole along `model` (see `ShardingRules.gather`) or stationary."""
+    stationary = is_stationary(layer.rules)
 
     def gathered(part: _Part | None, scale: float = 1.0) -> Any:
       if part is None:
         return None
       parameter, axes = part
       value = parameter.get_value()
+      if stationary:
+        is_quantized = isinstance(value, QuantizedKernel)
+        return value if is_quantized else (value * scale).astype(dtype)
       if isinstance(value, QuantizedKernel):
         return value.gather(layer.rules, *self._divided)
       return layer.rules.gather(value if scale == 1 else scale * value, dtype, *axes, whole=whole)
 
     kernel, bias, a, b = self._parts(layer)
     scale = layer.lora_scale if a else 1.0
-    return Weights(gathered(kernel), gathered(bias), gathered(a, scale), gathered(b))
+    own = Weights(gathered(kernel), gathered(bias), gathered(a, scale), gathered(b))
+    return self._as_stationary(layer.rules, own) if stationary else own
 
   def specs(self, layer: Any) -> Weights:
     """The partitions of what `gather` returns."""
+    stationary = is_stationary(layer.rules)
 
     def partition(part: _Part | None) -> Any:
       if part is None:
@@ -149,10 +178,15 @@ class Projection:
       parameter, axes = part
       value = parameter.get_value()
       if isinstance(value, QuantizedKernel):
-        return value.specs(layer.rules, *self._divided)
-      return layer.rules.gathered(*axes)
+        return value.specs(layer.rules, *self._divided, whole=not stationary)
+      return layer.rules.spec(*axes) if stationary else layer.rules.gathered(*axes)
 
-    return Weights(*map(partition, self._parts(layer)))
+    own = Weights(*map(partition, self._parts(layer)))
+    return self._as_stationary(layer.rules, own) if stationary else own
+
+  def _as_stationary(self, rules: ShardingRules, weights: Weights) -> Weights:
+    inputs = "model" in self.axes[: self.num_inputs]
+    return weights._replace(kernel=Stationary(weights.kernel, rules.model, inputs))
 
   @property
   def _divided(self) -> tuple[str | None, str | None]:
@@ -184,6 +218,8 @@ def product(
     weights: as gathered, or parts of them.
     dtype: of the result; default: that of x.
   """
+  if isinstance(weights.kernel, Stationary):
+    return _stationary_product(equation, x, weights, dtype or x.dtype)
   if isinstance(weights.kernel, QuantizedKernel):
     out = quantised.product(equation, x, weights.kernel, dtype)
   else:
@@ -199,3 +235,32 @@ def product(
   if weights.bias is not None:
     out += jnp.expand_dims(weights.bias, range(out.ndim - weights.bias.ndim))
   return out
+
+
+def is_stationary(rules: ShardingRules) -> bool:
+  """Whether weights stay where they are stored: the rules say so, and they are divided at all."""
+  mesh = jax.sharding.get_abstract_mesh().shape
+  return rules.stationary and any(mesh[axis] > 1 for axis in rules.model)
+
+
+def _stationary_product(
+  equation: str, x: jax.Array, weights: Weights, dtype: DTypeLike
+) -> jax.Array:
+  """`product` with a `Stationary` kernel; sums over devices are float32."""
+  kernel = weights.kernel
+  own = weights._replace(kernel=kernel.part, bias=None)
+  if kernel.inputs:
+    size = x.shape[-1] // jax.lax.axis_size(kernel.axes)
+    first = jax.lax.axis_index(kernel.axes) * size
+    x = jax.lax.dynamic_slice_in_dim(x, first, size, axis=-1)
+    out = jax.lax.psum(product(equation, x, own, jnp.float32), kernel.axes)
+  else:
+    out = join_width(product(equation, x, own, jnp.float32), kernel.axes)
+  if weights.bias is not None:
+    out += jnp.expand_dims(weights.bias, range(out.ndim - weights.bias.ndim))
+  return out.astype(dtype)
+
+
+def join_width(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  """Concatenates the last axis over devices, each of which has a part of it."""
+  return jax.lax.all_gather(x, axes, axis=x.ndim - 1, tiled=True, to="invarying")

@@ -64,14 +64,12 @@ class QuantizedKernel:
     return jax.tree.map(jax.reshard, kernel, kernel.specs(rules, inputs, outputs))
 
   def specs(
-    self, rules: ShardingRules, inputs: str | None, outputs: str | None
+    self, rules: ShardingRules, inputs: str | None, outputs: str | None, whole: bool = True
   ) -> "QuantizedKernel":
-    """The partitions of what `gather` returns, likewise."""
-    whole = (None if axis == "model" else axis for axis in (inputs, outputs))
+    """The partitions of what `gather` returns or, if not `whole`, of the stored kernel."""
+    axes = (None if whole and axis == "model" else axis for axis in (inputs, outputs))
     layer = None if self.layer is None else jax.P()
-    return dataclasses.replace(
-      self, matrix=partitions(rules, self.matrix.grid, *whole), layer=layer
-    )
+    return dataclasses.replace(self, matrix=partitions(rules, self.matrix.grid, *axes), layer=layer)
 
 
 def partitions(

@@ -88,6 +88,8 @@ class ShardingRules:
     expert: the one of these axes that dense models do not need, because it is like fsdp for them.
     cache: axes over which the positions of a sampler's key/value cache are divided.
     slices: the only axis that may cross from one TPU slice to the next, over the slower network.
+    stationary: whether the linear maps are computed where the shards of their weights are stored,
+      and activations travel instead of weights. It suits few tokens, and sequences must be whole.
   """
 
   model: tuple[str, ...] = ("fsdp", "expert", "ring", "ulysses")
@@ -98,10 +100,27 @@ class ShardingRules:
   cache: tuple[str, ...] = ()
   expert: str = "expert"
   slices: str = "data"
+  stationary: bool = False
 
   # Logical axes that are never sharded.
   layers: ClassVar[None] = None
   head_dim: ClassVar[None] = None
+
+  @classmethod
+  def inference(cls, few_tokens: bool) -> "ShardingRules":
+    """The rules by which an engine reads and generates tokens (lwm/infer).
+
+    Parameters and the positions of the cache are divided over all axes but `data`. Both kinds of
+    rules divide them in the same way, so programs of both kinds can use the same arrays.
+
+    Args:
+      few_tokens: tokens are few, as in a step of generation: weights stay where they are. If not,
+        sequences are divided too, and weights are gathered for use.
+    """
+    rules = cls(batch=("data",), cache=cls.model)
+    if few_tokens:
+      return dataclasses.replace(rules, sequence=None, stationary=True)
+    return rules
 
   @property
   def ring(self) -> str:

@@ -1,7 +1,9 @@
 """The program that samples, from the command line to its files."""
 
 import io
+import json
 import pathlib
+import re
 import runpy
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import sentencepiece
 from flax import nnx
 from PIL import Image
 
-from experiments.generate import decode_after
+from experiments.inference import decode_after
 from lwm import data, model as model_lib
 from lwm.checkpoint.checkpoints import Checkpoints, Identity
 from lwm.checkpoint.position import Position
@@ -25,6 +27,7 @@ from lwm.parallel.sharding import MeshConfig
 from lwm.program.state import TrainState
 from lwm.vision.codec import Codec, save_vqgan
 from lwm.vision.vqgan import VQGAN
+from tests import programs
 
 VISION = VQGANConfig(
     resolution=32, hidden_channels=8, channel_multipliers=(1, 1), num_res_blocks=1,
@@ -136,6 +139,67 @@ def test_mistakes_end_in_one_sentence(directory, arguments, workdir, message):
   assert done.returncode == 1
   assert done.stderr.strip().splitlines()[-1].startswith("error: ") and message in done.stderr
   assert "Traceback" not in done.stderr
+
+
+def chat(directory, *arguments):
+  done = programs.run(
+    "experiments.chat",
+    f"--workdir={directory / 'run'}",
+    f"--vqgan={directory / 'vqgan.npz'}",
+    "--num_tokens=5",
+    *arguments,
+  )
+  answers = [line for line in done.stdout.splitlines() if not re.match(r"\S+: ", line)]
+  return done, answers
+
+
+@pytest.mark.slow
+def test_chat_about_an_image_and_with_its_saved_prefix(directory, tmp_path):
+  frame = Codec(directory / "vqgan.npz").decode(CODES_NxP[:1])[0]
+  Image.fromarray(frame).save(tmp_path / "cat.png")
+  questions = "--question=the cat runs?", "--question=a house?"
+  film = f"--image={tmp_path / 'cat.png'}"
+  done, answers = chat(directory, film, *questions, f"--save_prefix={tmp_path / 'prefix'}")
+  assert done.returncode == 0, done.stderr
+  assert [line for line in answers if line.startswith(">")] == ["> the cat runs?", "> a house?"]
+  again, same = chat(directory, f"--load_prefix={tmp_path / 'prefix'}", *questions)
+  assert again.returncode == 0, again.stderr
+  assert same == answers
+  # The image and its marks, read once.
+  assert done.stderr.count("; the first after") == 2
+  done, _ = chat(directory, film, f"--save_prefix={tmp_path / 'prefix'}")
+  assert done.returncode == 1 and "exists: name another directory" in done.stderr
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--film={}/config.py"], "config.py cannot be used"),
+    (["--image={}/nothing.png"], "nothing.png cannot be used"),
+    (["--load_prefix={}/video"], "video is not a prefix"),
+    (["--question=the cat", "--context=9"], "more than --context=9"),
+  ],
+  ids=["film", "image", "prefix", "context"],
+)
+def test_mistakes_in_chat_end_in_one_sentence(directory, arguments, message):
+  done, _ = chat(directory, *(argument.format(directory) for argument in arguments))
+  assert done.returncode == 1
+  assert done.stderr.strip().splitlines()[-1].startswith("error: ") and message in done.stderr
+  assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_prompts_of_a_file_and_pictures(directory, tmp_path):
+  lines = [json.dumps({"prompt": prompt}) for prompt in ("the cat", "a red house and")]
+  (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+  done = run(directory, f"--prompts={tmp_path / 'prompts.jsonl'}")
+  assert done.returncode == 0, done.stderr
+  texts = (directory / "run" / "samples" / "texts.jsonl").read_text().splitlines()
+  assert [json.loads(line)["prompt"] for line in texts] == ["the cat", "a red house and"]
+  done = run(directory, "--make=image", "--prompt=a cat")
+  assert done.returncode == 0, done.stderr
+  picture = np.asarray(Image.open(directory / "run" / "samples" / "image_0.png"))
+  assert picture.shape == (64, 64, 3)
 
 
 def test_a_space_between_prompt_and_continuation_stays(tmp_path):

@@ -161,6 +161,59 @@ def test_a_write_reaches_the_devices_that_hold_it(position, Q):
   np.testing.assert_array_equal(actual, expected)
 
 
+def striped(cache, stripe):
+  """The columns in the order in which eight devices hold them."""
+  order = np.arange(cache.shape[2]).reshape(-1, 8, stripe).swapaxes(0, 1).reshape(-1)
+  return cache[:, :, order]
+
+
+@pytest.mark.parametrize("stripe", (1, 2, 3))
+def test_stripes_are_dealt_out_in_turn(stripe):
+  """Rows that begin at their own positions, and write their own numbers of tokens."""
+  query, key, value, intervals = inputs(3, mask=short_windows)
+  key, value = (array[:, :, :48] for array in (key, value))
+  intervals = KeyIntervals(*(jnp.minimum(array, 48) for array in intervals))
+  Q = 11
+  new = jnp.asarray(np.random.default_rng(1).standard_normal((B, Q, 2, D)), jnp.float32)
+  position, count = np.linspace(0, 37, B, dtype=np.int32), np.linspace(Q, 0, B, dtype=np.int32)
+  expected = np.array(key)
+  for row in range(B):
+    written = slice(position[row], position[row] + count[row])
+    expected[LAYER, row, written] = new[row, : count[row]]
+
+  def on_device(query, key, value, intervals, new, position, count):
+    axes = "ring", "ulysses"
+    key = write(key, new, LAYER, position, axes, stripe=stripe, count_B=count)
+    options = dict(layer=LAYER, axis_names=axes, stripe=stripe)
+    whole = decode_attention(query, key, value, intervals, **options)
+    return (
+      key,
+      whole,
+      decode_attention(
+        query[:, :1].repeat(8, 1),
+        key,
+        value,
+        KeyIntervals(*(bound[:, :1].repeat(8, 1) for bound in intervals)),
+        query_axes=axes,
+        **options,
+      ),
+    )
+
+  specs = P(), CACHE, CACHE, KeyIntervals(P(), P()), P(), P(), P()
+  parts = P(None, ("ring", "ulysses"))
+  actual, whole, divided = sharded(
+    on_device,
+    (query, striped(key, stripe), striped(value, stripe), intervals, new, position, count),
+    specs,
+    (CACHE, (P(), P()), (parts, parts)),
+  )
+  np.testing.assert_array_equal(actual, striped(expected, stripe))
+  exact = reference(query, jnp.asarray(expected), value, intervals)
+  assert_close(whole, exact, 2e-6)
+  # Each device gets its part of the queries.
+  assert_close(divided, [array[:, :1].repeat(8, 1) for array in exact], 2e-6)
+
+
 def test_decoding_copies_no_layer_of_the_cache():
   """The memory of a step, apart from the cache, does not grow with the cache."""
 

@@ -1,0 +1,166 @@
+"""Talks with a model about a film or images.
+
+    python -m experiments.chat --workdir=runs/laptop --film=holiday.mp4
+    python -m experiments.chat --workdir=runs/laptop --film=holiday.mp4 \\
+        --question="Who comes in?" --question="And after that?" --save_prefix=holiday.prefix
+    python -m experiments.chat --workdir=runs/laptop --load_prefix=holiday.prefix
+
+Frames are taken from the film and tokenised on all devices. The model reads them once; each
+question is read after them and after the questions and answers before it. Without --question,
+questions are lines of the standard input. --save_prefix keeps what the model has computed of the
+film, so that a later process does not compute it again. --mesh.ring=8 divides film, cache and
+weights over eight devices (docs/generate.md).
+"""
+
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import flags as experiment_flags, inference
+from lwm import infer
+from lwm.data.chat import ChatFormat
+from lwm.data.documents import BadDocument
+from lwm.errors import UserError
+from lwm.infer.grammar import picture_marks
+from lwm.infer.prefix import SavedPrefix, save_prefix
+
+flags.adopt_module_key_flags(inference)
+_FILM = flags.DEFINE_multi_string("film", [], "A film; may be repeated.")
+_IMAGE = flags.DEFINE_multi_string("image", [], "An image; may be repeated.")
+_QUESTION = flags.DEFINE_multi_string(
+  "question", [], "A question; may be repeated. Default: lines of the standard input."
+)
+_SYSTEM = flags.DEFINE_string("system", None, "The system's message.")
+_CONTEXT = flags.DEFINE_integer(
+  "context",
+  None,
+  "Most tokens of the conversation. Default: the film, and 4096 tokens more.",
+  lower_bound=1,
+)
+_SAVE_PREFIX = flags.DEFINE_string("save_prefix", None, "Directory to make, for the film as read.")
+_LOAD_PREFIX = flags.DEFINE_string("load_prefix", None, "Directory that --save_prefix has made.")
+
+_ROOM_FOR_TALK = 4096
+_PROMPT_SIGN = "> "
+
+
+def questions() -> Iterator[str]:
+  if _QUESTION.value:
+    for question in _QUESTION.value:
+      print(f"{_PROMPT_SIGN}{question}", flush=True)
+      yield question
+    return
+  while True:
+    print(_PROMPT_SIGN, end="", flush=True)
+    line = sys.stdin.readline()
+    if not line:
+      print()
+      return
+    if line.strip():
+      yield line.strip()
+
+
+class Conversation:
+  """The messages so far, as ids: those of the films stand in the first question."""
+
+  def __init__(self, checkpoint: inference.Checkpoint, vision: np.ndarray | None):
+    self._chat, self._vision = ChatFormat(checkpoint.tokenizer), vision
+    self._messages = [{"role": "system", "content": _SYSTEM.value}] if _SYSTEM.value else []
+
+  def ask(self, question: str) -> list[int]:
+    """The ids up to where the answer begins. Raises UserError for what the template refuses."""
+    self._messages.append({"role": "user", "content": question})
+    try:
+      return self._chat.prompt(self._messages, self._vision)
+    except BadDocument as error:
+      raise UserError(f"The question {question!r} cannot be asked: {error}.") from error
+
+  def answered(self, text: str) -> None:
+    self._messages.append({"role": "assistant", "content": text.strip()})
+
+
+def prefix_of(checkpoint: inference.Checkpoint, vision: np.ndarray | None) -> list[int]:
+  """The ids up to the end of the films, with which all conversations about them begin."""
+  prompt = Conversation(checkpoint, vision).ask("?")
+  last = [index for index, token in enumerate(prompt) if token >= checkpoint.text_vocab_size]
+  return prompt[: last[-1] + 1] if last else []
+
+
+def vision_of(checkpoint: inference.Checkpoint, prefix: list[int]) -> np.ndarray:
+  """The ids of the films in a prefix, with the marks around them."""
+  start, end = picture_marks(checkpoint.tokenizer)
+  first = next(i for i, token in enumerate(prefix) if token >= checkpoint.text_vocab_size)
+  return np.array([*prefix[first - len(start) :], *end], np.int32)
+
+
+def check_room(tokens: list[int], capacity: int) -> None:
+  """Raises UserError unless these tokens and an answer fit."""
+  if len(tokens) + inference.num_tokens() > capacity:
+    raise UserError(
+      f"The conversation has {len(tokens):,} tokens and an answer up to "
+      f"{inference.num_tokens():,}, more than --context={capacity:,}: raise it, or take fewer "
+      "--frames_per_second or --num_tokens."
+    )
+
+
+def open_session(
+  checkpoint: inference.Checkpoint, vision: np.ndarray | None, saved: SavedPrefix | None
+) -> infer.Session:
+  """A session that has read the films, from a saved prefix if there is one."""
+  prefix = prefix_of(checkpoint, vision)
+  if saved and saved.tokens != prefix:
+    raise UserError(
+      f"The prefix {_LOAD_PREFIX.value} begins with another --system message: give the same one."
+    )
+  capacity = _CONTEXT.value or len(prefix) + _ROOM_FOR_TALK
+  check_room(prefix, capacity)
+  engine = checkpoint.engine(checkpoint.load())
+  print(f"cache: {engine.cache_bytes(1, capacity) / 2**20:,.1f} MiB for {capacity:,} tokens")
+  if saved:
+    return saved.open(engine, capacity)
+  return engine.open([prefix], capacity) if prefix else engine.start(capacity)
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  paths = [*_FILM.value, *_IMAGE.value]
+  if _LOAD_PREFIX.value and paths:
+    raise UserError("--load_prefix has a film already: leave out --film and --image.")
+  if _SAVE_PREFIX.value and not paths:
+    raise UserError("--save_prefix keeps a film: give --film or --image too.")
+  if _SAVE_PREFIX.value and pathlib.Path(_SAVE_PREFIX.value).exists():
+    raise UserError(f"--save_prefix={_SAVE_PREFIX.value} exists: name another directory.")
+  checkpoint = inference.Checkpoint()
+  started = time.perf_counter()
+  saved = None
+  if _LOAD_PREFIX.value:
+    path = pathlib.Path(_LOAD_PREFIX.value)
+    saved = SavedPrefix(path, checkpoint.stored.identity, inference.cache_form())
+    vision: np.ndarray | None = vision_of(checkpoint, saved.tokens)
+  else:
+    vision = checkpoint.films(paths, _CONTEXT.value)
+    if vision is not None:
+      print(f"films: {len(vision):,} tokens in {time.perf_counter() - started:.1f} s")
+  started = time.perf_counter()
+  session = open_session(checkpoint, vision, saved)
+  jax.block_until_ready(session.state)
+  print(f"read: {len(session.tokens[0]):,} tokens in {time.perf_counter() - started:.1f} s")
+  if _SAVE_PREFIX.value:
+    save_prefix(session, pathlib.Path(_SAVE_PREFIX.value), checkpoint.stored.identity)
+  conversation = Conversation(checkpoint, vision)
+  sampling = inference.text_sampling(checkpoint.text())
+  for question in questions():
+    started = time.perf_counter()
+    prompt = conversation.ask(question)
+    check_room(prompt, session.capacity)
+    session.follow([prompt])
+    conversation.answered(inference.stream(checkpoint, session, sampling, started))
+
+
+if __name__ == "__main__":
+  experiment_flags.run(main)

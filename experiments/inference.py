@@ -1,0 +1,242 @@
+"""Flags and steps that programs share which read prompts and generate."""
+
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import flags as experiment_flags
+from experiments.runtime import devices, use_compilation_cache
+from lwm import infer
+from lwm.checkpoint.reader import StoredCheckpoint, newest
+from lwm.data import Dataset, Tokenizer, load_tokenizer
+from lwm.data.tokenizer import end_ids
+from lwm.errors import UserError
+from lwm.infer.films import read_codes, vision_ids
+from lwm.parallel.mesh import make_mesh
+from lwm.parallel.sharding import MeshConfig
+from lwm.vision.codec import Codec
+
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "The --workdir of experiments.train, or the --output of import_weights."
+)
+_WEIGHTS = flags.DEFINE_enum("weights", "float32", infer.FORMS, "The form of the weights.")
+_CACHE = flags.DEFINE_enum(
+  "cache", "dense", infer.CACHE_FORMS, "The form of the cached keys and values."
+)
+_MESH = MeshConfig(fsdp=1)
+experiment_flags.define_settings("mesh", _MESH)
+_CHUNK = flags.DEFINE_integer(
+  "chunk", 2048, "Tokens of a prompt that are read at a time.", lower_bound=1
+)
+_NUM_TOKENS = flags.DEFINE_integer(
+  "num_tokens", 256, "Most text tokens to generate.", lower_bound=1
+)
+_TEMPERATURE = flags.DEFINE_float(
+  "temperature", 0.8, "Temperature for text; 0 takes the likeliest token.", lower_bound=0
+)
+_TOP_K = flags.DEFINE_integer(
+  "top_k", 50, "Draw each text token from this many of the likeliest.", lower_bound=1
+)
+_TOP_P = flags.DEFINE_float(
+  "top_p", 1.0, "Draw it from the likeliest of this total probability.", 0, 1
+)
+_MIN_P = flags.DEFINE_float(
+  "min_p", 0.0, "Draw it from tokens of this probability relative to the likeliest.", 0, 1
+)
+_REPETITION_PENALTY = flags.DEFINE_float(
+  "repetition_penalty", 1.0, "Lowers logits of text tokens that have come; 1: not.", lower_bound=1
+)
+_FRAMES_PER_SECOND = flags.DEFINE_float(
+  "frames_per_second", 4.0, "Frames to take per second of film; LWM takes 4.", lower_bound=1e-6
+)
+_VQGAN = flags.DEFINE_string(
+  "vqgan", None, "The VQGAN's file. Default: vqgan.npz beside the run's tokenizer."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same samples.", lower_bound=0)
+flags.mark_flag_as_required("workdir")
+
+# Tokens that are generated, after the first, before their text is shown.
+_BLOCK = 8
+
+
+class Checkpoint:
+  """The checkpoint that --workdir names, before its weights are read.
+
+  Attributes:
+    workdir: the flag.
+    stored: the checkpoint.
+    tokenizer: of the checkpoint.
+    text_vocab_size: ids of text; vision ids follow them.
+  """
+
+  def __init__(self) -> None:
+    """Raises UserError if there is no checkpoint, or the flags do not fit the devices."""
+    self.workdir = pathlib.Path(_WORKDIR.value or "")
+    available = devices()
+    sizes = _MESH.axis_sizes().values()
+    # Without --mesh, one device; a mesh with -1 takes all.
+    count = len(available) if -1 in sizes else int(np.prod(list(sizes)))
+    if count > len(available):
+      raise UserError(f"--mesh needs {count} devices, and there are {len(available)}.")
+    self._mesh = make_mesh(_MESH, available[:count])
+    use_compilation_cache()
+    self.stored: StoredCheckpoint = newest(self.workdir)
+    self.tokenizer: Tokenizer = load_tokenizer(self.stored.tokenizer_path)
+    self.text_vocab_size = self.stored.experiment.model.text_vocab_size
+
+  def codec(self, dataset: Dataset | None = None) -> Codec:
+    """The VQGAN that the model's vision ids come from, as the dataset says.
+
+    Raises:
+      UserError: the file does not exist, or is another VQGAN than the dataset's.
+    """
+    experiment = self.stored.experiment
+    path = pathlib.Path(_VQGAN.value or pathlib.Path(experiment.tokenizer).with_name("vqgan.npz"))
+    codec = Codec(path)
+    if dataset is not None and codec.sha256 != dataset.manifest["vqgan_sha256"]:
+      raise UserError(
+        f"{dataset.path} was not made with the VQGAN {path}: name the right file with --vqgan."
+      )
+    if codec.config.layout.vocab_size > experiment.model.vision_vocab_size:
+      raise UserError(
+        f"The model in {self.workdir} has {experiment.model.vision_vocab_size} vision ids, fewer "
+        f"than the VQGAN {path} needs: take a model that was trained on films."
+      )
+    return codec
+
+  def films(
+    self, paths: Sequence[str], capacity: int | None = None, open_end: bool = False
+  ) -> np.ndarray | None:
+    """Films and images as ids, with <vision> and </vision>; None if there are none.
+
+    Args:
+      paths: of the files.
+      capacity: most tokens of a prompt; a longer film is an error as soon as it is known.
+      open_end: whether the last film goes on.
+    """
+    if not paths:
+      return None
+    codec = self.codec()
+    most = (capacity or 1 << 30) // codec.config.layout.tokens_per_frame
+    films = read_codes(
+      paths,
+      codec,
+      jax.local_devices(),
+      frames_per_second=_FRAMES_PER_SECOND.value or 0,
+      max_frames=max(1, most),
+    )
+    return vision_ids(self.tokenizer, codec, films, open_end)
+
+  def load(self) -> infer.TrainedModel:
+    """Reads the weights, says what they are, and sets the mesh that they are on."""
+    # Not before: films are encoded on a mesh of their own.
+    jax.set_mesh(self._mesh)
+    trained = infer.load_stored(self.stored, _WEIGHTS.value)
+    print(f"{self.workdir}: step {trained.total_steps}, stage {trained.stage.name}")
+    print(
+      f"weights: {_WEIGHTS.value}, {infer.num_bytes(trained.params) / 2**20:.1f} MiB", flush=True
+    )
+    return trained
+
+  def engine(self, trained: infer.TrainedModel) -> infer.Engine:
+    """The engine of the flags."""
+    return infer.Engine(
+      trained.model,
+      trained.params,
+      rope_theta=trained.rope_theta,
+      chunk=_CHUNK.value or 1,
+      cache=cache_form(),
+    )
+
+  def text(self) -> infer.Grammar:
+    """Text that an end-of-text id ends, drawn as the flags say."""
+    choice = infer.Choice(
+      _REPETITION_PENALTY.value or 1.0,
+      _TEMPERATURE.value or 0.0,
+      _TOP_K.value,
+      1.0 if _TOP_P.value is None else _TOP_P.value,
+      _MIN_P.value or 0.0,
+    )
+    ends = tuple(sorted(end_ids(self.tokenizer)))
+    return infer.Grammar(self.tokenizer.vocab_size, ends, choice)
+
+
+def cache_form() -> str:
+  return _CACHE.value or "dense"
+
+
+def num_tokens() -> int:
+  return _NUM_TOKENS.value or 1
+
+
+def seed() -> int:
+  return _SEED.value or 0
+
+
+def decode_after(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+  """The text of the tokens after a prompt.
+
+  Llama's tokenizer would drop a space at the beginning of the tokens if it decoded them alone.
+  """
+  return tokenizer.decode([*prompt, *tokens])[len(tokenizer.decode(prompt)) :]
+
+
+def stream(
+  checkpoint: Checkpoint, session: infer.Session, sampling: infer.Sampling, started: float
+) -> str:
+  """Generates text after the session's only row, and prints it while it comes.
+
+  Args:
+    checkpoint: has the tokenizer.
+    session: has read the prompt.
+    sampling: text.
+    started: when the prompt was given, by `time.perf_counter`.
+
+  Returns:
+    The text, without the token that ended it.
+  """
+  # A few text ids before the answer are enough to decode it as it stands in the prompt.
+  vocab_size = checkpoint.tokenizer.vocab_size
+  before = [token for token in session.tokens[0][-64:] if token < vocab_size]
+  tokens: list[int] = []
+  shown, first = "", 0.0
+  for (new,) in session.generate(sampling, [seed()]):
+    first = first or time.perf_counter()
+    tokens += new
+    text = decode_after(
+      checkpoint.tokenizer, before, [t for t in tokens if t not in sampling.grammar.stop_ids]
+    )
+    # The last characters may be bytes of one that is not complete.
+    whole = text.rstrip("\ufffd")
+    print(whole[len(shown) :], end="", flush=True)
+    shown = whole
+  seconds = time.perf_counter() - first
+  print(text[len(shown) :])
+  rate = f", {(len(tokens) - 1) / seconds:,.1f} tokens/s" if len(tokens) > 1 else ""
+  print(
+    f"[{len(tokens):,} tokens after {len(session.tokens[0]) - len(tokens):,}; the first after "
+    f"{first - started:.2f} s{rate}]",
+    file=sys.stderr,
+    flush=True,
+  )
+  return text
+
+
+def generate_all(session: infer.Session, sampling: infer.Sampling) -> list[list[int]]:
+  """The tokens that follow each row; the rows' seeds count from --seed on."""
+  num_rows = len(session.tokens) // (1 if sampling.guidance is None else 2)
+  rows: list[list[int]] = [[] for _ in range(num_rows)]
+  for block in session.generate(sampling, range(seed(), seed() + num_rows)):
+    for row, new in zip(rows, block):
+      row += new
+  return rows
+
+
+def text_sampling(grammar: infer.Grammar) -> infer.Sampling:
+  """Text of at most --num_tokens, in blocks for the terminal."""
+  return infer.Sampling(grammar, num_tokens(), block=_BLOCK)

@@ -1,0 +1,72 @@
+"""How much memory a long prompt and its answer need, on a machine that you don't need to have.
+
+    python -m experiments.plan_inference --config=configs/lwm_text_7b.py --topology=v5p:2x2x2
+    python -m experiments.plan_inference --config=configs/lwm_text_7b.py --topology=h200:1x8 \\
+        --mesh.ring=4 --mesh.tensor=2 --context=1048576 --cache=int8
+
+Compiles the programs of experiments.generate and experiments.chat ahead of time: prefill, which
+reads a chunk of a prompt, and decode. Weights are bfloat16. Memory is XLA's figure.
+"""
+
+import os
+
+import jax
+from absl import flags
+
+from experiments import flags as experiment_flags
+from lwm import infer
+from lwm.config.validate import check_model_fits_mesh
+from lwm.cost.chips import GIB
+from lwm.infer.ahead import lower
+from lwm.parallel import xla_flags
+from lwm.parallel.mesh import make_mesh
+from lwm.parallel.sharding import MeshConfig, ShardingRules
+from lwm.plan import compile_program, load
+from lwm.plan.memory import shard_bytes
+
+_CONFIG = experiment_flags.define_config()
+_TOPOLOGY = flags.DEFINE_string("topology", None, "The machine: v5p:2x2x2.", required=True)
+_MESH = MeshConfig(fsdp=1, ring=-1)
+experiment_flags.define_settings("mesh", _MESH)
+_CONTEXT = flags.DEFINE_integer("context", 1 << 20, "Tokens of a row.", lower_bound=1)
+_CHUNK = flags.DEFINE_integer(
+  "chunk", 16384, "Tokens of a prompt that are read at a time.", lower_bound=1
+)
+_ROWS = flags.DEFINE_integer("rows", 1, "Rows of the cache.", lower_bound=1)
+_CACHE = flags.DEFINE_enum("cache", "dense", infer.CACHE_FORMS, "The form of the cache.")
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  model, topology = _CONFIG.value.model, load(_TOPOLOGY.value or "")
+  mesh = make_mesh(_MESH, topology.devices)
+  check_model_fits_mesh(model, mesh.shape, ShardingRules.inference(few_tokens=False))
+  lowered = lower(
+    model,
+    mesh,
+    context=_CONTEXT.value or 1,
+    chunk=_CHUNK.value or 1,
+    num_rows=_ROWS.value or 1,
+    cache=_CACHE.value or "dense",
+    rope_theta=_CONFIG.value.stages[-1].rope_theta,
+  )
+  sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+  print(f"{topology.name}: {sizes or 'one device'}; {_CONTEXT.value:,} tokens, per device:")
+  print(f"  weights  {shard_bytes(lowered.params) / GIB:6.2f} GiB")
+  print(f"  cache    {shard_bytes(lowered.cache) / GIB:6.2f} GiB", flush=True)
+  for name in ("prefill", "decode"):
+    memory, compilation = compile_program(getattr(lowered, name), topology, lowered.params)
+    fits = "fits" if memory.fits else "DOES NOT FIT"
+    print(
+      f"  {name:8} {memory.total / GIB:6.2f} of {memory.capacity / GIB:.1f} GiB: {fits}; "
+      f"{memory.temporaries / GIB:.2f} GiB of temporaries; compiled in {compilation.seconds:.0f} s",
+      flush=True,
+    )
+
+
+if __name__ == "__main__":
+  os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+  xla_flags.apply()
+  # Only compilers are needed: a TPU or GPU of this machine stays free for others.
+  jax.config.update("jax_platforms", "cpu")
+  experiment_flags.run(main)

@@ -1,0 +1,113 @@
+"""The programs of an engine, lowered for machines that you don't have.
+
+R rows of the cache, Q tokens to read.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels.decode import whole_length
+from lwm import model as model_lib
+from lwm.config.model import ModelConfig
+from lwm.infer import programs
+from lwm.infer.grammar import Grammar, Place
+from lwm.parallel.sharding import ShardingRules
+
+
+class Lowered(NamedTuple):
+  """Programs for the devices of a mesh, and their arguments without values.
+
+  Attributes:
+    prefill: reads a chunk of a prompt.
+    decode: generates tokens one after another.
+    params: shapes, dtypes and shardings.
+    cache: likewise.
+  """
+
+  prefill: jax.stages.Lowered
+  decode: jax.stages.Lowered
+  params: Any
+  cache: Any
+
+
+def lower(
+  config: ModelConfig,
+  mesh: jax.sharding.Mesh,
+  *,
+  context: int,
+  chunk: int,
+  num_rows: int = 1,
+  cache: str = "dense",
+  rope_theta: float = 1e4,
+) -> Lowered:
+  """The programs of an `Engine`, with weights in bfloat16.
+
+  Args:
+    config: of the model.
+    mesh: the devices.
+    context: tokens of a row.
+    chunk: tokens that are read at a time.
+    num_rows: rows of the cache.
+    cache: form of the cache, one of `CACHE_FORMS`.
+    rope_theta: base of RoPE.
+  """
+  few_rules, many_rules = (ShardingRules.inference(few_tokens=few) for few in (True, False))
+  few, many = (model_lib.build(config, rules) for rules in (few_rules, many_rules))
+  shards = 1
+  for axis in few_rules.cache:
+    shards *= mesh.shape[axis]
+
+  def placed(leaf: Any, spec: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+  def weight(leaf: jax.ShapeDtypeStruct, sharding: jax.NamedSharding) -> jax.ShapeDtypeStruct:
+    # Norms are vectors per layer.
+    dtype = jnp.bfloat16 if leaf.ndim > 2 else jnp.float32
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+  shardings = few_rules.tree_shardings(few.logical_axes, mesh)
+  params = jax.tree.map(weight, few.abstract(), shardings)
+  with jax.set_mesh(mesh):
+    state = jax.eval_shape(
+      functools.partial(
+        programs.empty,
+        few,
+        num_rows,
+        whole_length(context, shards),
+        "int8" if cache == "int8" else None,
+      )
+    )
+    state = jax.tree.map(lambda leaf: placed(leaf, leaf.sharding.spec), state)
+    grammar = Grammar(config.text_vocab_size)
+    row = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
+    place = Place(row, row, row, jax.ShapeDtypeStruct((num_rows, 0), jnp.int32))
+    place = jax.tree.map(lambda leaf: placed(leaf, jax.P()), place)
+    left_B, seed_B = (
+      jax.ShapeDtypeStruct((num_rows,), dtype, sharding=jax.NamedSharding(mesh, jax.P()))
+      for dtype in (jnp.int32, jnp.uint32)
+    )
+    prefill = programs.read.lower(
+      many,
+      few,
+      params,
+      state,
+      jax.ShapeDtypeStruct((num_rows, chunk), jnp.int32),
+      jax.ShapeDtypeStruct((num_rows,), jnp.int32),
+      rope_theta=rope_theta,
+    )
+    decode = programs.generate.lower(
+      few,
+      params,
+      state,
+      programs.Progress(place, left_B, None),
+      seed_B,
+      jax.ShapeDtypeStruct((), jnp.int32),
+      grammar=grammar,
+      guidance=None,
+      block=16,
+      rope_theta=rope_theta,
+    )
+  return Lowered(prefill, decode, params, state.cache)

@@ -1,0 +1,87 @@
+"""Films and images as ids of a prompt.
+
+N frames, P codes per frame.
+"""
+
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from lwm.data.documents import DocumentBuilder
+from lwm.data.tokenizer import Tokenizer
+from lwm.errors import UserError
+from lwm.vision import decoders
+from lwm.vision.codec import Codec
+from lwm.vision.decoder_process import Clip
+from lwm.vision.frame_encoder import FrameEncoder
+
+# A film is bad after this many seconds without a frame.
+_TIMEOUT = 60.0
+_FRAMES_PER_DEVICE = 32
+
+
+def read_codes(
+  paths: Sequence[str | os.PathLike],
+  codec: Codec,
+  devices: Sequence[jax.Device],
+  *,
+  frames_per_second: float,
+  max_frames: int,
+) -> list[np.ndarray]:
+  """The codes of films and images, encoded on all devices while the films are decoded.
+
+  Args:
+    paths: of the files; an image is a film of one frame.
+    codec: the VQGAN.
+    devices: of this process.
+    frames_per_second: frames to take per second of film.
+    max_frames: of each film.
+
+  Returns:
+    For each film, int32 [N, P].
+
+  Raises:
+    UserError: a film cannot be read, or has more than `max_frames` frames.
+  """
+  blocks: list[list[np.ndarray]] = [[] for _ in paths]
+  encoder = FrameEncoder(codec, devices, _FRAMES_PER_DEVICE)
+  settings = decoders.settings(codec.config.resolution, frames_per_second, max_frames, _TIMEOUT)
+  clips = enumerate(Clip(os.fspath(path), 0.0, None) for path in paths)
+
+  def take(encoded):
+    for film, codes_NxP in encoded:
+      blocks[film].append(codes_NxP)
+
+  with decoders.Decoders(min(len(paths), os.cpu_count() or 1), settings) as pool:
+    for decoded in pool.decode(clips):
+      if decoded.problem:
+        raise UserError(f"{paths[decoded.film]} cannot be used: {decoded.problem.rstrip('.')}.")
+      if decoded.frames_NxHxWx3 is not None:
+        take(encoder.add(decoded.film, decoded.frames_NxHxWx3))
+  take(encoder.flush())
+  return [np.concatenate(own) for own in blocks]
+
+
+def vision_ids(
+  tokenizer: Tokenizer, codec: Codec, films: Sequence[np.ndarray], open_end: bool = False
+) -> np.ndarray:
+  """The ids of films: for each, <vision>, its frames and </vision>; int32.
+
+  Args:
+    tokenizer: has the marks, or spells them.
+    codec: the VQGAN that the codes come from.
+    films: codes [N, P] of each.
+    open_end: whether the last film goes on: its last frame ends in <eof>, and nothing follows it.
+  """
+  layout = codec.config.layout
+  builder = DocumentBuilder(tokenizer, layout)
+  for codes_NxP in films:
+    builder.vision(codes_NxP)
+  ids = builder.build().tokens
+  if open_end:
+    last = int(np.flatnonzero(ids >= tokenizer.vocab_size)[-1])
+    ids = ids[: last + 1].copy()
+    ids[last] = tokenizer.vocab_size + layout.end_of_frame
+  return ids
