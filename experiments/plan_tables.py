@@ -108,8 +108,10 @@ def longest_contexts(
     experiment = dataclasses.replace(lwm_text_7b.get_config(), model=case.model())
     validate(experiment)
     plan = longest(experiment, load(case.machine), report_try, tries)
-    assert plan is None or isinstance(plan.stage, Stage)
-    length = plan.stage.sequence_length if plan else 0
+    length = 0
+    if plan:
+      assert isinstance(plan.stage, Stage)
+      length = plan.stage.sequence_length
     ratio = length / case.paper
     if as_json:
       found = {"model": case.name, "machine": case.machine, "paper": case.paper, "longest": length}

@@ -117,8 +117,8 @@ class VQGANLossConfig:
 
   # One of QUANTIZERS; see `lwm.vision.quantizers`.
   quantizer: str = "moving_average"
-  # Number of first steps in which the decoder sees latents that are not quantized. The codebook
-  # already follows the latents.
+  # moving_average: number of first steps in which the decoder sees latents that are not quantized.
+  # The codebook already follows the latents.
   continuous_steps: int = 200
   commitment_weight: float = 0.25
   # moving_average: decay per step of the averages that make the code vectors.

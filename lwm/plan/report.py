@@ -183,7 +183,9 @@ def place(operation: str) -> str:
   """JAX's path of an operation, without the parts that don't say where in the model it is."""
   parts = operation.split("/")
   if len(parts) == 1:
-    return operation
+    # An argument, or many of them that XLA handles together.
+    first, _, others = operation.partition(":")
+    return f"{first.lstrip('(')} and others" if others else first
   pass_ = "backward" if any("transpose(" in part for part in parts) else "forward"
   wrappers = re.compile(r"while|body|eval_jaxpr|checkpoint|shard_map|closed_call|(jit|.*jvp)\(.*\)")
   kept = [part for part in parts if not wrappers.fullmatch(part)]

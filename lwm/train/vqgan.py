@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, PartitionSpec
@@ -100,12 +101,13 @@ class VQGANTask:
     """Results on the held-out frames of each dataset."""
     rows = []
     for name in loader.evaluation_datasets:
-      # All batches are dispatched before the first result is waited for.
-      sums = [program.evaluation_step(params, batch) for batch in loader.evaluation_batches(name)]
-      total = jax.tree.map(
-        lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *jax.device_get(sums)
-      )
-      rows.append({"dataset": name} | results(total))
+      total = None
+      for batch in loader.evaluation_batches(name):
+        # At most one batch waits for the devices while the next one is read.
+        jax.block_until_ready(total)
+        sums = program.evaluation_step(params, batch)
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+      rows.append({"dataset": name} | results(jax.device_get(total)))
     return rows
 
   def write_results(

@@ -116,8 +116,8 @@ class VQGANObjective:
       The gradients of the trained parameters; the next values of all others; and metrics, float32
       scalars: loss (what the generator and the codebook minimise), pixel, commitment, usage (the
       share of codes that win a latent of this batch), codebook_perplexity and psnr (of this batch,
-      decibels); and, as configured, codebook, perceptual, adversarial, adaptive_weight and
-      discriminator.
+      decibels); and, as configured, codebook, perceptual, adversarial, adversarial_weight (which
+      adapts to the gradients) and discriminator.
     """
     local = functools.partial(self._gradients, axes=_batch_axes(frames_BxHxWx3))
     gradients, frozen, metrics = _over_devices(local, params, frames_BxHxWx3, step, key)
@@ -152,7 +152,7 @@ class VQGANObjective:
     losses, quantizer = self.losses, self.quantizer
     pixels_BxHxWx3 = to_pixels(frames_BxHxWx3, self.config.pixel_range)
     leaves = params.get("codebook", {})
-    quantizing = step >= losses.continuous_steps
+    quantizing = step >= self._continuous_steps
 
     def generate(trained: Params):
       model = self._model(trained["generator"])
@@ -272,6 +272,11 @@ class VQGANObjective:
     }
     wins = {"wins": count_wins(codes.reshape(-1), self.config.codebook_size, axes)}
     return jax.lax.psum(sums, axes) | wins
+
+  @property
+  def _continuous_steps(self) -> int:
+    # Other code vectors than moving averages would not find latents that nothing keeps near them.
+    return self.losses.continuous_steps if self.losses.quantizer == "moving_average" else 0
 
   def _trained_leaves(self, params: Params) -> Params:
     """The parameters of the generator and the codebook that gradients train."""
