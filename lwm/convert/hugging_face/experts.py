@@ -12,8 +12,8 @@ from lwm.config.model import EXPERTS, ExpertsConfig, ModelConfig, Stretch, stret
 from lwm.convert.hugging_face.names import MIXTRAL, Architecture
 from lwm.errors import UserError
 
-# Their names for: number of experts, experts per token, width of an expert. Versions of transformers
-# before 5 call the first one `num_experts` in Qwen3-MoE.
+# Their names for: number of experts, experts per token, width of an expert. transformers before
+# version 5 calls the first one `num_experts` in Qwen3-MoE.
 _MIXTRAL = ("num_local_experts", "num_experts_per_tok", "intermediate_size")
 _QWEN3_MOE = ("num_local_experts", "num_experts_per_tok", "moe_intermediate_size")
 _OLD_NUM_EXPERTS = "num_experts"
