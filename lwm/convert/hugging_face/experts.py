@@ -83,11 +83,10 @@ def write_experts(config: ModelConfig) -> dict[str, Any]:
     return {}
   sizes = experts.num_experts, experts.experts_per_token, experts.width
   if not config.query_key_norm:
-    return dict(zip(_MIXTRAL, sizes)) | {"router_aux_loss_coef": experts.balance_loss}
+    return dict(zip(_MIXTRAL, sizes))
   kinds = [s.kind for s in config.resolved_stretches for _ in range(s.num_layers)]
   return dict(zip(_QWEN3_MOE, sizes)) | {
     _OLD_NUM_EXPERTS: experts.num_experts,
-    "router_aux_loss_coef": experts.balance_loss,
     "norm_topk_prob": experts.renormalise,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [layer for layer, kind in enumerate(kinds) if kind != EXPERTS],
