@@ -195,7 +195,10 @@ def route(config: ExpertsConfig, logits_TxE: jax.Array, bias_E: jax.Array | None
   chosen_by_TxE = score_TxE if bias_E is None else score_TxE + bias_E[None]
   _, expert_Txk = jax.lax.top_k(jax.lax.stop_gradient(chosen_by_TxE), config.experts_per_token)
   share_Txk = jnp.take_along_axis(score_TxE, expert_Txk, axis=1)
-  if config.renormalise:
+  if config.renormalise and config.router == "softmax":
+    # The same as dividing, without its rounding errors.
+    share_Txk = jax.nn.softmax(jnp.take_along_axis(logits_TxE, expert_Txk, axis=1), axis=1)
+  elif config.renormalise:
     share_Txk /= jnp.sum(share_Txk, axis=1, keepdims=True)
   return Routing(expert_Txk, config.scale * share_Txk, probability_TxE)
 

@@ -8,12 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.experts.pallas_tpu import PALLAS_TPU, kernel
 from tests.kernels import test_grouped_matmul as suite
-from tests.kernels.test_grouped_matmul import no_silent_broadcast, test_values_and_gradients
-
-
-@pytest.fixture
-def backend():
-  return PALLAS_TPU
+from tests.kernels.test_grouped_matmul import no_silent_broadcast
 
 
 @pytest.fixture(autouse=True)
@@ -33,3 +28,11 @@ def interpreter():
   with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(random_seed=0)):
     yield
   pltpu.reset_tpu_interpret_mode_state()
+
+
+# A group over several blocks, many groups in one block, and no group at all.
+@pytest.mark.parametrize(
+  "case, dtype", (("skewed", "float32"), ("many", "bfloat16"), ("none", "float32"))
+)
+def test_values_and_gradients(case, dtype):
+  suite.test_values_and_gradients(case, dtype, PALLAS_TPU)

@@ -34,8 +34,8 @@ def test_compiles_forward_and_backward(generation, dtype):
   )
   text = program.as_text()
   assert text.count('custom_call_target="tpu_custom_call"') == 3
-  # Nothing is as large as one product per expert.
-  assert program.memory_analysis().temp_size_in_bytes < 2 * weight.size * weight.dtype.itemsize
+  # The gradient of the weights in float32, and little more: no rows for every expert.
+  assert program.memory_analysis().temp_size_in_bytes < 1.2 * weight.size * 4
 
 
 def test_the_platform_and_the_shapes_choose_the_backend():

@@ -12,9 +12,11 @@ from lwm.config.model import EXPERTS, ExpertsConfig, ModelConfig, Stretch, stret
 from lwm.convert.hugging_face.names import MIXTRAL, Architecture
 from lwm.errors import UserError
 
-# Their names for: number of experts, experts per token, width of an expert.
+# Their names for: number of experts, experts per token, width of an expert. transformers before
+# version 5 calls the first one `num_experts` in Qwen3-MoE.
 _MIXTRAL = ("num_local_experts", "num_experts_per_tok", "intermediate_size")
-_QWEN3_MOE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+_QWEN3_MOE = ("num_local_experts", "num_experts_per_tok", "moe_intermediate_size")
+_OLD_NUM_EXPERTS = "num_experts"
 
 
 def read_experts(
@@ -37,6 +39,8 @@ def read_experts(
   sizes = []
   for name in names:
     size = settings.get(name)
+    if name == names[0] and size is None:
+      size = settings.get(_OLD_NUM_EXPERTS)
     if type(size) is not int or size < 1:
       raise UserError(f"{path}: {name} must be a positive integer: get the file again.")
     sizes.append(size)
@@ -79,10 +83,10 @@ def write_experts(config: ModelConfig) -> dict[str, Any]:
     return {}
   sizes = experts.num_experts, experts.experts_per_token, experts.width
   if not config.query_key_norm:
-    return dict(zip(_MIXTRAL, sizes)) | {"router_aux_loss_coef": experts.balance_loss}
+    return dict(zip(_MIXTRAL, sizes))
   kinds = [s.kind for s in config.resolved_stretches for _ in range(s.num_layers)]
   return dict(zip(_QWEN3_MOE, sizes)) | {
-    "router_aux_loss_coef": experts.balance_loss,
+    _OLD_NUM_EXPERTS: experts.num_experts,
     "norm_topk_prob": experts.renormalise,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [layer for layer, kind in enumerate(kinds) if kind != EXPERTS],

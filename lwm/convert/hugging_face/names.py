@@ -118,6 +118,7 @@ MIXTRAL = Architecture(
   {
     "num_key_value_heads": 8,
     "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
     "max_position_embeddings": 131072,
     "num_local_experts": 8,
     "num_experts_per_tok": 2,

@@ -12,7 +12,7 @@ from flax import nnx, traverse_util
 from kernels.attention import KeyIntervals
 from kernels.ring import Layout
 from lwm.config.experiment import LossConfig
-from lwm.config.model import ExpertsConfig, expert_stretches
+from lwm.config.model import ExpertsConfig
 from lwm.model import build
 from lwm.model.experts import PADDING, Experts
 from lwm.parallel.sharding import ShardingRules
@@ -96,7 +96,7 @@ def run_layer(tiny, experts, rules, mesh, params):
 
 
 def loop_over_tokens(experts, params):
-  """What `run_layer` returns, from a function of one token."""
+  """What `run_layer` returns, in float64, from a function of one token."""
   x, modality, cotangent = inputs()
   is_token = jnp.asarray(modality.reshape(-1) != PADDING)
   exact = functools.partial(jnp.dot, precision="highest")
@@ -137,15 +137,16 @@ def loop_over_tokens(experts, params):
     total = (out.reshape(x.shape) * cotangent).sum() + balance + z_loss
     return total, (out.reshape(x.shape), balance, z_loss, load)
 
-  (_, (out, balance, z_loss, load)), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(
-    params, x
-  )
+  with jax.enable_x64(True):
+    (_, (out, balance, z_loss, load)), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+      jax.tree.map(jnp.float64, params), jnp.float64(x)
+    )
   extras = ({"balance_loss": balance, "router_z_loss": z_loss}, load)
   return jax.tree.map(np.asarray, (out, gradients, extras))
 
 
 def assert_close(actual, expected, tolerance=1e-5):
-  """Each expert's deviation counts, relative to that expert's largest gradient; 0 stays 0."""
+  """Each expert's deviation counts, relative to that expert's largest gradient."""
   (out, gradients, extras), (expected_out, expected_gradients, (losses, load)) = actual, expected
   assert largest(out, expected_out) < tolerance
   for name, value in losses.items():
@@ -158,8 +159,10 @@ def assert_close(actual, expected, tolerance=1e-5):
   gradients, wanted = by_expert(gradients), by_expert(wanted)
   assert not gradients.pop("router_bias", np.zeros(1)).any()
   for name, gradient in gradients.items():
-    for e in range(len(gradient)):
-      assert largest(gradient[e], wanted[name][e]) < tolerance, (name, e)
+    # Float32 rounds sums of large terms by more than 1e-8.
+    rounding = 1e-8 * np.abs(wanted[name]).max()
+    for e, own in enumerate(wanted[name]):
+      assert np.abs(gradient[e] - own).max() <= tolerance * np.abs(own).max() + rounding, (name, e)
 
 
 def by_expert(gradients):
@@ -187,12 +190,10 @@ def expected(tiny):
 CONFIGS = {"softmax": SOFTMAX, "sigmoid": SIGMOID}
 CASES = [
   ("softmax", False, {}, {}),
-  ("sigmoid", True, {}, {}),
   ("sigmoid", False, dict(expert=2, ring=2, tensor=2), {}),
   ("softmax", True, dict(fsdp=2, expert=2, ulysses=2), {}),
   ("softmax", False, dict(expert=8), {}),
   ("sigmoid", True, dict(fsdp=2, ring=2, tensor=2), dict(experts=("expert", "ring", "tensor"))),
-  ("softmax", False, dict(expert=2, ring=2, tensor=2), dict(sequence=None)),
   (
     "sigmoid",
     True,
@@ -218,8 +219,7 @@ def decoder_config(tiny, **changes):
   experts = ExpertsConfig(
     4, 2, 16, shared_experts=1, router="sigmoid", balance_loss=0.1, router_z_loss=0.1, bias_rate=0.1
   )
-  stretches = expert_stretches(3, first=1)
-  return tiny.config(num_layers=3, stretches=stretches, experts=experts, **changes)
+  return tiny.config(experts=experts, **changes)
 
 
 def batch_of(tiny):
@@ -232,7 +232,7 @@ def step_on(tiny, sizes, batch, **changes):
   mesh, model = tiny.mesh(**{"fsdp": 1, **sizes}), build(decoder_config(tiny, **changes))
   layout = Layout("zigzag", mesh.shape["ring"])
   names = frozenset(traverse_util.flatten_dict(model.logical_axes, sep="."))
-  trainable = Trainable(names - {"blocks_1.feed_forward.router_bias"})
+  trainable = Trainable(names - {"blocks.feed_forward.router_bias"})
   objective = Objective(model, LossConfig(), tiny.rope_theta, layout, 1, trainable)
 
   @tiny.jit
@@ -254,13 +254,10 @@ def one_device(tiny):
   return step_on(tiny, {}, batch_of(tiny), remat="none")
 
 
-@pytest.mark.parametrize(
-  "sizes, remat",
-  [(dict(expert=2, ring=2, tensor=2), "full"), (dict(fsdp=2, expert=2, ulysses=2), "attention")],
-  ids=str,
-)
-def test_updates_losses_and_loads_equal_one_device(tiny, one_device, sizes, remat):
-  updates, metrics = step_on(tiny, sizes, batch_of(tiny), remat=remat)
+@pytest.mark.slow
+def test_updates_losses_and_loads_equal_one_device(tiny, one_device):
+  sizes = dict(expert=2, ring=2, tensor=2)
+  updates, metrics = step_on(tiny, sizes, batch_of(tiny), remat="full")
   np.testing.assert_array_equal(metrics["expert_load"], one_device[1]["expert_load"])
   for name in ("loss", "text_loss", "vision_loss", "balance_loss", "router_z_loss"):
     np.testing.assert_allclose(metrics[name], one_device[1][name], rtol=1e-5)
@@ -274,7 +271,7 @@ def test_loads_count_tokens_and_biases_follow_them(tiny, one_device):
   np.testing.assert_array_equal(metrics["expert_load"].sum(axis=2), [[72, 88]] * 2)
   load_LxE = metrics["expert_load"].sum(axis=1)
   np.testing.assert_allclose(
-    updates["blocks_1"]["feed_forward"]["router_bias"],
+    updates["blocks"]["feed_forward"]["router_bias"],
     0.1 * np.sign(load_LxE.mean(axis=1, keepdims=True) - load_LxE),
     rtol=1e-6,
   )
@@ -287,11 +284,12 @@ def test_auxiliary_losses_reach_every_router_through_the_scan(tiny):
   updates, metrics = step_on(tiny, {}, batch, remat="none")
   np.testing.assert_allclose(metrics["loss"], metrics["balance_loss"] + metrics["router_z_loss"])
   assert metrics["balance_loss"] > 0 and metrics["router_z_loss"] > 0
-  router_LxExM = np.moveaxis(updates["blocks_1"]["feed_forward"]["router"], 2, 1)
+  router_LxExM = np.moveaxis(updates["blocks"]["feed_forward"]["router"], 2, 1)
   assert np.abs(router_LxExM).max(axis=2).min() > 1e-6
   assert not updates["output"].any()
 
 
+@pytest.mark.slow
 def test_decoding_equals_reading_at_once(tiny):
   config = decoder_config(tiny, remat="none")
   tokens = np.random.default_rng(0).integers(0, 64, (2, 7)).astype(np.int32)
