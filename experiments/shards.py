@@ -1,13 +1,14 @@
 """Flags of programs whose work several processes share."""
 
-from typing import NamedTuple
+import dataclasses
 
 from absl import flags
 
 from lwm.errors import UserError
 
 
-class Share(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Share:
   """The parts of a dataset that one of `count` workers makes."""
 
   count: int

@@ -125,13 +125,13 @@ def work(share: shards.Share) -> Callable[[], None]:
   return join
 
 
-def _print_throughput() -> None:
+def _print_throughput(seconds: float) -> None:
   codec = Codec(_VQGAN.value)
   rates = throughput(
     read_films(_INPUT.value),
     lambda: decoding.new_decoders(codec.config.resolution),
     _new_encoder(codec),
-    _THROUGHPUT_SECONDS.value,
+    seconds,
   )
   for name, rate in rates:
     print(f"{name}: {rate:,.1f} frames/s", flush=True)
@@ -151,7 +151,7 @@ def main(argv: list[str]) -> None:
   with distributed.joined(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
     devices()
     if _THROUGHPUT_SECONDS.value:
-      _print_throughput()
+      _print_throughput(_THROUGHPUT_SECONDS.value)
       return
     share = shards.Share(jax.process_count(), jax.process_index())
     join = work(share)
