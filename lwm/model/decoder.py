@@ -333,10 +333,10 @@ def _attend_to_cache(
   """
   query_spec = rules.spec("batch", "sequence", "heads", "head_dim")
   key_spec = rules.spec("batch", "sequence", "kv_heads", "head_dim")
-  cache_spec = rules.spec("layers", "batch", "cache", "kv_heads", "head_dim")
+  cache_spec: Any = rules.spec("layers", "batch", "cache", "kv_heads", "head_dim")
   is_quantized = isinstance(cache.key_LxBxKxGxD, Quantized)
   if is_quantized:
-    cache_spec = Quantized(cache_spec, jax.P(*cache_spec[:-1]))
+    cache_spec = Quantized(cache_spec, jax.P(*cache_spec[:-1]))  # type: ignore[arg-type]  # specs
 
   @functools.partial(
     jax.shard_map,
@@ -355,7 +355,7 @@ def _attend_to_cache(
   )
   def local(query, key, value, keys, values, intervals, layer, length, count):
     num_columns = jax.tree.leaves(keys)[0].shape[2]
-    placed = dict(axis_names=rules.cache, stripe=stripe(num_columns))
+    placed: dict[str, Any] = dict(axis_names=rules.cache, stripe=stripe(num_columns))
     options = dict(layer=layer, soft_cap=config.attention_soft_cap, **placed)
 
     def write(cached, new):
