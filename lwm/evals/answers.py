@@ -77,20 +77,33 @@ class Answerer:
   grammar: infer.Grammar
   rows: int
 
-  def answer(self, questions: Sequence[Question], max_tokens: int) -> list[str]:
-    """The answers to at most `rows` questions, of at most so many tokens each."""
-    prompts = [question.prompt for question in questions]
+  def answer(
+    self, prompts: Sequence[Sequence[int]], max_tokens: int, until: Sequence[str] = ()
+  ) -> list[str]:
+    """The answers to at most `rows` prompts.
+
+    Args:
+      prompts: ids.
+      max_tokens: of each answer.
+      until: texts that end an answer; they and what follows them are left out.
+    """
     # Programs are compiled for a number of rows.
-    prompts += prompts[:1] * (self.rows - len(prompts))
+    prompts = [*prompts, *prompts[:1] * (self.rows - len(prompts))]
     session = self.engine.open(prompts, max(map(len, prompts)) + max_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
     sampling = infer.Sampling(self.grammar, max_tokens)
     for block in session.generate(sampling, range(len(prompts))):
       for answer, tokens in zip(answers, block):
         answer += tokens
+      if until and all(any(end in text for end in until) for text in self._texts(answers)):
+        break
+    texts = self._texts(answers)
+    return [min((text.partition(end)[0] for end in until), key=len, default=text) for text in texts]
+
+  def _texts(self, answers: Sequence[Sequence[int]]) -> list[str]:
+    stops = self.grammar.stop_ids
     return [
-      self.tokenizer.decode([token for token in answer if token not in self.grammar.stop_ids])
-      for answer in answers[: len(questions)]
+      self.tokenizer.decode([token for token in row if token not in stops]) for row in answers
     ]
 
 
@@ -121,7 +134,7 @@ def run(
     for first in range(0, len(group), answerer.rows):
       batch = group[first : first + answerer.rows]
       questions = [make(case) for case in batch]
-      texts = answerer.answer(questions, answer_tokens)
+      texts = answerer.answer([question.prompt for question in questions], answer_tokens)
       records = [
         {
           "case": case.name,

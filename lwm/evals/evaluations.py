@@ -1,9 +1,12 @@
-"""The evaluations that ask questions about texts, by name."""
+"""The evaluations that ask questions, by name."""
 
 import dataclasses
+import random
+from collections.abc import Callable
+from typing import Any
 
-from lwm.evals import needles, ruler
-from lwm.evals.needles import Make
+from lwm.evals import films, needles, ruler
+from lwm.evals.questions import Case, Question
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,28 +14,36 @@ class Evaluation:
   """How questions are made, and which cases exist.
 
   Attributes:
-    make: makes the question of a case.
+    make: makes the question of a case, from what `hides_in` says, with a prompt of so many tokens.
     answer_tokens: most tokens of an answer.
     varies: what varies beside the context: "depth", "number", or "" for nothing.
-    needs_haystack: whether it hides needles in a text of the user's.
+    hides_in: "text", a haystack of the user's; "film"; or "" for what it makes itself. The first
+      argument of `make` is a `films.Films` for films, and a `needles.Sources` otherwise.
     has_counts: whether the number of needles may be chosen.
   """
 
-  make: Make
+  make: Callable[[Any, random.Random, Case, int], Question]
   answer_tokens: int
   varies: str = ""
-  needs_haystack: bool = True
+  hides_in: str = "text"
   has_counts: bool = False
 
 
 RULER = {
   **{
-    name: Evaluation(niah, 128, needs_haystack=niah.haystack == "text")
+    name: Evaluation(niah, 128, hides_in="text" if niah.haystack == "text" else "")
     for name, niah in ruler.NIAH.items()
   },
-  "variable_tracking": Evaluation(ruler.variable_tracking, 30, needs_haystack=False),
-  "common_words": Evaluation(ruler.common_words, 120, needs_haystack=False),
-  "frequent_words": Evaluation(ruler.frequent_words, 50, needs_haystack=False),
+  "variable_tracking": Evaluation(ruler.variable_tracking, 30, hides_in=""),
+  "common_words": Evaluation(ruler.common_words, 120, hides_in=""),
+  "frequent_words": Evaluation(ruler.frequent_words, 50, hides_in=""),
+}
+
+FILMS = {
+  "film_frame": Evaluation(films.frame_needle, 32, "depth", "film", has_counts=True),
+  "film_clip": Evaluation(films.clip_needle, 32, "depth", "film", has_counts=True),
+  "film_order": Evaluation(films.order, 64, "", "film", has_counts=True),
+  "film_count": Evaluation(films.count, 8, "", "film", has_counts=True),
 }
 
 EVALUATIONS = {
@@ -40,6 +51,7 @@ EVALUATIONS = {
   "several_needles": Evaluation(needles.several_needles, 128, has_counts=True),
   "latent_needle": Evaluation(needles.latent_needle, 32, "depth"),
   "nth_needle": Evaluation(needles.nth_needle, 32, "number", has_counts=True),
-  "key_value": Evaluation(needles.key_value, 64, "depth", needs_haystack=False),
+  "key_value": Evaluation(needles.key_value, 64, "depth", hides_in=""),
   **RULER,
+  **FILMS,
 }

@@ -29,10 +29,6 @@ class Sources:
   asked: int = 1
 
 
-# Makes the question of a case, whose prompt has exactly `size` tokens.
-Make = Callable[[Sources, random_lib.Random, Case, int], Question]
-
-
 def hide(
   writer: PromptWriter,
   frame: Frame,
