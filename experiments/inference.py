@@ -83,7 +83,7 @@ class Checkpoint:
     count = len(available) if -1 in sizes else int(np.prod(list(sizes)))
     if count > len(available):
       raise UserError(f"--mesh needs {count} devices, and there are {len(available)}.")
-    jax.set_mesh(make_mesh(_MESH, available[:count]))
+    self._mesh = make_mesh(_MESH, available[:count])
     use_compilation_cache()
     self.stored: StoredCheckpoint = newest(self.workdir)
     self.tokenizer: Tokenizer = load_tokenizer(self.stored.tokenizer_path)
@@ -133,7 +133,9 @@ class Checkpoint:
     return vision_ids(self.tokenizer, codec, films, open_end)
 
   def load(self) -> infer.TrainedModel:
-    """Reads the weights, and says what they are."""
+    """Reads the weights, says what they are, and sets the mesh that they are on."""
+    # Not before: films are encoded on a mesh of their own.
+    jax.set_mesh(self._mesh)
     trained = infer.load_stored(self.stored, _WEIGHTS.value)
     print(f"{self.workdir}: step {trained.total_steps}, stage {trained.stage.name}")
     print(

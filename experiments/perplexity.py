@@ -1,7 +1,7 @@
-"""Prints the perplexity of a text under a trained model, for one or more forms of its weights.
+"""Prints the perplexity of a text under a trained model, by the form of its weights and its cache.
 
     python -m experiments.perplexity --workdir=weights/smollm2 --text=emma.txt --tokens=1024 \\
-        --weights=float32,int8,int4
+        --weights=float32,int8,int4 --cache=dense,int8
 
 Each line has the memory of the weights and the change of perplexity against the first form. The
 window begins with <bos>, which is no target.
@@ -32,6 +32,9 @@ _BOS = flags.DEFINE_bool("bos", True, "Put <bos> before the window, as before a 
 _WEIGHTS = flags.DEFINE_list(
   "weights", ["float32"], f"Forms of the weights to compare: {', '.join(infer.FORMS)}."
 )
+_CACHE = flags.DEFINE_list(
+  "cache", ["dense"], f"Forms of the cache to compare: {', '.join(infer.CACHE_FORMS)}."
+)
 flags.mark_flags_as_required(["workdir", "text"])
 
 
@@ -58,18 +61,29 @@ def main(argv: list[str]) -> None:
   for form in _WEIGHTS.value or [""]:
     if form not in infer.FORMS:
       raise UserError(f"--weights={form}: the forms are {', '.join(infer.FORMS)}.")
+  for cache in _CACHE.value or [""]:
+    if cache not in infer.CACHE_FORMS:
+      raise UserError(f"--cache={cache}: the forms are {', '.join(infer.CACHE_FORMS)}.")
   first = None
   with jax.set_mesh(make_mesh(MeshConfig(fsdp=1), devices()[:1])):
     for form in _WEIGHTS.value:
       trained = infer.load_trained(workdir, form)
       tokens_S = window(trained.tokenizer)
-      value = perplexity(trained.model, trained.params, tokens_S, rope_theta=trained.rope_theta)
-      first = first or value
-      print(
-        f"{form}: {infer.num_bytes(trained.params) / 2**20:.1f} MiB of weights, perplexity "
-        f"{value:.4f} ({value / first - 1:+.2%})",
-        flush=True,
-      )
+      for cache in _CACHE.value:
+        value = perplexity(
+          trained.model,
+          trained.params,
+          tokens_S,
+          rope_theta=trained.rope_theta,
+          int8_cache=cache == "int8",
+        )
+        first = first or value
+        form_of_cache = "" if len(_CACHE.value) == 1 else f", {cache} cache"
+        print(
+          f"{form}{form_of_cache}: {infer.num_bytes(trained.params) / 2**20:.1f} MiB of weights, "
+          f"perplexity {value:.4f} ({value / first - 1:+.2%})",
+          flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def write(
 
 def local_length(
   length: jax.Array | int, num_local: int, axis_names: tuple[str, ...], stripe: int | None = None
-) -> jax.Array | int:
+) -> jax.Array:
   """How many of the first `length` positions this device holds; they are its first ones.
 
   Args:

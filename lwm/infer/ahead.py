@@ -13,7 +13,7 @@ from kernels.decode import whole_length
 from lwm import model as model_lib
 from lwm.config.model import ModelConfig
 from lwm.infer import programs
-from lwm.infer.grammar import Grammar, Place
+from lwm.infer.grammar import Grammar
 from lwm.parallel.sharding import ShardingRules
 
 
@@ -82,13 +82,10 @@ def lower(
     )
     state = jax.tree.map(lambda leaf: placed(leaf, leaf.sharding.spec), state)
     grammar = Grammar(config.text_vocab_size)
-    row = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
-    place = Place(row, row, row, jax.ShapeDtypeStruct((num_rows, 0), jnp.int32))
-    place = jax.tree.map(lambda leaf: placed(leaf, jax.P()), place)
-    left_B, seed_B = (
-      jax.ShapeDtypeStruct((num_rows,), dtype, sharding=jax.NamedSharding(mesh, jax.P()))
-      for dtype in (jnp.int32, jnp.uint32)
-    )
+    place = jax.eval_shape(lambda: grammar.place_after([[]] * num_rows))
+    left_B = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
+    progress: Any = jax.tree.map(lambda leaf: placed(leaf, jax.P()), (place, left_B))
+    seed_B = placed(jax.ShapeDtypeStruct((num_rows,), jnp.uint32), jax.P())
     prefill = programs.read.lower(
       many,
       few,
@@ -102,7 +99,7 @@ def lower(
       few,
       params,
       state,
-      programs.Progress(place, left_B, None),
+      programs.Progress(*progress, None),
       seed_B,
       jax.ShapeDtypeStruct((), jnp.int32),
       grammar=grammar,

@@ -270,7 +270,9 @@ class Session:
       for index, row in enumerate(rows):
         seen_BxV[index, list(row)] = True
     place = sampling.grammar.place_after(rows)
-    progress = Progress(place, jnp.asarray(left_B, jnp.int32), seen_BxV)
+    progress = Progress(
+      place, jnp.asarray(left_B, jnp.int32), None if seen_BxV is None else jnp.asarray(seen_BxV)
+    )
     left, size = sampling.max_tokens, 1  # The host sees the first token at once.
     while left > 0:
       tokens_BxT, self.state, progress = programs.generate(

@@ -136,8 +136,9 @@ class SavedPrefix:
 
 def _set_layer(leaf: jax.Array, layer_Kx: np.ndarray, layer: int) -> jax.Array:
   """The array [L, R, K, ...] with one layer of all rows replaced, in place."""
-  spec = leaf.sharding.spec
-  sharding = jax.NamedSharding(leaf.sharding.mesh, jax.P(*spec[1:]))
+  whole = leaf.sharding
+  assert isinstance(whole, jax.NamedSharding)
+  sharding = jax.NamedSharding(whole.mesh, jax.P(*whole.spec[1:]))
   rows = np.broadcast_to(layer_Kx[None], leaf.shape[1:])
   return _replace_layer(leaf, jax.device_put(rows, sharding), layer)
 
@@ -149,7 +150,7 @@ def _replace_layer(leaf: jax.Array, new: jax.Array, layer: jax.Array) -> jax.Arr
 
 def _leaves(cache: Any) -> dict[str, jax.Array]:
   """The arrays of keys and values by name."""
-  leaves = {}
+  leaves: dict[str, jax.Array] = {}
   for name, cached in (("key", cache.key_LxBxKxGxD), ("value", cache.value_LxBxKxGxD)):
     if isinstance(cached, Quantized):
       leaves |= {_NAME.format(name): cached.value, _NAME.format(f"{name}_scale"): cached.scale}

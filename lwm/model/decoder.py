@@ -324,10 +324,10 @@ def _attend_to_cache(
   """
   query_spec = rules.spec("batch", "sequence", "heads", "head_dim")
   key_spec = rules.spec("batch", "sequence", "kv_heads", "head_dim")
-  cache_spec = rules.spec("layers", "batch", "cache", "kv_heads", "head_dim")
+  cache_spec: Any = rules.spec("layers", "batch", "cache", "kv_heads", "head_dim")
   is_quantized = isinstance(cache.key_LxBxKxGxD, Quantized)
   if is_quantized:
-    cache_spec = Quantized(cache_spec, jax.P(*cache_spec[:-1]))
+    cache_spec = Quantized(cache_spec, jax.P(*cache_spec[:-1]))  # type: ignore[arg-type]  # specs
 
   @functools.partial(
     jax.shard_map,
@@ -346,7 +346,7 @@ def _attend_to_cache(
   )
   def local(query, key, value, keys, values, intervals, layer, length, count):
     num_columns = jax.tree.leaves(keys)[0].shape[2]
-    placed = dict(axis_names=rules.cache, stripe=stripe(num_columns))
+    placed: dict[str, Any] = dict(axis_names=rules.cache, stripe=stripe(num_columns))
     options = dict(layer=layer, soft_cap=config.attention_soft_cap, **placed)
 
     def write(cached, new):
@@ -357,14 +357,16 @@ def _attend_to_cache(
       keys, values = write(keys, key), write(values, value)
       out, _ = decode.decode_attention(query, keys, values, intervals, **options)
       return out, keys, values
+    everywhere = functools.partial(
+      jax.lax.all_gather, axis_name=rules.sequence, axis=1, tiled=True, to="invarying"
+    )
+    # Written before they are read: otherwise, XLA would copy the cache.
+    keys, values = write(keys, everywhere(key)), write(values, everywhere(value))
     attend = functools.partial(decode.decode_attention, query_axes=rules.sequence, **options)
     out = _with_own_ring(
       config, rules, intervals, length, (query, key, value), keys, values, attend
     )
-    everywhere = functools.partial(
-      jax.lax.all_gather, axis_name=rules.sequence, axis=1, tiled=True, to="invarying"
-    )
-    return out, write(keys, everywhere(key)), write(values, everywhere(value))
+    return out, keys, values
 
   def attend(query, key, value):
     count = count_B
@@ -406,7 +408,7 @@ def _with_own_ring(
     intervals: columns that each of all new tokens attends to, [B, Q].
     length: columns before the new tokens, a scalar or [B].
     own: query, key and value of this device's new tokens.
-    keys: the cache without the new tokens.
+    keys: the cache; its columns of the new tokens are not read.
     values: likewise.
     attend_to_cache: attention of all new queries, divided over the axes of the sequence.
   """

@@ -64,7 +64,7 @@ class QuantizedKernel:
     return jax.tree.map(jax.reshard, kernel, kernel.specs(rules, inputs, outputs))
 
   def specs(
-    self, rules: ShardingRules, inputs: str | None, outputs: str | None, whole: bool = True
+    self, rules: ShardingRules, inputs: str | None, outputs: str | None, *, whole: bool = True
   ) -> "QuantizedKernel":
     """The partitions of what `gather` returns or, if not `whole`, of the stored kernel."""
     axes = (None if whole and axis == "model" else axis for axis in (inputs, outputs))
