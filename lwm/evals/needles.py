@@ -73,18 +73,59 @@ def _lwm_frame(question: str) -> Frame:
   return Frame("", after)
 
 
-def _lwm_needle(city: str, number: str) -> str:
+def needle_text(city: str, number: str) -> str:
+  """LWM's needle."""
   return f"\nThe special magic {city} number is: {number}\n"
+
+
+def needle_frame(city: str) -> Frame:
+  """LWM's question about one needle."""
+  return _lwm_frame(f"What is the special magic {city} number?")
 
 
 def needle(sources: Sources, random: random_lib.Random, case: Case, size: int) -> Question:
   """LWM's needle: one number, at the depth of the case."""
   assert case.place is not None
   city, number = random.choice(words.CITIES), words.number(random)
-  frame = _lwm_frame(f"What is the special magic {city} number?")
-  texts = [_lwm_needle(city, number)]
+  frame = needle_frame(city)
+  texts = [needle_text(city, number)]
   prompt, starts = hide(sources.writer, frame, size, sources.haystack, texts, [case.place / 100])
   return Question(prompt, [number], facts={"city": city, "starts": starts})
+
+
+def needle_conversation(
+  sources: Sources, random: random_lib.Random, size: int
+) -> tuple[list[int], list[bool]]:
+  """A document to learn from: a text with needles, and a question and an answer for each of them.
+
+  It has one to eight needles, at random depths: as many as take at most half of it.
+
+  Args:
+    sources: with a haystack of at least `size` ids.
+    random: decides the document.
+    size: tokens of the document.
+
+  Returns:
+    `size` ids, and which of them are answers; an end of text belongs to each answer.
+  """
+  writer = sources.writer
+  cities = random.sample(words.CITIES, 8)
+  hidden, asked, is_answer = [], list[int](), list[bool]()
+  for city in cities:
+    number = words.number(random)
+    question = writer.encode(needle_frame(city).after)
+    answer = [*writer.encode(f" {number}"), writer.tokenizer.eos_id]
+    needle_tokens = len(writer.encode(needle_text(city, number)))
+    if hidden and len(asked) + len(question) + len(answer) + needle_tokens > size // 2:
+      break
+    hidden.append(needle_text(city, number))
+    asked += [*question, *answer]
+    is_answer += [False] * len(question) + [True] * len(answer)
+  # Needles are asked for in the order of their choice, and stand in another.
+  random.shuffle(hidden)
+  depths = sorted(random.random() for _ in hidden)
+  text, _ = hide(writer, Frame("", ""), size - len(asked), sources.haystack, hidden, depths)
+  return [*text, *asked], [False] * len(text) + is_answer
 
 
 def several_needles(sources: Sources, random: random_lib.Random, case: Case, size: int) -> Question:
@@ -101,7 +142,7 @@ def several_needles(sources: Sources, random: random_lib.Random, case: Case, siz
   if len(names) > 1:
     listed = f"{', '.join(names[:-1])}, and {names[-1]}"
     question = f"What are the special magic numbers for {listed}?"
-  texts = [_lwm_needle(city, number) for city, number in zip(cities, numbers)]
+  texts = [needle_text(city, number) for city, number in zip(cities, numbers)]
   frame = Frame("", f" {question} Don't give information outside the document.")
   prompt, starts = hide(sources.writer, frame, size, sources.haystack, texts, depths)
   facts = {"hidden": dict(zip(cities, numbers)), "cities": names, "starts": starts}
@@ -131,7 +172,7 @@ def nth_needle(sources: Sources, random: random_lib.Random, case: Case, size: in
     f"The text gives {sources.hidden} special magic {city} numbers, one after the other. What is "
     f"number {case.place} of them?"
   )
-  texts = [_lwm_needle(city, number) for number in numbers]
+  texts = [needle_text(city, number) for number in numbers]
   prompt, starts = hide(sources.writer, _lwm_frame(question), size, sources.haystack, texts, depths)
   answer = numbers.pop(case.place - 1)
   return Question(prompt, [answer], numbers, facts={"city": city, "starts": starts})

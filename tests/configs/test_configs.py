@@ -12,6 +12,7 @@ from configs import (
   lwm_text_7b,
   lwm_vision_7b,
   models,
+  retrieval,
   text_llama3_8b,
   text_qwen3_8b,
 )
@@ -26,6 +27,7 @@ CONFIGS = {
   "laptop_lora": (laptop_lora, 1),
   "lwm_text_7b": (lwm_text_7b, 256),
   "lwm_vision_7b": (lwm_vision_7b, 512),
+  "retrieval": (retrieval, 1),
   "text_llama3_8b": (text_llama3_8b, 64),
   "text_qwen3_8b": (text_qwen3_8b, 64),
 }
