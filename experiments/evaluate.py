@@ -1,0 +1,321 @@
+"""Measures what a model finds in long contexts.
+
+    python -m experiments.evaluate needle --workdir=runs/laptop --haystack=novel.txt \\
+        --contexts=1024,2048 --depths=0:100:10
+    python -m experiments.evaluate several_needles --hidden=4 --asked=2 --workdir=... --haystack=...
+    python -m experiments.evaluate ruler --workdir=... --haystack=...
+    python -m experiments.evaluate film_clip --workdir=runs/laptop --contexts=4096
+    python -m experiments.evaluate harness --workdir=... --tasks=my_task --include_path=tasks
+
+Answers go to OUTPUT/NAME/answers.jsonl, with heatmap.png and report.html beside them. A run that
+was stopped computes only what is missing. docs/evaluation.md describes the evaluations.
+"""
+
+import importlib.util
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+from experiments import evaluation_inputs as inputs, flags as experiment_flags, inference
+from lwm import evals, infer
+from lwm.errors import UserError
+from lwm.evals.answers import Answerer, AnswerFile
+from lwm.evals.evaluations import EVALUATIONS, RULER
+from lwm.evals.films import Films
+from lwm.evals.likelihood import likelihoods
+from lwm.evals.losses import by_modality, by_position, position_edges
+from lwm.evals.needles import Sources
+from lwm.evals.prompts import PromptWriter
+from lwm.evals.questions import Case, Question, cases, parse_range
+from lwm.evals.ruler import THRESHOLD, effective_length
+
+flags.adopt_module_key_flags(inference)
+flags.adopt_module_key_flags(inputs)
+_DEPTHS = flags.DEFINE_string(
+  "depths", "0:100:10", "Depths in percent, as START:STOP:STEP or with commas."
+)
+_SAMPLES = flags.DEFINE_integer(
+  "samples", 1, "Questions per context and depth; windows; documents per dataset.", lower_bound=1
+)
+_ASKED = flags.DEFINE_integer("asked", 1, "Needles that several_needles asks for.", lower_bound=1)
+_CHAT = flags.DEFINE_bool("chat", False, "Ask in the tokenizer's chat template.")
+_ROWS = flags.DEFINE_integer(
+  "rows", None, "Questions at a time. Default: one per replica of the model.", lower_bound=1
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Directory of the results. Default: WORKDIR/evals.")
+_TASKS = flags.DEFINE_list("tasks", [], "Tasks of the harness.")
+_INCLUDE_PATH = flags.DEFINE_string("include_path", None, "Directory with tasks of your own.")
+_LIMIT = flags.DEFINE_integer("limit", None, "Most documents per task of the harness.")
+
+# Answers are the likeliest tokens unless flags say otherwise, and each evaluation has its longest.
+flags.FLAGS.set_default("temperature", 0.0)
+flags.FLAGS.set_default("num_tokens", None)
+
+Record = dict[str, Any]
+
+
+class Run:
+  """What all evaluations of a program share.
+
+  Attributes:
+    checkpoint: the model, before its weights are read.
+    output: directory of the results.
+    title: names the model.
+  """
+
+  def __init__(self) -> None:
+    self.checkpoint = inference.Checkpoint()
+    self.output = pathlib.Path(_OUTPUT.value or self.checkpoint.workdir / "evals")
+    self.title = self.checkpoint.workdir.name
+
+  def settings(self, name: str) -> dict[str, Any]:
+    """The settings of every evaluation, for the first line of its answers."""
+    return {
+      "evaluation": name,
+      "model": self.checkpoint.stored.identity,
+      "weights": flags.FLAGS["weights"].value,
+      "cache": inference.cache_form(),
+    }
+
+  def answerer(self) -> Answerer:
+    """Reads the weights."""
+    engine = self.checkpoint.engine(self.checkpoint.load())
+    rows = engine.padded(_ROWS.value or 1)
+    return Answerer(engine, self.checkpoint.tokenizer, self.checkpoint.text(), rows)
+
+
+class Asked:
+  """An evaluation with the questions that the flags ask for."""
+
+  def __init__(self, name: str, run: Run, sources: Sources, films: Films | None):
+    """Makes one question of each context, so that what is wrong is known at once."""
+    self.name, self.evaluation, self._run = name, EVALUATIONS[name], run
+    self.answer_tokens = flags.FLAGS["num_tokens"].value or self.evaluation.answer_tokens
+    self._sources = films if self.evaluation.hides_in == "film" else sources
+    self.cases = cases(inputs.contexts(), self._places(), _SAMPLES.value or 1)
+    self.settings = run.settings(name) | {
+      "seed": inference.seed(),
+      "chat": bool(_CHAT.value),
+      "answer_tokens": self.answer_tokens,
+      "temperature": flags.FLAGS["temperature"].value,
+    }
+    if self.evaluation.hides_in:
+      self.settings["haystack"] = inputs.fingerprint(self.evaluation.hides_in)
+    if self.evaluation.has_counts:
+      self.settings |= {"hidden": inputs.hidden(), "asked": _ASKED.value}
+    for context in inputs.contexts():
+      self.make(next(case for case in self.cases if case.context == context))
+
+  def _places(self) -> list[int | None]:
+    if self.evaluation.varies == "depth":
+      depths = parse_range(_DEPTHS.value or "", "depths")
+      if min(depths) < 0 or max(depths) > 100:
+        raise UserError(f"--depths={_DEPTHS.value} are percent: set them between 0 and 100.")
+      return [*depths]
+    if self.evaluation.varies == "number":
+      return [*range(1, inputs.hidden() + 1)]
+    return [None]
+
+  def make(self, case: Case) -> Question:
+    """The question of a case; its prompt and the longest answer have the case's tokens."""
+    random = case.random(inference.seed(), self.name)
+    size = case.context - self.answer_tokens
+    return self.evaluation.make(self._sources, random, case, size)
+
+  def open(self) -> AnswerFile:
+    """The file of the answers, in a directory of the evaluation's name."""
+    return AnswerFile(self._run.output / self.name / "answers.jsonl", self.settings)
+
+  def answer(self, answerer: Answerer, file: AnswerFile) -> list[Record]:
+    """Answers what has no answer yet, and returns all answers to these questions."""
+    total, done = len(self.cases), len(self.cases) - len(file.missing(self.cases))
+    if done:
+      print(f"{self.name}: {done:,} of {total:,} answers exist")
+    started = time.perf_counter()
+    for records in evals.answers.run(answerer, file, self.cases, self.make, self.answer_tokens):
+      done += len(records)
+      score = sum(record["score"] for record in records) / len(records)
+      print(
+        f"{self.name}: {done:,} of {total:,}, context {records[-1]['context']:,}, score "
+        f"{score:.1%}, {time.perf_counter() - started:.1f} s",
+        flush=True,
+      )
+    names = {case.name for case in self.cases}
+    return [record for record in file.records if record["case"] in names]
+
+  def report(self, records: list[Record], folder: pathlib.Path) -> None:
+    """Writes the heat map and the page, and prints the scores."""
+    title, picture = f"{self.name}: {self._run.title}", folder / "heatmap.png"
+    evals.report.heat_map(records, title, self.evaluation.varies, picture)
+    scores = evals.report.by_context(records)
+    rows = [(context, f"{score:.1%}") for context, score in scores.items()]
+    sections = {
+      "Scores": evals.report.html_table(("context", "mean score"), rows),
+      "Heat map": picture,
+      "Answers that are not all right": evals.report.mistakes(records),
+    }
+    evals.report.write_html(folder / "report.html", title, self.settings, sections)
+    for context, score in scores.items():
+      print(f"{self.name}: context {context:,}: {score:.1%}")
+    print(f"{self.name}: {folder / 'report.html'}")
+
+
+def ask(run: Run, names: Sequence[str]) -> dict[str, dict[int, float]]:
+  """Runs evaluations that ask questions; mean scores by evaluation and context."""
+  if (_ASKED.value or 1) > inputs.hidden():
+    raise UserError(f"--asked={_ASKED.value} is more than --hidden={inputs.hidden()}.")
+  writer = PromptWriter(run.checkpoint.tokenizer, bool(_CHAT.value))
+  hides_in = {EVALUATIONS[name].hides_in for name in names}
+  haystack = inputs.haystack(run.checkpoint.tokenizer) if "text" in hides_in else []
+  sources = Sources(writer, haystack, inputs.hidden(), _ASKED.value or 1)
+  films = inputs.films(run.checkpoint, writer) if "film" in hides_in else None
+  asked = [Asked(name, run, sources, films) for name in names]
+  files = [one.open() for one in asked]
+  answerer = run.answerer()
+  scores = {}
+  for one, file in zip(asked, files):
+    records = one.answer(answerer, file)
+    one.report(records, file.path.parent)
+    scores[one.name] = evals.report.by_context(records)
+  return scores
+
+
+def ruler(run: Run) -> None:
+  """Runs RULER's tasks; their mean gives the effective length."""
+  scores, contexts = ask(run, list(RULER)), inputs.contexts()
+  means = {
+    context: sum(own[context] for own in scores.values()) / len(scores) for context in contexts
+  }
+  length, page = effective_length(means), run.output / "ruler.html"
+  rows = [
+    (name, *(f"{own[context]:.1%}" for context in contexts))
+    for name, own in [*scores.items(), ("mean", means)]
+  ]
+  evals.report.write_html(
+    page,
+    f"RULER: {run.title}",
+    {"effective length": f"{length:,} (mean score of at least {THRESHOLD:.1%})"},
+    {"Scores": evals.report.html_table(("task", *map(str, contexts)), rows)},
+  )
+  for context, mean in means.items():
+    print(f"ruler: context {context:,}: {mean:.1%}")
+  print(f"ruler: effective length {length:,}")
+  print(f"ruler: {page}")
+
+
+def perplexity(run: Run) -> None:
+  """The loss by position in windows of the longest context, each after <bos>."""
+  context, tokenizer = max(inputs.contexts()), run.checkpoint.tokenizer
+  count = _SAMPLES.value or 1
+  ids = inputs.haystack(tokenizer, count * context)
+  settings = run.settings("perplexity") | {
+    "context": context,
+    "haystack": inputs.fingerprint("text"),
+  }
+  file = AnswerFile(run.output / "perplexity" / "losses.jsonl", settings)
+  edges = position_edges(context)
+  missing = file.missing([Case(context, None, sample) for sample in range(count)])
+  engine = run.answerer().engine
+  for case in missing:
+    window = [tokenizer.bos_id, *ids[case.sample * context : (case.sample + 1) * context]]
+    (own,) = likelihoods(engine, [window])
+    file.add([{"case": case.name, "losses": by_position(own.loss, edges)}])
+    print(f"perplexity: window {case.sample + 1:,} of {count:,}", flush=True)
+  windows = [record["losses"] for record in file.records[:count]]
+  losses = [sum(column) / len(windows) for column in zip(*windows)]
+  folder = file.path.parent
+  picture, page = folder / "positions.png", folder / "report.html"
+  evals.report.plot_loss_by_position(edges, losses, f"loss by position: {run.title}", picture)
+  rows = [
+    (f"{first:,} to {stop:,}", f"{loss:.4f}", f"{2.718281828**loss:.3f}")
+    for first, stop, loss in zip(edges, edges[1:], losses)
+  ]
+  table = evals.report.html_table(("positions", "loss (nats per token)", "perplexity"), rows)
+  evals.report.write_html(
+    page, f"Loss by position: {run.title}", settings, {"Losses": table, "Plot": picture}
+  )
+  for row in rows:
+    print("perplexity: positions {}: loss {}, perplexity {}".format(*row))
+  print(f"perplexity: {page}")
+
+
+def held_out_loss(run: Run) -> None:
+  """The loss of each modality on validation documents, each cut at the longest context."""
+  context, text_vocab_size = max(inputs.contexts()), run.checkpoint.text_vocab_size
+  datasets = inputs.datasets(run.checkpoint)
+  settings = run.settings("held_out_loss") | {"context": context, "datasets": list(datasets)}
+  file = AnswerFile(run.output / "held_out_loss" / "losses.jsonl", settings)
+  done = {record["case"] for record in file.records}
+  engine: infer.Engine = run.answerer().engine
+  rows = []
+  for name, split, entropy in datasets.values():
+    count = min(len(split), _SAMPLES.value or 1)
+    for document in range(count):
+      if f"{name}/{document}" in done:
+        continue
+      tokens, mask = split.read(document, 0, min(int(split.lengths[document]), context))
+      (own,) = likelihoods(engine, [tokens.tolist()])
+      sums = by_modality(own, tokens, mask, text_vocab_size)
+      file.add([{"case": f"{name}/{document}", "dataset": name, **sums}])
+    own_records = [record for record in file.records if record["dataset"] == name][:count]
+    for modality in ("text", "vision"):
+      targets = sum(record[f"{modality}_targets"] for record in own_records)
+      if targets:
+        loss = sum(record[f"{modality}_loss"] for record in own_records) / targets
+        rows.append((name, modality, f"{loss:.4f}", f"{entropy[modality]:.4f}", targets))
+        print(
+          f"held_out_loss: {name}, {modality}: loss {loss:.4f}, unigram entropy "
+          f"{entropy[modality]:.4f}, {targets:,} targets",
+          flush=True,
+        )
+  page = file.path.parent / "report.html"
+  header = ("dataset", "modality", "loss (nats per target)", "unigram entropy", "targets")
+  table = evals.report.html_table(header, rows)
+  evals.report.write_html(page, f"Held-out loss: {run.title}", settings, {"Losses": table})
+  print(f"held_out_loss: {page}")
+
+
+def harness(run: Run) -> None:
+  """Runs tasks of lm-evaluation-harness."""
+  if not _TASKS.value:
+    raise UserError("Name tasks of the harness with --tasks.")
+  if importlib.util.find_spec("lm_eval") is None:
+    raise UserError("The harness is not installed: run `pip install -c pins.txt '.[eval]'`.")
+  from lwm.evals.harness import evaluate_tasks
+
+  results = evaluate_tasks(
+    run.answerer(),
+    _TASKS.value,
+    max_length=max(inputs.contexts()),
+    include_path=_INCLUDE_PATH.value,
+    limit=_LIMIT.value,
+    path=run.output / "harness.json",
+  )
+  print(results)
+  print(f"harness: {run.output / 'harness.json'}")
+
+
+OTHERS: dict[str, Callable[[Run], None]] = {
+  "ruler": ruler,
+  "perplexity": perplexity,
+  "held_out_loss": held_out_loss,
+  "harness": harness,
+}
+
+
+def main(argv: list[str]) -> None:
+  known = [*EVALUATIONS, *OTHERS]
+  if len(argv) != 2 or argv[1] not in known:
+    raise UserError(f"Name one evaluation: {', '.join(known)}.")
+  run = Run()
+  if argv[1] in OTHERS:
+    OTHERS[argv[1]](run)
+  else:
+    ask(run, argv[1:])
+
+
+if __name__ == "__main__":
+  experiment_flags.run(main, takes_arguments=True)
