@@ -22,8 +22,6 @@ TINY = VQGANConfig(
 )
 
 
-
-
 @pytest.mark.parametrize("config", [VQGANConfig(), laptop_vqgan()])
 def test_frames_become_16_by_16_codes(config):
   side = config.resolution
