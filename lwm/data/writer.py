@@ -114,13 +114,13 @@ class DatasetWriter:
     return PartWriter(self._parts[-1], self._vocabulary, lambda split: first.get(split, 0))
 
 
-class PartWriterLike(Protocol):
+class Closable(Protocol):
   """What writes one part."""
 
   def close(self) -> None: ...
 
 
-class Parts[Writer: PartWriterLike]:
+class Parts[Writer: Closable]:
   """A dataset that is made in numbered parts, by one or more processes, in any order.
 
   Complete parts are kept in a directory beside `path`, so a process that was killed makes only its
