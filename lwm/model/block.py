@@ -7,7 +7,6 @@ B batch, S sequence, M model width, P = D/2 pairs of a head.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -32,10 +31,8 @@ class Block(nnx.Module):
   """
 
   # The feed-forward layer's constructor and cost; a subclass may have others.
-  _make_feed_forward: ClassVar[Callable[..., Any]] = FeedForward
-  _feed_forward_cost: ClassVar[Callable[[ModelConfig, Division], LayerCost]] = staticmethod(
-    feed_forward_cost
-  )
+  _make_feed_forward: ClassVar[Any] = FeedForward
+  _feed_forward_cost: ClassVar[Any] = staticmethod(feed_forward_cost)
 
   def __init__(self, config: ModelConfig, num_layers: int, rules: ShardingRules, rngs: nnx.Rngs):
     """Declares the parameters of a stretch of `num_layers` blocks, stacked along the first axis."""

@@ -132,7 +132,7 @@ class Experts(nnx.Module):
     is_token_T = modality_T != PADDING
     expert_Txk = jnp.where(is_token_T[:, None], routing.expert_Txk, config.num_experts)
     out_TxM, dropped = expert_feed_forward(
-      x_TxM, expert_Txk, routing.share_Txk, *weights, settings=self._settings(x_BxSxM.shape[0])
+      x_TxM, expert_Txk, routing.share_Txk, *weights, self._settings(x_BxSxM.shape[0])
     )
     modality_2xT = modality_T[None] == jnp.arange(len(MODALITIES))[:, None]
     chosen_TxE = jnp.sum(jax.nn.one_hot(expert_Txk, config.num_experts), axis=1)
