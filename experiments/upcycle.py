@@ -36,6 +36,8 @@ flags.mark_flags_as_required(["input", "output"])
 
 def main(argv: list[str]) -> None:
   del argv
+  if not _INPUT.value or not _OUTPUT.value:
+    raise UserError("--input and --output must not be empty.")
   if _PER_TOKEN.value > _NUM_EXPERTS.value:
     raise UserError(
       f"--experts_per_token={_PER_TOKEN.value} is more than --num_experts={_NUM_EXPERTS.value}."

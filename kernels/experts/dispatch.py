@@ -100,7 +100,9 @@ def _spread_forward(x_TxM, row_Txk, choice_R):
 
 def _spread_backward(residuals, gradient_RxM):
   row_Txk, choice_R = residuals
-  total_TxM = sum(_taken(gradient_RxM, row_T).astype(jnp.float32) for row_T in row_Txk.T)
+  total_TxM = functools.reduce(
+    jnp.add, (_taken(gradient_RxM, row_T).astype(jnp.float32) for row_T in row_Txk.T)
+  )
   return total_TxM.astype(gradient_RxM.dtype), _no_gradient(row_Txk), _no_gradient(choice_R)
 
 
@@ -119,9 +121,10 @@ def combine(
     row_Txk: see `Placement`; choices without a row add nothing.
     choice_R: see `Placement`.
   """
-  total_TxM = sum(
+  weighted = (
     share_T[:, None] * _taken(y_RxM, row_T) for share_T, row_T in zip(share_Txk.T, row_Txk.T)
   )
+  total_TxM = functools.reduce(jnp.add, weighted)
   return total_TxM.astype(y_RxM.dtype)
 
 

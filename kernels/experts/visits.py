@@ -17,11 +17,11 @@ class Visits(NamedTuple):
   """Visits in the order of groups, and so of rows. All arrays are int32.
 
   Attributes:
-    group_V: the group of each visit. Entries from `count` on repeat the last visit.
+    group_V: the group of each visit. Entries from `num_visits` on repeat the last one.
     block_V: the block of rows of each visit.
     start_E: first row of each group.
     stop_E: row after the last of each group.
-    count: number of visits, a scalar.
+    num_visits: a scalar.
     block: rows per block, a Python number.
   """
 
@@ -29,7 +29,7 @@ class Visits(NamedTuple):
   block_V: jax.Array
   start_E: jax.Array
   stop_E: jax.Array
-  count: jax.Array
+  num_visits: jax.Array
   block: int
 
   def rows(self, array: jax.Array, visit: jax.Array) -> jax.Array:
@@ -56,9 +56,9 @@ def visits(sizes_E: jax.Array, num_blocks: int, block: int) -> Visits:
   first_block_E = start_E // block
   visits_E = jnp.where(sizes_E > 0, -(-stop_E // block) - first_block_E, 0)
   visits_stop_E = jnp.cumsum(visits_E)
-  count = visits_stop_E[-1]
+  num_visits = visits_stop_E[-1]
   visit_V = jnp.minimum(
-    jnp.arange(num_blocks + sizes_E.shape[0] - 1, dtype=jnp.int32), jnp.maximum(count - 1, 0)
+    jnp.arange(num_blocks + sizes_E.shape[0] - 1, dtype=jnp.int32), jnp.maximum(num_visits - 1, 0)
   )
   # Without any rows, the one entry names a group all the same.
   group_V = jnp.minimum(
@@ -66,4 +66,4 @@ def visits(sizes_E: jax.Array, num_blocks: int, block: int) -> Visits:
   )
   block_V = first_block_E[group_V] + visit_V - (visits_stop_E - visits_E)[group_V]
   block_V = jnp.clip(block_V, 0, num_blocks - 1)
-  return Visits(group_V, block_V, start_E, stop_E, count, block)
+  return Visits(group_V, block_V, start_E, stop_E, num_visits, block)

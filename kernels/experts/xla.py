@@ -31,7 +31,7 @@ def product(
 
   width = weight_ExKxN.shape[1 if transposed else 2]
   out, _ = vary_alike(jnp.zeros((x.shape[0], width), x.dtype), x)
-  return jax.lax.fori_loop(0, own.count, visit, out)[:num_rows]
+  return jax.lax.fori_loop(0, own.num_visits, visit, out)[:num_rows]
 
 
 def outer(x_RxK: jax.Array, y_RxN: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -47,7 +47,7 @@ def outer(x_RxK: jax.Array, y_RxN: jax.Array, sizes_E: jax.Array) -> jax.Array:
 
   shape = sizes_E.shape[0], x_RxK.shape[1], y_RxN.shape[1]
   out_ExKxN, _ = vary_alike(jnp.zeros(shape, jnp.float32), x_RxK)
-  return jax.lax.fori_loop(0, own.count, visit, out_ExKxN)
+  return jax.lax.fori_loop(0, own.num_visits, visit, out_ExKxN)
 
 
 def unsupported(x_RxK: jax.Array, weight_ExKxN: jax.Array) -> str | None:

@@ -121,9 +121,9 @@ def layer_rows(
     blocks = model_lib.stretch_name(index)
     for layer in range(stretch.num_layers):
       for name, ours, transform in expert_rows if stretch.kind == EXPERTS else rows:
-        per_expert = config.experts is not None and "{expert}" in name
-        for expert in range(config.experts.num_experts) if per_expert else (None,):
-          where = (layer,) if expert is None else (layer, expert)
+        per_expert = "{expert}" in name
+        for expert in range(config.experts.num_experts if config.experts and per_expert else 1):
+          where = (layer, expert) if per_expert else (layer,)
           parts = tuple(Part(f"{blocks}.{path}", transform, where) for path in ours)
           tensors.append(Tensor(name.format(layer=first + layer, expert=expert), parts))
     first += stretch.num_layers

@@ -7,7 +7,7 @@ B batch, S sequence, M model width, P = D/2 pairs of a head.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
@@ -29,6 +29,10 @@ class Block(nnx.Module):
 
   With `config.adapter`, adapters change the normalised input of attention.
   """
+
+  # The feed-forward layer's constructor and cost; a subclass may have others.
+  _make_feed_forward: ClassVar[Any] = FeedForward
+  _feed_forward_cost: ClassVar[Any] = staticmethod(feed_forward_cost)
 
   def __init__(self, config: ModelConfig, num_layers: int, rules: ShardingRules, rngs: nnx.Rngs):
     """Declares the parameters of a stretch of `num_layers` blocks, stacked along the first axis."""
@@ -67,9 +71,6 @@ class Block(nnx.Module):
     x_BxSxM += mixed_BxSxM
     out_BxSxM, extras = self._feed_forward(self.feed_forward_norm(x_BxSxM), modality_BxS)
     return x_BxSxM + out_BxSxM, carried, extras
-
-  _make_feed_forward: Any = FeedForward
-  _feed_forward_cost: Any = staticmethod(feed_forward_cost)
 
   def _feed_forward(
     self, x_BxSxM: jax.Array, modality_BxS: jax.Array | None

@@ -122,7 +122,7 @@ class Experts(nnx.Module):
       out_BxSxM += self.shared(x_BxSxM)
     return out_BxSxM, self._extras(sums)
 
-  def _local(self, x_BxSxM, modality_BxS, router_MxE, bias_E, *weights):
+  def _local(self, x_BxSxM, modality_BxS, router_MxE, bias_E, gate, up, down):
     """This device's tokens, and sums over the tokens of all devices."""
     config, rules = self.config, self.rules
     x_TxM, modality_T = x_BxSxM.reshape(-1, x_BxSxM.shape[2]), modality_BxS.reshape(-1)
@@ -132,7 +132,7 @@ class Experts(nnx.Module):
     is_token_T = modality_T != PADDING
     expert_Txk = jnp.where(is_token_T[:, None], routing.expert_Txk, config.num_experts)
     out_TxM, dropped = expert_feed_forward(
-      x_TxM, expert_Txk, routing.share_Txk, *weights, settings=self._settings(x_BxSxM.shape[0])
+      x_TxM, expert_Txk, routing.share_Txk, gate, up, down, self._settings(x_BxSxM.shape[0])
     )
     modality_2xT = modality_T[None] == jnp.arange(len(MODALITIES))[:, None]
     chosen_TxE = jnp.sum(jax.nn.one_hot(expert_Txk, config.num_experts), axis=1)

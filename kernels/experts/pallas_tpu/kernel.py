@@ -7,6 +7,7 @@ R rows, K inputs, N outputs, E groups (experts); b rows, c inputs and n outputs 
 """
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def product(
     functools.partial(_product, contract=(1, 1 if transposed else 0)),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=4,
-      grid=(num_outputs // n, jnp.maximum(own.count, 1), num_inputs // c),
+      grid=(num_outputs // n, jnp.maximum(own.num_visits, 1), num_inputs // c),
       in_specs=[
         pl.BlockSpec(
           (BLOCK_ROWS, c), lambda output, visit, step, group_V, block_V, *_: (block_V[visit], step)
@@ -71,7 +72,7 @@ def outer(x_RxK: jax.Array, y_RxN: jax.Array, sizes_E: jax.Array) -> jax.Array:
     _outer,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=4,
-      grid=(K // c, N // n, jnp.maximum(own.count, 1)),
+      grid=(K // c, N // n, jnp.maximum(own.num_visits, 1)),
       in_specs=[
         pl.BlockSpec(
           (BLOCK_ROWS, c), lambda i, j, visit, group_V, block_V, *_: (block_V[visit], i)
@@ -136,7 +137,7 @@ def _block(size: int, dtype: jnp.dtype) -> int:
   return next(block for block in range(most, 0, -LANES) if size % block == 0)
 
 
-def _compiler_params(*semantics: str) -> pltpu.CompilerParams:
+def _compiler_params(*semantics: Literal["parallel", "arbitrary"]) -> pltpu.CompilerParams:
   return pltpu.CompilerParams(
     dimension_semantics=semantics, vmem_limit_bytes=vmem_bytes(parts.device().device_kind)
   )

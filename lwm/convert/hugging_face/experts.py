@@ -46,7 +46,7 @@ def read_experts(
     sizes.append(size)
   if sizes[1] > sizes[0]:
     raise UserError(f"{path}: {names[1]} is more than {names[0]}: get the file again.")
-  experts = ExpertsConfig(*sizes)
+  experts = ExpertsConfig(num_experts=sizes[0], experts_per_token=sizes[1], width=sizes[2])
   if is_mixtral:
     return experts, []
   experts.renormalise = bool(settings["norm_topk_prob"])

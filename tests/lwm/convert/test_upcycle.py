@@ -6,7 +6,6 @@ import numpy as np
 
 from lwm.checkpoint.reader import newest
 from lwm.convert import import_weights, read_hugging_face
-from lwm.infer import load_trained
 from tests import programs
 from tests.lwm.convert.test_hugging_face import GOLDEN, our_logits
 from tests.lwm.convert.test_hugging_face_export import write_words
@@ -29,7 +28,7 @@ def test_the_logits_are_equal_and_noise_changes_them(tmp_path: pathlib.Path):
   )
   np.testing.assert_allclose(equal, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
   assert np.abs(noisy - expected).max() > 1e-2
-  experts = load_trained(tmp_path / "equal").experiment.model.experts
+  experts = newest(tmp_path / "equal").experiment.model.experts
   assert (experts.num_experts, experts.experts_per_token, experts.width) == (5, 2, 32)
 
   again = run(f"--input={tmp_path / 'equal'}", f"--output={tmp_path / 'again'}")

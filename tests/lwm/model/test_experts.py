@@ -56,7 +56,7 @@ def parameters(tiny, experts, skew):
   elif skew:
     # The last channel is the same in all tokens.
     params["router"][-1] = 0
-    params["router"][-1, 1] = 3
+    params["router"][-1, 1] = 1
     params["router"][-1, 20:] = -3
   return params
 
@@ -138,9 +138,9 @@ def loop_over_tokens(experts, params):
     return total, (out.reshape(x.shape), balance, z_loss, load)
 
   with jax.enable_x64(True):
-    (_, (out, balance, z_loss, load)), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(
-      jax.tree.map(jnp.float64, params), jnp.float64(x)
-    )
+    (_, (out, balance, z_loss, load)), gradients = jax.jit(
+      jax.value_and_grad(loss, (0, 1), has_aux=True)
+    )(jax.tree.map(jnp.float64, params), jnp.float64(x))
   extras = ({"balance_loss": balance, "router_z_loss": z_loss}, load)
   return jax.tree.map(np.asarray, (out, gradients, extras))
 
