@@ -29,6 +29,7 @@ from lwm.errors import UserError
 from lwm.infer.grammar import picture_marks
 from lwm.infer.prefix import SavedPrefix, save_prefix
 
+_FLAGS = inference.Flags()
 flags.adopt_module_key_flags(inference)
 _FILM = flags.DEFINE_multi_string("film", [], "A film; may be repeated.")
 _IMAGE = flags.DEFINE_multi_string("image", [], "An image; may be repeated.")
@@ -100,10 +101,10 @@ def vision_of(checkpoint: inference.Checkpoint, prefix: list[int]) -> np.ndarray
 
 def check_room(tokens: list[int], capacity: int) -> None:
   """Raises UserError unless these tokens and an answer fit."""
-  if len(tokens) + inference.num_tokens() > capacity:
+  if len(tokens) + _FLAGS.num_tokens > capacity:
     raise UserError(
       f"The conversation has {len(tokens):,} tokens and an answer up to "
-      f"{inference.num_tokens():,}, more than --context={capacity:,}: raise it, or take fewer "
+      f"{_FLAGS.num_tokens:,}, more than --context={capacity:,}: raise it, or take fewer "
       "--frames_per_second or --num_tokens."
     )
 
@@ -135,12 +136,12 @@ def main(argv: list[str]) -> None:
     raise UserError("--save_prefix keeps a film: give --film or --image too.")
   if _SAVE_PREFIX.value and pathlib.Path(_SAVE_PREFIX.value).exists():
     raise UserError(f"--save_prefix={_SAVE_PREFIX.value} exists: name another directory.")
-  checkpoint = inference.Checkpoint()
+  checkpoint = inference.Checkpoint(_FLAGS)
   started = time.perf_counter()
   saved = None
   if _LOAD_PREFIX.value:
     path = pathlib.Path(_LOAD_PREFIX.value)
-    saved = SavedPrefix(path, checkpoint.stored.identity, inference.cache_form())
+    saved = SavedPrefix(path, checkpoint.stored.identity, _FLAGS.cache)
     vision: np.ndarray | None = vision_of(checkpoint, saved.tokens)
   else:
     vision = checkpoint.films(paths, _CONTEXT.value)
@@ -153,7 +154,7 @@ def main(argv: list[str]) -> None:
   if _SAVE_PREFIX.value:
     save_prefix(session, pathlib.Path(_SAVE_PREFIX.value), checkpoint.stored.identity)
   conversation = Conversation(checkpoint, vision)
-  sampling = inference.text_sampling(checkpoint.text())
+  sampling = checkpoint.text_sampling()
   for question in questions():
     started = time.perf_counter()
     prompt = conversation.ask(question)

@@ -15,6 +15,7 @@ docs/generate.md describes the rest.
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import time
@@ -36,6 +37,7 @@ from lwm.errors import UserError
 from lwm.vision.codec import Codec
 from lwm.vision.pictures import save_contact_sheet
 
+_FLAGS = inference.Flags()
 flags.adopt_module_key_flags(inference)
 _PROMPT = flags.DEFINE_string("prompt", "def main(", "Text to continue.")
 _PROMPTS = flags.DEFINE_string(
@@ -111,7 +113,7 @@ def make_text(
   checkpoint: inference.Checkpoint, engine: infer.Engine, rows: list[list[int]], prompts: list[str]
 ) -> None:
   """Continues or answers prompts until a token ends each text."""
-  sampling = inference.text_sampling(checkpoint.text())
+  sampling = checkpoint.text_sampling()
   folder = samples(checkpoint)
   capacity = max(map(len, rows)) + sampling.max_tokens
   started = time.perf_counter()
@@ -124,7 +126,7 @@ def make_text(
     (folder / "text.txt").write_text(text + "\n")
     print(f"text: {folder / 'text.txt'}")
     return
-  answers = inference.generate_all(session, sampling)
+  answers = inference.generate_all(session, sampling, _FLAGS.seed)
   seconds = time.perf_counter() - started
   stop_ids = sampling.grammar.stop_ids
   with (folder / "texts.jsonl").open("w") as file:
@@ -144,9 +146,9 @@ def vision_choice(is_image: bool) -> infer.Choice:
 
 
 def picture_grammar(
-  checkpoint: inference.Checkpoint, codec: Codec, frames: int, **changes: Any
+  checkpoint: inference.Checkpoint, codec: Codec, frames: int | None, **changes: Any
 ) -> infer.Grammar:
-  """Pictures of the run's VQGAN, of so many frames."""
+  """Pictures of the run's VQGAN, of so many frames, or as many as the model chooses."""
   config = codec.config
   pictures = infer.Pictures.of(
     checkpoint.tokenizer, checkpoint.text_vocab_size, config.codebook_size, config.layout
@@ -171,6 +173,30 @@ def make_pictures(
     path = samples(checkpoint) / f"{_MAKE.value}_{number}.png"
     save_contact_sheet(path, [codec.decode(codes_NxP)])
     print(f"{_MAKE.value}: {path}")
+
+
+def make_mixed(
+  checkpoint: inference.Checkpoint, engine: infer.Engine, codec: Codec, rows: list[list[int]]
+) -> None:
+  """Continues each prompt as text in which pictures may come, and writes these as PNG files."""
+  grammar = picture_grammar(checkpoint, codec, None, are_opened=True, then_text=True)
+  layout, folder = codec.config.layout, samples(checkpoint)
+  session = engine.open(rows, max(map(len, rows)) + _FLAGS.num_tokens)
+  sampling = infer.Sampling(grammar, _FLAGS.num_tokens, block=layout.tokens_per_frame)
+  pictures = 0
+  for tokens in inference.generate_all(session, sampling, _FLAGS.seed):
+    runs = itertools.groupby(tokens, lambda token: token >= checkpoint.text_vocab_size)
+    for is_vision, run in runs:
+      ids = np.array(list(run))
+      whole = len(ids) // layout.tokens_per_frame * layout.tokens_per_frame
+      if not is_vision:
+        print(checkpoint.tokenizer.decode(ids.tolist()))
+      elif whole:
+        path = folder / f"mixed_{pictures}.png"
+        codes_NxP = infer.sampled_codes(ids[:whole], checkpoint.text_vocab_size, layout)
+        save_contact_sheet(path, [codec.decode(codes_NxP)])
+        print(f"picture: {path}")
+        pictures += 1
 
 
 def generate_frames(
@@ -203,7 +229,7 @@ def generate_frames(
   sampling = infer.Sampling(grammar, count, guidance, block=layout.tokens_per_frame)
   return [
     infer.sampled_codes(np.array(tokens), checkpoint.text_vocab_size, layout)
-    for tokens in inference.generate_all(session, sampling)
+    for tokens in inference.generate_all(session, sampling, _FLAGS.seed)
   ]
 
 
@@ -268,15 +294,15 @@ def samples(checkpoint: inference.Checkpoint) -> pathlib.Path:
 
 def main(argv: list[str]) -> None:
   del argv
-  checkpoint = inference.Checkpoint()
-  makes_pictures = _MAKE.value in ("image", "film")
+  checkpoint = inference.Checkpoint(_FLAGS)
+  makes_pictures, is_mixed = _MAKE.value in ("image", "film"), _MAKE.value == "mixed"
   prompts = read_prompts() if _PROMPTS.value else [_PROMPT.value or ""]
   clip_codec = None
   if _MAKE.value is None and _PROMPTS.value is None and not (_FILM.value or _IMAGE.value):
     if dataset := video_dataset(checkpoint.stored.experiment):
       codec = checkpoint.codec(dataset)
       clip_codec = held_out_clip(dataset, codec.config.layout), codec
-  picture_codec = checkpoint.codec() if makes_pictures else None
+  picture_codec = checkpoint.codec() if makes_pictures or is_mixed else None
   is_continued = _MAKE.value == "film" and bool(_FILM.value)
   vision = checkpoint.films([*_IMAGE.value, *_FILM.value], open_end=is_continued)
   if is_continued and vision is not None:
@@ -288,7 +314,8 @@ def main(argv: list[str]) -> None:
       rows = [[*row, *start] for row in rows]
   engine = checkpoint.engine(checkpoint.load())
   if picture_codec is not None:
-    make_pictures(checkpoint, engine, picture_codec, rows)
+    make = make_mixed if is_mixed else make_pictures
+    make(checkpoint, engine, picture_codec, rows)
     return
   make_text(checkpoint, engine, rows, prompts)
   if clip_codec is not None:

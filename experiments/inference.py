@@ -21,69 +21,135 @@ from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig
 from lwm.vision.codec import Codec
 
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "The --workdir of experiments.train, or the --output of import_weights."
-)
-_WEIGHTS = flags.DEFINE_enum("weights", "float32", infer.FORMS, "The form of the weights.")
-_CACHE = flags.DEFINE_enum(
-  "cache", "dense", infer.CACHE_FORMS, "The form of the cached keys and values."
-)
-_MESH = MeshConfig(fsdp=1)
-experiment_flags.define_settings("mesh", _MESH)
-_CHUNK = flags.DEFINE_integer(
-  "chunk", 2048, "Tokens of a prompt that are read at a time.", lower_bound=1
-)
-_NUM_TOKENS = flags.DEFINE_integer(
-  "num_tokens", 256, "Most text tokens to generate.", lower_bound=1
-)
-_TEMPERATURE = flags.DEFINE_float(
-  "temperature", 0.8, "Temperature for text; 0 takes the likeliest token.", lower_bound=0
-)
-_TOP_K = flags.DEFINE_integer(
-  "top_k", 50, "Draw each text token from this many of the likeliest.", lower_bound=1
-)
-_TOP_P = flags.DEFINE_float(
-  "top_p", 1.0, "Draw it from the likeliest of this total probability.", 0, 1
-)
-_MIN_P = flags.DEFINE_float(
-  "min_p", 0.0, "Draw it from tokens of this probability relative to the likeliest.", 0, 1
-)
-_REPETITION_PENALTY = flags.DEFINE_float(
-  "repetition_penalty", 1.0, "Lowers logits of text tokens that have come; 1: not.", lower_bound=1
-)
-_FRAMES_PER_SECOND = flags.DEFINE_float(
-  "frames_per_second", 4.0, "Frames to take per second of film; LWM takes 4.", lower_bound=1e-6
-)
-_VQGAN = flags.DEFINE_string(
-  "vqgan", None, "The VQGAN's file. Default: vqgan.npz beside the run's tokenizer."
-)
-_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same samples.", lower_bound=0)
-flags.mark_flag_as_required("workdir")
-
 # Tokens that are generated, after the first, before their text is shown.
 _BLOCK = 8
+
+
+class Flags:
+  """The flags of programs that read and generate, which this object defines.
+
+  Attributes:
+    mesh: --mesh.
+  """
+
+  def __init__(self) -> None:
+    self._workdir = flags.DEFINE_string(
+      "workdir", None, "The --workdir of experiments.train, or the --output of import_weights."
+    )
+    self._weights = flags.DEFINE_enum("weights", "float32", infer.FORMS, "The form of the weights.")
+    self._cache = flags.DEFINE_enum(
+      "cache", "dense", infer.CACHE_FORMS, "The form of the cached keys and values."
+    )
+    self.mesh = MeshConfig(fsdp=1)
+    experiment_flags.define_settings("mesh", self.mesh)
+    self._chunk = flags.DEFINE_integer(
+      "chunk", 2048, "Tokens of a prompt that are read at a time.", lower_bound=1
+    )
+    self._num_tokens = flags.DEFINE_integer(
+      "num_tokens", 256, "Most text tokens to generate.", lower_bound=1
+    )
+    self._temperature = flags.DEFINE_float(
+      "temperature", 0.8, "Temperature for text; 0 takes the likeliest token.", lower_bound=0
+    )
+    self._top_k = flags.DEFINE_integer(
+      "top_k", 50, "Draw each text token from this many of the likeliest.", lower_bound=1
+    )
+    self._top_p = flags.DEFINE_float(
+      "top_p", 1.0, "Draw it from the likeliest of this total probability.", 0, 1
+    )
+    self._min_p = flags.DEFINE_float(
+      "min_p", 0.0, "Draw it from tokens of this probability relative to the likeliest.", 0, 1
+    )
+    self._repetition_penalty = flags.DEFINE_float(
+      "repetition_penalty",
+      1.0,
+      "Lowers logits of text tokens that have come; 1: not.",
+      lower_bound=1,
+    )
+    self._frames_per_second = flags.DEFINE_float(
+      "frames_per_second", 4.0, "Frames to take per second of film; LWM takes 4.", lower_bound=1e-6
+    )
+    self._vqgan = flags.DEFINE_string(
+      "vqgan", None, "The VQGAN's file. Default: vqgan.npz beside the run's tokenizer."
+    )
+    self._seed = flags.DEFINE_integer(
+      "seed", 0, "The same seed gives the same samples.", lower_bound=0
+    )
+    flags.mark_flag_as_required("workdir")
+
+  @property
+  def workdir(self) -> pathlib.Path:
+    """--workdir."""
+    return pathlib.Path(self._workdir.value or "")
+
+  @property
+  def weights(self) -> str:
+    """--weights."""
+    return self._weights.value or ""
+
+  @property
+  def cache(self) -> str:
+    """--cache."""
+    return self._cache.value or ""
+
+  @property
+  def chunk(self) -> int:
+    """--chunk."""
+    return self._chunk.value or 1
+
+  @property
+  def num_tokens(self) -> int:
+    """--num_tokens."""
+    return self._num_tokens.value or 1
+
+  @property
+  def seed(self) -> int:
+    """--seed."""
+    return self._seed.value or 0
+
+  @property
+  def frames_per_second(self) -> float:
+    """--frames_per_second."""
+    return self._frames_per_second.value or 0.0
+
+  @property
+  def vqgan(self) -> str | None:
+    """--vqgan."""
+    return self._vqgan.value
+
+  @property
+  def text(self) -> infer.Choice:
+    """How text is drawn."""
+    return infer.Choice(
+      self._repetition_penalty.value or 1.0,
+      self._temperature.value or 0.0,
+      self._top_k.value,
+      1.0 if self._top_p.value is None else self._top_p.value,
+      self._min_p.value or 0.0,
+    )
 
 
 class Checkpoint:
   """The checkpoint that --workdir names, before its weights are read.
 
   Attributes:
-    workdir: the flag.
+    flags: of the program.
+    workdir: of the flags.
     stored: the checkpoint.
     tokenizer: of the checkpoint.
     text_vocab_size: ids of text; vision ids follow them.
   """
 
-  def __init__(self) -> None:
+  def __init__(self, program_flags: Flags):
     """Raises UserError if there is no checkpoint, or the flags do not fit the devices."""
-    self.workdir = pathlib.Path(_WORKDIR.value or "")
+    self.flags, self.workdir = program_flags, program_flags.workdir
     available = devices()
-    sizes = _MESH.axis_sizes().values()
+    sizes = self.flags.mesh.axis_sizes().values()
     # Without --mesh, one device; a mesh with -1 takes all.
     count = len(available) if -1 in sizes else int(np.prod(list(sizes)))
     if count > len(available):
       raise UserError(f"--mesh needs {count} devices, and there are {len(available)}.")
-    self._mesh = make_mesh(_MESH, available[:count])
+    self._mesh = make_mesh(self.flags.mesh, available[:count])
     use_compilation_cache()
     self.stored: StoredCheckpoint = newest(self.workdir)
     self.tokenizer: Tokenizer = load_tokenizer(self.stored.tokenizer_path)
@@ -96,7 +162,9 @@ class Checkpoint:
       UserError: the file does not exist, or is another VQGAN than the dataset's.
     """
     experiment = self.stored.experiment
-    path = pathlib.Path(_VQGAN.value or pathlib.Path(experiment.tokenizer).with_name("vqgan.npz"))
+    path = pathlib.Path(
+      self.flags.vqgan or pathlib.Path(experiment.tokenizer).with_name("vqgan.npz")
+    )
     codec = Codec(path)
     if dataset is not None and codec.sha256 != dataset.manifest["vqgan_sha256"]:
       raise UserError(
@@ -127,7 +195,7 @@ class Checkpoint:
       paths,
       codec,
       jax.local_devices(),
-      frames_per_second=_FRAMES_PER_SECOND.value or 0,
+      frames_per_second=self.flags.frames_per_second,
       max_frames=max(1, most),
     )
     return vision_ids(self.tokenizer, codec, films, open_end)
@@ -136,10 +204,11 @@ class Checkpoint:
     """Reads the weights, says what they are, and sets the mesh that they are on."""
     # Not before: films are encoded on a mesh of their own.
     jax.set_mesh(self._mesh)
-    trained = infer.load_stored(self.stored, _WEIGHTS.value)
+    trained = infer.load_stored(self.stored, self.flags.weights)
     print(f"{self.workdir}: step {trained.total_steps}, stage {trained.stage.name}")
     print(
-      f"weights: {_WEIGHTS.value}, {infer.num_bytes(trained.params) / 2**20:.1f} MiB", flush=True
+      f"weights: {self.flags.weights}, {infer.num_bytes(trained.params) / 2**20:.1f} MiB",
+      flush=True,
     )
     return trained
 
@@ -149,33 +218,18 @@ class Checkpoint:
       trained.model,
       trained.params,
       rope_theta=trained.rope_theta,
-      chunk=_CHUNK.value or 1,
-      cache=cache_form(),
+      chunk=self.flags.chunk,
+      cache=self.flags.cache,
     )
 
   def text(self) -> infer.Grammar:
     """Text that an end-of-text id ends, drawn as the flags say."""
-    choice = infer.Choice(
-      _REPETITION_PENALTY.value or 1.0,
-      _TEMPERATURE.value or 0.0,
-      _TOP_K.value,
-      1.0 if _TOP_P.value is None else _TOP_P.value,
-      _MIN_P.value or 0.0,
-    )
     ends = tuple(sorted(end_ids(self.tokenizer)))
-    return infer.Grammar(self.tokenizer.vocab_size, ends, choice)
+    return infer.Grammar(self.tokenizer.vocab_size, ends, self.flags.text)
 
-
-def cache_form() -> str:
-  return _CACHE.value or "dense"
-
-
-def num_tokens() -> int:
-  return _NUM_TOKENS.value or 1
-
-
-def seed() -> int:
-  return _SEED.value or 0
+  def text_sampling(self) -> infer.Sampling:
+    """Text of at most --num_tokens, in blocks for the terminal."""
+    return infer.Sampling(self.text(), self.flags.num_tokens, block=_BLOCK)
 
 
 def decode_after(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
@@ -205,7 +259,7 @@ def stream(
   before = [token for token in session.tokens[0][-64:] if token < vocab_size]
   tokens: list[int] = []
   shown, first = "", 0.0
-  for (new,) in session.generate(sampling, [seed()]):
+  for (new,) in session.generate(sampling, [checkpoint.flags.seed]):
     first = first or time.perf_counter()
     tokens += new
     text = decode_after(
@@ -227,16 +281,11 @@ def stream(
   return text
 
 
-def generate_all(session: infer.Session, sampling: infer.Sampling) -> list[list[int]]:
-  """The tokens that follow each row; the rows' seeds count from --seed on."""
+def generate_all(session: infer.Session, sampling: infer.Sampling, seed: int) -> list[list[int]]:
+  """The tokens that follow each row; the rows' seeds count from `seed` on."""
   num_rows = len(session.tokens) // (1 if sampling.guidance is None else 2)
   rows: list[list[int]] = [[] for _ in range(num_rows)]
-  for block in session.generate(sampling, range(seed(), seed() + num_rows)):
+  for block in session.generate(sampling, range(seed, seed + num_rows)):
     for row, new in zip(rows, block):
       row += new
   return rows
-
-
-def text_sampling(grammar: infer.Grammar) -> infer.Sampling:
-  """Text of at most --num_tokens, in blocks for the terminal."""
-  return infer.Sampling(grammar, num_tokens(), block=_BLOCK)

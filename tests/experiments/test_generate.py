@@ -200,6 +200,8 @@ def test_prompts_of_a_file_and_pictures(directory, tmp_path):
   assert done.returncode == 0, done.stderr
   picture = np.asarray(Image.open(directory / "run" / "samples" / "image_0.png"))
   assert picture.shape == (64, 64, 3)
+  done = run(directory, "--make=mixed", "--prompt=a cat <vision>")
+  assert done.returncode == 0, done.stderr
 
 
 def test_a_space_between_prompt_and_continuation_stays(tmp_path):

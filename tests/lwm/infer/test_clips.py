@@ -11,7 +11,7 @@ from lwm.config.model import ModelConfig
 from lwm.config.vqgan import LWM_LAYOUT, VisionLayout, VQGANConfig
 from lwm.data.vision_tokens import frame_codes, frame_tokens
 from lwm.errors import UserError
-from lwm.infer import SAMPLED, cut_clip, sampled_codes
+from lwm.infer import cut_clip, sampled_codes
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig
 from lwm.vision.codec import Codec, save_vqgan
@@ -29,14 +29,12 @@ def make_document(num_frames, layout=LWM_LAYOUT):
 
 
 @pytest.mark.parametrize("layout", (LWM_LAYOUT, VisionLayout(64, 16384)))
-def test_prompt_and_forced_marks_rebuild_the_document(layout):
+def test_prompt_and_true_frames_rebuild_the_document(layout):
   P = layout.codes_per_frame
   codes_NxP, tokens = make_document(5, layout)
   clip = cut_clip(tokens, TEXT, layout, given=2, predicted=2)
-  true_T = tokens[len(clip.prompt) : len(clip.prompt) + len(clip.forced)]
+  true_T = tokens[len(clip.prompt) : len(clip.prompt) + 2 * (P + 1)]
   np.testing.assert_array_equal(clip.prompt, tokens[: 3 + 2 * (P + 1)])
-  np.testing.assert_array_equal(np.nonzero(clip.forced != SAMPLED)[0], [P, 2 * P + 1])
-  np.testing.assert_array_equal(clip.forced[clip.forced != SAMPLED], true_T[[P, 2 * P + 1]])
   np.testing.assert_array_equal(clip.codes_NxP, codes_NxP[:4])
   np.testing.assert_array_equal(sampled_codes(true_T, TEXT, layout), codes_NxP[2:4])
 
@@ -102,6 +100,6 @@ def test_a_vqgan_of_another_grid_from_frames_to_batches_and_back(tmp_path):
 
   clip = cut_clip(tokens, 300, layout, given=1, predicted=2)
   np.testing.assert_array_equal(clip.codes_NxP, codes_NxP)
-  truth = tokens[len(clip.prompt) : len(clip.prompt) + len(clip.forced)]
+  truth = tokens[len(clip.prompt) : len(clip.prompt) + 2 * 65]
   predicted = codec.decode(sampled_codes(truth, 300, layout))
   np.testing.assert_array_equal(predicted, codec.decode(codes_NxP)[1:])
