@@ -132,7 +132,7 @@ def test_shown_frames_are_the_reconstruction_of_the_films(dataset, models, folde
       assert name in page
     assert not (shown / f"{document}-{len(decoded)}.png").exists()
     clip = read_clip(shown / f"{document}-0.mp4", codec.config.resolution)
-    assert len(clip) == len(decoded) and peak_signal_to_noise(decoded, clip) > 25
+    assert len(clip) == len(decoded) and peak_signal_to_noise(decoded, clip) > 15
     assert f"{document}-0.mp4" in page
 
   # The same beside the source, without a dataset.
