@@ -84,7 +84,7 @@ def lower(
     grammar = Grammar(config.text_vocab_size)
     place = jax.eval_shape(lambda: grammar.place_after([[]] * num_rows))
     left_B = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
-    progress: Any = jax.tree.map(lambda leaf: placed(leaf, jax.P()), (place, left_B))
+    place, left_B = jax.tree.map(lambda leaf: placed(leaf, jax.P()), (place, left_B))
     seed_B = placed(jax.ShapeDtypeStruct((num_rows,), jnp.uint32), jax.P())
     prefill = programs.read.lower(
       many,
@@ -99,7 +99,7 @@ def lower(
       few,
       params,
       state,
-      programs.Progress(*progress, None),
+      programs.Progress(place, left_B, None),
       seed_B,
       jax.ShapeDtypeStruct((), jnp.int32),
       grammar=grammar,

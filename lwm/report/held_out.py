@@ -34,7 +34,7 @@ def losses(
   """
   # All batches are dispatched before the first result is waited for.
   sums = [evaluation_step(params, batch) for batch in batches]
-  nll_2, targets_2 = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+  nll_2, targets_2 = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
   return [
     {
       "dataset": dataset,

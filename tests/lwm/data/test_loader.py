@@ -145,7 +145,7 @@ def test_batches_are_sharded_and_typed_as_training_expects(experiment, make_mesh
   for name, array in batch.items():
     assert array.shape == (8, S)
     assert array.dtype == (np.float32 if name == "loss_weights" else np.int32)
-    spec = PartitionSpec(("data", "fsdp"), ("ring", "ulysses"))
+    spec = PartitionSpec(("data", "fsdp", "expert"), ("ring", "ulysses"))
     assert array.sharding == jax.NamedSharding(mesh, spec)
 
 
