@@ -6,6 +6,7 @@ heads, D head_dim.
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from kernels import backends
 from kernels.attention import attention
@@ -86,13 +87,22 @@ def decode_attention(
     )
   else:
     key, value = (
-      cache_lib.dequantize(cache_lib.layer_of(cached, index), query.dtype)
+      cache_lib.dequantize(jax.tree.map(_row_major, cache_lib.layer_of(cached, index)), query.dtype)
       for cached in (key, value)
     )
     out, log_sum_exp = attention(query, key, value, intervals, soft_cap=soft_cap)
   if axis_names:
     out, log_sum_exp = _merge_over(axis_names, query_axes, out.astype(jnp.float32), log_sum_exp)
   return out.astype(query.dtype), log_sum_exp
+
+
+def _row_major(layer_BxKxG: jax.Array) -> jax.Array:
+  """One layer of a cache, in the layout of its type.
+
+  Kernels transpose what they read. XLA would otherwise transpose the whole cache before a loop over
+  layers, instead of one layer at a time.
+  """
+  return with_layout_constraint(layer_BxKxG, Layout(tuple(range(layer_BxKxG.ndim))))
 
 
 def _merge_over(axis_names, query_axes, out_BxQxHxD, log_sum_exp_BxQxH):
