@@ -62,10 +62,9 @@ def check_learnable(experiment: Experiment, stage: Stage, dataset: str, split: S
     (index, config) for index, config in enumerate(experiment.datasets) if config.name == dataset
   ]
   nothing = f"Stage {stage.name!r} would learn nothing from dataset {dataset!r} ({split.path}): "
-  present_2 = (
-    kept(split, stage.sequence_length, config.long_documents).targets_Dx2.any(axis=0).tolist()
-  )
-  if not any(present_2):
+  targets_Dx2 = kept(split, stage.sequence_length, config.long_documents).targets_Dx2
+  present_2 = targets_Dx2.sum(axis=0) > 0
+  if not present_2.any():
     long = int((split.lengths > stage.sequence_length).sum())
     raise UserError(
       f"{nothing}{long:,} of {len(split):,} documents are longer than its sequence_length="

@@ -14,6 +14,7 @@ from lwm import model as model_lib
 from lwm.config.model import ModelConfig
 from lwm.infer import programs
 from lwm.infer.grammar import Grammar
+from lwm.infer.weights import abstract_params
 from lwm.parallel.sharding import ShardingRules
 
 
@@ -63,13 +64,7 @@ def lower(
   def placed(leaf: Any, spec: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
 
-  def weight(leaf: jax.ShapeDtypeStruct, sharding: jax.NamedSharding) -> jax.ShapeDtypeStruct:
-    # Norms are vectors per layer.
-    dtype = jnp.bfloat16 if leaf.ndim > 2 else jnp.float32
-    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
-
-  shardings = few_rules.tree_shardings(few.logical_axes, mesh)
-  params = jax.tree.map(weight, few.abstract(), shardings)
+  params = abstract_params(few, "bfloat16", mesh)
   with jax.set_mesh(mesh):
     state = jax.eval_shape(
       functools.partial(

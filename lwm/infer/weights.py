@@ -45,17 +45,22 @@ def load_params(stored: StoredCheckpoint, model: Model, form: str) -> Any:
     UserError: the groups of a matrix do not divide over the mesh.
   """
   if form not in GRIDS:
-    shardings = model.rules.tree_shardings(model.logical_axes, jax.sharding.get_mesh())
-
-    def abstract(keys, leaf, sharding):
-      dtype = form if keys[-1].key in _MATRICES else "float32"
-      return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding)
-
-    return stored.params(jax.tree.map_with_path(abstract, model.abstract(), shardings))
+    return stored.params(abstract_params(model, form, jax.sharding.get_mesh()))
   reader = stored.reader()
   return quantized_params(
     model, lambda path, layer: reader.read(path, () if layer is None else (layer,)), GRIDS[form]
   )
+
+
+def abstract_params(model: Model, form: str, mesh: jax.sharding.Mesh) -> Any:
+  """Shapes, dtypes and shardings of the parameters in a form that is not quantized."""
+  shardings = model.rules.tree_shardings(model.logical_axes, mesh)
+
+  def abstract(keys, leaf, sharding):
+    dtype = form if keys[-1].key in _MATRICES else "float32"
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding)
+
+  return jax.tree.map_with_path(abstract, model.abstract(), shardings)
 
 
 def quantized_params(model: Model, read: Read, grid: Grid) -> Any:

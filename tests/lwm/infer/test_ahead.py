@@ -33,7 +33,8 @@ def test_no_device_holds_the_whole_cache_or_whole_weights(mesh):
     memory, compilation = compile_program(program, topology, lowered.params)
     # The largest buffers are the device's own shards of keys and values.
     assert memory.buffers[0].bytes == cache / 2 / 4
-    shapes = compilation.text.count(f"[{config.num_layers},1,{CONTEXT // 4}")
+    # Heads are divided over `tensor`, and positions over the ring.
+    shapes = compilation.text.count(f"[{config.num_layers},1,{CONTEXT // mesh['ring']}")
     assert shapes and f",{CONTEXT}," not in compilation.text
     # In decode, not even one layer of keys, nor the weights of a layer, is held beside the shards.
     bound = layer_of_keys if program is lowered.prefill else 2e8
