@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import evaluation_inputs as inputs, flags as experiment_flags, inference
+from experiments import evaluation_inputs, flags as experiment_flags, inference
 from lwm import evals, infer
 from lwm.errors import UserError
 from lwm.evals.answers import Answerer, AnswerFile
@@ -32,8 +32,10 @@ from lwm.evals.prompts import PromptWriter
 from lwm.evals.questions import Case, Question, cases, parse_range
 from lwm.evals.ruler import THRESHOLD, effective_length
 
+_FLAGS = inference.Flags()
+_INPUTS = evaluation_inputs.Inputs()
 flags.adopt_module_key_flags(inference)
-flags.adopt_module_key_flags(inputs)
+flags.adopt_module_key_flags(evaluation_inputs)
 _DEPTHS = flags.DEFINE_string(
   "depths", "0:100:10", "Depths in percent, as START:STOP:STEP or with commas."
 )
@@ -67,7 +69,7 @@ class Run:
   """
 
   def __init__(self) -> None:
-    self.checkpoint = inference.Checkpoint()
+    self.checkpoint = inference.Checkpoint(_FLAGS)
     self.output = pathlib.Path(_OUTPUT.value or self.checkpoint.workdir / "evals")
     self.title = self.checkpoint.workdir.name
 
@@ -76,8 +78,8 @@ class Run:
     return {
       "evaluation": name,
       "model": self.checkpoint.stored.identity,
-      "weights": flags.FLAGS["weights"].value,
-      "cache": inference.cache_form(),
+      "weights": _FLAGS.weights,
+      "cache": _FLAGS.cache,
     }
 
   def answerer(self) -> Answerer:
@@ -95,18 +97,18 @@ class Asked:
     self.name, self.evaluation, self._run = name, EVALUATIONS[name], run
     self.answer_tokens = flags.FLAGS["num_tokens"].value or self.evaluation.answer_tokens
     self._sources = films if self.evaluation.hides_in == "film" else sources
-    self.cases = cases(inputs.contexts(), self._places(), _SAMPLES.value or 1)
+    self.cases = cases(_INPUTS.contexts(), self._places(), _SAMPLES.value or 1)
     self.settings = run.settings(name) | {
-      "seed": inference.seed(),
+      "seed": _FLAGS.seed,
       "chat": bool(_CHAT.value),
       "answer_tokens": self.answer_tokens,
-      "temperature": flags.FLAGS["temperature"].value,
+      "temperature": _FLAGS.text.temperature,
     }
     if self.evaluation.hides_in:
-      self.settings["haystack"] = inputs.fingerprint(self.evaluation.hides_in)
+      self.settings["haystack"] = _INPUTS.fingerprint(self.evaluation.hides_in)
     if self.evaluation.has_counts:
-      self.settings |= {"hidden": inputs.hidden(), "asked": _ASKED.value}
-    for context in inputs.contexts():
+      self.settings |= {"hidden": _INPUTS.hidden(), "asked": _ASKED.value}
+    for context in _INPUTS.contexts():
       self.make(next(case for case in self.cases if case.context == context))
 
   def _places(self) -> list[int | None]:
@@ -116,12 +118,12 @@ class Asked:
         raise UserError(f"--depths={_DEPTHS.value} are percent: set them between 0 and 100.")
       return [*depths]
     if self.evaluation.varies == "number":
-      return [*range(1, inputs.hidden() + 1)]
+      return [*range(1, _INPUTS.hidden() + 1)]
     return [None]
 
   def make(self, case: Case) -> Question:
     """The question of a case; its prompt and the longest answer have the case's tokens."""
-    random = case.random(inference.seed(), self.name)
+    random = case.random(_FLAGS.seed, self.name)
     size = case.context - self.answer_tokens
     return self.evaluation.make(self._sources, random, case, size)
 
@@ -165,13 +167,13 @@ class Asked:
 
 def ask(run: Run, names: Sequence[str]) -> dict[str, dict[int, float]]:
   """Runs evaluations that ask questions; mean scores by evaluation and context."""
-  if (_ASKED.value or 1) > inputs.hidden():
-    raise UserError(f"--asked={_ASKED.value} is more than --hidden={inputs.hidden()}.")
+  if (_ASKED.value or 1) > _INPUTS.hidden():
+    raise UserError(f"--asked={_ASKED.value} is more than --hidden={_INPUTS.hidden()}.")
   writer = PromptWriter(run.checkpoint.tokenizer, bool(_CHAT.value))
   hides_in = {EVALUATIONS[name].hides_in for name in names}
-  haystack = inputs.haystack(run.checkpoint.tokenizer) if "text" in hides_in else []
-  sources = Sources(writer, haystack, inputs.hidden(), _ASKED.value or 1)
-  films = inputs.films(run.checkpoint, writer) if "film" in hides_in else None
+  haystack = _INPUTS.haystack(run.checkpoint.tokenizer) if "text" in hides_in else []
+  sources = Sources(writer, haystack, _INPUTS.hidden(), _ASKED.value or 1)
+  films = _INPUTS.films(run.checkpoint, writer) if "film" in hides_in else None
   asked = [Asked(name, run, sources, films) for name in names]
   files = [one.open() for one in asked]
   answerer = run.answerer()
@@ -185,7 +187,7 @@ def ask(run: Run, names: Sequence[str]) -> dict[str, dict[int, float]]:
 
 def ruler(run: Run) -> None:
   """Runs RULER's tasks; their mean gives the effective length."""
-  scores, contexts = ask(run, list(RULER)), inputs.contexts()
+  scores, contexts = ask(run, list(RULER)), _INPUTS.contexts()
   means = {
     context: sum(own[context] for own in scores.values()) / len(scores) for context in contexts
   }
@@ -208,12 +210,12 @@ def ruler(run: Run) -> None:
 
 def perplexity(run: Run) -> None:
   """The loss by position in windows of the longest context, each after <bos>."""
-  context, tokenizer = max(inputs.contexts()), run.checkpoint.tokenizer
+  context, tokenizer = max(_INPUTS.contexts()), run.checkpoint.tokenizer
   count = _SAMPLES.value or 1
-  ids = inputs.haystack(tokenizer, count * context)
+  ids = _INPUTS.haystack(tokenizer, count * context)
   settings = run.settings("perplexity") | {
     "context": context,
-    "haystack": inputs.fingerprint("text"),
+    "haystack": _INPUTS.fingerprint("text"),
   }
   file = AnswerFile(run.output / "perplexity" / "losses.jsonl", settings)
   edges = position_edges(context)
@@ -244,8 +246,8 @@ def perplexity(run: Run) -> None:
 
 def held_out_loss(run: Run) -> None:
   """The loss of each modality on validation documents, each cut at the longest context."""
-  context, text_vocab_size = max(inputs.contexts()), run.checkpoint.text_vocab_size
-  datasets = inputs.datasets(run.checkpoint)
+  context, text_vocab_size = max(_INPUTS.contexts()), run.checkpoint.text_vocab_size
+  datasets = _INPUTS.datasets(run.checkpoint)
   settings = run.settings("held_out_loss") | {"context": context, "datasets": list(datasets)}
   file = AnswerFile(run.output / "held_out_loss" / "losses.jsonl", settings)
   done = {record["case"] for record in file.records}
@@ -289,7 +291,7 @@ def harness(run: Run) -> None:
   results = evaluate_tasks(
     run.answerer(),
     _TASKS.value,
-    max_length=max(inputs.contexts()),
+    max_length=max(_INPUTS.contexts()),
     include_path=_INCLUDE_PATH.value,
     limit=_LIMIT.value,
     path=run.output / "harness.json",

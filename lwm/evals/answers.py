@@ -88,7 +88,7 @@ class Answerer:
       until: texts that end an answer; they and what follows them are left out.
     """
     # Programs are compiled for a number of rows.
-    prompts = [*prompts, *prompts[:1] * (self.rows - len(prompts))]
+    prompts = [*prompts, *[prompts[0]] * (self.rows - len(prompts))]
     session = self.engine.open(prompts, max(map(len, prompts)) + max_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
     sampling = infer.Sampling(self.grammar, max_tokens)

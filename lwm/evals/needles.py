@@ -110,7 +110,7 @@ def needle_conversation(
   """
   writer = sources.writer
   cities = random.sample(words.CITIES, 8)
-  hidden, asked, is_answer = [], list[int](), list[bool]()
+  hidden, asked, is_answer = list[str](), list[int](), list[bool]()
   for city in cities:
     number = words.number(random)
     question = writer.encode(needle_frame(city).after)
