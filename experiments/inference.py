@@ -198,7 +198,8 @@ class Checkpoint:
       frames_per_second=self.flags.frames_per_second,
       max_frames=max(1, most),
     )
-    return vision_ids(self.tokenizer, codec, films, open_end)
+    layout = codec.config.layout
+    return vision_ids(self.tokenizer, self.text_vocab_size, layout, films, open_end)
 
   def load(self) -> infer.TrainedModel:
     """Reads the weights, says what they are, and sets the mesh that they are on."""

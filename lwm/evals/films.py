@@ -15,12 +15,12 @@ import numpy as np
 
 from lwm.config.vqgan import VisionLayout
 from lwm.data.dataset import Split
-from lwm.data.documents import DocumentBuilder
 from lwm.data.tokenizer import Tokenizer
 from lwm.data.vision_tokens import VISION_END, VISION_START, frame_codes
 from lwm.errors import UserError
 from lwm.evals.prompts import Frame, PromptWriter
 from lwm.evals.questions import Case, Question
+from lwm.infer.films import vision_ids
 
 
 class Event(NamedTuple):
@@ -97,10 +97,7 @@ class Films:
     return self.writer.write(frame, self._ids(film_NxP).tolist()), starts
 
   def _ids(self, codes_NxP: np.ndarray) -> np.ndarray:
-    tokenizer = self.writer.tokenizer
-    ids = DocumentBuilder(tokenizer, self.layout).vision(codes_NxP).build().tokens
-    shift = self.text_vocab_size - tokenizer.vocab_size
-    return np.where(ids < tokenizer.vocab_size, ids, ids + shift)
+    return vision_ids(self.writer.tokenizer, self.text_vocab_size, self.layout, [codes_NxP])
 
   def choose(self, random: random_lib.Random) -> list[Event]:
     """Different events, in random order, at most `hidden` of them."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from lwm.config.vqgan import VisionLayout
 from lwm.data.documents import DocumentBuilder
 from lwm.data.tokenizer import Tokenizer
 from lwm.errors import UserError
@@ -65,23 +66,30 @@ def read_codes(
 
 
 def vision_ids(
-  tokenizer: Tokenizer, codec: Codec, films: Sequence[np.ndarray], open_end: bool = False
+  tokenizer: Tokenizer,
+  text_vocab_size: int,
+  layout: VisionLayout,
+  films: Sequence[np.ndarray],
+  open_end: bool = False,
 ) -> np.ndarray:
   """The ids of films: for each, <vision>, its frames and </vision>; int32.
 
   Args:
     tokenizer: has the marks, or spells them.
-    codec: the VQGAN that the codes come from.
+    text_vocab_size: text ids of the model, which may be more than the tokenizer's; vision ids
+      follow them.
+    layout: of the frames.
     films: codes [N, P] of each.
     open_end: whether the last film goes on: its last frame ends in <eof>, and nothing follows it.
   """
-  layout = codec.config.layout
   builder = DocumentBuilder(tokenizer, layout)
   for codes_NxP in films:
     builder.vision(codes_NxP)
   ids = builder.build().tokens
+  shift = text_vocab_size - tokenizer.vocab_size
+  ids = np.where(ids < tokenizer.vocab_size, ids, ids + shift)
   if open_end:
-    last = int(np.flatnonzero(ids >= tokenizer.vocab_size)[-1])
-    ids = ids[: last + 1].copy()
-    ids[last] = tokenizer.vocab_size + layout.end_of_frame
+    last = int(np.flatnonzero(ids >= text_vocab_size)[-1])
+    ids = ids[: last + 1]
+    ids[last] = text_vocab_size + layout.end_of_frame
   return ids

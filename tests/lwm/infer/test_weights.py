@@ -130,7 +130,7 @@ def test_groups_that_do_not_divide_are_one_sentence():
   model = build(width=96)
   with jax.set_mesh(mesh(FOUR)):
     params = jax.jit(model.init)(jax.random.key(0))
-    message = r"96 inputs in groups of 32 do not divide over 2 devices: .* fsdp x ring x ulysses"
+    message = r"96 inputs in groups of 32 do not divide over 2 devices: .* fsdp x expert x ring x"
     with pytest.raises(UserError, match=message):
       quantized_params(model, reader(params), GRIDS["int4"])
   with jax.set_mesh(mesh(ONE)):
