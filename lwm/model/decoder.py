@@ -16,23 +16,20 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from kernels import decode
-from kernels.attention import SAVED_NAMES, KeyIntervals, merge
-from kernels.attention.api import choose
-from kernels.decode import Quantized
+from kernels.attention import SAVED_NAMES, KeyIntervals
 from kernels.quantised_matmul import columns
 from kernels.ring import Layout
-from kernels.ulysses import ulysses_attention
 from kernels.varying import vary_trees_alike
 from lwm.config.model import ModelConfig
 from lwm.errors import ConfigError
 from lwm.model import extras as extras_lib, quantised, rope
 from lwm.model.adapter import Prompt, has_vision, has_vision_in_cache, modality_embeddings
-from lwm.model.attention import SAVE_ATTENTION, Attend, attended
+from lwm.model.attention import SAVE_ATTENTION, attended
 from lwm.model.block import KINDS
-from lwm.model.cache import Cache, stripe
+from lwm.model.cache import Cache
 from lwm.model.experts import PADDING
 from lwm.model.extras import Extras
+from lwm.model.mesh_attention import attend_over_mesh, attend_to_cache
 from lwm.model.parameters import RMSNorm, table
 from lwm.model.projection import Projection, Stationary, Weights, is_stationary, join_width
 from lwm.model.quantised import QuantizedKernel
@@ -103,7 +100,7 @@ class Decoder(nnx.Module):
     layout: Layout,
   ) -> tuple[jax.Array, Extras]:
     """Hidden states after the final norm, [B, S, M] in the compute dtype, and the extras."""
-    attend = _attend_over_mesh(self.config, self.rules, intervals, layout)
+    attend = attend_over_mesh(self.config, self.rules, intervals, layout)
     cosine, sine = self._rotations(positions_BxS, rope_theta)
     prompt = None
     if self.config.adapter:
@@ -161,7 +158,7 @@ class Decoder(nnx.Module):
       def block(carry, layer_and_index):
         x_BxQxM, cache = carry
         layer, index = layer_and_index
-        attend = _attend_to_cache(self.config, self.rules, intervals, cache, index, count_B)
+        attend = attend_to_cache(self.config, self.rules, intervals, cache, index, count_B)
         x_BxQxM, cache, _ = nnx.merge(graph, layer_of(layer))(
           x_BxQxM, cosine, sine, attend, prompt=prompt
         )
@@ -282,167 +279,3 @@ def _uses_gloo() -> bool:
   """
   platform = jax.sharding.get_abstract_mesh().abstract_device.platform
   return platform == "cpu" and jax.process_count() > 1
-
-
-def _attend_over_mesh(
-  config: ModelConfig, rules: ShardingRules, intervals: KeyIntervals, layout: Layout
-) -> Attend:
-  intervals = attended(config, intervals)
-  query_spec = rules.spec("batch", "sequence", "heads", "head_dim")
-  key_spec = rules.spec("batch", "sequence", "kv_heads", "head_dim")
-
-  def local(query, key, value, intervals):
-    try:
-      choose(config.attention_backend, query, key)
-    except ValueError as error:
-      raise ConfigError(f"config.model.attention_backend: {error}") from error
-    out, _ = ulysses_attention(
-      query,
-      key,
-      value,
-      intervals,
-      layout=layout,
-      ring_axis=rules.ring,
-      ulysses_axis=rules.ulysses,
-      soft_cap=config.attention_soft_cap,
-      backend=config.attention_backend,
-    )
-    return out
-
-  attend = jax.shard_map(
-    local,
-    in_specs=(query_spec, key_spec, key_spec, rules.spec("batch", "sequence")),
-    out_specs=query_spec,
-  )
-  return lambda query, key, value: (attend(query, key, value, intervals), None)
-
-
-def _attend_to_cache(
-  config: ModelConfig,
-  rules: ShardingRules,
-  intervals: KeyIntervals,
-  cache: Cache,
-  layer: jax.Array,
-  count_B: jax.Array | None,
-) -> Attend:
-  """Writes new keys and values to the devices that hold their columns, and attends to all columns.
-
-  Cached keys and values never travel: every device attends with all new queries to the columns that
-  it holds, and results merge. If sequences are divided, the new tokens first attend to each other
-  by ring attention (`_with_own_ring`).
-  """
-  query_spec = rules.spec("batch", "sequence", "heads", "head_dim")
-  key_spec = rules.spec("batch", "sequence", "kv_heads", "head_dim")
-  cache_spec: Any = rules.spec("layers", "batch", "cache", "kv_heads", "head_dim")
-  is_quantized = isinstance(cache.key_LxBxKxGxD, Quantized)
-  if is_quantized:
-    cache_spec = Quantized(cache_spec, jax.P(*cache_spec[:-1]))  # type: ignore[arg-type]  # specs
-
-  @functools.partial(
-    jax.shard_map,
-    in_specs=(
-      query_spec,
-      key_spec,
-      key_spec,
-      cache_spec,
-      cache_spec,
-      rules.spec("batch", None),
-      rules.spec(),
-      rules.spec("batch") if cache.length.ndim else rules.spec(),
-      rules.spec("batch"),
-    ),
-    out_specs=(query_spec, cache_spec, cache_spec),
-  )
-  def local(query, key, value, keys, values, intervals, layer, length, count):
-    num_columns = jax.tree.leaves(keys)[0].shape[2]
-    placed: dict[str, Any] = dict(axis_names=rules.cache, stripe=stripe(num_columns))
-    options = dict(layer=layer, soft_cap=config.attention_soft_cap, **placed)
-
-    def write(cached, new):
-      new = decode.quantize(new) if is_quantized else new
-      return decode.write(cached, new, layer, length, count_B=count, **placed)
-
-    if rules.sequence is None:
-      keys, values = write(keys, key), write(values, value)
-      out, _ = decode.decode_attention(query, keys, values, intervals, **options)
-      return out, keys, values
-    everywhere = functools.partial(
-      jax.lax.all_gather, axis_name=rules.sequence, axis=1, tiled=True, to="invarying"
-    )
-    # Written before they are read: otherwise, XLA would copy the cache.
-    keys, values = write(keys, everywhere(key)), write(values, everywhere(value))
-    attend = functools.partial(decode.decode_attention, query_axes=rules.sequence, **options)
-    out = _with_own_ring(
-      config, rules, intervals, length, (query, key, value), keys, values, attend
-    )
-    return out, keys, values
-
-  def attend(query, key, value):
-    count = count_B
-    if count is not None:
-      count = jax.reshard(count, rules.spec("batch"))
-    out, keys, values = local(
-      query,
-      key,
-      value,
-      cache.key_LxBxKxGxD,
-      cache.value_LxBxKxGxD,
-      intervals,
-      layer,
-      cache.length,
-      count,
-    )
-    return out, cache._replace(key_LxBxKxGxD=keys, value_LxBxKxGxD=values)
-
-  return attend
-
-
-def _with_own_ring(
-  config: ModelConfig,
-  rules: ShardingRules,
-  intervals: KeyIntervals,
-  length: jax.Array,
-  own: tuple[jax.Array, jax.Array, jax.Array],
-  keys: decode.Cached,
-  values: decode.Cached,
-  attend_to_cache: Callable[..., tuple[jax.Array, jax.Array]],
-) -> jax.Array:
-  """Attention of divided new tokens to each other and to the columns before them.
-
-  Inside `jax.shard_map`. The new keys travel around the ring; to the cached keys, the queries do.
-
-  Args:
-    config: of the model.
-    rules: over which axes sequences are divided.
-    intervals: columns that each of all new tokens attends to, [B, Q].
-    length: columns before the new tokens, a scalar or [B].
-    own: query, key and value of this device's new tokens.
-    keys: the cache; its columns of the new tokens are not read.
-    values: likewise.
-    attend_to_cache: attention of all new queries, divided over the axes of the sequence.
-  """
-  query, key, value = own
-  num_own, num_tokens = query.shape[1], intervals.start_BxQ.shape[1]
-  length_Bx1 = (jnp.zeros_like(intervals.start_BxQ[:, 0]) + length)[:, None]
-  first = jax.lax.axis_index(rules.sequence) * num_own
-  among_new = KeyIntervals(
-    *(
-      jax.lax.dynamic_slice_in_dim(jnp.clip(bound - length_Bx1, 0, num_tokens), first, num_own, 1)
-      for bound in intervals
-    )
-  )
-  new = ulysses_attention(
-    query,
-    key,
-    value,
-    among_new,
-    layout=Layout("contiguous", jax.lax.axis_size(rules.ring)),
-    ring_axis=rules.ring,
-    ulysses_axis=rules.ulysses,
-    soft_cap=config.attention_soft_cap,
-    backend=config.attention_backend,
-  )
-  queries = jax.lax.all_gather(query, rules.sequence, axis=1, tiled=True)
-  cached = KeyIntervals(*(jnp.minimum(bound, length_Bx1) for bound in intervals))
-  old = attend_to_cache(queries, keys, values, cached)
-  return merge([new, old])[0].astype(query.dtype)

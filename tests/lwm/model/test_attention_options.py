@@ -70,7 +70,7 @@ def dense(tiny, plain):
   @functools.cache
   def compute(options):
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(decoder, "_attend_over_mesh", dense_attention)
+      patch.setattr(decoder, "attend_over_mesh", dense_attention)
       config = tiny.config(**dict(options))
       expected = tiny.loss_and_gradients(config, tiny.mesh(), "contiguous", batch_of(tiny))
     assert np.abs(expected[0].nll / plain[0].nll - 1).max() > 1e-3, "the option changes nothing"
