@@ -40,7 +40,8 @@ def main(argv: list[str]) -> None:
     from apache_beam.options.pipeline_options import PipelineOptions
   except ImportError as error:
     raise UserError(
-      "Apache Beam is missing: run pip install --constraint pins.txt '.[beam]'."
+      "Apache Beam is missing: run pip install --constraint pins_beam.txt '.[beam]' in an "
+      "environment of its own."
     ) from error
 
   program, *options = argv[1:]

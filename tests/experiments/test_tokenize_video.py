@@ -94,6 +94,8 @@ def test_the_processes_of_one_job_share_the_work(dataset, flags, tmp_path):
 
 @pytest.mark.slow
 def test_beam_makes_the_dataset_of_the_plain_command(dataset, flags, folder, tmp_path):
+  """Run it in an environment with Beam: see pins_beam.txt."""
+  pytest.importorskip("apache_beam")
   beam = ["experiments.prepare_beam", "tokenize_video", "--num_shards=2"]
   output = run(*beam, *flags, f"--output={tmp_path}/films", "--", "--runner=DirectRunner")
   assert "train: 4 documents" in output
