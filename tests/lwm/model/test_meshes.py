@@ -34,7 +34,7 @@ def test_biases_and_norms_of_queries_and_keys_equal_one_device(tiny):
   batch = batch_of(tiny)
   expected = tiny.loss_and_gradients(tiny.config(**settings), tiny.mesh(), "contiguous", batch)
   config = tiny.config(**settings, head_groups=2)
-  mesh = tiny.mesh(ring=2, ulysses=2, tensor=2)
+  mesh = tiny.mesh(fsdp=2, ring=2, tensor=2)
   tiny.assert_close(tiny.loss_and_gradients(config, mesh, "zigzag", batch), expected, 1e-5)
 
 
