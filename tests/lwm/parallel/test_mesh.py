@@ -12,17 +12,18 @@ from lwm.config.validate import check_model_fits_mesh
 from lwm.errors import ConfigError
 from lwm.model import ModelConfig, build
 from lwm.parallel.mesh import make_mesh
-from lwm.parallel.sharding import MeshConfig
+from lwm.parallel.sharding import AXES, MeshConfig
 
 # The axes over which a parameter's width is divided.
-STORED = ("fsdp", "ring", "ulysses")
+STORED = ("fsdp", "expert", "ring", "ulysses")
+ONES = dict.fromkeys(AXES, 1)
 
 
 def test_axes_are_explicit_and_tensor_is_nearest():
   mesh = make_mesh(MeshConfig(data=2, fsdp=-1, ring=1, tensor=2))
-  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "ring": 1, "ulysses": 1, "tensor": 2}
+  assert dict(mesh.shape) == ONES | {"data": 2, "fsdp": 2, "tensor": 2}
   assert set(mesh.axis_types) == {AxisType.Explicit}
-  assert [d.id for d in mesh.devices[0, 0, 0, 0]] == [0, 1]
+  assert [d.id for d in mesh.devices[0, 0, 0, 0, 0]] == [0, 1]
 
 
 def test_sizes_must_use_the_devices():
@@ -37,7 +38,7 @@ def two_slices():
 
 def test_data_crosses_slices_and_nothing_else_does():
   mesh = make_mesh(MeshConfig(data=4, fsdp=1, ring=2), two_slices())
-  assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "ring": 2, "ulysses": 1, "tensor": 1}
+  assert dict(mesh.shape) == ONES | {"data": 4, "ring": 2}
   slices_of_data = [{device.slice_index for device in row.flat} for row in mesh.devices]
   assert slices_of_data == [{0}, {0}, {1}, {1}]
 
@@ -58,7 +59,7 @@ def test_an_axis_that_would_cross_slices_is_named():
     (
       dict(fsdp=3, ring=2),
       {},
-      "config.model.width = 64 does not divide over mesh.fsdp x ring x ulysses = 3 x 2 x 1",
+      "config.model.width = 64 does not divide over mesh.fsdp x expert x ring x ulysses = 3",
     ),
     (
       dict(tensor=2),
@@ -80,12 +81,11 @@ def test_an_axis_that_would_cross_slices_is_named():
   ],
 )
 def test_what_does_not_fit_is_named(sizes, changes, message):
-  ones = dict(data=1, fsdp=1, ring=1, ulysses=1, tensor=1)
-  check_model_fits_mesh(ModelConfig(), ones | dict(fsdp=8, tensor=2))
+  check_model_fits_mesh(ModelConfig(), ONES | dict(fsdp=8, tensor=2))
   # Without a multiple, the tables are padded to what the meshes need.
-  check_model_fits_mesh(ModelConfig(text_vocab_size=257), ones | dict(tensor=2))
+  check_model_fits_mesh(ModelConfig(text_vocab_size=257), ONES | dict(tensor=2))
   with pytest.raises(ConfigError, match=re.escape(message)):
-    check_model_fits_mesh(ModelConfig(**changes), ones | sizes)
+    check_model_fits_mesh(ModelConfig(**changes), ONES | sizes)
 
 
 def test_lwm_7b_fits_the_meshes_of_the_paper():
@@ -100,7 +100,7 @@ def test_lwm_7b_fits_the_meshes_of_the_paper():
     vision_vocab_size=8448,
   )
   for tensor in (4, 8, 16, 32):
-    check_model_fits_mesh(lwm, dict(data=1, fsdp=64, ring=4, ulysses=1, tensor=tensor))
+    check_model_fits_mesh(lwm, ONES | dict(fsdp=64, ring=4, tensor=tensor))
   abstract = build(lwm).abstract()
   # The parameters of Llama-2-7B, and the rows and columns of the vision ids.
   expected = 6_738_415_616 + 2 * 8448 * 4096
