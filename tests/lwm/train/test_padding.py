@@ -45,9 +45,9 @@ def losses(workdir) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moments", ("float32", "int8"))
-def test_padding_changes_nothing(experiment, tmp_path, moments):
-  experiment.optimizer.moment_dtype = moments
+def test_padding_changes_nothing(experiment, tmp_path):
+  # Scales of int8 moments belong to groups of ids, which padding could change.
+  experiment.optimizer.moment_dtype = "int8"
   # The two halves below are two runs of different lengths, to which other schedules would adapt.
   experiment.optimizer.schedule = "constant"
   loop.train(experiment, tmp_path / "one", jax.devices()[:1])
