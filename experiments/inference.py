@@ -255,7 +255,7 @@ def stream(
   Returns:
     The text, without the token that ended it.
   """
-  # A few text ids before the answer are enough to decode it as it stands in the prompt.
+  # The answer is decoded after a few ids of the prompt, so that its spaces are those of the text.
   vocab_size = checkpoint.tokenizer.vocab_size
   before = [token for token in session.tokens[0][-64:] if token < vocab_size]
   tokens: list[int] = []

@@ -46,7 +46,7 @@ _LONG_DOCUMENTS = flags.DEFINE_enum(
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the packing.")
 
 _MOST_CHARACTERS = 300
-# Of films in datasets that do not say it, as in LWM.
+# LWM's rate, for datasets that do not record theirs.
 _FRAMES_PER_SECOND = 4.0
 _PAGE = """<!doctype html>
 <meta charset="utf-8">

@@ -52,7 +52,7 @@ class ExpertsConfig:
   # log-sum-exp of the router's logits (arXiv 2202.08906).
   balance_loss: float = 0.01
   router_z_loss: float = 0.001
-  # What the bias of a sigmoid router changes by in a step.
+  # Each step changes the bias of a sigmoid router by this much.
   bias_rate: float = 0.001
   # The most rows of an expert from one device and chunk of tokens, as a multiple of their mean;
   # further tokens skip the expert. None: no token does.

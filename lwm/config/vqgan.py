@@ -132,7 +132,7 @@ class VQGANLossConfig:
   entropy_weight: float = 0.1
   # fsq: values per latent channel; they multiply to the codebook's size.
   levels: tuple[int, ...] = FSQ_LEVELS
-  # Of the distance between features of a frame and its reconstruction. The features come from the
+  # Weight of the distance between features of a frame and its reconstruction. They come from the
   # network in `perceptual_file` (`lwm.vision.perceptual` states its layout), or from the
   # discriminator if no file is named.
   perceptual_weight: float = 0.0

@@ -50,7 +50,7 @@ class _Sums(NamedTuple):
 
   load_2xE: jax.Array  # Choices by modality.
   probability_E: jax.Array
-  square: jax.Array  # Of log-sum-exps of the logits.
+  square: jax.Array  # Squared log-sum-exps of the logits.
   dropped: jax.Array  # Choices.
 
 

@@ -11,7 +11,7 @@ _RESULTS = (
   ("usage", "usage {:.1%}"),
   ("codebook_perplexity", "perplexity {:.0f}"),
 )
-# What a train record holds beside the parts of the loss.
+# Fields of a train record that are not parts of the loss.
 _NO_LOSSES = {
   *(name for name, _ in _RESULTS),
   FRAMES,

@@ -25,7 +25,7 @@ from lwm.report.vqgan import VQGANPresentation
 from lwm.vision.codec import FILE_NAME, Codec, save_vqgan
 from lwm.vision.pictures import save_contact_sheet
 
-# In the workdir.
+# A folder of the workdir.
 SHEETS = "reconstructions"
 _FRAMES_IN_SHEET = 6
 

@@ -19,7 +19,7 @@ from lwm.config.vqgan import VQGANConfig
 from lwm.errors import UserError, disk_error
 from lwm.vision.vqgan import VQGAN
 
-# In the workdir of a VQGAN's run.
+# The file's name in the workdir of a VQGAN's run.
 FILE_NAME = "vqgan.npz"
 _CONFIG = "config"
 

@@ -26,12 +26,12 @@ from lwm.parallel.sharding import require_explicit_mesh
 from lwm.vision import perceptual
 from lwm.vision.codec import to_frames, to_pixels
 from lwm.vision.discriminator import Discriminator, adaptive_weight, hinge_loss
+from lwm.vision.modules import Params, plain, with_values
 from lwm.vision.quantizers import Quantizer, count_wins, make_quantizer
 from lwm.vision.similarity import structural_similarity
 from lwm.vision.vqgan import VQGAN, Codebook, nearest_codes
 
 # Nested dicts of arrays by module and parameter name.
-Params = dict[str, Any]
 Metrics = dict[str, jax.Array]
 Axes = tuple[str, ...]
 
@@ -82,13 +82,13 @@ class VQGANObjective:
     generator_key, codebook_key, discriminator_key = jax.random.split(key, 3)
     model = VQGAN(self.config, rngs=nnx.Rngs(params=generator_key))
     params: Params = {
-      "generator": _plain(nnx.state(model, nnx.Param)),
+      "generator": plain(nnx.state(model, nnx.Param)),
       "codebook": self.quantizer.init(codebook_key),
     }
     params = _without_empty(params)
     if self.losses.adversarial_weight:
       rngs = nnx.Rngs(params=discriminator_key)
-      params["discriminator"] = _plain(nnx.state(self._new_discriminator(rngs)))
+      params["discriminator"] = plain(nnx.state(self._new_discriminator(rngs)))
     if self.losses.average_decay:
       params["average"] = self._trained_leaves(params)
     if self.losses.perceptual_file:
@@ -293,7 +293,7 @@ class VQGANObjective:
     graph, state, codebook = self._graph
     if table_VxE is not None:
       codebook = jax.tree.map(lambda _: table_VxE, codebook)
-    return nnx.merge(graph, _with_values(state, generator), codebook)
+    return nnx.merge(graph, with_values(state, generator), codebook)
 
   def _new_discriminator(self, rngs: nnx.Rngs) -> Discriminator:
     losses = self.losses
@@ -301,7 +301,7 @@ class VQGANObjective:
 
   def _discriminator(self, params: Params) -> Discriminator:
     graph, state = nnx.split(nnx.eval_shape(lambda: self._new_discriminator(nnx.Rngs(0))))
-    return nnx.merge(graph, _with_values(state, params))
+    return nnx.merge(graph, with_values(state, params))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,24 +386,6 @@ def _stored_like(tree: Params, params: Params) -> Params:
       path: jax.reshard(leaf, jax.typeof(stored[path]).sharding.spec)
       for path, leaf in leaves.items()
     }
-  )
-
-
-def _plain(state: nnx.State) -> Params:
-  """A module's variables as nested dicts with names as keys."""
-  return traverse_util.unflatten_dict(
-    {tuple(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(state)}
-  )
-
-
-def _with_values(state: nnx.State, params: Params) -> nnx.State:
-  """The inverse of `_plain`, given a state of the same structure."""
-  leaves = traverse_util.flatten_dict(params)
-  return nnx.from_flat_state(
-    [
-      (path, variable.replace(leaves[tuple(map(str, path))]))
-      for path, variable in nnx.to_flat_state(state)
-    ]
   )
 
 
