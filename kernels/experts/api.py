@@ -11,11 +11,12 @@ from kernels.experts import reference
 from kernels.experts.backend import Backend, differentiable
 from kernels.experts.pallas_tpu import PALLAS_TPU
 from kernels.experts.ragged_dot import RAGGED_DOT
+from kernels.experts.triton import TRITON
 from kernels.experts.xla import XLA
 from kernels.varying import vary_alike
 
 # The best first. `ragged_dot` supports everything.
-BACKENDS = (PALLAS_TPU, XLA, RAGGED_DOT)
+BACKENDS = (PALLAS_TPU, TRITON, XLA, RAGGED_DOT)
 
 
 def grouped_matmul(
@@ -35,8 +36,8 @@ def grouped_matmul(
     x_RxK: float32 or bfloat16, sorted by group.
     weight_ExKxN: same dtype.
     sizes_E: int32, rows per group; may be 0. Their sum is at most R.
-    backend: "pallas_tpu" (TPU), "xla" (CPU), "ragged_dot" (runs everywhere), "reference" (a loop
-      over groups), your own `Backend`, or None for the best on this platform.
+    backend: "pallas_tpu" (TPU), "triton" (NVIDIA GPU), "xla" (CPU), "ragged_dot" (runs everywhere),
+      "reference" (a loop over groups), your own `Backend`, or None for the best on this platform.
 
   Returns:
     [R, N] in the dtype of x.

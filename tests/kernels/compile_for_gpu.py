@@ -1,13 +1,17 @@
-"""Compiles attention inside `jax.jit` for a GPU, on a machine without one.
+"""Compiles a kernel inside `jax.jit` for a GPU, on a machine without one.
 
   python -m tests.kernels.compile_for_gpu GPU PROGRAM HEAD_DIM DTYPE LENGTH
 
-GPU is one of those in `lwm.plan.gpu_target`. PROGRAM is `triton` or `mosaic_gpu` (forward and
-backward of attention by that backend), or `decode` or `decode_int8` (a token is written to a cache
-and Triton attends to it, layer by layer). It prints as JSON the bytes of arguments, results and
-temporaries, and the bytes of registers that each Mosaic GPU kernel spills per thread. It needs
-JAX's CUDA plugin and a ptxas that knows Triton's PTX version, for which it puts the one of the
-Triton package first.
+GPU is one of those in `lwm.plan.gpu_target`. PROGRAM is one of
+
+  triton, mosaic_gpu    forward and backward of attention by that backend
+  decode, decode_int8   a token is written to a cache and Triton attends to it, layer by layer
+  experts               forward and backward of a grouped product, by Triton, of LENGTH rows with 8
+                        matrices of 8 HEAD_DIM inputs and four times as many outputs
+
+It prints as JSON the bytes of arguments, results and temporaries, and the bytes of registers that
+each Mosaic GPU kernel spills per thread. It needs JAX's CUDA plugin and a ptxas that knows Triton's
+PTX version, for which it puts the one of the Triton package first.
 """
 
 import argparse
@@ -26,9 +30,10 @@ import jax.numpy as jnp
 
 from kernels.attention import KeyIntervals, attention
 from kernels.decode import Quantized, decode_attention, quantize, write
+from kernels.experts import grouped_matmul
 from lwm.plan import topology
 
-B, H, G, LAYERS = 1, 8, 2, 2
+B, H, G, LAYERS, EXPERTS = 1, 8, 2, 2, 8
 
 
 def mesh(gpu: str) -> jax.sharding.Mesh:
@@ -50,6 +55,10 @@ def compile_program(gpu: str, program: str, *, D: int, dtype: str, length: int):
       cache = Quantized(of(*cache.shape, dtype=jnp.int8), of(*cache.shape[:-1], dtype=jnp.float32))
     arguments = cache, cache, of(B, 1, H, D), of(B, 1, G, D), of(dtype=jnp.int32)
     step, donated = _decode_step, (0, 1)
+  elif program == "experts":
+    K, N = H * D, 4 * H * D
+    arguments = of(length, K), of(EXPERTS, K, N), of(EXPERTS, dtype=jnp.int32), of(length, N)
+    step, donated = _grouped_with_grads, ()
   else:
     rows = of(B, length, dtype=jnp.int32)
     cotangents = of(B, length, H, D), of(B, length, H, dtype=jnp.float32)
@@ -67,6 +76,13 @@ def _with_grads(backend, query, key, value, intervals, cotangents):
   return results, pull_back(cotangents)
 
 
+def _grouped_with_grads(x, weight, sizes, cotangent):
+  result, pull_back = jax.vjp(
+    lambda x, weight: grouped_matmul(x, weight, sizes, backend="triton"), x, weight
+  )
+  return result, pull_back(cotangent)
+
+
 def _decode_step(key_cache, value_cache, query, new, position):
   intervals = KeyIntervals(*(jnp.full((B, 1), edge, jnp.int32) for edge in (0, position + 1)))
   new = quantize(new) if isinstance(key_cache, Quantized) else new
@@ -81,7 +97,9 @@ def _decode_step(key_cache, value_cache, query, new, position):
 def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("gpu")
-  parser.add_argument("program", choices=("triton", "mosaic_gpu", "decode", "decode_int8"))
+  parser.add_argument(
+    "program", choices=("triton", "mosaic_gpu", "decode", "decode_int8", "experts")
+  )
   parser.add_argument("head_dim", type=int)
   parser.add_argument("dtype")
   parser.add_argument("length", type=int)

@@ -40,7 +40,7 @@ def check(*arguments):
     # A decode kernel may have fewer rows than the larger instructions need, and waits for memory.
     if used["dtype"] != "float32" and not is_decode:
       assert used["instructions"] == INSTRUCTIONS[capability], used
-    assert used["blocks"][3] == 1 or used["asynchronous_copies"], used
+    assert used["blocks"][-1] == 1 or used["asynchronous_copies"], used
   return len(lines)
 
 
@@ -50,7 +50,7 @@ def check(*arguments):
 )
 def test_triton_kernels_fit(capability, head_dim, dtype):
   """Least memory, and the most used; for others, run python -m tests.kernels.triton_resources."""
-  assert check(capability, dtype, head_dim) == 5
+  assert check(capability, dtype, head_dim) == 8
 
 
 def compiled(*arguments):
@@ -89,6 +89,14 @@ def test_forward_and_backward_compile(gpu, backend, head_dim, dtype, length):
 def test_decode_compiles_and_copies_no_cache(gpu, program, head_dim, dtype):
   made = compiled(gpu, program, head_dim, dtype, 1 << 20)
   assert made["temporary_bytes"] < made["argument_bytes"] / 64, made
+
+
+@pytest.mark.slow
+def test_grouped_product_and_gradients_compile():
+  """The only temporaries are tables of visits and, in float32, the gradients of the weights."""
+  made = compiled("h200", "experts", 128, "bfloat16", 16384)
+  rows, K, N, experts = 16384, 1024, 4096, 8
+  assert made["temporary_bytes"] < 4 * experts * K * N + 2 * rows * (K + N) + (1 << 20), made
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ import jax_triton
 
 from kernels.attention.triton import backward, forward
 from kernels.decode.triton import kernel as decode_kernel
+from kernels.experts.triton import kernel as experts_kernel
 
 del os.environ["TRITON_INTERPRET"]
 

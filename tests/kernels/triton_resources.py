@@ -3,7 +3,8 @@
   python -m tests.kernels.triton_resources [--kernel=NAME] CAPABILITY DTYPE HEAD_DIM
 
 prints one JSON line per kernel: shared memory and spilled bytes per thread (the stack), registers,
-and the kind of matrix instruction, with the block sizes of `kernels.attention.triton.block_sizes`.
+and the kind of matrix instruction, with the block sizes of `kernels.attention.triton.block_sizes`
+and `kernels.experts.triton.backend`. The kernels of experts do not depend on HEAD_DIM.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from triton.compiler import ASTSource
 from kernels.attention.triton import backward, forward
 from kernels.attention.triton.block_sizes import Blocks, blocks_for
 from kernels.decode.triton import kernel as decode_kernel
+from kernels.experts.triton import backend as experts_backend, kernel as experts_kernel
 
 KERNELS = {
   "forward": forward.forward,
@@ -26,6 +28,11 @@ KERNELS = {
   "key_value_grad": backward.key_value_grad,
   "decode": decode_kernel.partial,
   "decode_int8": decode_kernel.partial,
+}
+EXPERT_KERNELS = {
+  "product": experts_kernel.product,
+  "product_transposed": experts_kernel.product,
+  "outer": experts_kernel.outer,
 }
 TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 INSTRUCTIONS = {"wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}
@@ -54,6 +61,33 @@ def resources(name: str, capability: int, dtype: str, head_dim: int, blocks: Blo
         "*i32" if is_index else "*fp32" if is_exact else "*i8" if is_int8 else TYPES[dtype]
       )
       attributes[(i,)] = [["tt.divisibility", 16]]
+  used = _compiled(kernel, signature, constants, attributes, capability, blocks)
+  return dict(kernel=name, dtype=dtype, head_dim=head_dim, **used)
+
+
+def expert_resources(name: str, capability: int, dtype: str) -> dict:
+  """Compiles one kernel of the grouped product for one kind of GPU."""
+  kernel = EXPERT_KERNELS[name]
+  blocks = experts_backend.blocks_for(capability, dtype)[name == "outer"]
+  constants = dict(INPUTS=4096, OUTPUTS=14336, IS_TRANSPOSED=name == "product_transposed")
+  constants |= dict(ROW_BLOCK=blocks.rows, INPUT_BLOCK=blocks.inputs, OUTPUT_BLOCK=blocks.outputs)
+  constants["PRECISION"] = "tf32x3" if dtype == "float32" else None
+  signature, attributes = {}, {}
+  for i, parameter in enumerate(kernel.params):
+    argument = parameter.name
+    if parameter.is_constexpr:
+      signature[argument] = "constexpr"
+      continue
+    is_index = argument.endswith(("_E", "_V", "_1")) and argument != "weight_E"
+    is_exact = argument == "out_ExIxO"
+    signature[argument] = "*i32" if is_index else "*fp32" if is_exact else TYPES[dtype]
+    attributes[(i,)] = [["tt.divisibility", 16]]
+  used = _compiled(kernel, signature, constants, attributes, capability, blocks)
+  return dict(kernel=name, dtype=dtype, **used)
+
+
+def _compiled(kernel, signature, constants, attributes, capability, blocks) -> dict:
+  """What a compiled kernel uses. Constants that the kernel does not take are left out."""
   constants = {
     (i,): constants[parameter.name]
     for i, parameter in enumerate(kernel.params)
@@ -76,10 +110,7 @@ def resources(name: str, capability: int, dtype: str, head_dim: int, blocks: Blo
   registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
   instructions = [kind for text, kind in INSTRUCTIONS.items() if text in compiled.asm["ptx"]]
   return dict(
-    kernel=name,
     capability=capability,
-    dtype=dtype,
-    head_dim=head_dim,
     blocks=blocks,
     shared=compiled.metadata.shared,
     registers=int(registers),
@@ -91,14 +122,18 @@ def resources(name: str, capability: int, dtype: str, head_dim: int, blocks: Blo
 
 def main() -> None:
   parser = argparse.ArgumentParser()
-  parser.add_argument("--kernel", choices=KERNELS, action="append", help="all unless given")
+  names = [*KERNELS, *EXPERT_KERNELS]
+  parser.add_argument("--kernel", choices=names, action="append", help="all unless given")
   parser.add_argument("capability", type=int)
   parser.add_argument("dtype", choices=TYPES)
   parser.add_argument("head_dim", type=int)
   flags = parser.parse_args()
-  for name in flags.kernel or KERNELS:
-    blocks = blocks_for(name, flags.capability, flags.head_dim, flags.dtype)
-    used = resources(name, flags.capability, flags.dtype, flags.head_dim, blocks)
+  for name in flags.kernel or names:
+    if name in EXPERT_KERNELS:
+      used = expert_resources(name, flags.capability, flags.dtype)
+    else:
+      blocks = blocks_for(name, flags.capability, flags.head_dim, flags.dtype)
+      used = resources(name, flags.capability, flags.dtype, flags.head_dim, blocks)
     print(json.dumps(used), flush=True)
 
 
