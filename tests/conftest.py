@@ -1,5 +1,6 @@
 """Eight CPU devices in every test process, JAX's compilation cache, and the option --quick."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -11,10 +12,14 @@ os.environ["XLA_FLAGS"] = (
   + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
   # A device that waits 40 s for another one on a busy machine would end the process.
   + " --xla_cpu_collective_call_terminate_timeout_seconds=1200"
-  # Most programs run once. LLVM's optimisations would take almost half of the suite's time.
+  # Most programs run once. LLVM's optimisations, and an MLIR pipeline for each fusion, would take
+  # more than half of the suite's time. The numbers are the same with XLA's older fusion emitters.
   + " --xla_cpu_parallel_codegen_split_count=1"
   + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+  + " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
+# Full collections would visit all objects of the libraries again and again.
+gc.set_threshold(100_000, 20, 100)
 # With fewer threads, all of them can wait in collectives: see lwm/parallel/xla_flags.py.
 os.environ.setdefault("PJRT_NPROC", "128")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -6,6 +6,7 @@ server never uses a device, so it has no threads that a fork would lose. JAX has
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import pathlib
@@ -120,6 +121,8 @@ def start(program: str, *arguments: object) -> Program:
 
 def _run(command: list[str], environment: dict[str, str], paths: list[pathlib.Path]) -> None:
   os.setsid()
+  # Collections need not visit the libraries.
+  gc.freeze()
   for descriptor, path in enumerate(paths, start=1):
     os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
   os.environ.clear()

@@ -23,7 +23,7 @@ def peak_flops(device: jax.Device, compute_dtype: str) -> float | None:
 
 
 @functools.cache
-def measured_flops(device: jax.Device, compute_dtype: str, size: int = 2048) -> float:
+def measured_flops(device: jax.Device, compute_dtype: str, size: int = 1024) -> float:
   """FLOP/s of the best of four size x size matrix products on `device`, measured once."""
   matrix = jax.device_put(jnp.ones((size, size), compute_dtype), device)
   multiply = jax.jit(jnp.matmul)

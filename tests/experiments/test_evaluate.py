@@ -74,6 +74,7 @@ def lines(path):
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_needle_resumes_and_reports(directory):
   arguments = (
     f"--haystack={directory / 'novel.txt'}", "--contexts=320,400", "--depths=0:100:50",
@@ -127,6 +128,7 @@ def test_mistakes_end_in_one_sentence(directory, arguments, message):
   assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_films_and_losses(directory):
   done = run(directory, "film_clip", "--contexts=300", "--depths=0,100", "--clip_frames=3")
   assert done.returncode == 0, done.stderr
@@ -164,6 +166,7 @@ def test_events_of_a_film_come_in_their_order_and_number(directory):
       assert question.score(f"{len(names)} times") == 1 and question.score("0") == 0
 
 
+@pytest.mark.slow
 def test_likelihoods_equal_the_perplexity():
   config = dataclasses.replace(models.debug(), num_layers=1)
   model = model_lib.build(config, ShardingRules.inference(few_tokens=True))

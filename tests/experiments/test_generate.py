@@ -5,8 +5,6 @@ import json
 import pathlib
 import re
 import runpy
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +31,6 @@ VISION = VQGANConfig(
     resolution=32, hidden_channels=8, channel_multipliers=(1, 1), num_res_blocks=1,
     latent_channels=8, codebook_size=16, codebook_width=4, norm_groups=4,
 )  # fmt: skip
-ROOT = pathlib.Path(__file__).parent.parent.parent
 CODES_NxP = np.random.default_rng(0).integers(0, VISION.codebook_size, (3, 256))
 CONFIG = """
 from configs import models
@@ -89,17 +86,17 @@ def directory(tmp_path_factory) -> pathlib.Path:
   return directory
 
 
-def run(directory: pathlib.Path, *arguments: str, workdir: str = "run"):
+def run(directory: pathlib.Path, *arguments: str, workdir="run", several_devices=False):
   command = [
-      sys.executable, "-m", "experiments.generate", f"--workdir={directory / workdir}",
+      "experiments.generate", f"--workdir={directory / workdir}",
       f"--vqgan={directory / 'vqgan.npz'}", "--num_tokens=5", "--given_frames=1", "--frames=2",
   ]  # fmt: skip
-  return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
+  return programs.run(*command, *arguments, several_devices=several_devices)
 
 
 @pytest.mark.slow
 def test_text_and_frames(directory):
-  done = run(directory, "--prompt=the cat")
+  done = run(directory, "--prompt=the cat", several_devices=True)
   assert done.returncode == 0, done.stderr
   samples = directory / "run" / "samples"
   text = (samples / "text.txt").read_text()

@@ -51,6 +51,7 @@ def test_datasets_name_their_tokenizer_and_vqgan(output):
   assert manifest["bad_records"] == 0
 
 
+@pytest.mark.slow
 def test_text_for_training_and_validation(output):
   splits = Dataset(output / "text").manifest["splits"]
   assert splits["train"]["tokens"] > 1_000_000
@@ -62,6 +63,7 @@ def test_text_for_training_and_validation(output):
   assert loss_mask[1:].all()
 
 
+@pytest.mark.slow
 def test_videos_are_a_caption_and_15_frames_within_4096_tokens(output):
   tokenizer = load_tokenizer(output / "tokenizer.model")
   dataset = Dataset(output / "video")
@@ -76,6 +78,7 @@ def test_videos_are_a_caption_and_15_frames_within_4096_tokens(output):
     assert frame_codes(tokens[vision] - tokenizer.vocab_size).shape == (15, 256)
 
 
+@pytest.mark.slow
 def test_the_same_command_again_makes_nothing_again(output):
   files = [file for file in output.rglob("*") if file.is_file()]
   before = {file: file.stat().st_mtime_ns for file in files}
@@ -85,6 +88,7 @@ def test_the_same_command_again_makes_nothing_again(output):
   assert {file: file.stat().st_mtime_ns for file in files} == before
 
 
+@pytest.mark.slow
 def test_another_vqgan_than_the_videos_were_made_with_is_an_error(output):
   weights = output / "vqgan.npz"
   kept = weights.read_bytes()

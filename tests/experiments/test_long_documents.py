@@ -85,6 +85,7 @@ def losses(output: str) -> list[float]:
   return [float(loss) for loss in re.findall(r"^only \d/3  *.*loss ([\d.]+)", output, re.M)]
 
 
+@pytest.mark.slow
 def test_cut_says_how_many_rows_teach_nothing(directory):
   done = train(directory, "cut")
   assert done.returncode == 0, done.stderr
@@ -94,6 +95,7 @@ def test_cut_says_how_many_rows_teach_nothing(directory):
   assert 0.85 * rows < empty < rows
 
 
+@pytest.mark.slow
 def test_keep_end_trains_on_every_answer(directory):
   done = train(directory, "keep_end")
   assert done.returncode == 0, done.stderr
@@ -102,6 +104,7 @@ def test_keep_end_trains_on_every_answer(directory):
   assert len(losses(done.stdout)) == 3 and min(losses(done.stdout)) > 1
 
 
+@pytest.mark.slow
 def test_leaving_out_everything_is_an_error_and_leaving_out_some_is_not(directory):
   done = train(directory, "leave_out")
   assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -100,6 +100,7 @@ def test_search_prints_what_fits_and_tells_what_it_tries():
   assert "lower bound" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_refused_gpu_program_is_one_short_line():
   """XLA's own warnings, and the shapes in its error, would fill several screens."""
   flags = "model.remat=offload_attention", "model.head_groups=2", "stages[0].mesh.ring=4"

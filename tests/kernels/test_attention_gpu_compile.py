@@ -6,10 +6,10 @@ Compilers run in their own processes, because this one may hold Triton's interpr
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 
 import pytest
+
+from tests.programs import Program
 
 SHARED_MEMORY = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
 INSTRUCTIONS = {80: ["mma"], 89: ["mma"], 90: ["wgmma"], 100: ["tcgen05"]}
@@ -18,20 +18,16 @@ INSTRUCTIONS = {80: ["mma"], 89: ["mma"], 90: ["wgmma"], 100: ["tcgen05"]}
 LARGEST_STACK, LARGEST_DECODE_STACK = 640, 0
 
 
-def run(*arguments):
-  finished = subprocess.run(
-    [sys.executable, *map(str, arguments)],
-    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-    capture_output=True,
-    text=True,
-  )
-  assert finished.returncode == 0, finished.stderr[-2000:]
-  return finished.stdout
+def run(program, *arguments):
+  started = Program(program, *arguments, environment=os.environ | {"XLA_FLAGS": ""})
+  output, errors = started.communicate()
+  assert started.returncode == 0, errors[-2000:]
+  return output
 
 
 def check(*arguments):
   pytest.importorskip("triton")
-  lines = run("-m", "tests.kernels.triton_resources", *arguments).splitlines()
+  lines = run("tests.kernels.triton_resources", *arguments).splitlines()
   for used in map(json.loads, lines):
     capability = used["capability"]
     assert used["shared"] <= SHARED_MEMORY[capability], used
@@ -56,7 +52,7 @@ def test_triton_kernels_fit(capability, head_dim, dtype):
 def compiled(*arguments):
   if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
     pytest.skip("needs JAX's CUDA plugin: pip install 'jax[cuda13]'")
-  return json.loads(run("-m", "tests.kernels.compile_for_gpu", *arguments))
+  return json.loads(run("tests.kernels.compile_for_gpu", *arguments))
 
 
 @pytest.mark.slow
@@ -120,4 +116,4 @@ with jax.set_mesh(mesh("h200")):
         backends.choose("decode", decode.BACKENDS, None, query, cache).name)
 """
   expected = ["triton", "triton", "xla", "mosaic_gpu", "triton"]
-  assert run("-c", program).split() == expected
+  assert run(program).split() == expected

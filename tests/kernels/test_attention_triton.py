@@ -75,6 +75,7 @@ def test_half_precision(name, dtype):
   check(next(case for case in CASES if case.name == name), dtype)
 
 
+@pytest.mark.slow
 def test_part_of_the_keys_given_statistics_over_all():
   """As in a ring, rows whose local interval is empty may have a finite log-sum-exp."""
   case = next(case for case in CASES if case.name == "causal")

@@ -35,6 +35,12 @@ def state_on(experiment, mesh, devices=None):
   return program, state._replace(optimizer_state=moments)
 
 
+@pytest.fixture(scope="module")
+def on_eight(make_experiment):
+  """The program and the state on eight devices, which no test may donate."""
+  return state_on(make_experiment(), MeshConfig())
+
+
 def save(directory: pathlib.Path, identity, state, *steps, keep=2):
   checkpoints = Checkpoints(directory, keep)
   for step in steps:
@@ -81,14 +87,14 @@ def test_a_step_that_overwrites_the_state_cannot_reach_the_checkpoint(
   assert not np.any(jax.tree.leaves(overwritten)[0])
 
 
-def test_keeps_the_newest(experiment, identity, tmp_path):
-  _, state = state_on(experiment, MeshConfig())
+def test_keeps_the_newest(on_eight, identity, tmp_path):
+  _, state = on_eight
   save(tmp_path, identity, state, 1, 2, 3)
   assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["2", "3"]
 
 
-def test_an_incomplete_checkpoint_is_ignored_and_removed(experiment, identity, tmp_path):
-  _, state = state_on(experiment, MeshConfig())
+def test_an_incomplete_checkpoint_is_ignored_and_removed(on_eight, identity, tmp_path):
+  _, state = on_eight
   save(tmp_path, identity, state, 5)
   incomplete = tmp_path / "9.orbax-checkpoint-tmp"
   shutil.copytree(tmp_path / "5", incomplete)
@@ -101,8 +107,8 @@ def test_an_incomplete_checkpoint_is_ignored_and_removed(experiment, identity, t
   assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["5", "6"]
 
 
-def test_holds_config_and_tokenizer(experiment, identity, tmp_path):
-  _, state = state_on(experiment, MeshConfig())
+def test_holds_config_and_tokenizer(experiment, on_eight, identity, tmp_path):
+  _, state = on_eight
   save(tmp_path, identity, state, 5)
   assert (tmp_path / "5" / "tokenizer" / "tokenizer.model").read_bytes() == b"pieces"
   config = json.loads((tmp_path / "5" / "config" / "metadata").read_text())
@@ -115,9 +121,9 @@ def test_no_checkpoint_is_a_fresh_start(identity, tmp_path):
   checkpoints.close()
 
 
-def test_another_run_is_refused_in_one_sentence(experiment, identity, tmp_path):
+def test_another_run_is_refused_in_one_sentence(experiment, on_eight, identity, tmp_path):
   directory = tmp_path / "run" / "checkpoints"
-  _, state = state_on(experiment, MeshConfig())
+  _, state = on_eight
   save(directory, identity, state, 5)
   checkpoints = Checkpoints(directory, 2)
 
@@ -149,9 +155,9 @@ def array_file(checkpoint: pathlib.Path) -> pathlib.Path:
   return max((checkpoint / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
 
 
-def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_taken(experiment, identity, tmp_path):
+def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_taken(on_eight, identity, tmp_path):
   """Without digests this byte is restored, and nothing says so."""
-  program, state = state_on(experiment, MeshConfig())
+  program, state = on_eight
   save(tmp_path, identity, state, 4, 5)
   path = array_file(tmp_path / "5")
   content = path.read_bytes()
@@ -176,8 +182,8 @@ def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_taken(experiment, i
   assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5.damaged", "5.damaged-2"]
 
 
-def test_any_file_that_is_lost_or_cut_short_is_noticed(experiment, identity, tmp_path):
-  _, state = state_on(experiment, MeshConfig())
+def test_any_file_that_is_lost_or_cut_short_is_noticed(on_eight, identity, tmp_path):
+  _, state = on_eight
   save(tmp_path, identity, state, 4, 5)
   whole = tmp_path / "5"
   files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
@@ -199,8 +205,8 @@ def test_any_file_that_is_lost_or_cut_short_is_noticed(experiment, identity, tmp
     path.write_bytes(content)
 
 
-def test_if_all_are_damaged_that_is_one_sentence_and_they_stay(experiment, identity, tmp_path):
-  _, state = state_on(experiment, MeshConfig())
+def test_if_all_are_damaged_that_is_one_sentence_and_they_stay(on_eight, identity, tmp_path):
+  _, state = on_eight
   save(tmp_path, identity, state, 4, 5)
   (tmp_path / "4" / "params" / "manifest.ocdbt").unlink()
   (tmp_path / "5" / "digests.json").unlink()
@@ -215,9 +221,9 @@ def test_if_all_are_damaged_that_is_one_sentence_and_they_stay(experiment, ident
   assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
 
 
-def test_an_older_checkpoint_is_read(experiment, identity, tmp_path):
+def test_an_older_checkpoint_is_read(experiment, on_eight, identity, tmp_path):
   """Of before there were digests, batches passed over, and settings for faults."""
-  _, state = state_on(experiment, MeshConfig())
+  _, state = on_eight
   save(tmp_path, identity, state, 5)
   checkpoint = tmp_path / "5"
   (checkpoint / "digests.json").unlink()
@@ -237,8 +243,8 @@ def test_an_older_checkpoint_is_read(experiment, identity, tmp_path):
       checkpoints.latest(identity)
 
 
-def test_a_newer_checkpoint_is_refused_in_one_sentence(experiment, identity, tmp_path):
-  _, state = state_on(experiment, MeshConfig())
+def test_a_newer_checkpoint_is_refused_in_one_sentence(on_eight, identity, tmp_path):
+  _, state = on_eight
   save(tmp_path, identity, state, 5)
   path = tmp_path / "5" / "progress" / "metadata"
   path.write_text(json.dumps(json.loads(path.read_text()) | {"epoch": 3}))
@@ -252,8 +258,8 @@ def test_a_newer_checkpoint_is_refused_in_one_sentence(experiment, identity, tmp
   )
 
 
-def test_progress_survives_as_it_is(experiment, identity, tmp_path):
-  _, state = state_on(experiment, MeshConfig())
+def test_progress_survives_as_it_is(on_eight, identity, tmp_path):
+  _, state = on_eight
   progress = dataclasses.replace(
     PROGRESS, passed_over=((1, 3), (6, 7)), losses=((5, float(np.float32(0.1))), (8, 2.5))
   )

@@ -3,6 +3,7 @@
 import pathlib
 
 import numpy as np
+import pytest
 
 from lwm.checkpoint.reader import newest
 from lwm.convert import import_weights, read_hugging_face
@@ -15,6 +16,7 @@ def run(*arguments: str):
   return programs.run("experiments.upcycle", *arguments)
 
 
+@pytest.mark.slow
 def test_the_logits_are_equal_and_noise_changes_them(tmp_path: pathlib.Path):
   dense = tmp_path / "dense"
   words = write_words(tmp_path / "words")

@@ -1,6 +1,6 @@
 """One process of test_processes.py: hashes its shards of a batch stream into a JSON file.
 
-python stream_worker.py EXPERIMENT.pickle OUT.json NUM_DEVICES PORT NUM_PROCESSES RANK START
+python -m tests.lwm.data.stream_worker PICKLE OUT.json NUM_DEVICES PORT NUM_PROCESSES RANK START
 """
 
 import hashlib

@@ -2,18 +2,13 @@
 
 import json
 import os
-import pathlib
 import pickle
 import socket
-import subprocess
-import sys
 
 import pytest
 
 from lwm.config.batch import FIELDS
-
-WORKER = pathlib.Path(__file__).with_name("stream_worker.py")
-ROOT = pathlib.Path(__file__).parents[3]
+from tests import programs
 
 
 def _stream(experiment, directory, num_processes, start_step=0):
@@ -25,19 +20,16 @@ def _stream(experiment, directory, num_processes, start_step=0):
     port = probe.getsockname()[1]
   outs = [directory / f"{rank}.json" for rank in range(num_processes)]
   processes = [
-    subprocess.Popen(
-      [
-        sys.executable,
-        WORKER,
-        directory / "experiment.pickle",
-        out,
-        str(8 // num_processes),
-        str(port),
-        str(num_processes),
-        str(rank),
-        str(start_step),
-      ],
-      env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    programs.Program(
+      "tests.lwm.data.stream_worker",
+      directory / "experiment.pickle",
+      out,
+      8 // num_processes,
+      port,
+      num_processes,
+      rank,
+      start_step,
+      environment=dict(os.environ),
     )
     for rank, out in enumerate(outs)
   ]

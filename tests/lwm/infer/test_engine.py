@@ -164,6 +164,7 @@ def test_tokens_are_those_of_a_plain_loop(sizes, chunk, expected, last_logits):
       assert copies * leaf.nbytes == devices * leaf.addressable_shards[0].data.nbytes
 
 
+@pytest.mark.slow
 def test_questions_read_a_prefix_once(last_logits, tmp_path):
   """On eight devices; then the saved prefix on one."""
   prefix, questions = ROWS[0], [[5, 6, 7], [8, 9]]
@@ -254,6 +255,7 @@ def test_what_does_not_fit_is_one_sentence():
     assert engine.num_read == 0
 
 
+@pytest.mark.slow
 def test_an_int8_cache_is_near_the_dense_one(last_logits):
   with jax.set_mesh(mesh_of(RING)):
     engine = engine_here(chunk=16, cache="int8")

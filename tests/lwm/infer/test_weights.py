@@ -68,6 +68,7 @@ def prompt_and_token(model):
   return jax.jit(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "mesh_config, name, changes",
   (

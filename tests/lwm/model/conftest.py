@@ -122,10 +122,12 @@ def half_each(sums):
   return 0.5 * (sums.loss / sums.weight).sum()
 
 
-def loss_and_gradients(
-  config, mesh, kind, batch, loss=LossConfig(), combine=half_each, params=None
-):
-  """(LossSums, gradients of `combine` of them) as NumPy arrays; default: parameters of seed 0."""
+def losses_program(config, mesh, kind, loss=LossConfig(), combine=half_each):
+  """`run(batch, params)`, which is compiled once per shape of the batch.
+
+  It returns LossSums and the gradients of `combine` of them as NumPy arrays. The parameters are
+  those of seed 0 unless given.
+  """
   model = build(config)
   layout = Layout(kind, mesh.shape["ring"])
 
@@ -133,19 +135,27 @@ def loss_and_gradients(
     sums = model.losses(params, batch, rope_theta=ROPE_THETA, layout=layout, loss=loss)
     return combine(sums), sums
 
-  with jax.set_mesh(mesh):
-    if params is None:
-      params = init(model, mesh)
-    else:
-      params = jax.device_put(params, model.rules.tree_shardings(model.logical_axes, mesh))
-    gradients, sums = compile_quickly(jax.grad(objective, has_aux=True))(
-      params, place(batch, layout, mesh, model.rules)
+  program = compile_quickly(jax.grad(objective, has_aux=True))
+
+  def run(batch, params=None):
+    with jax.set_mesh(mesh):
+      if params is None:
+        params = init(model, mesh)
+      else:
+        params = jax.device_put(params, model.rules.tree_shardings(model.logical_axes, mesh))
+      gradients, sums = program(params, place(batch, layout, mesh, model.rules))
+    same = jax.tree.map(
+      lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), gradients, params
     )
-  same = jax.tree.map(
-    lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), gradients, params
-  )
-  assert all(jax.tree.leaves(same)), "a gradient is sharded unlike its parameter"
-  return jax.tree.map(np.asarray, (sums, gradients))
+    assert all(jax.tree.leaves(same)), "a gradient is sharded unlike its parameter"
+    return jax.tree.map(np.asarray, (sums, gradients))
+
+  return run
+
+
+def loss_and_gradients(config, mesh, kind, batch, params=None, **options):
+  """What a program that runs once returns."""
+  return losses_program(config, mesh, kind, **options)(batch, params)
 
 
 def assert_trees_close(actual, expected, tolerance):
@@ -169,6 +179,7 @@ def tiny():
     place=place,
     init=init,
     jit=compile_quickly,
+    losses_program=losses_program,
     loss_and_gradients=loss_and_gradients,
     assert_close=assert_trees_close,
     rope_theta=ROPE_THETA,

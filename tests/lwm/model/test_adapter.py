@@ -32,8 +32,13 @@ def config(tiny):
 
 
 @pytest.fixture(scope="module")
-def expected(tiny, batch, config):
-  return tiny.loss_and_gradients(config, tiny.mesh(), "contiguous", batch)
+def on_one_device(tiny, config):
+  return tiny.losses_program(config, tiny.mesh(), "contiguous")
+
+
+@pytest.fixture(scope="module")
+def expected(batch, on_one_device):
+  return on_one_device(batch)
 
 
 def prompts(batch, text_vocab_size):
@@ -70,7 +75,10 @@ def test_prompts_over_a_ring_are_those_of_the_definition(tiny, config, batch, si
   assert 0.2 < expected.mean() < 0.8
 
 
-def test_a_base_is_unchanged_until_its_adapters_are_trained(tiny, batch, config, expected):
+@pytest.mark.slow
+def test_a_base_is_unchanged_until_its_adapters_are_trained(
+  tiny, batch, config, on_one_device, expected
+):
   plain = dataclasses.replace(config, adapter=None)
   base = tiny.init(build(plain), tiny.mesh())
   with jax.set_mesh(tiny.mesh()):
@@ -78,7 +86,7 @@ def test_a_base_is_unchanged_until_its_adapters_are_trained(tiny, batch, config,
   names = [traverse_util.flatten_dict(tree, sep=".") for tree in (added, base)]
   joined = traverse_util.unflatten_dict(names[0] | names[1], sep=".")
   sums, gradients = tiny.loss_and_gradients(plain, tiny.mesh(), "contiguous", batch, params=base)
-  changed = tiny.loss_and_gradients(config, tiny.mesh(), "contiguous", batch, params=joined)
+  changed = on_one_device(batch, joined)
   jax.tree.map(np.testing.assert_array_equal, changed[0], sums)
   assert set(names[0]) - set(names[1]) == {
     "adapter_modalities",
@@ -94,6 +102,7 @@ def test_a_base_is_unchanged_until_its_adapters_are_trained(tiny, batch, config,
   assert all(leaf.any() for leaf in jax.tree.leaves(expected[1]))
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(tiny, batch, config, expected):
   config = dataclasses.replace(config, head_groups=2, remat="dots")
   mesh = tiny.mesh(fsdp=2, ring=2, tensor=2)

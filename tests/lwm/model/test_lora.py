@@ -40,22 +40,23 @@ def merge(params):
   return traverse_util.unflatten_dict(leaves, sep=".")
 
 
+@pytest.mark.slow
 def test_merged_parameters_give_the_same_losses(tiny, batch, config, expected):
   plain = dataclasses.replace(config, lora=None)
   params = merge(jax.tree.map(np.asarray, tiny.init(build(config), tiny.mesh())))
-  sums, gradients = tiny.loss_and_gradients(plain, tiny.mesh(), "contiguous", batch, params=params)
+  run = tiny.losses_program(plain, tiny.mesh(), "contiguous")
+  sums, gradients = run(batch, params)
   tiny.assert_close(sums, expected[0], 1e-5)
   # The base's gradients are those of the merged model.
   attention = expected[1]["blocks"]["attention"]
   base = {name: value for name, value in attention.items() if "lora" not in name}
   tiny.assert_close(base, gradients["blocks"]["attention"], 1e-4)
   # The addition does something.
-  without = tiny.loss_and_gradients(
-    plain, tiny.mesh(), "contiguous", batch, params=tiny.init(build(plain), tiny.mesh())
-  )
+  without = run(batch)
   assert np.abs(without[0].nll / sums.nll - 1).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(tiny, batch, config, expected):
   config = dataclasses.replace(config, head_groups=2)
   mesh = tiny.mesh(fsdp=2, ring=2, tensor=2)

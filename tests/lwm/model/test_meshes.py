@@ -29,6 +29,7 @@ def expected(tiny):
   return tiny.loss_and_gradients(tiny.config(), tiny.mesh(), "contiguous", batch_of(tiny))
 
 
+@pytest.mark.slow
 def test_biases_and_norms_of_queries_and_keys_equal_one_device(tiny):
   settings = dict(attention_bias=True, query_key_norm=True, num_kv_heads=4)
   batch = batch_of(tiny)

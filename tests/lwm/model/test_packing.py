@@ -83,15 +83,7 @@ def test_packed_equals_padded(tiny, weighting):
   tiny.assert_close(actual, expected, 1e-5)
   if weighting == "example":
     # All text documents count alike: the text loss is the mean over its two documents.
-    alone = [
-      tiny.loss_and_gradients(
-        config,
-        tiny.mesh(),
-        "contiguous",
-        tiny.pack([[documents[n]]], 16),
-        combine=lambda sums: sums.loss[0],
-      )[0]
-      for n in (0, 2)
-    ]
+    run = tiny.losses_program(config, tiny.mesh(), "contiguous", combine=lambda sums: sums.loss[0])
+    alone = [run(tiny.pack([[documents[n]]], 16))[0] for n in (0, 2)]
     mean = np.mean([sums.nll[0] / sums.weight[0] for sums in alone])
     np.testing.assert_allclose(actual[0].nll[0] / actual[0].weight[0], mean, rtol=1e-5)

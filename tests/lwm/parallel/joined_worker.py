@@ -1,6 +1,6 @@
 """One process of test_distributed.py: joins the others, then does what ACTION says.
 
-    python joined_worker.py PROCESS NUM_PROCESSES START_TIMEOUT COORDINATOR ACTION
+    python -m tests.lwm.parallel.joined_worker PROCESS NUM_PROCESSES TIMEOUT COORDINATOR ACTION
 
 An empty PROCESS, NUM_PROCESSES or COORDINATOR is taken from the environment. Prints the number of
 processes and the number of this one.

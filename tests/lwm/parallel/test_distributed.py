@@ -1,19 +1,15 @@
 """Processes find each other and end together; tests/lwm/train/test_processes.py loses one."""
 
 import os
-import pathlib
 import re
 import socket
-import subprocess
-import sys
 
 import pytest
 
 from lwm.errors import RESUME_EXIT_CODE, UserError
 from lwm.parallel.distributed import explicit_settings
+from tests.programs import Program
 
-WORKER = pathlib.Path(__file__).with_name("joined_worker.py")
-CHECKOUT = pathlib.Path(__file__).parents[3]
 HOST = socket.gethostname()
 
 
@@ -26,12 +22,8 @@ def free_port() -> int:
 def start(process="", num_processes="", coordinator="", action="", start_timeout=300, **variables):
   arguments = [process, num_processes, start_timeout, coordinator, action]
   environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-  return subprocess.Popen(
-    [sys.executable, WORKER, *map(str, arguments)],
-    env=environment | {"PYTHONPATH": str(CHECKOUT)} | variables,
-    text=True,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
+  return Program(
+    "tests.lwm.parallel.joined_worker", *arguments, environment=environment | variables
   )
 
 

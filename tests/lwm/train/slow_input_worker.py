@@ -1,6 +1,6 @@
 """One process of test_input_wait.py: trains the first stage of tiny.py; process 1 reads slowly.
 
-python slow_input_worker.py EXPERIMENT.pickle WORKDIR PORT RANK
+python -m tests.lwm.train.slow_input_worker EXPERIMENT.pickle WORKDIR PORT RANK
 """
 
 import pathlib

@@ -60,8 +60,8 @@ def test_a_vision_model_starts_from_a_text_model(
   wide = with_vision(make_experiment, experiment, tied_head=tied, norm_epsilon=1e-6)
   wide.init_from = str(tmp_path / "text")
   # On another mesh, too.
-  wide.stages[0].mesh = MeshConfig(fsdp=2, ring=2, tensor=2)
-  vision = train(wide, tmp_path / "vision", devices=8)
+  wide.stages[0].mesh = MeshConfig(fsdp=2, tensor=2)
+  vision = train(wide, tmp_path / "vision", devices=4)
   output = capsys.readouterr().out
   assert f"initial parameters: {tmp_path}/text/checkpoints/2; they were trained with " in output
   assert "config.model.norm_epsilon=1e-05, not 1e-06; 8448 new rows for vision ids" in output
@@ -71,7 +71,7 @@ def test_a_vision_model_starts_from_a_text_model(
   assert np.std(new) == pytest.approx(wide.model.initializer_std, rel=0.02)
   # As drawn from the seed by a run without init_from.
   wide.init_from = ""
-  random = train(wide, tmp_path / "random", devices=8)
+  random = train(wide, tmp_path / "random", devices=4)
   np.testing.assert_array_equal(new, random["embedding"][rows:])
   if not tied:
     np.testing.assert_array_equal(vision["output"][:, :rows], text["output"])

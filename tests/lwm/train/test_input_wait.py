@@ -1,11 +1,8 @@
 """Waits for input: what counts, who is named, and two real processes of which one reads slowly."""
 
-import pathlib
 import pickle
 import re
 import socket
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -14,8 +11,6 @@ from lwm.report import input_wait
 from lwm.report.input_wait import InputWait, InputWatch, notice
 from lwm.report.metrics import read_metrics
 from tests import programs
-
-WORKER = pathlib.Path(__file__).with_name("slow_input_worker.py")
 
 
 class Results:
@@ -82,18 +77,12 @@ def test_the_process_that_reads_slowly_is_named(experiment, tmp_path):
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
   processes = [
-    subprocess.Popen(
-      [
-        sys.executable,
-        WORKER,
-        tmp_path / "experiment.pickle",
-        tmp_path / "run",
-        str(port),
-        str(rank),
-      ],
-      env=programs.one_device() | {"PYTHONPATH": str(programs.ROOT)},
-      stdout=subprocess.PIPE,
-      text=True,
+    programs.start(
+      "tests.lwm.train.slow_input_worker",
+      tmp_path / "experiment.pickle",
+      tmp_path / "run",
+      port,
+      rank,
     )
     for rank in range(2)
   ]
