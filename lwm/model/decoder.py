@@ -114,14 +114,16 @@ class Decoder(nnx.Module):
       graph, stacked_layers = nnx.split(blocks)
 
       @functools.partial(jax.checkpoint, prevent_cse=False, policy=_SAVED[self.config.remat])
-      def block(x_BxSxM, layer):
+      def block(x_BxSxM, layer_and_slots):
+        layer, expert_P = layer_and_slots
         x_BxSxM = checkpoint_name(x_BxSxM, _BLOCK_INPUT)
         x_BxSxM, _, extras = nnx.merge(graph, layer)(
-          x_BxSxM, cosine, sine, attend, self.config.head_groups, prompt, modality_BxS
+          x_BxSxM, cosine, sine, attend, self.config.head_groups, prompt, modality_BxS, expert_P
         )
         return x_BxSxM, extras
 
-      x_BxSxM, extras = jax.lax.scan(block, x_BxSxM, stacked_layers, unroll=_uses_gloo())
+      layers = stacked_layers, blocks.expert_slots()
+      x_BxSxM, extras = jax.lax.scan(block, x_BxSxM, layers, unroll=_uses_gloo())
       reported.append(extras)
     return self.norm(x_BxSxM), extras_lib.of_decoder(reported)
 
