@@ -1,8 +1,8 @@
 """The feed-forward networks of experts on a mesh: dispatch, products, combination.
 
-T local tokens, k choices per token, M model width, F local feed-forward width, E experts, P slots on
-all devices together, e local slots, n devices that exchange rows, t devices of the tensor axis, S
-sources of rows, L rows per source, R = S L rows, N chunks. A slot computes one expert.
+T local tokens, k choices per token, M model width, F local feed-forward width, E experts, P slots
+of all devices, e local slots, n devices that exchange rows, t devices of the tensor axis, S sources
+of rows, L rows per source, R = S L rows, N chunks. A slot computes one expert.
 """
 
 import functools
