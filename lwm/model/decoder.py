@@ -25,7 +25,7 @@ from lwm.errors import ConfigError
 from lwm.model import extras as extras_lib, quantised, rope
 from lwm.model.adapter import Prompt, has_vision, has_vision_in_cache, modality_embeddings
 from lwm.model.attention import SAVE_ATTENTION, attended
-from lwm.model.block import KINDS
+from lwm.model.block import KINDS, Block
 from lwm.model.cache import Cache
 from lwm.model.experts import PADDING
 from lwm.model.extras import Extras
@@ -203,7 +203,7 @@ class Decoder(nnx.Module):
     return HEAD.specs(self)
 
   @property
-  def _stretches(self) -> list[nnx.Module]:
+  def _stretches(self) -> list[Block]:
     return [
       getattr(self, stretch_name(index)) for index in range(len(self.config.resolved_stretches))
     ]

@@ -153,13 +153,13 @@ def _busiest_seconds(
   expert_Rx1 = jnp.asarray(np.repeat(np.arange(len(own), dtype=np.int32), rows)[:, None])
   settings = Settings(len(own), chunk=x_RxM.shape[0])
 
-  def run(x_RxM, gate, up, down):
-    def loss(*arrays):
-      x_RxM, *weights = arrays
+  # The experts of rows are an argument, because XLA would sort a constant while it compiles.
+  def run(expert_Rx1, x_RxM, gate, up, down):
+    def loss(x_RxM, gate, up, down):
       share_Rx1 = jnp.ones(expert_Rx1.shape)
-      out_RxM, _ = expert_feed_forward(x_RxM, expert_Rx1, share_Rx1, *weights, settings)
+      out_RxM, _ = expert_feed_forward(x_RxM, expert_Rx1, share_Rx1, gate, up, down, settings)
       return jnp.sum(jnp.square(out_RxM))
 
     return jax.grad(loss, (0, 1, 2, 3))(x_RxM, gate, up, down)
 
-  return seconds(run, x_RxM, gate, up, down)
+  return seconds(run, expert_Rx1, x_RxM, gate, up, down)
