@@ -78,6 +78,7 @@ def fine_grained_16b() -> ModelConfig:
     width=1408,
     shared_experts=2,
     router="sigmoid",
+    placement="replicate",
     # The losses that remain when biases balance the loads (arXiv 2412.19437, section 4.2).
     balance_loss=1e-4,
   )

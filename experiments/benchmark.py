@@ -4,6 +4,7 @@
     python -m experiments.benchmark attention [--json]
     python -m experiments.benchmark quantised [--json]
     python -m experiments.benchmark ring [--json]
+    python -m experiments.benchmark experts [--json]
     python -m experiments.benchmark tune [--kernels=forward,decode] [--head_dim=64] [--json]
     python -m experiments.benchmark weights [--json]
 
@@ -13,9 +14,11 @@ compared with the planner's estimate. `attention` compares attention with JAX's 
 implementations on this machine, and decoding with a plain copy. `quantised` compares products with
 matrices of 8-bit and 4-bit codes with the same product in floats. `ring` measures what balance and
 skipping save in a ring of up to eight devices; a machine without accelerators uses eight CPU
-devices. `tune` times block sizes of each kernel that runs here. The `row` of a record is the
-fastest choice: write it into kernels/attention/BACKEND/block_sizes.py, under its head_dim.
-`weights` imports and exports a random model of 3.2 billion parameters, which needs 20 GB in TMPDIR.
+devices. `experts` compares the products of experts with JAX's, and on as many devices the
+placements of experts with a balanced router. `tune` times block sizes of each kernel that runs
+here. The `row` of a record is the fastest choice: write it into
+kernels/attention/BACKEND/block_sizes.py, under its head_dim. `weights` imports and exports a random
+model of 3.2 billion parameters, which needs 20 GB in TMPDIR.
 """
 
 import contextlib
@@ -41,6 +44,7 @@ from lwm.config.validate import check_devices, validate
 from lwm.convert import benchmark as conversions
 from lwm.cost.peak import peak_flops
 from lwm.errors import UserError
+from lwm.model.experts_benchmark import measure_placement
 from lwm.parallel import xla_flags
 
 _CONFIG = experiment_flags.define_config(required=False)
@@ -183,6 +187,19 @@ def ring() -> None:
   print_records({"ring": benchmarks.measure_ring()})
 
 
+def experts() -> None:
+  """Subcommand `experts`: products of experts, and what their placement saves."""
+  jax.config.update("jax_num_cpu_devices", 8)
+  xla_flags.apply()
+  cases = benchmarks.groups(jax.devices()[0].platform)
+  print_records(
+    {
+      "product": itertools.chain.from_iterable(map(benchmarks.measure_grouped, cases)),
+      "placement": measure_placement(min(8, jax.device_count())),
+    }
+  )
+
+
 def print_records(tables: dict[str, Iterable[dict]]) -> None:
   """Prints all records as one JSON object, or each as a line as soon as it is measured."""
   if _JSON.value:
@@ -205,6 +222,7 @@ SUBCOMMANDS = {
   "attention": attention,
   "quantised": quantised,
   "ring": ring,
+  "experts": experts,
   "tune": tune,
   "weights": weights,
 }

@@ -2,8 +2,9 @@
 
 Both directions gather, and so do their gradients: a scatter would add rows one after the other.
 
-T tokens, k choices per token, A = T k choices, R rows, M model width, E experts, n destinations
-with an equal share of the experts each, e experts of a destination, L rows per destination.
+T tokens, k choices per token, A = T k choices, R rows, M model width, E experts, P slots, each of
+which computes one expert or nothing; n destinations with an equal share of the slots each, e slots
+of a destination, L rows per destination.
 """
 
 import functools
@@ -20,7 +21,7 @@ class Placement(NamedTuple):
   Attributes:
     row_Txk: the row of each choice, in [0, R), or -1: it has none.
     choice_R: the choice of each row, token * k + index, or -1: the row is padding.
-    sizes_nxe: rows of each expert. The rows of destination d begin at d L, sorted by expert.
+    sizes_nxe: rows of each slot. The rows of destination d begin at d L, sorted by slot.
   """
 
   row_Txk: jax.Array
@@ -29,18 +30,27 @@ class Placement(NamedTuple):
 
 
 def place(
-  expert_Txk: jax.Array, *, num_experts: int, destinations: int = 1, capacity: int | None = None
+  expert_Txk: jax.Array,
+  *,
+  num_experts: int,
+  destinations: int = 1,
+  capacity: int | None = None,
+  expert_P: jax.Array | None = None,
 ) -> Placement:
-  """Sorts choices by expert. R is `destinations` times the most rows that one may need.
+  """Sorts choices by slot. R is `destinations` times the most rows that one may need.
 
   Args:
     expert_Txk: int32, the chosen experts, which differ from each other; `num_experts`: none.
     num_experts: E.
-    destinations: n, which divides E.
+    destinations: n, which divides P.
     capacity: the most rows of an expert; its later choices get none. None: no limit.
+    expert_P: int32, the expert of each slot; E: none. All experts have a slot. Slots of one expert
+      belong to different destinations and share its rows equally, in the order of tokens. None:
+      slot i has expert i.
   """
   num_tokens, k = expert_Txk.shape
-  per_destination = num_experts // destinations
+  num_slots = num_experts if expert_P is None else expert_P.shape[0]
+  per_destination = num_slots // destinations
   most = num_tokens * min(k, per_destination)
   if capacity is not None:
     most = min(most, per_destination * capacity)
@@ -54,30 +64,56 @@ def place(
   sizes_E = stop_E - start_E
   if capacity is not None:
     sizes_E = jnp.minimum(sizes_E, capacity)
-  sizes_nxe = sizes_E.reshape(destinations, per_destination)
-  row_stop_nxe = jnp.cumsum(sizes_nxe, axis=1)
-  first_row_nx1 = most * jnp.arange(destinations, dtype=jnp.int32)[:, None]
-  row_start_E = (first_row_nx1 + row_stop_nxe - sizes_nxe).reshape(-1)
-
   # The experts of choices that name none are clipped; their rows are not used.
   own_A = jnp.minimum(expert_A, num_experts - 1)
   index_A = rank_A - start_E[own_A]
   has_row_A = (expert_A < num_experts) & (index_A < sizes_E[own_A])
-  row_A = jnp.where(has_row_A, row_start_E[own_A] + index_A, -1)
+  if expert_P is None:
+    start_P, sizes_P, slot_A = start_E, sizes_E, own_A
+  else:
+    start_P, sizes_P, slot_A = _shared(start_E, sizes_E, expert_P, own_A, index_A)
+  sizes_nxe = sizes_P.reshape(destinations, per_destination)
+  row_stop_nxe = jnp.cumsum(sizes_nxe, axis=1)
+  first_row_nx1 = most * jnp.arange(destinations, dtype=jnp.int32)[:, None]
+  row_start_P = (first_row_nx1 + row_stop_nxe - sizes_nxe).reshape(-1)
+  row_A = jnp.where(has_row_A, row_start_P[slot_A] + rank_A - start_P[slot_A], -1)
 
   index_L = jnp.arange(most, dtype=jnp.int32)
-  expert_nxL = sorted_experts(sizes_nxe, most)
-  is_row_nxL = expert_nxL < per_destination
+  slot_nxL = sorted_experts(sizes_nxe, most)
+  is_row_nxL = slot_nxL < per_destination
   first_nx1 = per_destination * jnp.arange(destinations, dtype=jnp.int32)[:, None]
-  expert_nxL = jnp.minimum(expert_nxL, per_destination - 1) + first_nx1
-  index_nxL = index_L[None] + first_row_nx1 - row_start_E[expert_nxL]
-  sorted_nxL = jnp.where(is_row_nxL, start_E[expert_nxL] + index_nxL, 0)
+  slot_nxL = jnp.minimum(slot_nxL, per_destination - 1) + first_nx1
+  index_nxL = index_L[None] + first_row_nx1 - row_start_P[slot_nxL]
+  sorted_nxL = jnp.where(is_row_nxL, start_P[slot_nxL] + index_nxL, 0)
   choice_nxL = jnp.where(is_row_nxL, order_A[sorted_nxL], -1)
   return Placement(
     row_A.reshape(num_tokens, k).astype(jnp.int32),
     choice_nxL.reshape(-1).astype(jnp.int32),
     sizes_nxe,
   )
+
+
+def _shared(start_E, sizes_E, expert_P, expert_A, index_A):
+  """Divides the sorted choices of each expert among its slots.
+
+  Returns:
+    The first choice of each slot in their sorted order, their numbers, and the slot of each choice,
+    from its expert and its index among the expert's choices.
+  """
+  num_experts = sizes_E.shape[0]
+  is_slot_ExP = expert_P[None] == jnp.arange(num_experts, dtype=jnp.int32)[:, None]
+  copies_E = jnp.sum(is_slot_ExP, axis=1, dtype=jnp.int32)
+  first_E = jnp.cumsum(copies_E) - copies_E
+  # Slots by expert, the empty ones last.
+  order_P = jnp.argsort(expert_P, stable=True)
+  own_P = jnp.minimum(expert_P, num_experts - 1)
+  copy_P = jnp.argsort(order_P) - first_E[own_P]
+  begin_P = copy_P * sizes_E[own_P] // copies_E[own_P]
+  end_P = (copy_P + 1) * sizes_E[own_P] // copies_E[own_P]
+  sizes_P = jnp.where(expert_P < num_experts, end_P - begin_P, 0)
+  copy_A = ((index_A + 1) * copies_E[expert_A] - 1) // jnp.maximum(sizes_E[expert_A], 1)
+  slot_A = order_P[first_E[expert_A] + copy_A]
+  return start_E[own_P] + begin_P, sizes_P.astype(jnp.int32), slot_A
 
 
 def sorted_experts(sizes_nxe: jax.Array, num_rows: int) -> jax.Array:

@@ -1,8 +1,8 @@
 """The feed-forward networks of experts on a mesh: dispatch, products, combination.
 
-T local tokens, k choices per token, M model width, F local feed-forward width, E experts, e local
-experts, n devices that exchange rows, t devices of the tensor axis, S sources of rows, L rows per
-source, R = S L rows, N chunks.
+T local tokens, k choices per token, M model width, F local feed-forward width, E experts, P slots
+of all devices, e local slots, n devices that exchange rows, t devices of the tensor axis, S sources
+of rows, L rows per source, R = S L rows, N chunks. A slot computes one expert.
 """
 
 import functools
@@ -55,6 +55,7 @@ def expert_feed_forward(
   up_exMxF: jax.Array,
   down_exFxM: jax.Array,
   settings: Settings,
+  expert_P: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """The sum over a token's experts of share x SwiGLU of the expert, and the choices dropped.
 
@@ -62,9 +63,9 @@ def expert_feed_forward(
   in the backward pass, so memory is that of one chunk: up to min(k, experts per device) rows per
   token and exchanging device, all of which exist only if every token chooses the same device.
 
-  On a mesh, call it inside `jax.shard_map(..., check_vma=True)`. Local experts are the slice of all
-  experts that belongs to a device whose number, counted along `exchange_axes` and then
-  `expert_axes`, has the last axis changing fastest.
+  On a mesh, call it inside `jax.shard_map(..., check_vma=True)`. Local slots are the slice of all
+  slots that belongs to a device whose number, counted along `exchange_axes` and then `expert_axes`,
+  has the last axis changing fastest.
 
   Args:
     x_TxM: float32 or bfloat16. Products run in its dtype.
@@ -75,20 +76,22 @@ def expert_feed_forward(
     up_exMxF: likewise.
     down_exFxM: likewise.
     settings: how the work is divided.
+    expert_P: int32, the expert of each slot, as `kernels.experts.dispatch.place` takes it. None:
+      slot i has expert i.
 
   Returns:
     [T, M] in the dtype of x, and the number of choices of these tokens that capacity dropped, a
     float32 scalar. Both vary over the axes that the tokens vary over.
   """
-  x_TxM, expert_Txk, share_Txk, *weights = vary_trees_alike(
-    x_TxM, expert_Txk, share_Txk, gate_exMxF, up_exMxF, down_exFxM
+  x_TxM, expert_Txk, share_Txk, expert_P, *weights = vary_trees_alike(
+    x_TxM, expert_Txk, share_Txk, expert_P, gate_exMxF, up_exMxF, down_exFxM
   )
   tokens = x_TxM, expert_Txk, share_Txk
   num_chunks = -(-x_TxM.shape[0] // settings.chunk)
   if num_chunks == 1:
-    out_TxM, dropped = _whole(settings, tokens, weights)
+    out_TxM, dropped = _whole(settings, tokens, weights, expert_P)
   else:
-    out_TxM, dropped = _by_chunks(num_chunks, settings, tokens, weights)
+    out_TxM, dropped = _by_chunks(num_chunks, settings, tokens, weights, expert_P)
   shared = (*settings.expert_axes, *(() if settings.has_part_of_tokens else _tensor(settings)))
   if shared:
     # The devices along these axes counted the same choices.
@@ -100,7 +103,7 @@ def _tensor(settings: Settings) -> tuple[str, ...]:
   return () if settings.tensor_axis is None else (settings.tensor_axis,)
 
 
-def _whole(settings: Settings, tokens, weights) -> tuple[jax.Array, jax.Array]:
+def _whole(settings: Settings, tokens, weights, expert_P) -> tuple[jax.Array, jax.Array]:
   """The networks for all tokens at once."""
   x_TxM, expert_Txk, share_Txk = tokens
   exchange = Exchange(settings.exchange_axes, settings.is_ragged)
@@ -109,7 +112,13 @@ def _whole(settings: Settings, tokens, weights) -> tuple[jax.Array, jax.Array]:
   if settings.capacity_factor is not None:
     mean = expert_Txk.size / settings.num_experts
     capacity = max(int(settings.capacity_factor * mean), 1)
-  placement = place(expert_Txk, num_experts=settings.num_experts, destinations=n, capacity=capacity)
+  placement = place(
+    expert_Txk,
+    num_experts=settings.num_experts,
+    destinations=n,
+    capacity=capacity,
+    expert_P=expert_P,
+  )
   x_RxM = spread(x_TxM, placement.row_Txk, placement.choice_R)
   y_RxM = _exchanged(settings, exchange, n, x_RxM, placement.sizes_nxe, weights)
   out_TxM = combine(y_RxM, share_Txk, placement.row_Txk, placement.choice_R)
@@ -167,27 +176,28 @@ def _local(settings: Settings, x_SxLxM, sizes_Sxe, weights):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _by_chunks(num_chunks: int, settings: Settings, tokens, weights):
+def _by_chunks(num_chunks: int, settings: Settings, tokens, weights, expert_P):
   out_NxCxM, dropped_N = jax.lax.map(
-    lambda chunk: _whole(settings, chunk, weights), _split(settings, tokens, num_chunks)
+    lambda chunk: _whole(settings, chunk, weights, expert_P), _split(settings, tokens, num_chunks)
   )
   num_tokens, M = tokens[0].shape
   return out_NxCxM.reshape(-1, M)[:num_tokens], jnp.sum(dropped_N)
 
 
-def _forward(num_chunks, settings, tokens, weights):
-  return _by_chunks(num_chunks, settings, tokens, weights), (tokens, weights)
+def _forward(num_chunks, settings, tokens, weights, expert_P):
+  residuals = tokens, weights, expert_P
+  return _by_chunks(num_chunks, settings, *residuals), residuals
 
 
 def _backward(num_chunks, settings, residuals, gradients):
-  tokens, weights = residuals
+  tokens, weights, expert_P = residuals
   out_gradient_TxM, _ = gradients
 
   def add_chunk(totals, chunk):
     (x_CxM, expert_Cxk, share_Cxk), out_gradient_CxM = chunk
 
     def network(x_CxM, share_Cxk, weights):
-      return _whole(settings, (x_CxM, expert_Cxk, share_Cxk), weights)[0]
+      return _whole(settings, (x_CxM, expert_Cxk, share_Cxk), weights, expert_P)[0]
 
     _, transpose = jax.vjp(network, x_CxM, share_Cxk, weights)
     x_gradient, share_gradient, weight_gradients = transpose(out_gradient_CxM)
@@ -200,13 +210,18 @@ def _backward(num_chunks, settings, residuals, gradients):
   num_tokens = x_TxM.shape[0]
   token_gradients = (
     x_gradient_NxCxM.reshape(-1, x_TxM.shape[1])[:num_tokens],
-    np.zeros(expert_Txk.shape, jax.dtypes.float0),
+    _no_gradient(expert_Txk),
     share_gradient_NxCxk.reshape(-1, share_Txk.shape[1])[:num_tokens],
   )
-  return token_gradients, jax.tree.map(lambda total, w: total.astype(w.dtype), totals, weights)
+  weight_gradients = jax.tree.map(lambda total, w: total.astype(w.dtype), totals, weights)
+  return token_gradients, weight_gradients, jax.tree.map(_no_gradient, expert_P)
 
 
 _by_chunks.defvjp(_forward, _backward)
+
+
+def _no_gradient(integers: jax.Array) -> np.ndarray:
+  return np.zeros(integers.shape, jax.dtypes.float0)
 
 
 def _split(settings: Settings, tokens, num_chunks: int):

@@ -30,6 +30,7 @@ FREE = (
   # The same batches and the same mathematics, divided differently.
   r"stages\[\d+\]\.(mesh\..*|layout|accumulation_steps)",
   r"model\.(remat|head_groups|feed_forward_chunk|loss_chunk|vocab_multiple|attention_backend)",
+  r"model\.experts\.(placement|spare_slots|load_decay)",
   r"optimizer\.offload",
 )
 

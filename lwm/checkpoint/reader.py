@@ -12,6 +12,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from lwm.checkpoint import digests
@@ -21,6 +22,7 @@ from lwm.checkpoint.items import stored_tokenizer
 from lwm.checkpoint.position import Position
 from lwm.config.experiment import AnyExperiment, Experiment, Stage, VQGANExperiment
 from lwm.errors import UserError
+from lwm.program.trainable import Trainable, matching
 
 # The directory of checkpoints in a run's workdir.
 DIRECTORY = "checkpoints"
@@ -183,11 +185,18 @@ class StoredCheckpoint:
 
     Tables of ids may have another size than the stored ones: zeros are added for ids at the end,
     or ids at the end are left out. Padding depends on the mesh, and a model may get vision ids.
+    Loads of experts (`ExpertsConfig.placement`) are zero or left out likewise.
 
     Args:
       abstract: a tree of `jax.ShapeDtypeStruct` with shardings, with the structure that was stored.
     """
-    return self._restore(PARAMS, abstract)
+    loads = matching(abstract, ["*.expert_load"]).names
+    if not loads:
+      return self._restore(PARAMS, abstract)
+    absent = Trainable(loads.difference(self.reader().arrays))
+    new, stored = absent.split(abstract)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), new)
+    return absent.join(zeros, self._restore(PARAMS, stored))
 
   def moments(self, abstract: Any) -> Any:
     """Reads the optimizer's state, likewise."""
@@ -209,7 +218,7 @@ class StoredCheckpoint:
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
       return checkpointer.restore(
-        self.path / item, args=ocp.args.PyTreeRestore(item=abstract, restore_args=arguments)
+        self.path / item, args=ocp.args.PyTreeRestore(abstract, arguments, partial_restore=True)
       )
 
 

@@ -29,6 +29,7 @@ class Stretch:
 # The kind of layers whose feed-forward network is `ModelConfig.experts`.
 EXPERTS = "experts"
 ROUTERS = ("softmax", "sigmoid")
+PLACEMENTS = ("home", "move", "replicate")
 
 
 @dataclasses.dataclass
@@ -57,6 +58,15 @@ class ExpertsConfig:
   # The most rows of an expert from one device and chunk of tokens, as a multiple of their mean;
   # further tokens skip the expert. None: no token does.
   capacity_factor: float | None = None
+  # Where experts are computed on a mesh that divides them. "home": where they are stored. Or each
+  # device has spare slots, in which hot experts of others are computed: instead of there ("move"),
+  # or as well, each copy for an equal share of the tokens ("replicate").
+  placement: str = "home"
+  # Slots per device and layer, unless placement is "home".
+  spare_slots: int = 1
+  # The loads that placement follows are means over steps. Each step multiplies the weights of the
+  # steps before by this number.
+  load_decay: float = 0.9
 
 
 # Projections that can have a low-rank addition.

@@ -17,6 +17,7 @@ from lwm.config.experiment import (
 from lwm.config.model import (
   COMPUTE_DTYPES,
   EXPERTS,
+  PLACEMENTS,
   PROJECTIONS,
   REMAT_POLICIES,
   ROUTERS,
@@ -245,6 +246,12 @@ def _check_experts(experts: ExpertsConfig) -> None:
       f"config.model.experts.num_experts={experts.num_experts}."
     )
   _one_of("model.experts.router", experts.router, ROUTERS)
+  _one_of("model.experts.placement", experts.placement, PLACEMENTS)
+  _at_least("model.experts.spare_slots", experts.spare_slots, 1)
+  if not 0 <= experts.load_decay < 1:
+    raise ConfigError(
+      f"config.model.experts.load_decay={experts.load_decay} must be at least 0 and less than 1."
+    )
   _positive("model.experts.scale", experts.scale)
   for field in ("balance_loss", "router_z_loss", "bias_rate"):
     _not_negative(f"model.experts.{field}", getattr(experts, field))

@@ -131,8 +131,14 @@ def layer_rows(
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
-  """Shapes of all parameters of a model, by dotted path; tables without rows of padding."""
-  abstract = model_lib.build(dataclasses.replace(config, vocab_multiple=1)).abstract()
+  """Shapes of all parameters of a model, by dotted path.
+
+  Tables are without rows of padding, and loads of experts (`ExpertsConfig.placement`) are not
+  parameters that another format holds.
+  """
+  experts = config.experts and dataclasses.replace(config.experts, placement="home")
+  config = dataclasses.replace(config, vocab_multiple=1, experts=experts)
+  abstract = model_lib.build(config).abstract()
   return {
     jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape
     for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]

@@ -88,6 +88,7 @@ class LayerCost:
   Attributes:
     weights: elements of the matrices, on all devices together.
     expert_weights: how many of these belong to experts, which devices divide.
+    spare_weights: elements of the copies of experts on a device, before `tensor` divides them.
     flops: forward FLOPs of matrix products per token.
     pair_flops: forward FLOPs per (query, key) pair.
     recompute_flops: FLOPs per token that the backward pass computes again.
@@ -105,6 +106,7 @@ class LayerCost:
 
   weights: int = 0
   expert_weights: int = 0
+  spare_weights: int = 0
   flops: int = 0
   pair_flops: int = 0
   recompute_flops: int = 0
@@ -121,7 +123,13 @@ class LayerCost:
 def weights_in_use(cost: LayerCost, division: Division) -> float:
   """Elements of the gathered weights that a device uses."""
   dense = cost.weights - cost.expert_weights
-  return dense / division.tensor + cost.expert_weights / division.of_experts
+  return dense / division.tensor + sum(experts_in_use(cost, division))
+
+
+def experts_in_use(cost: LayerCost, division: Division) -> tuple[float, float]:
+  """Elements of the gathered weights of experts that a device uses: its own, and copies."""
+  tensor = 1 if division.divides_experts else division.tensor
+  return cost.expert_weights / division.of_experts, cost.spare_weights / tensor
 
 
 def total(layers: Iterable[tuple[LayerCost, int]]) -> LayerCost:

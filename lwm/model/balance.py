@@ -1,7 +1,8 @@
-"""Balances the loads of experts without a loss (arXiv 2408.15664), as DeepSeek-V3 does.
+"""What follows the loads of experts without an optimizer: biases of routers, and mean loads.
 
-A router chooses by score + bias. After each step, the biases of experts with more than the mean
-load fall, and those of the others rise. No optimizer changes them.
+Biases balance the loads without a loss (arXiv 2408.15664), as in DeepSeek-V3: a router chooses by
+score + bias. After each step, the biases of experts with more than the mean load fall, and those of
+the others rise. Mean loads decide where experts are computed (lwm/model/placement.py).
 
 L layers of experts, E experts.
 """
@@ -14,12 +15,15 @@ import jax.numpy as jnp
 from lwm.config.model import EXPERTS, ModelConfig
 from lwm.model.decoder import stretch_name
 
-# A glob over the names of the biases.
-BIASES = "*.router_bias"
+# Globs over the names of these parameters.
+FOLLOWERS = ("*.router_bias", "*.expert_load")
 
 
 def rebalanced(config: ModelConfig, frozen: Any, statistics: dict[str, jax.Array]) -> Any:
-  """The frozen parameters after a step: bias += bias_rate x sign(mean load - load).
+  """The frozen parameters after a step.
+
+  bias += bias_rate x sign(mean load - load), and the mean load becomes load_decay x mean load +
+  (1 - load_decay) x load / (mean over experts).
 
   Args:
     config: the decoder.
@@ -35,11 +39,16 @@ def rebalanced(config: ModelConfig, frozen: Any, statistics: dict[str, jax.Array
     name, layers = stretch_name(index), slice(first, first + stretch.num_layers)
     first = layers.stop
     layer = frozen.get(name, {}).get("feed_forward", {})
-    if "router_bias" not in layer or "router" in layer:
-      continue
     load_LxE = jnp.sum(statistics["expert_load"][layers], axis=1)
-    direction_LxE = jnp.sign(jnp.mean(load_LxE, axis=1, keepdims=True) - load_LxE)
-    bias_LxE = layer["router_bias"] + config.experts.bias_rate * direction_LxE
-    stretch_params = frozen[name] | {"feed_forward": layer | {"router_bias": bias_LxE}}
-    frozen = frozen | {name: stretch_params}
+    mean_Lx1 = jnp.mean(load_LxE, axis=1, keepdims=True)
+    new = {}
+    if "router_bias" in layer and "router" not in layer:
+      new["router_bias"] = layer["router_bias"] + config.experts.bias_rate * jnp.sign(
+        mean_Lx1 - load_LxE
+      )
+    if "expert_load" in layer:
+      decay, relative_LxE = config.experts.load_decay, load_LxE / jnp.maximum(mean_Lx1, 1e-9)
+      new["expert_load"] = decay * layer["expert_load"] + (1 - decay) * relative_LxE
+    if new:
+      frozen = frozen | {name: frozen[name] | {"feed_forward": layer | new}}
   return frozen

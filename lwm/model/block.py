@@ -52,11 +52,12 @@ class Block(nnx.Module):
     head_groups: int = 1,
     prompt: Prompt | None = None,
     modality_BxS: jax.Array | None = None,
+    expert_P: jax.Array | None = None,
   ) -> tuple[jax.Array, Any, Extras]:
     """One layer of the stretch; its parameters have no axis of layers here.
 
-    `modality_BxS` is that of the tokens, as `lwm.model.experts.Experts` takes it. Dense layers
-    treat all tokens alike.
+    `modality_BxS` and `expert_P` are as `lwm.model.experts.Experts` takes them. Dense layers treat
+    all tokens alike.
 
     Returns:
       The residual stream after the block, [B, S, M]; what `attend` carries on; and the extras.
@@ -69,11 +70,15 @@ class Block(nnx.Module):
       input_BxSxM, cosine_BxSxP, sine_BxSxP, attend, head_groups
     )
     x_BxSxM += mixed_BxSxM
-    out_BxSxM, extras = self._feed_forward(self.feed_forward_norm(x_BxSxM), modality_BxS)
+    out_BxSxM, extras = self._feed_forward(self.feed_forward_norm(x_BxSxM), modality_BxS, expert_P)
     return x_BxSxM + out_BxSxM, carried, extras
 
+  def expert_slots(self) -> jax.Array | None:
+    """See `lwm.model.experts.Experts.slots`."""
+    return None
+
   def _feed_forward(
-    self, x_BxSxM: jax.Array, modality_BxS: jax.Array | None
+    self, x_BxSxM: jax.Array, modality_BxS: jax.Array | None, expert_P: jax.Array | None
   ) -> tuple[jax.Array, Extras]:
     return self.feed_forward(x_BxSxM), extras_lib.nothing()
 
@@ -97,10 +102,13 @@ class ExpertBlock(Block):
   _make_feed_forward = Experts
   _feed_forward_cost = staticmethod(experts_cost)
 
+  def expert_slots(self) -> jax.Array | None:
+    return self.feed_forward.slots()
+
   def _feed_forward(
-    self, x_BxSxM: jax.Array, modality_BxS: jax.Array | None
+    self, x_BxSxM: jax.Array, modality_BxS: jax.Array | None, expert_P: jax.Array | None
   ) -> tuple[jax.Array, Extras]:
-    return self.feed_forward(x_BxSxM, modality_BxS)
+    return self.feed_forward(x_BxSxM, modality_BxS, expert_P)
 
 
 # Kinds of layers by the name that `Stretch.kind` gives them.

@@ -25,7 +25,7 @@ from lwm.errors import ConfigError
 from lwm.model import extras as extras_lib, quantised, rope
 from lwm.model.adapter import Prompt, has_vision, has_vision_in_cache, modality_embeddings
 from lwm.model.attention import SAVE_ATTENTION, attended
-from lwm.model.block import KINDS
+from lwm.model.block import KINDS, Block
 from lwm.model.cache import Cache
 from lwm.model.experts import PADDING
 from lwm.model.extras import Extras
@@ -114,14 +114,16 @@ class Decoder(nnx.Module):
       graph, stacked_layers = nnx.split(blocks)
 
       @functools.partial(jax.checkpoint, prevent_cse=False, policy=_SAVED[self.config.remat])
-      def block(x_BxSxM, layer):
+      def block(x_BxSxM, layer_and_slots):
+        layer, expert_P = layer_and_slots
         x_BxSxM = checkpoint_name(x_BxSxM, _BLOCK_INPUT)
         x_BxSxM, _, extras = nnx.merge(graph, layer)(
-          x_BxSxM, cosine, sine, attend, self.config.head_groups, prompt, modality_BxS
+          x_BxSxM, cosine, sine, attend, self.config.head_groups, prompt, modality_BxS, expert_P
         )
         return x_BxSxM, extras
 
-      x_BxSxM, extras = jax.lax.scan(block, x_BxSxM, stacked_layers, unroll=_uses_gloo())
+      layers = stacked_layers, blocks.expert_slots()
+      x_BxSxM, extras = jax.lax.scan(block, x_BxSxM, layers, unroll=_uses_gloo())
       reported.append(extras)
     return self.norm(x_BxSxM), extras_lib.of_decoder(reported)
 
@@ -201,7 +203,7 @@ class Decoder(nnx.Module):
     return HEAD.specs(self)
 
   @property
-  def _stretches(self) -> list[nnx.Module]:
+  def _stretches(self) -> list[Block]:
     return [
       getattr(self, stretch_name(index)) for index in range(len(self.config.resolved_stretches))
     ]

@@ -2,7 +2,8 @@
 
 Stored parameters have a leading axis of layers; `lax.scan` removes it before the layer is called.
 Shapes: L layers of a stretch, B batch, S sequence, T local tokens, k experts per token, M model
-width, E experts, F feed-forward width of an expert. A 2 is (text, vision), as in MODALITIES.
+width, E experts, P slots (lwm/model/placement.py), F feed-forward width of an expert. A 2 is (text,
+vision), as in MODALITIES.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from lwm.cost.layer import KEPT, Division, LayerCost, dtype_bytes, total
 from lwm.model.extras import Extras
 from lwm.model.feed_forward import FeedForward, feed_forward_cost
 from lwm.model.parameters import matrix, residual_std, zeros
+from lwm.model.placement import choose_slots, device_loads, num_devices, with_spare_slots
 from lwm.parallel.sharding import ShardingRules
 
 # The modality of padding.
@@ -73,22 +75,38 @@ class Experts(nnx.Module):
     self.expert_down = matrix(rngs, rules, (L, E, F, M), ("layers", *_OUT), residual_std(config))
     if experts.router == "sigmoid":
       self.router_bias = zeros(rules, (L, E), ("layers", None))
+    if experts.placement != "home":
+      # A mean over steps; lwm/model/balance.py changes it.
+      self.expert_load = zeros(rules, (L, E), ("layers", None))
     has_shared = experts.shared_experts > 0
     self.shared = FeedForward(_shared(config), num_layers, rules, rngs) if has_shared else None
 
+  def slots(self) -> jax.Array | None:
+    """The expert of each slot of each layer, int32 [L, P]; None: experts stay at home.
+
+    Call it before `lax.scan` removes the axis of layers.
+    """
+    n = num_devices(self.rules)
+    if self.config.placement == "home" or n == 1:
+      return None
+    return choose_slots(self.config, self.expert_load.get_value(), n)
+
   def __call__(
-    self, x_BxSxM: jax.Array, modality_BxS: jax.Array | None
+    self, x_BxSxM: jax.Array, modality_BxS: jax.Array | None, expert_P: jax.Array | None = None
   ) -> tuple[jax.Array, Extras]:
     """The layer's result for each token, [B, S, M], and what it reports.
 
     Args:
       x_BxSxM: sharded like the residual stream.
       modality_BxS: int32, of the tokens; PADDING is sent to no expert. None: all tokens are text.
+      expert_P: what `slots` gives for this layer.
 
     Returns:
       The result, which the caller adds to the residual stream; and the losses `balance_loss` and
       `router_z_loss`, and the statistics `expert_load`, choices by modality and expert [2, E], and
-      with a capacity `expert_dropped`, the share of choices without a place.
+      with a capacity `expert_dropped`, the share of choices without a place. If devices divide the
+      experts, also `expert_imbalance`, the largest load of a device divided by the mean, with all
+      experts at home and as they are placed, [2].
     """
     rules = self.rules
     if modality_BxS is None:
@@ -100,30 +118,38 @@ class Experts(nnx.Module):
     bias_E = self.router_bias.get_value() if has_bias else None
     router = rules.gather(self.router.get_value(), jnp.float32, *_ROUTER, whole=whole)
     weights = [
-      rules.gather(parameter.get_value(), x_BxSxM.dtype, *axes)
+      rules.gather(
+        self._in_slots(parameter.get_value(), expert_P, x_BxSxM.dtype, axes), x_BxSxM.dtype, *axes
+      )
       for parameter, axes in (
         (self.expert_gate, _IN),
         (self.expert_up, _IN),
         (self.expert_down, _OUT),
       )
     ]
-    out_BxSxM, sums = jax.shard_map(
+    out_BxSxM, sums, largest_2 = jax.shard_map(
       self._local,
       in_specs=(
         rows,
         rules.spec("batch", "residual"),
         rules.gathered(*_ROUTER, whole=whole),
         rules.spec(None) if has_bias else None,
+        None if expert_P is None else rules.spec(None),
         *(rules.gathered(*axes) for axes in (_IN, _IN, _OUT)),
       ),
-      out_specs=(rows, jax.P()),
-    )(x_BxSxM, modality_BxS, router, bias_E, *weights)
+      out_specs=(rows, jax.P(), jax.P()),
+    )(x_BxSxM, modality_BxS, router, bias_E, expert_P, *weights)
     if self.shared is not None:
       out_BxSxM += self.shared(x_BxSxM)
-    return out_BxSxM, self._extras(sums)
+    return out_BxSxM, self._extras(sums, largest_2)
 
-  def _local(self, x_BxSxM, modality_BxS, router_MxE, bias_E, gate, up, down):
-    """This device's tokens, and sums over the tokens of all devices."""
+  def _in_slots(self, weight, expert_P, dtype, axes):
+    if expert_P is None:
+      return weight
+    return with_spare_slots(weight, expert_P, dtype, self.rules, axes)
+
+  def _local(self, x_BxSxM, modality_BxS, router_MxE, bias_E, expert_P, gate, up, down):
+    """This device's tokens, sums over the tokens of all devices, and the largest loads of any."""
     config, rules = self.config, self.rules
     x_TxM, modality_T = x_BxSxM.reshape(-1, x_BxSxM.shape[2]), modality_BxS.reshape(-1)
     x_TxM, modality_T, router_MxE, bias_E = vary_trees_alike(x_TxM, modality_T, router_MxE, bias_E)
@@ -131,8 +157,9 @@ class Experts(nnx.Module):
     routing = route(config, logits_TxE, bias_E)
     is_token_T = modality_T != PADDING
     expert_Txk = jnp.where(is_token_T[:, None], routing.expert_Txk, config.num_experts)
+    settings = self._settings(x_BxSxM.shape[0])
     out_TxM, dropped = expert_feed_forward(
-      x_TxM, expert_Txk, routing.share_Txk, gate, up, down, self._settings(x_BxSxM.shape[0])
+      x_TxM, expert_Txk, routing.share_Txk, gate, up, down, settings, expert_P
     )
     modality_2xT = modality_T[None] == jnp.arange(len(MODALITIES))[:, None]
     chosen_TxE = jnp.sum(jax.nn.one_hot(expert_Txk, config.num_experts), axis=1)
@@ -143,7 +170,29 @@ class Experts(nnx.Module):
       jnp.sum(jnp.where(is_token_T, square_T, 0)),
       dropped,
     )
-    return out_TxM.reshape(x_BxSxM.shape), jax.lax.psum(sums, rules.residual_axes)
+    load_E = jax.lax.stop_gradient(jnp.sum(chosen_TxE, axis=0))
+    return (
+      out_TxM.reshape(x_BxSxM.shape),
+      jax.lax.psum(sums, rules.residual_axes),
+      self._largest_loads(load_E, expert_P, settings),
+    )
+
+  def _largest_loads(self, load_E, expert_P, settings: Settings):
+    """The largest load of a device as a multiple of the mean, at home and as placed."""
+    rules, n = self.rules, num_devices(self.rules)
+    if n == 1:
+      return None
+    # Tokens are sent to the same devices along these axes.
+    senders = settings.exchange_axes
+    if settings.has_part_of_tokens:
+      senders = (*senders, rules.tensor)
+    others = tuple(axis for axis in rules.residual_axes if axis not in senders)
+    load_E = jax.lax.psum(load_E, senders)
+    home_E = jnp.arange(self.config.num_experts, dtype=jnp.int32)
+    placements = home_E, home_E if expert_P is None else expert_P
+    largest_2 = jnp.stack([jnp.max(device_loads(load_E, slots, n)) for slots in placements])
+    mean = jax.lax.pmean(jnp.sum(load_E), others) / n
+    return jax.lax.pmax(largest_2, others) / jnp.maximum(mean, 1e-9)
 
   def _settings(self, num_rows: int) -> Settings:
     rules, config = self.rules, self.config
@@ -163,7 +212,7 @@ class Experts(nnx.Module):
       is_ragged=mesh.abstract_device.platform == "tpu",
     )
 
-  def _extras(self, sums: _Sums) -> Extras:
+  def _extras(self, sums: _Sums, largest_2: jax.Array | None) -> Extras:
     config = self.config
     chosen = jnp.maximum(jnp.sum(sums.load_2xE), 1)
     tokens = chosen / config.experts_per_token
@@ -176,6 +225,8 @@ class Experts(nnx.Module):
     statistics = {"expert_load": sums.load_2xE}
     if config.capacity_factor is not None:
       statistics["expert_dropped"] = sums.dropped / chosen
+    if largest_2 is not None:
+      statistics["expert_imbalance"] = largest_2
     return Extras(losses, statistics)
 
 
@@ -213,9 +264,11 @@ def experts_cost(config: ModelConfig, division: Division) -> LayerCost:
   keeps_rows = kept.everything and division.row_length <= config.feed_forward_chunk
   passes = 2 if keeps_rows else 3
   tensor = 1 if division.divides_experts else division.tensor
+  has_spare = experts.placement != "home" and division.experts > 1
   own = LayerCost(
     weights=3 * E * M * F + M * E,
     expert_weights=3 * E * M * F,
+    spare_weights=3 * experts.spare_slots * M * F if has_spare else 0,
     flops=k * 6 * M * F + 2 * M * E,
     # The gradient of a share needs the result of the expert, so nothing is spared.
     recompute_flops=0 if keeps_rows else k * 6 * M * F + 2 * M * E,

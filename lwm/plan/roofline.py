@@ -107,7 +107,7 @@ def estimate(
   def wires(*what: str) -> float:
     return sum(part.seconds for part in traffic if part.what in what)
 
-  weights = wires("weights", "gradients", "tables", "gradients of tables")
+  weights = wires("weights", "gradients", "tables", "gradients of tables", "copies of experts")
   keys, kept = wires("keys and values"), wires("activations kept")
   busy = max(compute, memory)
   seconds = {

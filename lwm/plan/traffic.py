@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from lwm.config.experiment import Experiment, OptimizerConfig, Stage
-from lwm.cost.layer import FLOAT32_BYTES, KEPT, Division, dtype_bytes
+from lwm.cost.layer import FLOAT32_BYTES, KEPT, Division, dtype_bytes, experts_in_use
 from lwm.model.flops import body_cost, vocabulary_weights
 from lwm.parallel.sharding import ShardingRules
 from lwm.plan.topology import Topology
@@ -48,15 +48,18 @@ def step_traffic(
   microbatch. Activations are gathered over `rules.tensor` before each half of a block and scattered
   after it. Keys and values go around the ring, and in the backward pass their float32 gradients
   with them. `rules.ulysses` exchanges heads for tokens. The weights of experts are gathered over
-  `rules.expert_model` alone; tokens travel to them and back over `rules.experts`. What is offloaded
-  goes to the host's memory and comes back. Frozen parameters have no gradients and no moments.
+  `rules.expert_model` alone; tokens travel to them and back over `rules.experts`. Before that, the
+  shards of all copies of experts are scattered over `rules.experts`, and their gradients gathered.
+  What is offloaded goes to the host's memory and comes back. Frozen parameters have no gradients
+  and no moments.
   """
   model, rules, sizes = experiment.model, ShardingRules(), mesh.shape
   kept, division = KEPT[model.remat], Division.of(stage, sizes)
   cost, tables = body_cost(model, division), vocabulary_weights(model)
   number, tensor, tokens = dtype_bytes(model.compute_dtype), division.tensor, division.tokens
   body = (cost.weights - cost.expert_weights) / tensor
-  experts = cost.expert_weights / division.of_experts
+  own_experts, copies = experts_in_use(cost, division)
+  experts = own_experts + copies
   stored, whole, group = rules.model, (*rules.model, rules.tensor), division.storage
   # Each device sends all but its own part.
   steps = stage.accumulation_steps
@@ -74,6 +77,7 @@ def step_traffic(
   heads = tokens * cost.exchanged * number * (division.ulysses - 1) / division.ulysses
   dispatched = tokens / tensor * cost.dispatched * number * (1 - 1 / division.experts)
   passes = 1 if kept.everything else 2
+  copied = steps * (division.experts - 1) * copies / around_experts
   sent = [
     (stored, "weights", stored_share * body * number * passes),
     (stored, "gradients", stored_share * trained_body * FLOAT32_BYTES),
@@ -88,6 +92,7 @@ def step_traffic(
     ),
     ((rules.tensor,), "activations", activations),
     (rules.experts, "tokens to experts", dispatched),
+    (rules.experts, "copies of experts", copied * (number * passes + trained.body * FLOAT32_BYTES)),
     ((rules.ring,), "keys and values", keys),
     ((rules.ulysses,), "heads", heads),
   ]

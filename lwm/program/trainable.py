@@ -54,9 +54,9 @@ class Trainable:
 def trainable(experiment: Experiment, stage: Stage, params: Mapping[str, Any]) -> Trainable:
   """What `Stage.trainable`, or else `OptimizerConfig.trainable`, names.
 
-  No optimizer trains the biases of routers (lwm/model/balance.py). Without patterns, all other
-  parameters are trained; of a model with parameters that were added to a
-  base (ADDED), only the added ones are.
+  No optimizer trains what follows the loads of experts (lwm/model/balance.py). Without patterns,
+  all other parameters are trained; of a model with parameters that were added to a base (ADDED),
+  only the added ones are.
 
   Args:
     experiment: validated.
@@ -70,7 +70,7 @@ def trainable(experiment: Experiment, stage: Stage, params: Mapping[str, Any]) -
   if stage.trainable is not None:
     where, patterns = f"stages.trainable of stage {stage.name!r}", stage.trainable
   names = _flatten(params)
-  balanced = fnmatch.filter(names, balance.BIASES)
+  balanced = [name for glob in balance.FOLLOWERS for name in fnmatch.filter(names, glob)]
   if not patterns:
     settings = _settings(experiment.model)
     if settings:

@@ -16,6 +16,8 @@ from lwm.config.batch import MODALITIES
 def plot_loads(records: list[dict[str, Any]], stage: str, path: pathlib.Path) -> bool:
   """Writes the loads of `stage` to `path`: the largest one by layer, and all by modality.
 
+  On a mesh that divides the experts, also the largest load of a device in any layer.
+
   Args:
     records: of metrics.jsonl; records of other stages are ignored.
     stage: its name.
@@ -29,9 +31,12 @@ def plot_loads(records: list[dict[str, Any]], stage: str, path: pathlib.Path) ->
     return False
   step_T = [r["step"] for r in train]
   load_TxLx2xE = np.array([r["expert_load"] for r in train])
-  figure = Figure(figsize=(8, 9), layout="constrained")
+  is_divided = "expert_imbalance" in train[0]
+  rows = 1 + is_divided + len(MODALITIES)
+  figure = Figure(figsize=(8, 3 * rows), layout="constrained")
   FigureCanvasAgg(figure)
-  largest, *by_modality = figure.subplots(1 + len(MODALITIES), 1, sharex=True)
+  largest, *middle = figure.subplots(rows, 1, sharex=True)
+  by_modality = middle[is_divided:]
 
   load_TxLxE = load_TxLx2xE.sum(axis=2)
   for layer in range(load_TxLxE.shape[1]):
@@ -43,6 +48,14 @@ def plot_loads(records: list[dict[str, Any]], stage: str, path: pathlib.Path) ->
   largest.grid(alpha=0.3)
   if load_TxLxE.shape[1] <= 8:
     largest.legend(fontsize="small")
+  if is_divided:
+    imbalance_Tx2 = np.array([r["expert_imbalance"] for r in train]).max(axis=1)
+    for values_T, label in zip(imbalance_Tx2.T, ("all experts at home", "as they were placed")):
+      middle[0].plot(step_T, values_T, linewidth=0.8, label=label)
+    middle[0].set_ylabel("device: largest / mean load")
+    middle[0].set_ylim(bottom=1)
+    middle[0].grid(alpha=0.3)
+    middle[0].legend(fontsize="small")
   for axes, modality, load_TxLxE in zip(by_modality, MODALITIES, np.moveaxis(load_TxLx2xE, 2, 0)):
     mean_TxLx1 = load_TxLxE.mean(axis=2, keepdims=True)
     ratio_TxLxE = load_TxLxE / np.where(mean_TxLx1 > 0, mean_TxLx1, 1)

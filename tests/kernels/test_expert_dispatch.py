@@ -21,14 +21,23 @@ def choices(rng):
   return expert_TxK.astype(np.int32)
 
 
+# Three slots per destination: expert 0 has three copies, expert 3 has moved, and one slot is empty.
+SLOTS = np.array([0, 1, 3, 2, E, 0, 4, 5, 0], np.int32)
+
+
 @pytest.mark.parametrize("capacity", (None, 2))
-@pytest.mark.parametrize("destinations", (1, 3))
-def test_rows_are_sorted_and_gradients_come_back(destinations, capacity):
+@pytest.mark.parametrize("destinations, expert_P", ((1, None), (3, None), (3, SLOTS)))
+def test_rows_are_sorted_and_gradients_come_back(destinations, expert_P, capacity):
   rng = np.random.default_rng(0)
   expert_TxK = choices(rng)
   placement = place(
-    jnp.asarray(expert_TxK), num_experts=E, destinations=destinations, capacity=capacity
+    jnp.asarray(expert_TxK),
+    num_experts=E,
+    destinations=destinations,
+    capacity=capacity,
+    expert_P=None if expert_P is None else jnp.asarray(expert_P),
   )
+  expert_P = np.arange(E) if expert_P is None else expert_P
   kept = np.zeros((T, K), bool)
   for expert in range(E):
     kept.reshape(-1)[np.flatnonzero(expert_TxK == expert)[:capacity]] = True
@@ -37,10 +46,15 @@ def test_rows_are_sorted_and_gradients_come_back(destinations, capacity):
   np.testing.assert_array_equal(choice_R[row_TxK[kept]], np.flatnonzero(kept))
   assert (choice_R >= 0).sum() == kept.sum() == placement.sizes_nxe.sum()
   experts_of_rows = np.where(choice_R < 0, E, expert_TxK.reshape(-1)[choice_R])
-  for index, rows in enumerate(experts_of_rows.reshape(destinations, -1)):
-    own = range(index * E // destinations, (index + 1) * E // destinations)
-    np.testing.assert_array_equal(placement.sizes_nxe[index], [(rows == e).sum() for e in own])
-    assert sorted(rows) == list(rows) and set(rows) <= {*own, E}
+  slots = expert_P.reshape(destinations, -1)
+  for rows, own, sizes in zip(
+    experts_of_rows.reshape(destinations, -1), slots, placement.sizes_nxe
+  ):
+    np.testing.assert_array_equal(rows[: sizes.sum()], np.repeat(own, sizes))
+    assert (rows[sizes.sum() :] == E).all()
+  for expert, number in enumerate(np.bincount(expert_TxK[kept], minlength=E)):
+    copies = placement.sizes_nxe.reshape(-1)[expert_P == expert]
+    assert copies.sum() == number and copies.max() - copies.min() <= 1
 
   x_TxM, share_TxK = rng.normal(size=(T, M)), rng.normal(size=(T, K))
   cotangent_TxM = rng.normal(size=(T, M)).astype(np.float32)

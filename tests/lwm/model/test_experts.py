@@ -15,6 +15,7 @@ from lwm.config.experiment import LossConfig
 from lwm.config.model import ExpertsConfig
 from lwm.model import build
 from lwm.model.experts import PADDING, Experts
+from lwm.model.placement import num_devices
 from lwm.parallel.sharding import ShardingRules
 from lwm.program.objective import Objective
 from lwm.program.optimizer import kept_unless_applied
@@ -61,8 +62,27 @@ def parameters(tiny, experts, skew):
   return params
 
 
-def run_layer(tiny, experts, rules, mesh, params):
-  """out, gradients of x and parameters, losses and statistics, of the layer on a mesh."""
+def placements(n, spare):
+  """Slots with copies of the hottest expert on all devices, and with moved experts."""
+  rng = np.random.default_rng(2)
+  home_nxe = np.arange(E).reshape(n, -1)
+  copied, moved = np.full((2, n, spare), E)
+  moved_home = home_nxe.copy()
+  copied[1:, 0] = 1
+  for device in range(n):
+    others = rng.permutation(home_nxe[np.arange(n) != device].reshape(-1))
+    copied[device, 1:] = others[others != 1][: spare - 1]
+    moved[device, 0] = home_nxe[device - 1, 1]
+    moved_home[device - 1, 1] = E
+  pairs = (home_nxe, copied), (moved_home, moved)
+  return [np.concatenate(pair, axis=1).reshape(-1).astype(np.int32) for pair in pairs]
+
+
+def run_layer(tiny, experts, rules, mesh, params, slots):
+  """out, gradients of x and parameters, losses and statistics, of the layer on a mesh.
+
+  One result for each array of `slots`.
+  """
   x, modality, cotangent = inputs()
 
   with jax.set_mesh(mesh):
@@ -77,8 +97,8 @@ def run_layer(tiny, experts, rules, mesh, params):
     )
     params = jax.device_put(params, rules.tree_shardings(axes, mesh))
 
-    def loss(params, x, modality, cotangent):
-      out, extras = nnx.merge(graph, params)(x, modality)
+    def loss(params, x, modality, cotangent, expert_P):
+      out, extras = nnx.merge(graph, params)(x, modality, expert_P)
       return jnp.sum(out * cotangent) + sum(extras.losses.values()), (out, extras)
 
     # Samplers keep sequences whole, and have no backward pass.
@@ -86,13 +106,16 @@ def run_layer(tiny, experts, rules, mesh, params):
 
     rows = rules.spec("batch", "residual", None)
     place = lambda array, spec: jax.device_put(array, jax.NamedSharding(mesh, spec))
-    gradients, (out, extras) = tiny.jit(run)(
+    arrays = (
       params,
       place(x, rows),
       place(modality, rules.spec("batch", "residual")),
       place(cotangent, rows),
     )
-  return jax.tree.map(np.asarray, (out, gradients, extras))
+    run = tiny.jit(run)
+    for expert_P in slots:
+      gradients, (out, extras) = run(*arrays, None if expert_P is None else jnp.asarray(expert_P))
+      yield jax.tree.map(np.asarray, (out, gradients, extras))
 
 
 def loop_over_tokens(experts, params):
@@ -188,31 +211,35 @@ def expected(tiny):
 
 
 CONFIGS = {"softmax": SOFTMAX, "sigmoid": SIGMOID}
+# The last one is the number of spare slots per device; 0: all experts are at home.
 CASES = [
-  ("softmax", False, {}, {}),
-  ("sigmoid", False, dict(expert=2, ring=2, tensor=2), {}),
-  ("softmax", True, dict(fsdp=2, expert=2, ulysses=2), {}),
-  ("softmax", False, dict(expert=8), {}),
-  ("sigmoid", True, dict(fsdp=2, ring=2, tensor=2), dict(experts=("expert", "ring", "tensor"))),
+  ("softmax", False, {}, {}, 0),
+  ("sigmoid", False, dict(expert=2, ring=2, tensor=2), {}, 3),
+  ("softmax", True, dict(fsdp=2, expert=2, ulysses=2), {}, 2),
+  ("softmax", False, dict(expert=8), {}, 0),
+  ("sigmoid", True, dict(expert=8), {}, 1),
+  ("sigmoid", True, dict(fsdp=2, ring=2, tensor=2), dict(experts=("expert", "ring", "tensor")), 1),
   (
     "sigmoid",
     True,
     dict(expert=2, ulysses=2, tensor=2),
     dict(sequence=None, experts=("expert", "ulysses", "tensor")),
+    2,
   ),
 ]
 
 
-@pytest.mark.parametrize("router, skew, sizes, rules", CASES, ids=str)
-def test_layer_equals_a_loop_over_tokens(tiny, expected, router, skew, sizes, rules):
+@pytest.mark.parametrize("router, skew, sizes, rules, spare", CASES, ids=str)
+def test_layer_equals_a_loop_over_tokens(tiny, expected, router, skew, sizes, rules, spare):
   params, wanted = expected(router, skew)
   load_E = wanted[2][1].sum(axis=0)
   if skew:
     assert load_E.max() > 10 * load_E.mean() and not load_E[20:].any()
-  actual = run_layer(
-    tiny, CONFIGS[router], ShardingRules(**rules), tiny.mesh(**{"fsdp": 1, **sizes}), params
-  )
-  assert_close(actual, wanted)
+  mesh, rules = tiny.mesh(**{"fsdp": 1, **sizes}), ShardingRules(**rules)
+  with jax.set_mesh(mesh):
+    slots = placements(num_devices(rules), spare) if spare else [None]
+  for actual in run_layer(tiny, CONFIGS[router], rules, mesh, params, slots):
+    assert_close(actual, wanted)
 
 
 def decoder_config(tiny, **changes):

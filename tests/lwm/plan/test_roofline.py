@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from lwm.config.experiment import Experiment, Stage
-from lwm.config.model import REMAT_POLICIES, ModelConfig
+from lwm.config.model import REMAT_POLICIES, ExpertsConfig, ModelConfig
 from lwm.cost import chips
 from lwm.cost.layer import KEPT
 from lwm.parallel.mesh import make_mesh
@@ -24,7 +24,7 @@ PAIRS = 2 * 1024 * 1025 // 2
 AGAIN = 2 * 2 * (655_360 - 256 * 512) * TOKENS
 
 
-def planned(machine, remat="full", layout="zigzag", sequence_length=1024, **sizes):
+def planned(machine, remat="full", layout="zigzag", sequence_length=1024, experts=None, **sizes):
   model = ModelConfig(
     num_layers=2,
     width=256,
@@ -34,6 +34,7 @@ def planned(machine, remat="full", layout="zigzag", sequence_length=1024, **size
     feed_forward_width=512,
     text_vocab_size=1000,
     remat=remat,
+    experts=experts,
   )
   stage = Stage(
     sequence_length=sequence_length,
@@ -52,6 +53,24 @@ def traffic(machine, **settings):
 @pytest.fixture(scope="module")
 def v5p():
   return topology.load("v5p:2x2x1")
+
+
+def test_copies_of_experts(v5p):
+  """Each device has four of eight experts and two spare slots; the other two divide the width."""
+  sent = traffic(
+    v5p,
+    expert=2,
+    fsdp=2,
+    experts=ExpertsConfig(8, 2, width=512, placement="replicate", spare_slots=2),
+  )
+  expert = 3 * 256 * 512
+  # In two layers. Forward, for the backward pass, and gradients; half of the four slots of both
+  # devices is sent.
+  copies = sent[("expert", "ulysses"), "copies of experts"]
+  assert copies.bytes == 2 * 2 * expert / 2 * (2 + 2 + 4)
+  # Half of the width of each slot's expert is gathered.
+  weights = sent[("fsdp", "ring"), "weights"]
+  assert weights.bytes == 2 * (4 + 2) * expert / 2 * (2 + 2)
 
 
 def test_flops_and_seconds(v5p):

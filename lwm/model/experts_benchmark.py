@@ -1,0 +1,165 @@
+"""Measures what the placement of experts saves when a router is skewed.
+
+Tokens of one batch choose experts; their loads place the experts for another batch. The router is
+made, not trained: its logits are noise plus a fixed part per expert, so a few experts get most of
+the tokens. Without the fixed part it is balanced, and the other times are compared with its time.
+
+T tokens, E experts, P slots, M model width, n devices.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kernels.benchmarks.timing import seconds
+from kernels.experts import Settings, expert_feed_forward
+from lwm.config.model import PLACEMENTS, ExpertsConfig, ModelConfig
+from lwm.model.experts import Experts
+from lwm.model.placement import choose_slots, device_loads
+from lwm.parallel.mesh import make_mesh
+from lwm.parallel.sharding import MeshConfig, ShardingRules
+
+ROWS, LENGTH = 8, 1024
+# The fixed part of the logits of the i-th expert is -SKEW ln(i + 1), in a random order of experts.
+SKEW = 1.0
+# Devices on which the recorded loads are placed, without computing anything there.
+REPLAYED = 16
+
+
+def measure_placement(num_devices: int = 8) -> Iterator[dict]:
+  """One record per placement, after that of a balanced router.
+
+  Each has `hottest`, the largest load of an expert, and `imbalance`, that of a device, both divided
+  by the mean; `imbalance_of_16`, if the same loads were placed on 16 devices; milliseconds of the
+  layer's forward and backward pass on all devices; and milliseconds of the busiest device's
+  products, computed alone. Ratios compare with the balanced router.
+  """
+  config = ModelConfig(
+    width=128,
+    experts=ExpertsConfig(64, 4, width=256, placement="replicate", spare_slots=2),
+    feed_forward_chunk=LENGTH,
+    compute_dtype="float32",
+  )
+  experts = config.experts
+  assert experts is not None
+  layer = _Layer(config, num_devices)
+  balanced: dict[str, float] = {}
+  for name, skew in (("balanced router", 0.0), *((name, SKEW) for name in PLACEMENTS)):
+    params = layer.params(skew)
+    placed = dataclasses.replace(experts, placement=name)
+    before_E = layer.loads(params, 0)
+    home = skew == 0 or name == "home"
+    expert_P = None if home else choose_slots(placed, before_E[None], num_devices)[0]
+    load_E, imbalance = layer.imbalance(params, 1, expert_P)
+    if home:
+      replayed_P = jnp.arange(experts.num_experts)
+    else:
+      replayed_P = choose_slots(placed, before_E[None], REPLAYED)[0]
+    replayed_n = device_loads(load_E, replayed_P, REPLAYED)
+    taken = {
+      "step": layer.seconds(params, 1, expert_P),
+      "busiest": _busiest_seconds(config, load_E, expert_P, num_devices),
+    }
+    balanced = balanced or taken
+    yield {
+      "placement": name,
+      "devices": num_devices,
+      "hottest": float(load_E.max() / load_E.mean()),
+      "imbalance": imbalance,
+      f"imbalance_of_{REPLAYED}": float(replayed_n.max() / replayed_n.mean()),
+    } | {
+      key: value
+      for part, time in taken.items()
+      for key, value in ((f"{part}_ms", time * 1e3), (f"{part}_ratio", time / balanced[part]))
+    }
+
+
+class _Layer:
+  """A layer of experts, divided over the devices, with two batches of random tokens."""
+
+  def __init__(self, config: ModelConfig, num_devices: int):
+    self._mesh = make_mesh(MeshConfig(fsdp=1, expert=num_devices), jax.devices()[:num_devices])
+    self._config, rules = config, ShardingRules()
+    with jax.set_mesh(self._mesh):
+      module = Experts(config, 1, rules, nnx.Rngs(0))
+      graph, state = nnx.split(module)
+      self._params = jax.tree.map(lambda leaf: leaf[0], nnx.to_pure_dict(state))
+      spec = rules.spec("batch", "residual", None)
+    x_2xBxSxM = np.random.default_rng(0).standard_normal((2, ROWS, LENGTH, config.width))
+    # The router's fixed part is the row of this channel.
+    x_2xBxSxM[..., -1] = 1
+    place = jax.NamedSharding(self._mesh, spec)
+    self._batches = [jax.device_put(x.astype(np.float32), place) for x in x_2xBxSxM]
+
+    def run(params, x_BxSxM, expert_P):
+      def loss(params, x_BxSxM):
+        out_BxSxM, extras = nnx.merge(graph, params)(x_BxSxM, None, expert_P)
+        return jnp.sum(jnp.square(out_BxSxM)), extras
+
+      return jax.grad(loss, (0, 1), has_aux=True)(params, x_BxSxM)
+
+    self._run = run
+
+  def params(self, skew: float) -> dict:
+    """The layer's parameters with a router of this skew."""
+    config = self._config
+    assert config.experts is not None
+    E = config.experts.num_experts
+    random = np.random.default_rng(1)
+    router_MxE = random.standard_normal((config.width, E)) / config.width**0.5
+    router_MxE[-1] = -skew * np.log(1 + random.permutation(E))
+    router = self._params["router"]
+    return self._params | {"router": jax.device_put(router_MxE.astype(np.float32), router.sharding)}
+
+  def loads(self, params: dict, batch: int) -> jax.Array:
+    """Choices of each expert, [E]."""
+    return self.imbalance(params, batch, None)[0]
+
+  def imbalance(
+    self, params: dict, batch: int, expert_P: jax.Array | None
+  ) -> tuple[jax.Array, float]:
+    """Choices of each expert, [E], and the largest load of a device divided by the mean."""
+    with jax.set_mesh(self._mesh):
+      _, extras = jax.jit(self._run)(params, self._batches[batch], expert_P)
+    load_E = jnp.sum(np.asarray(extras.statistics["expert_load"]), axis=0)
+    return load_E, float(extras.statistics["expert_imbalance"][1])
+
+  def seconds(self, params: dict, batch: int, expert_P: jax.Array | None) -> float:
+    """Of the forward and backward pass."""
+    with jax.set_mesh(self._mesh):
+      return seconds(self._run, params, self._batches[batch], expert_P)
+
+
+def _busiest_seconds(
+  config: ModelConfig, load_E: jax.Array, expert_P: jax.Array | None, n: int
+) -> float:
+  """Seconds of the products, forward and backward, of the device with the most rows."""
+  experts = config.experts
+  assert experts is not None
+  E = experts.num_experts
+  slots_P = np.arange(E) if expert_P is None else np.asarray(expert_P)
+  busiest = int(np.argmax(device_loads(load_E, jnp.asarray(slots_P), n)))
+  own = slots_P.reshape(n, -1)[busiest]
+  copies_E = np.bincount(slots_P, minlength=E + 1)[:E]
+  rows = np.append(np.asarray(load_E) / copies_E, 0)[own].round().astype(np.int32)
+  random = np.random.default_rng(0)
+  shapes = (len(own), config.width, experts.width), (len(own), experts.width, config.width)
+  gate, up, down = (jnp.asarray(random.standard_normal(shapes[i]), jnp.float32) for i in (0, 0, 1))
+  x_RxM = jnp.asarray(random.standard_normal((rows.sum(), config.width)), jnp.float32)
+  expert_Rx1 = jnp.asarray(np.repeat(np.arange(len(own), dtype=np.int32), rows)[:, None])
+  settings = Settings(len(own), chunk=x_RxM.shape[0])
+
+  # The experts of rows are an argument, because XLA would sort a constant while it compiles.
+  def run(expert_Rx1, x_RxM, gate, up, down):
+    def loss(x_RxM, gate, up, down):
+      share_Rx1 = jnp.ones(expert_Rx1.shape)
+      out_RxM, _ = expert_feed_forward(x_RxM, expert_Rx1, share_Rx1, gate, up, down, settings)
+      return jnp.sum(jnp.square(out_RxM))
+
+    return jax.grad(loss, (0, 1, 2, 3))(x_RxM, gate, up, down)
+
+  return seconds(run, expert_Rx1, x_RxM, gate, up, down)

@@ -1,0 +1,47 @@
+"""Where experts are placed, from recorded loads."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lwm.config.model import ExpertsConfig
+from lwm.model.placement import choose_slots, device_loads
+
+E = 64
+
+
+def recorded_loads():
+  """Two layers: a router whose hottest expert has more than ten times the mean, and an idle one."""
+  rng = np.random.default_rng(0)
+  logits_TxE = rng.standard_normal((4096, E)) - np.log(1 + rng.permutation(E))[None]
+  chosen_Tx4 = np.argsort(-logits_TxE, axis=1)[:, :4]
+  load_E = np.bincount(chosen_Tx4.reshape(-1), minlength=E)
+  assert load_E.max() > 10 * load_E.mean()
+  return jnp.asarray(np.stack([load_E, np.zeros(E)]), jnp.float32)
+
+
+@pytest.mark.parametrize(
+  "policy, n, most", [("replicate", 8, 1.1), ("replicate", 16, 1.25), ("move", 8, 1.7)]
+)
+def test_slots_even_out_the_loads_of_devices(policy, n, most):
+  config, load_LxE = ExpertsConfig(E, 4, placement=policy, spare_slots=2), recorded_loads()
+  slots_LxP = choose_slots(config, load_LxE, n)
+  home_nxe = np.arange(E).reshape(n, -1)
+  skewed_nxs, idle_nxs = np.asarray(slots_LxP).reshape(2, n, -1)
+  # Without loads all experts stay at home.
+  np.testing.assert_array_equal(idle_nxs[:, : E // n], home_nxe)
+  assert (idle_nxs[:, E // n :] == E).all()
+
+  own_nxe = skewed_nxs[:, : E // n]
+  assert ((own_nxe == home_nxe) | ((own_nxe == E) & (policy == "move"))).all()
+  assert set(range(E)) <= set(skewed_nxs.reshape(-1))
+  for slots in skewed_nxs:
+    used = slots[slots < E]
+    assert len(set(used)) == len(used)
+  if policy == "move":
+    assert (np.bincount(skewed_nxs.reshape(-1))[:E] == 1).all()
+
+  before, after = (device_loads(load_LxE[0], slots, n) for slots in (jnp.arange(E), slots_LxP[0]))
+  np.testing.assert_allclose(after.sum(), before.sum(), rtol=1e-6)
+  assert before.max() > 1.9 * before.mean()
+  assert after.max() <= most * after.mean()
