@@ -17,7 +17,8 @@ from experiments import flags as experiment_flags
 from lwm import infer
 from lwm.config.validate import check_model_fits_mesh
 from lwm.cost.chips import GIB
-from lwm.infer.ahead import lower
+from lwm.infer.ahead import trace
+from lwm.infer.roofline import Phase, assumptions, estimate_decode, estimate_prefill
 from lwm.parallel import xla_flags
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig, ShardingRules
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> None:
   model, topology = _CONFIG.value.model, load(_TOPOLOGY.value or "")
   mesh = make_mesh(_MESH, topology.devices)
   check_model_fits_mesh(model, mesh.shape, ShardingRules.inference(few_tokens=False))
-  lowered = lower(
+  programs = trace(
     model,
     mesh,
     context=_CONTEXT.value or 1,
@@ -51,17 +52,41 @@ def main(argv: list[str]) -> None:
     rope_theta=_CONFIG.value.stages[-1].rope_theta,
   )
   sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-  print(f"{topology.name}: {sizes or 'one device'}; {_CONTEXT.value:,} tokens, per device:")
-  print(f"  weights  {shard_bytes(lowered.params) / GIB:6.2f} GiB")
-  print(f"  cache    {shard_bytes(lowered.cache) / GIB:6.2f} GiB", flush=True)
-  for name in ("prefill", "decode"):
-    memory, compilation = compile_program(getattr(lowered, name), topology, lowered.params)
+  print(f"{topology.name}: {sizes or 'one device'}; {programs.context:,} tokens, per device:")
+  print(f"  weights  {shard_bytes(programs.params) / GIB:6.2f} GiB")
+  print(f"  cache    {shard_bytes(programs.cache) / GIB:6.2f} GiB", flush=True)
+  for name, program in (("prefill", programs.prefill), ("decode", programs.decode)):
+    with jax.set_mesh(mesh):
+      lowered = program.lower()
+    memory, compilation = compile_program(lowered, topology, programs.params)
     fits = "fits" if memory.fits else "DOES NOT FIT"
     print(
       f"  {name:8} {memory.total / GIB:6.2f} of {memory.capacity / GIB:.1f} GiB: {fits}; "
       f"{memory.temporaries / GIB:.2f} GiB of temporaries; compiled in {compilation.seconds:.0f} s",
       flush=True,
     )
+  prefill = estimate_prefill(model, mesh, topology, programs)
+  decode = estimate_decode(model, mesh, topology, programs)
+  print("estimated, if no other program runs:")
+  tokens = programs.num_rows * programs.context
+  print(f"  prefill  {prefill.total:8.3g} s, {tokens / prefill.total:,.0f} tokens/s: {_parts(prefill)}")
+  print(f"  first token after {prefill.total + decode.total:.3g} s")
+  print(
+    f"  decode   {decode.total * 1e3:8.3g} ms per token, {programs.num_rows / decode.total:,.1f} tokens/s: "
+    f"{_parts(decode)}"
+  )
+  print("assumptions")
+  for sentence in assumptions(topology.chip):
+    print(f"  {sentence}")
+
+
+def _parts(phase: Phase) -> str:
+  """The parts of a phase in words."""
+  parts = [f"{name} {seconds:.3g} s" for name, seconds in phase.seconds.items() if seconds]
+  return (
+    f"{', '.join(parts)}; {phase.bytes / GIB:,.4g} GiB read, {phase.sent / GIB:,.3g} GiB sent in "
+    f"{phase.collectives:,} collectives"
+  )
 
 
 if __name__ == "__main__":

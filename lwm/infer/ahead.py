@@ -1,4 +1,4 @@
-"""The programs of an engine, lowered for machines that you don't have.
+"""The programs of an engine, traced for machines that you don't have.
 
 R rows of the cache, Q tokens to read.
 """
@@ -18,23 +18,31 @@ from lwm.infer.weights import abstract_params
 from lwm.parallel.sharding import ShardingRules
 
 
-class Lowered(NamedTuple):
+class Programs(NamedTuple):
   """Programs for the devices of a mesh, and their arguments without values.
+
+  Lower the programs under `jax.set_mesh` with that mesh.
 
   Attributes:
     prefill: reads a chunk of a prompt.
     decode: generates tokens one after another.
     params: shapes, dtypes and shardings.
     cache: likewise.
+    context: tokens of a row.
+    chunk: tokens that are read at a time.
+    num_rows: rows of the cache.
   """
 
-  prefill: jax.stages.Lowered
-  decode: jax.stages.Lowered
+  prefill: jax.stages.Traced
+  decode: jax.stages.Traced
   params: Any
   cache: Any
+  context: int
+  chunk: int
+  num_rows: int
 
 
-def lower(
+def trace(
   config: ModelConfig,
   mesh: jax.sharding.Mesh,
   *,
@@ -43,7 +51,7 @@ def lower(
   num_rows: int = 1,
   cache: str = "dense",
   rope_theta: float = 1e4,
-) -> Lowered:
+) -> Programs:
   """The programs of an `Engine`, with weights in bfloat16.
 
   Args:
@@ -81,7 +89,7 @@ def lower(
     left_B = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
     place, left_B = jax.tree.map(lambda leaf: placed(leaf, jax.P()), (place, left_B))
     seed_B = placed(jax.ShapeDtypeStruct((num_rows,), jnp.uint32), jax.P())
-    prefill = programs.read.lower(
+    prefill = programs.read.trace(
       many,
       few,
       params,
@@ -90,7 +98,7 @@ def lower(
       jax.ShapeDtypeStruct((num_rows,), jnp.int32),
       rope_theta=rope_theta,
     )
-    decode = programs.generate.lower(
+    decode = programs.generate.trace(
       few,
       params,
       state,
@@ -102,4 +110,4 @@ def lower(
       block=16,
       rope_theta=rope_theta,
     )
-  return Lowered(prefill, decode, params, state.cache)
+  return Programs(prefill, decode, params, state.cache, context, chunk, num_rows)
