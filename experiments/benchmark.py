@@ -202,6 +202,8 @@ def generate() -> None:
   contexts = _CONTEXTS.value or []
   if not contexts or not all(text.isdigit() and int(text) > 0 for text in contexts):
     raise UserError(f"--contexts={','.join(contexts)}: give numbers of tokens, such as 1024,8192.")
+  if _CONFIG.value is not None and not isinstance(_CONFIG.value, Experiment):
+    raise UserError("generate: this measures language models; name the config of one.")
   use_compilation_cache()
   with jax.set_mesh(make_mesh(MeshConfig(fsdp=1, ring=-1), devices())):
     if _WORKDIR.value is not None:

@@ -4,6 +4,7 @@ R rows of the cache, Q tokens to read.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -65,9 +66,10 @@ def trace(
   """
   few_rules, many_rules = (ShardingRules.inference(few_tokens=few) for few in (True, False))
   few, many = (model_lib.build(config, rules) for rules in (few_rules, many_rules))
-  shards = 1
-  for axis in few_rules.cache:
-    shards *= mesh.shape[axis]
+  shards = math.prod(mesh.shape[axis] for axis in few_rules.cache)
+  # As in the engine, a chunk has as many tokens on each device.
+  parts = math.prod(mesh.shape[axis] for axis in many_rules.residual or ())
+  chunk = -(-chunk // parts) * parts
 
   def placed(leaf: Any, spec: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))

@@ -121,11 +121,7 @@ def _cache_bytes(model: ModelConfig, programs: Programs) -> float:
 
 
 def _phase(
-  flops: float,
-  moved: float,
-  sent: list[Transfer],
-  mesh: jax.sharding.Mesh,
-  topology: Topology,
+  flops: float, moved: float, sent: list[Transfer], mesh: jax.sharding.Mesh, topology: Topology
 ) -> Phase:
   chip, wires = topology.chip, Wires(mesh, topology)
 
