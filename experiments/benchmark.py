@@ -197,24 +197,25 @@ def ring() -> None:
 
 def generate() -> None:
   """Subcommand `generate`: prefill and decode beside the devices' limits and a plain loop."""
-  if (_WORKDIR.value is None) == (_CONFIG.value is None):
+  experiment, workdir = _CONFIG.value, _WORKDIR.value
+  if (workdir is None) == (experiment is None):
     raise UserError("generate: name one model, with --workdir=DIRECTORY or --config=FILE.")
   contexts = _CONTEXTS.value or []
   if not contexts or not all(text.isdigit() and int(text) > 0 for text in contexts):
     raise UserError(f"--contexts={','.join(contexts)}: give numbers of tokens, such as 1024,8192.")
-  if _CONFIG.value is not None and not isinstance(_CONFIG.value, Experiment):
+  if experiment is not None and not isinstance(experiment, Experiment):
     raise UserError("generate: this measures language models; name the config of one.")
   use_compilation_cache()
   with jax.set_mesh(make_mesh(MeshConfig(fsdp=1, ring=-1), devices())):
-    if _WORKDIR.value is not None:
-      stored = newest(pathlib.Path(_WORKDIR.value))
+    if experiment is None:
+      stored = newest(pathlib.Path(workdir or ""))
       trained = infer.load_stored(stored, stored.experiment.model.compute_dtype)
       model, params, rope_theta = trained.model, trained.params, trained.rope_theta
     else:
-      config = _CONFIG.value.model
+      config, rope_theta = experiment.model, experiment.stages[-1].rope_theta
       rules = ShardingRules.inference(few_tokens=True)
       check_model_fits_mesh(config, jax.sharding.get_mesh().shape, rules)
-      model, rope_theta = build(config, rules), _CONFIG.value.stages[-1].rope_theta
+      model = build(config, rules)
       params = random_params(model, config.compute_dtype)
     records = measure_generation(model, params, rope_theta, list(map(int, contexts)))
     print_records({"generate": records})

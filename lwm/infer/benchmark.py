@@ -71,8 +71,8 @@ def measure_generation(
       same = {"context": context, "cache": cache}
       for _ in range(2):  # The first time, programs are compiled.
         prefill, first, decode = _times(engine, row)
-      flops = body_cost(model.config).flops * context
-      flops += body_cost(model.config).pair_flops * attended_pairs(model.config, context)
+      cost = body_cost(model.config)
+      flops = cost.flops * context + cost.pair_flops * attended_pairs(model.config, context)
       yield {
         "phase": "prefill",
         **same,

@@ -77,8 +77,10 @@ def estimate_prefill(
   # Gathered weights are written and read. On average, half of the cache is filled.
   gathered = 2 * dtype_bytes(model.compute_dtype) * cost.weights / tensor
   moved = num_chunks * (gathered + _cache_bytes(model, programs) / 2)
-  sent = transfers(programs.prefill.jaxpr.jaxpr, sizes)
-  sent = [transfer._replace(times=num_chunks * transfer.times) for transfer in sent]
+  sent = [
+    transfer._replace(times=num_chunks * transfer.times)
+    for transfer in transfers(programs.prefill.jaxpr.jaxpr, sizes)
+  ]
   return _phase(flops, moved, sent, mesh, topology)
 
 
