@@ -7,6 +7,7 @@
     python -m experiments.benchmark experts [--json]
     python -m experiments.benchmark tune [--kernels=forward,decode] [--head_dim=64] [--json]
     python -m experiments.benchmark weights [--json]
+    python -m experiments.benchmark generate --config=configs/laptop.py [--contexts=4096] [--json]
 
 `train` runs the real training loop of each stage for a few steps on its prepared data. It prints
 tokens/s, MFU, the share of time spent outside the compiled step, and how long that step takes
@@ -18,7 +19,9 @@ devices. `experts` compares the products of experts with JAX's, and on as many d
 placements of experts with a balanced router. `tune` times block sizes of each kernel that runs
 here. The `row` of a record is the fastest choice: write it into
 kernels/attention/BACKEND/block_sizes.py, under its head_dim. `weights` imports and exports a random
-model of 3.2 billion parameters, which needs 20 GB in TMPDIR.
+model of 3.2 billion parameters, which needs 20 GB in TMPDIR. `generate` reads prompts and generates
+tokens with the model of --workdir, or with random weights of the model of --config, on all devices:
+tokens/s, shares of the peak and of the memory bandwidth, and the speed of a loop without a cache.
 """
 
 import contextlib
@@ -38,14 +41,20 @@ from absl import flags
 from experiments import flags as experiment_flags
 from experiments.runtime import devices, use_compilation_cache
 from kernels import benchmarks
+from lwm import infer
 from lwm.benchmark import measure_stage, this_machine
+from lwm.checkpoint.reader import newest
 from lwm.config.experiment import Experiment
-from lwm.config.validate import check_devices, validate
+from lwm.config.validate import check_devices, check_model_fits_mesh, validate
 from lwm.convert import benchmark as conversions
 from lwm.cost.peak import peak_flops
 from lwm.errors import UserError
+from lwm.infer.benchmark import measure_generation, random_params
+from lwm.model import build
 from lwm.model.experts_benchmark import measure_placement
 from lwm.parallel import xla_flags
+from lwm.parallel.mesh import make_mesh
+from lwm.parallel.sharding import MeshConfig, ShardingRules
 
 _CONFIG = experiment_flags.define_config(required=False)
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
@@ -56,6 +65,8 @@ _KERNELS = flags.DEFINE_list("kernels", [], "Names of the kernels to tune [all].
 _HEAD_DIM = flags.DEFINE_integer(
   "head_dim", None, "Head dimension to tune for [the one that `attention` measures]."
 )
+_WORKDIR = flags.DEFINE_string("workdir", None, "A run or imported weights, for `generate`.")
+_CONTEXTS = flags.DEFINE_list("contexts", ["1024", "8192"], "Tokens of the prompts of `generate`.")
 
 
 def train() -> None:
@@ -200,6 +211,32 @@ def experts() -> None:
   )
 
 
+def generate() -> None:
+  """Subcommand `generate`: prefill and decode beside the devices' limits and a plain loop."""
+  experiment, workdir = _CONFIG.value, _WORKDIR.value
+  if (workdir is None) == (experiment is None):
+    raise UserError("generate: name one model, with --workdir=DIRECTORY or --config=FILE.")
+  contexts = _CONTEXTS.value or []
+  if not contexts or not all(text.isdigit() and int(text) > 0 for text in contexts):
+    raise UserError(f"--contexts={','.join(contexts)}: give numbers of tokens, such as 1024,8192.")
+  if experiment is not None and not isinstance(experiment, Experiment):
+    raise UserError("generate: this measures language models; name the config of one.")
+  use_compilation_cache()
+  with jax.set_mesh(make_mesh(MeshConfig(fsdp=1, ring=-1), devices())):
+    if experiment is None:
+      stored = newest(pathlib.Path(workdir or ""))
+      trained = infer.load_stored(stored, stored.experiment.model.compute_dtype)
+      model, params, rope_theta = trained.model, trained.params, trained.rope_theta
+    else:
+      config, rope_theta = experiment.model, experiment.stages[-1].rope_theta
+      rules = ShardingRules.inference(few_tokens=True)
+      check_model_fits_mesh(config, jax.sharding.get_mesh().shape, rules)
+      model = build(config, rules)
+      params = random_params(model, config.compute_dtype)
+    records = measure_generation(model, params, rope_theta, list(map(int, contexts)))
+    print_records({"generate": records})
+
+
 def print_records(tables: dict[str, Iterable[dict]]) -> None:
   """Prints all records as one JSON object, or each as a line as soon as it is measured."""
   if _JSON.value:
@@ -225,6 +262,7 @@ SUBCOMMANDS = {
   "experts": experts,
   "tune": tune,
   "weights": weights,
+  "generate": generate,
 }
 
 

@@ -152,8 +152,9 @@ class Checkpoint:
     self._mesh = make_mesh(self.flags.mesh, available[:count])
     use_compilation_cache()
     self.stored: StoredCheckpoint = newest(self.workdir)
-    self.tokenizer: Tokenizer = load_tokenizer(self.stored.tokenizer_path)
+    # First, because the checkpoint of a VQGAN has no tokenizer.
     self.text_vocab_size = self.stored.experiment.model.text_vocab_size
+    self.tokenizer: Tokenizer = load_tokenizer(self.stored.tokenizer_path)
 
   def codec(self, dataset: Dataset | None = None) -> Codec:
     """The VQGAN that the model's vision ids come from, as the dataset says.

@@ -1,9 +1,10 @@
-"""The programs of an engine, lowered for machines that you don't have.
+"""The programs of an engine, traced for machines that you don't have.
 
 R rows of the cache, Q tokens to read.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,23 +19,31 @@ from lwm.infer.weights import abstract_params
 from lwm.parallel.sharding import ShardingRules
 
 
-class Lowered(NamedTuple):
+class Programs(NamedTuple):
   """Programs for the devices of a mesh, and their arguments without values.
+
+  Lower the programs under `jax.set_mesh` with that mesh.
 
   Attributes:
     prefill: reads a chunk of a prompt.
     decode: generates tokens one after another.
     params: shapes, dtypes and shardings.
     cache: likewise.
+    context: tokens of a row.
+    chunk: tokens that are read at a time.
+    num_rows: rows of the cache.
   """
 
-  prefill: jax.stages.Lowered
-  decode: jax.stages.Lowered
+  prefill: jax.stages.Traced
+  decode: jax.stages.Traced
   params: Any
   cache: Any
+  context: int
+  chunk: int
+  num_rows: int
 
 
-def lower(
+def trace(
   config: ModelConfig,
   mesh: jax.sharding.Mesh,
   *,
@@ -43,7 +52,7 @@ def lower(
   num_rows: int = 1,
   cache: str = "dense",
   rope_theta: float = 1e4,
-) -> Lowered:
+) -> Programs:
   """The programs of an `Engine`, with weights in bfloat16.
 
   Args:
@@ -57,9 +66,10 @@ def lower(
   """
   few_rules, many_rules = (ShardingRules.inference(few_tokens=few) for few in (True, False))
   few, many = (model_lib.build(config, rules) for rules in (few_rules, many_rules))
-  shards = 1
-  for axis in few_rules.cache:
-    shards *= mesh.shape[axis]
+  shards = math.prod(mesh.shape[axis] for axis in few_rules.cache)
+  # As in the engine, a chunk has as many tokens on each device.
+  parts = math.prod(mesh.shape[axis] for axis in many_rules.residual or ())
+  chunk = -(-chunk // parts) * parts
 
   def placed(leaf: Any, spec: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
@@ -81,7 +91,7 @@ def lower(
     left_B = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
     place, left_B = jax.tree.map(lambda leaf: placed(leaf, jax.P()), (place, left_B))
     seed_B = placed(jax.ShapeDtypeStruct((num_rows,), jnp.uint32), jax.P())
-    prefill = programs.read.lower(
+    prefill = programs.read.trace(
       many,
       few,
       params,
@@ -90,7 +100,7 @@ def lower(
       jax.ShapeDtypeStruct((num_rows,), jnp.int32),
       rope_theta=rope_theta,
     )
-    decode = programs.generate.lower(
+    decode = programs.generate.trace(
       few,
       params,
       state,
@@ -102,4 +112,4 @@ def lower(
       block=16,
       rope_theta=rope_theta,
     )
-  return Lowered(prefill, decode, params, state.cache)
+  return Programs(prefill, decode, params, state.cache, context, chunk, num_rows)

@@ -80,9 +80,7 @@ def estimate(
   division = Division.of(stage, mesh.shape)
   cost, tokens = body_cost(model, division), stage.tokens_per_batch
   # Every row is one document: no stage has more work.
-  length = stage.sequence_length
-  window = min(model.sliding_window or length, length)
-  pairs = stage.rows_per_batch * (length * window - window * (window - 1) / 2)
+  pairs = stage.rows_per_batch * attended_pairs(model, stage.sequence_length)
   softmax_range = experiment.loss.softmax_range
   trained = trained_shares(experiment, stage)
   head = train_flops(model, text_targets=tokens, softmax_range=softmax_range, trained=trained)
@@ -134,6 +132,12 @@ def estimate(
     hop=_hop(model, division, traffic, pairs / mesh.size, chip.flops * ATTENTION_EFFICIENCY),
     assumptions=_assumptions(chip),
   )
+
+
+def attended_pairs(model: ModelConfig, length: int) -> float:
+  """(query, key) pairs of a document of this length inside the causal mask and the window."""
+  window = min(model.sliding_window or length, length)
+  return length * window - window * (window - 1) / 2
 
 
 def machine_text(chip: Chip) -> str:

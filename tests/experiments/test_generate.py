@@ -185,6 +185,19 @@ def test_mistakes_in_chat_end_in_one_sentence(directory, arguments, message):
   assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+  "program, arguments, message",
+  [
+    ("plan_inference", ["--topology=v5p:2x2x1"], "Only language models generate"),
+    ("benchmark", ["generate"], "generate: this measures language models"),
+  ],
+)
+def test_the_config_of_a_vqgan_is_one_sentence(program, arguments, message):
+  done = programs.run(f"experiments.{program}", "--config=configs/vqgan_laptop.py", *arguments)
+  assert done.returncode == 1
+  assert done.stderr.strip().startswith("error: ") and message in done.stderr
+
+
 @pytest.mark.slow
 def test_prompts_of_a_file_and_pictures(directory, tmp_path):
   lines = [json.dumps({"prompt": prompt}) for prompt in ("the cat", "a red house and")]

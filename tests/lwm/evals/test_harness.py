@@ -51,6 +51,7 @@ def answerer(tmp_path, monkeypatch):
     yield Answerer(engine, tokenizer, grammar, rows=2)
 
 
+@pytest.mark.slow
 def test_requests_and_a_local_task(answerer, tmp_path):
   from lm_eval.api.instance import Instance
 
