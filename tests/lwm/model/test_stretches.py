@@ -96,15 +96,13 @@ def test_an_unknown_kind_is_named(tiny):
     build(config)
 
 
-class Reporting(nnx.Module):
+class Reporting(block.Block):
   """Leaves the residual stream alone; reports strength^2 / 2 x its mean square, and its sizes."""
 
   def __init__(self, config, num_layers, rules, rngs):
     self.strength = nnx.Param(jnp.arange(1.0, num_layers + 1), logical_axes=("layers",))
 
-  def __call__(
-    self, x_BxSxM, cosine_BxSxP, sine_BxSxP, attend, head_groups=1, prompt=None, modality_BxS=None
-  ):
+  def __call__(self, x_BxSxM, *_):
     square_BxSxM = jnp.square(x_BxSxM)
     loss = 0.5 * jnp.square(self.strength[...]) * jnp.mean(square_BxSxM)
     statistics = {"channel_square": jnp.mean(square_BxSxM, axis=(0, 1))}
