@@ -121,7 +121,7 @@ def debug(text_vocab_size: int = 256, vision_vocab_size: int = VISION_VOCAB_SIZE
 
 
 def laptop_vqgan() -> VQGANConfig:
-  """Small enough to train in two minutes on two cores; 16x16 codes per frame, like LWM's."""
+  """Small enough to train in minutes on two cores; 16x16 codes per frame, like LWM's."""
   return VQGANConfig(
     resolution=64,
     hidden_channels=16,

@@ -2,7 +2,10 @@
 
     python -m experiments.laptop_data --output=data/laptop
 
-trains it on three clips, before it tokenises them.
+trains it on three clips, before it tokenises them. On your own frames (docs/vqgan.md):
+
+    python -m experiments.train --config=configs/vqgan_laptop.py --workdir=runs/vqgan \\
+        '--config.datasets[0].path=data/frames'
 """
 
 from configs import models
@@ -22,10 +25,10 @@ def get_config() -> VQGANExperiment:
   return VQGANExperiment(
     name="vqgan_laptop",
     vqgan=models.laptop_vqgan(),
-    losses=VQGANLossConfig(),
+    losses=VQGANLossConfig(codebook_decay=0.98),
     optimizer=OptimizerConfig(
       schedule="cosine",
-      peak_learning_rate=2e-3,
+      peak_learning_rate=1.5e-3,
       end_learning_rate=0.0,
       beta1=0.9,
       beta2=0.99,
@@ -35,12 +38,13 @@ def get_config() -> VQGANExperiment:
     stages=[
       VQGANStage(
         name="vqgan",
-        frames_per_batch=8,
-        steps=800,
+        # At equal time, small batches and more steps reconstruct better.
+        frames_per_batch=2,
+        steps=2200,
         warmup_steps=20,
         mixture=[MixtureEntry("clips")],
       )
     ],
-    checkpoint=CheckpointConfig(every_steps=200, keep=1),
-    evaluation=EvaluationConfig(every_steps=200, rows=64),
+    checkpoint=CheckpointConfig(every_steps=550, keep=1),
+    evaluation=EvaluationConfig(every_steps=550, rows=64),
   )

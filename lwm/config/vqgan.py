@@ -118,7 +118,7 @@ class VQGANLossConfig:
   # One of QUANTIZERS; see `lwm.vision.quantizers`.
   quantizer: str = "moving_average"
   # moving_average: number of first steps in which the decoder sees latents that are not quantized.
-  # The codebook already follows the latents.
+  # Each of these steps draws all codes from its latents.
   continuous_steps: int = 200
   commitment_weight: float = 0.25
   # moving_average: decay per step of the averages that make the code vectors.

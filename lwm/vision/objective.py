@@ -207,6 +207,8 @@ class VQGANObjective:
     gradients |= trained_gradients
 
     latents_LxE = jax.lax.stop_gradient(latents_LxE)
+    # Before that, every step draws all codes again, so that they start where the latents are.
+    leaves = jax.tree.map(lambda leaf: jnp.where(quantizing, leaf, 0.0), leaves)
     frozen = {"codebook": quantizer.update(leaves, latents_LxE, codes_L, key, axes)}
     if losses.average_decay:
       # Short at first, when the parameters change fast.
