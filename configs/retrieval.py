@@ -23,7 +23,13 @@ from lwm.config.experiment import (
 from lwm.config.model import ModelConfig
 
 # Context, rope_theta, steps, peak learning rate.
-STAGES = ((128, 320.0, 800, 3e-3), (512, 1280.0, 60, 1e-3), (2048, 5120.0, 100, 1e-3))
+STAGES = (
+  (128, 320.0, 800, 3e-3),
+  (256, 800.0, 60, 1e-3),
+  (512, 2000.0, 60, 1e-3),
+  (1024, 5000.0, 60, 1e-3),
+  (2048, 12500.0, 60, 1e-3),
+)
 _TOKENS_PER_BATCH = 4096
 
 
@@ -50,7 +56,7 @@ def get_config(variant: str = "stages") -> Experiment:
   stages = {
     "stages": [_stage(*stage) for stage in STAGES],
     "fixed_theta": [_stage(context, first_theta, *rest) for context, _, *rest in STAGES],
-    "long": [_stage(longest, last_theta, 371, first_peak)],
+    "long": [_stage(longest, last_theta, 388, first_peak)],
   }[variant]
   return Experiment(
     name="retrieval",

@@ -76,7 +76,7 @@ def test_documents_to_learn_from_are_prompts_with_their_answers(tokenizer):
   sources = Sources(writer, tokenizer.encode(SENTENCE * 50))
   counts = set()
   for seed in range(40):
-    ids, is_answer = needle_conversation(sources, random.Random(seed), 600)
+    ids, is_answer = needle_conversation(sources, random.Random(seed), 600, 500)
     assert len(ids) == len(is_answer) == 600
     hidden = dict(re.findall(r"\nThe special magic (.+) number is: (\d+)\n", tokenizer.decode(ids)))
     counts.add(len(hidden))
@@ -84,13 +84,10 @@ def test_documents_to_learn_from_are_prompts_with_their_answers(tokenizer):
     stop = len(ids)
     for _ in range(len(hidden)):
       start = stop - is_answer[:stop][::-1].index(False)
-      (city,) = (
-        city
-        for city in hidden
-        if ids[:start][-len(question := writer.encode(needle_frame(city).after)) :] == question
-      )
+      questions = {city: writer.encode(needle_frame(city).after) for city in hidden}
+      (city,) = (city for city, own in questions.items() if ids[:start][-len(own) :] == own)
       assert ids[start:stop] == [*writer.encode(f" {hidden.pop(city)}"), tokenizer.eos_id]
-      stop = start - len(question)
+      stop = start - len(questions[city])
     assert not any(is_answer[:stop])
   assert counts == {1, 2, 3, 4}
 
