@@ -24,11 +24,11 @@ from lwm.config.model import ModelConfig
 
 # Context, rope_theta, steps, peak learning rate.
 STAGES = (
-  (128, 320.0, 800, 3e-3),
-  (256, 800.0, 60, 1e-3),
-  (512, 2000.0, 60, 1e-3),
-  (1024, 5000.0, 60, 1e-3),
-  (2048, 12500.0, 60, 1e-3),
+  (128, 1e4, 700, 3e-3),
+  (256, 2e4, 60, 1e-3),
+  (512, 4e4, 60, 1e-3),
+  (1024, 8e4, 60, 1e-3),
+  (2048, 1.6e5, 100, 1e-3),
 )
 _TOKENS_PER_BATCH = 4096
 
@@ -56,7 +56,7 @@ def get_config(variant: str = "stages") -> Experiment:
   stages = {
     "stages": [_stage(*stage) for stage in STAGES],
     "fixed_theta": [_stage(context, first_theta, *rest) for context, _, *rest in STAGES],
-    "long": [_stage(longest, last_theta, 388, first_peak)],
+    "long": [_stage(longest, last_theta, 345, first_peak)],
   }[variant]
   return Experiment(
     name="retrieval",
@@ -66,7 +66,7 @@ def get_config(variant: str = "stages") -> Experiment:
       width=64,
       num_heads=2,
       num_kv_heads=2,
-      head_dim=32,
+      head_dim=64,
       feed_forward_width=128,
       text_vocab_size=1024,
       vision_vocab_size=0,
@@ -83,6 +83,6 @@ def get_config(variant: str = "stages") -> Experiment:
       for context, *_ in STAGES
     ],
     stages=stages,
-    checkpoint=CheckpointConfig(every_steps=800, keep=2),
+    checkpoint=CheckpointConfig(every_steps=1000, keep=8),
     evaluation=EvaluationConfig(every_steps=100, rows=64),
   )

@@ -65,10 +65,7 @@ def main(argv: list[str]) -> None:
   # Other sentences than those that the evaluation shows.
   haystack = tokenizer.encode("".join(sentence(source) for _ in range(_HAYSTACK_TOKENS // 8)))
   writer = PromptWriter(tokenizer, chat=False)
-  contexts = [int(context) for context in _CONTEXTS.value or []]
-  # All but <bos> in the shortest context. Contexts then differ in the length of the haystack only.
-  most_asked = min(contexts) - 1
-  for context in contexts:
+  for context in map(int, _CONTEXTS.value or []):
     folder = output / f"needles_{context}"
     if folder.exists():
       print(f"{folder} exists")
@@ -77,7 +74,7 @@ def main(argv: list[str]) -> None:
       for number in range(_VALIDATION_DOCUMENTS + (_TOKENS.value or 1) // context):
         start = source.randrange(len(haystack) - context)
         sources = Sources(writer, haystack[start : start + context])
-        ids, is_answer = needle_conversation(sources, source, context, most_asked)
+        ids, is_answer = needle_conversation(sources, source, context)
         document = Document(np.array(ids, np.int32), np.array(is_answer))
         dataset.write(VALIDATION if number < _VALIDATION_DOCUMENTS else TRAIN, document)
     print(f"{folder}: documents of {context:,} tokens", flush=True)

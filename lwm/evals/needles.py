@@ -94,30 +94,30 @@ def needle(sources: Sources, random: random_lib.Random, case: Case, size: int) -
 
 
 def needle_conversation(
-  sources: Sources, random: random_lib.Random, size: int, most_asked: int
+  sources: Sources, random: random_lib.Random, size: int
 ) -> tuple[list[int], list[bool]]:
   """A document to learn from: a text with needles, and a question and an answer for each of them.
 
-  It hides between one and four needles, at random depths.
+  It hides between one needle and as many as fit, at most four, at random depths.
 
   Args:
     sources: with a haystack of at least `size` ids.
     random: decides the document.
     size: tokens of the document.
-    most_asked: most tokens of needles, questions and answers together; one needle always has room.
 
   Returns:
     `size` ids, and which of them are answers; an end of text belongs to each answer.
   """
   writer = sources.writer
   needles, rounds = list[str](), list[tuple[list[int], list[int]]]()
+  room = writer.room(Frame("", ""), size)
   for city in random.sample(words.CITIES, 4):
     number = words.number(random)
     needle = needle_text(city, number)
     question = writer.encode(needle_frame(city).after)
     answer = [*writer.encode(f" {number}"), writer.tokenizer.eos_id]
-    most_asked -= len(writer.encode(needle)) + len(question) + len(answer)
-    if needles and most_asked < 0:
+    room -= len(writer.encode(needle)) + len(question) + len(answer)
+    if needles and room < 0:
       break
     needles.append(needle)
     rounds.append((question, answer))

@@ -10,15 +10,17 @@ from lwm.model.flops import train_flops
 
 
 def flops(experiment: Experiment) -> float:
-  """Model FLOPs of all steps; a document fills a row and has one or two answers of 9 tokens."""
+  """Model FLOPs of all steps; a document fills a row and has nine targets per answer."""
   total = 0.0
   for stage in experiment.stages:
     length = stage.sequence_length
+    # One to four answers, but 128 tokens hold at most two.
+    answers = 1.5 if length == 128 else 2.5
     row = train_flops(
       experiment.model,
       tokens=length,
       attended_pairs=length * (length + 1) / 2,
-      text_targets=9 * 1.5,
+      text_targets=9 * answers,
     )
     total += stage.steps * stage.rows_per_batch * row
   return total

@@ -76,7 +76,7 @@ def test_documents_to_learn_from_are_prompts_with_their_answers(tokenizer):
   sources = Sources(writer, tokenizer.encode(SENTENCE * 50))
   counts = set()
   for seed in range(40):
-    ids, is_answer = needle_conversation(sources, random.Random(seed), 600, 500)
+    ids, is_answer = needle_conversation(sources, random.Random(seed), 600)
     assert len(ids) == len(is_answer) == 600
     hidden = dict(re.findall(r"\nThe special magic (.+) number is: (\d+)\n", tokenizer.decode(ids)))
     counts.add(len(hidden))
