@@ -24,11 +24,11 @@ from lwm.config.model import ModelConfig
 
 # Context, rope_theta, steps, peak learning rate.
 STAGES = (
-  (128, 1e4, 700, 3e-3),
-  (256, 2e4, 60, 1e-3),
-  (512, 4e4, 60, 1e-3),
-  (1024, 8e4, 60, 1e-3),
-  (2048, 1.6e5, 100, 1e-3),
+  (128, 1e3, 700, 3e-3),
+  (256, 2e3, 60, 1e-3),
+  (512, 4e3, 60, 1e-3),
+  (1024, 8e3, 60, 1e-3),
+  (2048, 1.6e4, 250, 1e-3),
 )
 _TOKENS_PER_BATCH = 4096
 
@@ -56,7 +56,7 @@ def get_config(variant: str = "stages") -> Experiment:
   stages = {
     "stages": [_stage(*stage) for stage in STAGES],
     "fixed_theta": [_stage(context, first_theta, *rest) for context, _, *rest in STAGES],
-    "long": [_stage(longest, last_theta, 345, first_peak)],
+    "long": [_stage(longest, last_theta, 495, first_peak)],
   }[variant]
   return Experiment(
     name="retrieval",
