@@ -55,7 +55,9 @@ def get_config(variant: str = "stages") -> Experiment:
   (_, first_theta, _, first_peak), (longest, last_theta, _, _) = STAGES[0], STAGES[-1]
   stages = {
     "stages": [_stage(*stage) for stage in STAGES],
-    "fixed_theta": [_stage(context, first_theta, *rest) for context, _, *rest in STAGES],
+    "fixed_theta": [
+      _stage(context, first_theta, steps, peak) for context, _, steps, peak in STAGES
+    ],
     "long": [_stage(longest, last_theta, 495, first_peak)],
   }[variant]
   return Experiment(
