@@ -2,13 +2,13 @@
 
     python -m experiments.retrieval_data --output=data/retrieval
     python -m experiments.train --config=configs/retrieval.py --workdir=runs/retrieval
-    python -m experiments.evaluate needle --workdir=runs/retrieval \\
-        --haystack=data/retrieval/haystack.txt --contexts=256,512,1024,2048,4096 --samples=8
+    python -m experiments.evaluate needle --workdir=runs/retrieval --num_tokens=16 \\
+        --haystack=data/retrieval/haystack.txt --contexts=128,256,512,1024,2048 --samples=8
 
 Theta rises with the context, as in LWM's recipe. Two variants are for comparison:
 `--config=configs/retrieval.py:fixed_theta` keeps the first stage's theta, and
-`--config=configs/retrieval.py:long` trains at the last stage's context from the start, on as many
-tokens.
+`--config=configs/retrieval.py:long` trains at the last stage's context from the start, for the same
+FLOPs.
 """
 
 from lwm.config.experiment import (
@@ -22,18 +22,18 @@ from lwm.config.experiment import (
 )
 from lwm.config.model import ModelConfig
 
-# Context, rope_theta, steps.
+# Context, rope_theta, steps, peak learning rate.
 STAGES = (
-  (256, 1e4, 1500),
-  (512, 4e4, 200),
-  (1024, 1.6e5, 200),
-  (2048, 6.4e5, 150),
-  (4096, 2.5e6, 150),
+  (128, 1e3, 700, 3e-3),
+  (256, 2e3, 60, 1e-3),
+  (512, 4e3, 60, 1e-3),
+  (1024, 8e3, 60, 1e-3),
+  (2048, 1.6e4, 250, 1e-3),
 )
-_TOKENS_PER_BATCH = 16384
+_TOKENS_PER_BATCH = 4096
 
 
-def _stage(context: int, rope_theta: float, steps: int) -> Stage:
+def _stage(context: int, rope_theta: float, steps: int, peak_learning_rate: float) -> Stage:
   return Stage(
     name=f"needles_{context}",
     sequence_length=context,
@@ -41,6 +41,7 @@ def _stage(context: int, rope_theta: float, steps: int) -> Stage:
     tokens_per_batch=_TOKENS_PER_BATCH,
     steps=steps,
     warmup_steps=20,
+    peak_learning_rate=peak_learning_rate,
     mixture=[MixtureEntry(f"needles_{context}")],
   )
 
@@ -51,36 +52,39 @@ def get_config(variant: str = "stages") -> Experiment:
   Args:
     variant: `stages`, `fixed_theta` or `long`.
   """
-  first_theta, (longest, last_theta, _) = STAGES[0][1], STAGES[-1]
+  (_, first_theta, _, first_peak), (longest, last_theta, _, _) = STAGES[0], STAGES[-1]
   stages = {
     "stages": [_stage(*stage) for stage in STAGES],
-    "fixed_theta": [_stage(context, first_theta, steps) for context, _, steps in STAGES],
-    "long": [_stage(longest, last_theta, sum(steps for _, _, steps in STAGES))],
+    "fixed_theta": [
+      _stage(context, first_theta, steps, peak) for context, _, steps, peak in STAGES
+    ],
+    "long": [_stage(longest, last_theta, 495, first_peak)],
   }[variant]
   return Experiment(
     name="retrieval",
     tokenizer="data/retrieval/tokenizer.model",
     model=ModelConfig(
-      num_layers=4,
-      width=128,
-      num_heads=4,
-      num_kv_heads=4,
-      head_dim=32,
-      feed_forward_width=256,
+      num_layers=2,
+      width=64,
+      num_heads=2,
+      num_kv_heads=2,
+      head_dim=64,
+      feed_forward_width=128,
       text_vocab_size=1024,
       vision_vocab_size=0,
+      tied_head=True,
+      attention_bias=True,
       initializer_std=0.08,
       compute_dtype="float32",
       remat="none",
+      loss_chunk=512,
     ),
-    optimizer=OptimizerConfig(
-      schedule="cosine", peak_learning_rate=2e-3, end_learning_rate=2e-4, weight_decay=0.1
-    ),
+    optimizer=OptimizerConfig(schedule="cosine", end_learning_rate=1e-4, weight_decay=0.01),
     datasets=[
       DatasetConfig(name=f"needles_{context}", path=f"data/retrieval/needles_{context}")
-      for context, _, _ in STAGES
+      for context, *_ in STAGES
     ],
     stages=stages,
-    checkpoint=CheckpointConfig(every_steps=500, keep=2),
-    evaluation=EvaluationConfig(every_steps=100, rows=8),
+    checkpoint=CheckpointConfig(every_steps=1000, keep=8),
+    evaluation=EvaluationConfig(every_steps=100, rows=64),
   )

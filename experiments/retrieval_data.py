@@ -27,9 +27,9 @@ from lwm.evals.prompts import PromptWriter
 
 _OUTPUT = flags.DEFINE_string("output", "data/retrieval", "Directory to write everything to.")
 _CONTEXTS = flags.DEFINE_list(
-  "contexts", [str(context) for context, _, _ in STAGES], "Tokens of the documents."
+  "contexts", [str(context) for context, *_ in STAGES], "Tokens of the documents."
 )
-_TOKENS = flags.DEFINE_integer("tokens", 4_000_000, "Tokens per context.", lower_bound=1)
+_TOKENS = flags.DEFINE_integer("tokens", 3_000_000, "Tokens per context.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same data.")
 
 _VOCAB_SIZE = 1024
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     for form in (needle_text(city, words.number(source)), needle_frame(city).after)
   ]
   if not path.exists():
-    train_sentencepiece([text[: 1 << 18], *forms * 4], path, _VOCAB_SIZE)
+    train_sentencepiece([text[: 1 << 18], *forms * 64], path, _VOCAB_SIZE)
   tokenizer = load_tokenizer(path)
   # Other sentences than those that the evaluation shows.
   haystack = tokenizer.encode("".join(sentence(source) for _ in range(_HAYSTACK_TOKENS // 8)))

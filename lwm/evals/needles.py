@@ -98,7 +98,7 @@ def needle_conversation(
 ) -> tuple[list[int], list[bool]]:
   """A document to learn from: a text with needles, and a question and an answer for each of them.
 
-  It has one to eight needles, at random depths: as many as take at most half of it.
+  It hides between one needle and as many as fit, at most four, at random depths.
 
   Args:
     sources: with a haystack of at least `size` ids.
@@ -109,21 +109,27 @@ def needle_conversation(
     `size` ids, and which of them are answers; an end of text belongs to each answer.
   """
   writer = sources.writer
-  cities = random.sample(words.CITIES, 8)
-  hidden, asked, is_answer = list[str](), list[int](), list[bool]()
-  for city in cities:
+  needles, rounds = list[str](), list[tuple[list[int], list[int]]]()
+  room = writer.room(Frame("", ""), size)
+  for city in random.sample(words.CITIES, 4):
     number = words.number(random)
+    needle = needle_text(city, number)
     question = writer.encode(needle_frame(city).after)
     answer = [*writer.encode(f" {number}"), writer.tokenizer.eos_id]
-    needle_tokens = len(writer.encode(needle_text(city, number)))
-    if hidden and len(asked) + len(question) + len(answer) + needle_tokens > size // 2:
+    room -= len(writer.encode(needle)) + len(question) + len(answer)
+    if needles and room < 0:
       break
-    hidden.append(needle_text(city, number))
+    needles.append(needle)
+    rounds.append((question, answer))
+  count = random.randint(1, len(needles))
+  asked, is_answer = list[int](), list[bool]()
+  for question, answer in rounds[:count]:
     asked += [*question, *answer]
     is_answer += [False] * len(question) + [True] * len(answer)
   # Needles are asked for in the order of their choice, and stand in another.
-  random.shuffle(hidden)
-  depths = sorted(random.random() for _ in hidden)
+  hidden = random.sample(needles[:count], count)
+  # In tenths, so that some needles stand at the very beginning or end.
+  depths = sorted(round(random.random(), 1) for _ in hidden)
   text, _ = hide(writer, Frame("", ""), size - len(asked), sources.haystack, hidden, depths)
   return [*text, *asked], [False] * len(text) + is_answer
 

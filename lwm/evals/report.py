@@ -81,6 +81,30 @@ def heat_map(records: Sequence[Record], title: str, varies: str, path: pathlib.P
   _save(figure, path)
 
 
+def plot_by_context(
+  scores: Mapping[str, Sequence[Mapping[int, float]]], title: str, path: pathlib.Path
+) -> None:
+  """Writes mean scores by context as a PNG: per name, a point per run and a line for their mean."""
+  figure = Figure(figsize=(6, 3.6), layout="constrained")
+  FigureCanvasAgg(figure)
+  axes = figure.subplots()
+  for number, (name, runs) in enumerate(scores.items()):
+    color, contexts = f"C{number}", sorted(runs[0])
+    means = [np.mean([own[context] for own in runs]) for context in contexts]
+    axes.plot(contexts, means, color=color, label=name)
+    for own in runs:
+      axes.plot(contexts, [own[context] for context in contexts], "o", color=color, markersize=4)
+  axes.set_xscale("log", base=2)
+  axes.set_xticks(contexts, [context_name(context) for context in contexts])
+  axes.set_ylim(-0.03, 1.03)
+  axes.set_xlabel("context (tokens)")
+  axes.set_ylabel("mean score")
+  axes.set_title(title, fontsize=10)
+  axes.grid(alpha=0.3)
+  axes.legend()
+  _save(figure, path)
+
+
 def plot_loss_by_position(
   edges: Sequence[int], losses: Sequence[float], title: str, path: pathlib.Path
 ) -> None:

@@ -1,6 +1,7 @@
 """Prompts of exact lengths, needles where they should be, and scores."""
 
 import json
+import random
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from lwm.errors import UserError
 from lwm.evals import words
 from lwm.evals.answers import AnswerFile
 from lwm.evals.evaluations import EVALUATIONS, FILMS, RULER
-from lwm.evals.needles import Sources
+from lwm.evals.needles import Sources, needle_conversation, needle_frame
 from lwm.evals.prompts import Haystack, PromptWriter
 from lwm.evals.questions import Case, Question, cases, parse_range
 from lwm.evals.report import by_context, context_name, heat_map
@@ -68,6 +69,27 @@ def test_a_needle_stands_after_the_sentence_at_its_depth(sources, depth):
   length = len(before) + len(after)
   assert depth / 100 * length - len(SENTENCE) - 40 <= len(before) <= depth / 100 * length + 1
   assert not before or depth == 100 or before.endswith(".")
+
+
+def test_documents_to_learn_from_are_prompts_with_their_answers(tokenizer):
+  writer = PromptWriter(tokenizer, chat=False)
+  sources = Sources(writer, tokenizer.encode(SENTENCE * 50))
+  counts = set()
+  for seed in range(40):
+    ids, is_answer = needle_conversation(sources, random.Random(seed), 600)
+    assert len(ids) == len(is_answer) == 600
+    hidden = dict(re.findall(r"\nThe special magic (.+) number is: (\d+)\n", tokenizer.decode(ids)))
+    counts.add(len(hidden))
+    # Every question, in some order, ends the document as it ends the evaluation's prompt.
+    stop = len(ids)
+    for _ in range(len(hidden)):
+      start = stop - is_answer[:stop][::-1].index(False)
+      questions = {city: writer.encode(needle_frame(city).after) for city in hidden}
+      (city,) = (city for city, own in questions.items() if ids[:start][-len(own) :] == own)
+      assert ids[start:stop] == [*writer.encode(f" {hidden.pop(city)}"), tokenizer.eos_id]
+      stop = start - len(questions[city])
+    assert not any(is_answer[:stop])
+  assert counts == {1, 2, 3, 4}
 
 
 def test_needles_and_their_numbers_come_in_order(sources):
