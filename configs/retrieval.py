@@ -8,7 +8,8 @@
 Theta rises with the context, as in LWM's recipe. Two variants are for comparison:
 `--config=configs/retrieval.py:fixed_theta` keeps the first stage's theta, and
 `--config=configs/retrieval.py:long` trains at the last stage's context from the start, for the same
-FLOPs.
+FLOPs. The comparison has not been run. With 100 last steps instead of 250, and no needles at the
+very ends of documents, two seeds found 88% and 72% of the needles at 2048 tokens.
 """
 
 from lwm.config.experiment import (
@@ -24,11 +25,11 @@ from lwm.config.model import ModelConfig
 
 # Context, rope_theta, steps, peak learning rate.
 STAGES = (
-  (128, 1e3, 700, 3e-3),
-  (256, 2e3, 60, 1e-3),
-  (512, 4e3, 60, 1e-3),
-  (1024, 8e3, 60, 1e-3),
-  (2048, 1.6e4, 250, 1e-3),
+  (128, 1e4, 700, 3e-3),
+  (256, 2e4, 60, 1e-3),
+  (512, 4e4, 60, 1e-3),
+  (1024, 8e4, 60, 1e-3),
+  (2048, 1.6e5, 250, 1e-3),
 )
 _TOKENS_PER_BATCH = 4096
 
