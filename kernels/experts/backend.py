@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from kernels.experts.dispatch import no_gradient
 
 
 class Product(Protocol):
@@ -56,8 +57,8 @@ def _backward(backend, residuals, gradient_RxN):
   x_RxK, weight_ExKxN, sizes_E = residuals
   x_gradient_RxK = backend.product(gradient_RxN, weight_ExKxN, sizes_E, transposed=True)
   weight_gradient_ExKxN = backend.outer(x_RxK, gradient_RxN, sizes_E)
-  no_gradient_E = np.zeros(sizes_E.shape, jax.dtypes.float0)
-  return x_gradient_RxK, weight_gradient_ExKxN.astype(weight_ExKxN.dtype), no_gradient_E
+  weight_gradient_ExKxN = weight_gradient_ExKxN.astype(weight_ExKxN.dtype)
+  return x_gradient_RxK, weight_gradient_ExKxN, no_gradient(sizes_E)
 
 
 differentiable.defvjp(_forward, _backward)

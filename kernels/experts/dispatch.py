@@ -139,7 +139,7 @@ def _spread_backward(residuals, gradient_RxM):
   total_TxM = functools.reduce(
     jnp.add, (_taken(gradient_RxM, row_T).astype(jnp.float32) for row_T in row_Txk.T)
   )
-  return total_TxM.astype(gradient_RxM.dtype), _no_gradient(row_Txk), _no_gradient(choice_R)
+  return total_TxM.astype(gradient_RxM.dtype), no_gradient(row_Txk), no_gradient(choice_R)
 
 
 spread.defvjp(_spread_forward, _spread_backward)
@@ -182,8 +182,8 @@ def _combine_backward(residuals, gradient_TxM):
   return (
     y_gradient_RxM.astype(y_RxM.dtype),
     share_gradient_Txk,
-    _no_gradient(row_Txk),
-    _no_gradient(choice_R),
+    no_gradient(row_Txk),
+    no_gradient(choice_R),
   )
 
 
@@ -195,5 +195,6 @@ def _taken(array: jax.Array, index: jax.Array) -> jax.Array:
   return jnp.where(index[:, None] < 0, 0, array[jnp.maximum(index, 0)])
 
 
-def _no_gradient(integers: jax.Array) -> np.ndarray:
+def no_gradient(integers: jax.Array) -> np.ndarray:
+  """The gradient of an integer array, as `jax.custom_vjp` takes it."""
   return np.zeros(integers.shape, jax.dtypes.float0)

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kernels.experts.api import grouped_matmul
 from kernels.experts.backend import Backend
-from kernels.experts.dispatch import combine, place, sorted_experts, spread
+from kernels.experts.dispatch import combine, no_gradient, place, sorted_experts, spread
 from kernels.experts.exchange import Exchange
 from kernels.varying import vary_trees_alike
 
@@ -210,18 +209,14 @@ def _backward(num_chunks, settings, residuals, gradients):
   num_tokens = x_TxM.shape[0]
   token_gradients = (
     x_gradient_NxCxM.reshape(-1, x_TxM.shape[1])[:num_tokens],
-    _no_gradient(expert_Txk),
+    no_gradient(expert_Txk),
     share_gradient_NxCxk.reshape(-1, share_Txk.shape[1])[:num_tokens],
   )
   weight_gradients = jax.tree.map(lambda total, w: total.astype(w.dtype), totals, weights)
-  return token_gradients, weight_gradients, jax.tree.map(_no_gradient, expert_P)
+  return token_gradients, weight_gradients, jax.tree.map(no_gradient, expert_P)
 
 
 _by_chunks.defvjp(_forward, _backward)
-
-
-def _no_gradient(integers: jax.Array) -> np.ndarray:
-  return np.zeros(integers.shape, jax.dtypes.float0)
 
 
 def _split(settings: Settings, tokens, num_chunks: int):

@@ -128,7 +128,7 @@ def needle_conversation(
     is_answer += [False] * len(question) + [True] * len(answer)
   # Needles are asked for in the order of their choice, and stand in another.
   hidden = random.sample(needles[:count], count)
-  # In tenths, so that some needles stand at the very beginning or end.
+  # Rounded to tenths, so that some needles are at the very beginning or end.
   depths = sorted(round(random.random(), 1) for _ in hidden)
   text, _ = hide(writer, Frame("", ""), size - len(asked), sources.haystack, hidden, depths)
   return [*text, *asked], [False] * len(text) + is_answer

@@ -27,7 +27,7 @@ PREFILL_EFFICIENCY = 0.63
 DECODE_EFFICIENCY = 0.86
 # Seconds that a collective takes, however little it sends.
 COLLECTIVE_LATENCY = 5e-6
-# What travels during computation: weights that are gathered, and keys in the ring.
+# Computation hides these transfers: gathers of weights, and keys in the ring.
 _HIDDEN = ("reshard", "ppermute")
 
 

@@ -15,9 +15,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
+from kernels.experts.dispatch import no_gradient
 from lwm.config.model import ExpertsConfig
 from lwm.parallel.sharding import LogicalAxes, ShardingRules
 
@@ -58,7 +58,7 @@ def _slots_of_layer(config: ExpertsConfig, n: int, load_E: jax.Array) -> jax.Arr
     load_n = jnp.sum(jnp.where(has_Exn, part_E[:, None], 0), axis=0)
     is_busiest_1xn = device_1xn == jnp.argmax(load_n)
     used_n = jnp.sum(spare_nxs < E, axis=1)
-    # What the new copy takes, and what the busiest device keeps of the expert.
+    # The new copy takes the first load, and the busiest device keeps the second.
     taken_E = load_E / (copies_E + 1) if replicate else load_E
     kept_E = taken_E if replicate else jnp.zeros_like(load_E)
     is_free_Exn = ~has_Exn & (used_n < s)[None]
@@ -150,7 +150,7 @@ def _fill_backward(dtype, rules, logical_axes, residuals, gradient_PxAxB):
   gradient_ExAxB = jax.shard_map(collect, in_specs=(spec, rules.spec(None)), out_specs=spec)(
     gradient_PxAxB, expert_P
   )
-  return gradient_ExAxB, np.zeros(expert_P.shape, jax.dtypes.float0)
+  return gradient_ExAxB, no_gradient(expert_P)
 
 
 with_spare_slots.defvjp(_fill_forward, _fill_backward)

@@ -45,23 +45,18 @@ def resources(name: str, capability: int, dtype: str, head_dim: int, blocks: Blo
   constants |= dict(SCALE=head_dim**-0.5, SOFT_CAP=None)
   constants |= dict(ROW_BLOCK=blocks.query, IS_QUANTIZED=name == "decode_int8")
   constants["PRECISION"] = "tf32x3" if dtype == "float32" else None
-  signature, attributes = {}, {}
-  for i, parameter in enumerate(kernel.params):
-    argument = parameter.name
-    if parameter.is_constexpr:
-      signature[argument] = "constexpr"
-    elif argument.startswith("num_"):
-      signature[argument] = "i32"
-    else:
-      is_index = argument.startswith(("start", "stop", "tables", "layer"))
-      in_float32 = ("log_sum_exp", "delta", "grad", "scale", "out_P")
-      is_exact = any(part in argument for part in in_float32)
-      is_int8 = name == "decode_int8" and argument.endswith("LxBxKxGxD")
-      signature[argument] = (
-        "*i32" if is_index else "*fp32" if is_exact else "*i8" if is_int8 else TYPES[dtype]
-      )
-      attributes[(i,)] = [["tt.divisibility", 16]]
-  used = _compiled(kernel, signature, constants, attributes, capability, blocks)
+
+  def kind(argument):
+    if argument.startswith("num_"):
+      return "i32"
+    if argument.startswith(("start", "stop", "tables", "layer")):
+      return "*i32"
+    if any(part in argument for part in ("log_sum_exp", "delta", "grad", "scale", "out_P")):
+      return "*fp32"
+    is_int8 = name == "decode_int8" and argument.endswith("LxBxKxGxD")
+    return "*i8" if is_int8 else TYPES[dtype]
+
+  used = _compiled(kernel, kind, constants, capability, blocks)
   return dict(kernel=name, dtype=dtype, head_dim=head_dim, **used)
 
 
@@ -72,22 +67,32 @@ def expert_resources(name: str, capability: int, dtype: str) -> dict:
   constants = dict(INPUTS=4096, OUTPUTS=14336, IS_TRANSPOSED=name == "product_transposed")
   constants |= dict(ROW_BLOCK=blocks.rows, INPUT_BLOCK=blocks.inputs, OUTPUT_BLOCK=blocks.outputs)
   constants["PRECISION"] = "tf32x3" if dtype == "float32" else None
-  signature, attributes = {}, {}
-  for i, parameter in enumerate(kernel.params):
-    argument = parameter.name
-    if parameter.is_constexpr:
-      signature[argument] = "constexpr"
-      continue
-    is_index = argument.endswith(("_E", "_V", "_1")) and argument != "weight_E"
-    is_exact = argument == "out_ExIxO"
-    signature[argument] = "*i32" if is_index else "*fp32" if is_exact else TYPES[dtype]
-    attributes[(i,)] = [["tt.divisibility", 16]]
-  used = _compiled(kernel, signature, constants, attributes, capability, blocks)
+
+  def kind(argument):
+    if argument.endswith(("_E", "_V", "_1")) and argument != "weight_E":
+      return "*i32"
+    return "*fp32" if argument == "out_ExIxO" else TYPES[dtype]
+
+  used = _compiled(kernel, kind, constants, capability, blocks)
   return dict(kernel=name, dtype=dtype, **used)
 
 
-def _compiled(kernel, signature, constants, attributes, capability, blocks) -> dict:
-  """What a compiled kernel uses. Constants that the kernel does not take are left out."""
+def _compiled(kernel, kind, constants, capability, blocks) -> dict:
+  """What a compiled kernel uses.
+
+  Args:
+    kernel: the kernel.
+    kind: Triton's type of an argument by its name. Pointers are multiples of 16 bytes.
+    constants: may have some that the kernel does not take.
+    capability: ten times the compute capability.
+    blocks: with the numbers of warps and stages.
+  """
+  signature, attributes = {}, {}
+  for i, parameter in enumerate(kernel.params):
+    own = "constexpr" if parameter.is_constexpr else kind(parameter.name)
+    signature[parameter.name] = own
+    if own.startswith("*"):
+      attributes[(i,)] = [["tt.divisibility", 16]]
   constants = {
     (i,): constants[parameter.name]
     for i, parameter in enumerate(kernel.params)
