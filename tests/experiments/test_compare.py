@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from tests import programs
 
 
+@pytest.mark.slow
 def test_variants_are_compared_by_context_and_depth(tmp_path):
   scores = {"stages_0": (1, 1), "stages_1": (1, 0), "long_0": (1, 0)}
   for run, (first, last) in scores.items():

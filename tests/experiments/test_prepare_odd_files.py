@@ -6,6 +6,7 @@ import os
 import pathlib
 
 import pyarrow
+import pytest
 
 from lwm.data import Dataset
 from tests import programs
@@ -104,6 +105,7 @@ def make(root: pathlib.Path) -> None:
   os.mkfifo(root / "pipe.jsonl")
 
 
+@pytest.mark.slow
 def test_every_outcome_is_stated(tmp_path):
   root = tmp_path / "odd"
   make(root)

@@ -47,6 +47,7 @@ def test_the_platform_and_the_shapes_choose_the_backend():
       choose("pallas_tpu", *shapes(N=1344))
 
 
+@pytest.mark.slow
 def test_experts_of_four_chips_exchange_only_the_rows_that_exist():
   T, M, F, E = 1024, 256, 128, 8
   name, options = TOPOLOGIES["v5p"]

@@ -384,6 +384,7 @@ def test_the_pixel_range_is_recorded_and_used(tmp_path, golden):
   assert np.abs(ours.codec.decode(codes) - shown).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_vqmodel_there_and_back_is_exact(tmp_path, golden):
   config, weights, _ = golden
   write_vqmodel(tmp_path / "vqmodel", config, weights)

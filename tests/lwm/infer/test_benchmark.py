@@ -8,6 +8,7 @@ from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig, ShardingRules
 
 
+@pytest.mark.slow
 def test_bytes_and_flops_of_the_measured_phases(monkeypatch):
   monkeypatch.setattr(benchmark, "peak_flops", lambda device, dtype: 1e12)
   monkeypatch.setattr(benchmark, "_memory_bandwidth", lambda device: 1e10)

@@ -112,6 +112,7 @@ def test_gradients_are_scattered_and_then_summed_over_data():
   assert max(rest) <= 3 * M
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat,hops", [("full", 2), ("attention", 0)])
 def test_saved_attention_is_not_sent_around_again(remat, hops):
   again = [

@@ -65,6 +65,7 @@ def test_slurm_provides_all_settings():
   assert [end[1] for end in ends] == ["2 0", "2 1"]
 
 
+@pytest.mark.slow
 def test_an_error_in_one_ends_all_with_its_message():
   (waiting, _, heard), (failed, _, said) = pair("wait", "err")
   assert (waiting, failed) == (1, 1)

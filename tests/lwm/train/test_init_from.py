@@ -79,6 +79,7 @@ def test_a_vision_model_starts_from_a_text_model(
   jax.tree.map(np.testing.assert_array_equal, vision["blocks"], text["blocks"])
 
 
+@pytest.mark.slow
 def test_the_workdirs_own_checkpoint_comes_first(experiment, tmp_path):
   first = train(experiment, tmp_path / "first")
   second = dataclasses.replace(experiment, init_from=str(tmp_path / "first"))

@@ -36,6 +36,7 @@ def changed(before, after):
   return {name for name, value in before.items() if not np.array_equal(value, after[name])}
 
 
+@pytest.mark.slow
 def test_each_stage_trains_what_it_names(experiment, tmp_path, capsys):
   before, moments = train(experiment, tmp_path / "all")
   stage = dataclasses.replace(experiment.stages[0], name="tables", trainable=["embedding", "*.up"])
@@ -52,6 +53,7 @@ def test_each_stage_trains_what_it_names(experiment, tmp_path, capsys):
     train(experiment, tmp_path / "all")
 
 
+@pytest.mark.slow
 def test_lora_starts_from_a_base_and_resumes(experiment, tmp_path, capsys):
   base, _ = train(experiment, tmp_path / "base")
   experiment.model.lora = LoraConfig(rank=2, targets=["query", "down"])

@@ -106,6 +106,7 @@ def hostile_files(folder: pathlib.Path) -> dict[pathlib.Path, str]:
   }
 
 
+@pytest.mark.slow
 def test_hostile_files_are_named_and_the_next_film_is_decoded(tmp_path, folder):
   good = str(folder / "0.mp4")
   cases = hostile_files(tmp_path)

@@ -110,12 +110,14 @@ def assert_close(one, other, rtol=2e-4, atol=1e-6):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), one, other)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_what_one_gives(params, frames, late, alone):
   together = Run(8)
   assert_close(together.step(params, frames, 6), late)
   assert_close(together.evaluate(params, frames), alone.evaluate(params, frames))
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_weighted_losses(params, frames, late):
   """The adaptive weight by `jax.grad` of each loss, then the gradients of their sum."""
   pixels = to_pixels(frames, TINY.pixel_range)

@@ -111,6 +111,7 @@ def test_nearest_codes_are_the_nearest():
   np.testing.assert_array_equal(nearest_codes(latents, codebook), distances.argmin(-1))
 
 
+@pytest.mark.slow
 def test_search_in_blocks_finds_the_lowest_of_equal_codes():
   """Whole numbers, so that distances are exact; many codes are equal, across blocks too."""
   random = np.random.default_rng(0)
