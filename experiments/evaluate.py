@@ -69,7 +69,9 @@ class Run:
   """
 
   def __init__(self) -> None:
+    _INPUTS.check_films()
     self.checkpoint = inference.Checkpoint(_FLAGS)
+    self.checkpoint.check_cache(_ROWS.value or 1, _INPUTS.contexts()[-1])
     self.output = pathlib.Path(_OUTPUT.value or self.checkpoint.workdir / "evals")
     self.title = self.checkpoint.workdir.name
 
@@ -93,7 +95,7 @@ class Asked:
   """An evaluation with the questions that the flags ask for."""
 
   def __init__(self, name: str, run: Run, sources: Sources, films: Films | None):
-    """Makes one question of each context, so that what is wrong is known at once."""
+    """Makes questions of each context, so that an error ends the program at once."""
     self.name, self.evaluation, self._run = name, EVALUATIONS[name], run
     self.answer_tokens = flags.FLAGS["num_tokens"].value or self.evaluation.answer_tokens
     self._sources = films if self.evaluation.hides_in == "film" else sources
@@ -108,8 +110,12 @@ class Asked:
       self.settings["haystack"] = _INPUTS.fingerprint(self.evaluation.hides_in)
     if self.evaluation.has_counts:
       self.settings |= {"hidden": _INPUTS.hidden(), "asked": _ASKED.value}
-    for context in _INPUTS.contexts():
-      self.make(next(case for case in self.cases if case.context == context))
+    # The shortest context has the least room, and clips of films have different lengths.
+    contexts = _INPUTS.contexts()
+    tried = [case for case in self.cases if case.context == contexts[0]]
+    tried += [next(case for case in self.cases if case.context == other) for other in contexts[1:]]
+    for case in self.cases if self.evaluation.hides_in == "film" else tried:
+      self.make(case)
 
   def _places(self) -> list[int | None]:
     if self.evaluation.varies == "depth":

@@ -16,7 +16,7 @@ from lwm.errors import UserError
 from lwm.evals.films import Event, Films, clips_of, film_and_events
 from lwm.evals.prompts import Haystack, PromptWriter
 from lwm.evals.questions import parse_range
-from lwm.infer.films import read_codes
+from lwm.infer.films import check_films, read_codes
 
 
 class Inputs:
@@ -52,6 +52,10 @@ class Inputs:
   def contexts(self) -> list[int]:
     """The values of --contexts, ascending."""
     return sorted(set(parse_range(",".join(self._contexts.value or []), "contexts")))
+
+  def check_films(self) -> None:
+    """Raises UserError if a film of the flags cannot be read."""
+    check_films([*self._film.value, *(self._event_files()[1] if self._film.value else [])])
 
   def hidden(self) -> int:
     return self._hidden.value or 1
@@ -151,5 +155,5 @@ class Inputs:
       if dataset.has_split(VALIDATION)
     }
     if not splits:
-      raise UserError("There is no dataset with a validation split: name one with --dataset.")
+      raise UserError("No dataset has a validation split: name one with --dataset.")
     return splits

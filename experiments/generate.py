@@ -32,8 +32,9 @@ from lwm.config.vqgan import VisionLayout
 from lwm.data import VALIDATION, Dataset
 from lwm.data.chat import ChatFormat
 from lwm.data.dataset import Split
-from lwm.data.documents import BadDocument
+from lwm.data.documents import BadDocument, as_text
 from lwm.errors import UserError
+from lwm.infer.films import check_films
 from lwm.vision.codec import Codec
 from lwm.vision.pictures import save_contact_sheet
 
@@ -76,7 +77,7 @@ _BORDER = np.array([40, 120, 255], np.uint8)
 
 
 def read_prompts() -> list[str]:
-  """The texts of --prompts. Raises UserError for a line that is none."""
+  """The texts of --prompts. Raises UserError for a line without a prompt."""
   path = pathlib.Path(_PROMPTS.value or "")
   try:
     lines = path.read_text("utf-8").splitlines()
@@ -88,9 +89,9 @@ def read_prompts() -> list[str]:
       continue
     if path.suffix == ".jsonl":
       try:
-        line = json.loads(line)["prompt"]
-      except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}, line {number}, is not JSON with a field prompt.") from error
+        line = as_text(json.loads(line)["prompt"], "the prompt")
+      except (ValueError, TypeError, KeyError, BadDocument) as error:
+        raise UserError(f"{path}, line {number}, is not JSON with a text prompt.") from error
     prompts.append(line)
   if not prompts:
     raise UserError(f"--prompts={path} has no prompts: write one per line.")
@@ -160,15 +161,23 @@ def picture_grammar(
   )
 
 
+def frames_to_make() -> int:
+  """Frames of each picture or film."""
+  return 1 if _MAKE.value == "image" else _FRAMES.value or 1
+
+
+def guidance_scale() -> float:
+  """The scale of classifier-free guidance; 1 is none."""
+  default = _IMAGE_GUIDANCE if frames_to_make() == 1 else _FILM_GUIDANCE
+  return default if _GUIDANCE.value is None else _GUIDANCE.value
+
+
 def make_pictures(
   checkpoint: inference.Checkpoint, engine: infer.Engine, codec: Codec, rows: list[list[int]]
 ) -> None:
   """Generates an image or a film for each prompt, and writes it as a PNG."""
-  frames = 1 if _MAKE.value == "image" else _FRAMES.value or 1
-  default = _IMAGE_GUIDANCE if frames == 1 else _FILM_GUIDANCE
-  scale = default if _GUIDANCE.value is None else _GUIDANCE.value
-  grammar = picture_grammar(checkpoint, codec, frames)
-  films = generate_frames(checkpoint, engine, codec, rows, grammar, scale)
+  grammar = picture_grammar(checkpoint, codec, frames_to_make())
+  films = generate_frames(checkpoint, engine, codec, rows, grammar, guidance_scale())
   for number, codes_NxP in enumerate(films):
     path = samples(checkpoint) / f"{_MAKE.value}_{number}.png"
     save_contact_sheet(path, [codec.decode(codes_NxP)])
@@ -294,6 +303,7 @@ def samples(checkpoint: inference.Checkpoint) -> pathlib.Path:
 
 def main(argv: list[str]) -> None:
   del argv
+  check_films([*_IMAGE.value, *_FILM.value])
   checkpoint = inference.Checkpoint(_FLAGS)
   makes_pictures, is_mixed = _MAKE.value in ("image", "film"), _MAKE.value == "mixed"
   prompts = read_prompts() if _PROMPTS.value else [_PROMPT.value or ""]
@@ -312,6 +322,11 @@ def main(argv: list[str]) -> None:
     if makes_pictures:
       start, _ = infer.picture_marks(checkpoint.tokenizer)
       rows = [[*row, *start] for row in rows]
+  num_rows, new_tokens = len(rows), _FLAGS.num_tokens
+  if makes_pictures and picture_codec is not None:
+    new_tokens = frames_to_make() * picture_codec.config.layout.tokens_per_frame
+    num_rows *= 1 if guidance_scale() == 1 else 2
+  checkpoint.check_cache(num_rows, max(map(len, rows)) + new_tokens)
   engine = checkpoint.engine(checkpoint.load())
   if picture_codec is not None:
     make = make_mixed if is_mixed else make_pictures

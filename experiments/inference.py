@@ -1,5 +1,6 @@
 """Flags and steps that programs share which read prompts and generate."""
 
+import os
 import pathlib
 import sys
 import time
@@ -141,14 +142,14 @@ class Checkpoint:
   """
 
   def __init__(self, program_flags: Flags):
-    """Raises UserError if there is no checkpoint, or the flags do not fit the devices."""
+    """Raises UserError if no checkpoint exists, or the flags do not fit the devices."""
     self.flags, self.workdir = program_flags, program_flags.workdir
     available = devices()
     sizes = self.flags.mesh.axis_sizes().values()
     # Without --mesh, one device; a mesh with -1 takes all.
     count = len(available) if -1 in sizes else int(np.prod(list(sizes)))
     if count > len(available):
-      raise UserError(f"--mesh needs {count} devices, and there are {len(available)}.")
+      raise UserError(f"--mesh needs {count} devices, and this machine has {len(available)}.")
     self._mesh = make_mesh(self.flags.mesh, available[:count])
     use_compilation_cache()
     self.stored: StoredCheckpoint = newest(self.workdir)
@@ -181,12 +182,12 @@ class Checkpoint:
   def films(
     self, paths: Sequence[str], capacity: int | None = None, open_end: bool = False
   ) -> np.ndarray | None:
-    """Films and images as ids, with <vision> and </vision>; None if there are none.
+    """Films and images as ids, with <vision> and </vision>; None without paths.
 
     Args:
       paths: of the files.
       capacity: most tokens of a prompt; a longer film is an error as soon as it is known.
-      open_end: whether the last film goes on.
+      open_end: whether the model continues the last film.
     """
     if not paths:
       return None
@@ -201,6 +202,23 @@ class Checkpoint:
     )
     layout = codec.config.layout
     return vision_ids(self.tokenizer, self.text_vocab_size, layout, films, open_end)
+
+  def check_cache(self, num_rows: int, capacity: int) -> None:
+    """Raises UserError if the devices have no memory for a cache of so many rows and tokens."""
+    total = (
+      num_rows
+      * capacity
+      * infer.cache_bytes_per_token(self.stored.experiment.model, self.flags.cache)
+    )
+    # Rows are divided over replicas of the model, and each row over the other devices.
+    needed = total / self._mesh.size
+    available = _memory(self._mesh.devices.flat[0])
+    if needed > available:
+      raise UserError(
+        f"The cache of {num_rows:,} x {capacity:,} tokens needs {needed / 2**30:,.1f} GiB per "
+        f"device, which has {available / 2**30:,.1f} GiB: read less at a time, divide it over more "
+        "devices with --mesh, or add --cache=int8."
+      )
 
   def load(self) -> infer.TrainedModel:
     """Reads the weights, says what they are, and sets the mesh that they are on."""
@@ -232,6 +250,13 @@ class Checkpoint:
   def text_sampling(self) -> infer.Sampling:
     """Text of at most --num_tokens, in blocks for the terminal."""
     return infer.Sampling(self.text(), self.flags.num_tokens, block=_BLOCK)
+
+
+def _memory(device: jax.Device) -> int:
+  """Bytes that programs may use on a device; virtual CPU devices share the machine's."""
+  if device.platform == "cpu":
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.device_count("cpu")
+  return device.memory_stats()["bytes_limit"]
 
 
 def decode_after(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from kernels.decode import whole_length
 from lwm import model as model_lib
+from lwm.config.model import ModelConfig
 from lwm.errors import UserError
 from lwm.infer import programs
 from lwm.infer.grammar import Grammar
@@ -29,6 +30,14 @@ _WIDTH_RATIO = 4
 _FEW_TOKENS = 64
 
 Rows = Sequence[Sequence[int] | np.ndarray]
+
+
+def cache_bytes_per_token(config: ModelConfig, cache: str) -> int:
+  """Bytes of the keys and values of one token in a cache of one of CACHE_FORMS."""
+  head = config.head_dim * jnp.dtype(config.compute_dtype).itemsize
+  if cache == "int8":
+    head = config.head_dim + 4
+  return 2 * config.num_layers * config.num_kv_heads * head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +129,8 @@ class Engine:
 
   def cache_bytes(self, num_rows: int, capacity: int) -> int:
     """Bytes of a cache, on all devices together."""
-    config = self.few.config
-    head = config.head_dim * jnp.dtype(config.compute_dtype).itemsize
-    if self.cache == "int8":
-      head = config.head_dim + 4
-    numbers = 2 * config.num_layers * config.num_kv_heads * head
-    return self.padded(num_rows) * self.num_columns(capacity) * numbers
+    per_token = cache_bytes_per_token(self.few.config, self.cache)
+    return self.padded(num_rows) * self.num_columns(capacity) * per_token
 
   def padded(self, num_rows: int) -> int:
     """Rows of a state for so many rows: each replica of the model has as many as the others.

@@ -42,6 +42,8 @@ def directory(tmp_path_factory) -> pathlib.Path:
   )
   tokenizer = data.load_tokenizer(path)
   (directory / "novel.txt").write_text(SENTENCE * 40)
+  events = [{"file": str(directory / "novel.txt"), "name": name} for name in ("a cat", "a dog")]
+  (directory / "events.jsonl").write_text("\n".join(map(json.dumps, events)))
   codes = np.random.default_rng(0).integers(0, 16, (4, 30, 4))
   with data.DatasetWriter(directory / "films", tokenizer, layout=LAYOUT) as writer:
     for caption, codes_NxP in zip(("a cat", *CAPTIONS), codes):
@@ -117,15 +119,18 @@ def test_needle_resumes_and_reports(directory):
     (["needles"], "Name one evaluation: needle"),
     (["film_clip", "--contexts=4096"], "The film has 60 frames, fewer than"),
     (["harness"], "Name tasks of the harness"),
+    (["film_clip", "--film={}/novel.txt", "--events={}/events.jsonl"], "novel.txt cannot be used"),
+    (["key_value", "--contexts=1000000000"], "The cache of 1 x 1,000,000,000 tokens needs"),
+    (["key_value", "--contexts=100"], "leaves no room for a text in a prompt of"),
   ],
-  ids=["haystack", "short", "name", "film", "tasks"],
+  ids=["haystack", "short", "name", "film", "tasks", "unreadable", "cache", "room"],
 )
 def test_mistakes_end_in_one_sentence(directory, arguments, message):
   name, *arguments = (argument.format(directory) for argument in arguments)
   done = run(directory, name, *arguments)
   assert done.returncode == 1
   assert done.stderr.strip().splitlines()[-1].startswith("error: ") and message in done.stderr
-  assert "Traceback" not in done.stderr
+  assert "Traceback" not in done.stderr and "weights: " not in done.stdout
 
 
 @pytest.mark.slow
