@@ -1,4 +1,4 @@
-"""Measures what a model finds in long contexts.
+"""Measures what a model finds in long contexts, answers about films, and generates.
 
     python -m experiments.evaluate needle --workdir=runs/laptop --haystack=novel.txt \\
         --contexts=1024,2048 --depths=0:100:10
@@ -6,6 +6,8 @@
     python -m experiments.evaluate ruler --workdir=... --haystack=...
     python -m experiments.evaluate film_clip --workdir=runs/laptop --contexts=4096
     python -m experiments.evaluate harness --workdir=... --tasks=my_task --include_path=tasks
+    python -m experiments.evaluate multiple_choice --workdir=... --questions=questions.jsonl
+    python -m experiments.evaluate generation --workdir=runs/laptop --samples=16
 
 Answers go to OUTPUT/NAME/answers.jsonl, with heatmap.png and report.html beside them. A run that
 was stopped computes only what is missing. docs/evaluation.md describes the evaluations.
@@ -19,7 +21,9 @@ from typing import Any
 
 from absl import flags
 
-from experiments import evaluation_inputs, flags as experiment_flags, inference
+from experiments import evaluation_inputs, evaluation_run, flags as experiment_flags, inference
+from experiments.evaluation_media import generation, multiple_choice, visual_encoder
+from experiments.evaluation_run import FLAGS, INPUTS, Run
 from lwm import evals, infer
 from lwm.errors import UserError
 from lwm.evals.answers import Answerer, AnswerFile
@@ -30,65 +34,21 @@ from lwm.evals.losses import by_modality, by_position, position_edges
 from lwm.evals.needles import Sources
 from lwm.evals.prompts import PromptWriter
 from lwm.evals.questions import Case, Question, cases, parse_range
+from lwm.evals.requests import Job
 from lwm.evals.ruler import THRESHOLD, effective_length
 
-_FLAGS = inference.Flags()
-_INPUTS = evaluation_inputs.Inputs()
-flags.adopt_module_key_flags(inference)
-flags.adopt_module_key_flags(evaluation_inputs)
+for _module in (inference, evaluation_inputs, evaluation_run):
+  flags.adopt_module_key_flags(_module)
 _DEPTHS = flags.DEFINE_string(
   "depths", "0:100:10", "Depths in percent, as START:STOP:STEP or with commas."
 )
-_SAMPLES = flags.DEFINE_integer(
-  "samples", 1, "Questions per context and depth; windows; documents per dataset.", lower_bound=1
-)
 _ASKED = flags.DEFINE_integer("asked", 1, "Needles that several_needles asks for.", lower_bound=1)
-_CHAT = flags.DEFINE_bool("chat", False, "Ask in the tokenizer's chat template.")
-_ROWS = flags.DEFINE_integer(
-  "rows", None, "Questions at a time. Default: one per replica of the model.", lower_bound=1
-)
-_OUTPUT = flags.DEFINE_string("output", None, "Directory of the results. Default: WORKDIR/evals.")
 _TASKS = flags.DEFINE_list("tasks", [], "Tasks of the harness.")
 _INCLUDE_PATH = flags.DEFINE_string("include_path", None, "Directory with tasks of your own.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Most documents per task of the harness.")
 
-# Answers are the likeliest tokens unless flags say otherwise, and each evaluation has its longest.
-flags.FLAGS.set_default("temperature", 0.0)
-flags.FLAGS.set_default("num_tokens", None)
 
 Record = dict[str, Any]
-
-
-class Run:
-  """What all evaluations of a program share.
-
-  Attributes:
-    checkpoint: the model, before its weights are read.
-    output: directory of the results.
-    title: names the model.
-  """
-
-  def __init__(self) -> None:
-    _INPUTS.check_films()
-    self.checkpoint = inference.Checkpoint(_FLAGS)
-    self.checkpoint.check_cache(_ROWS.value or 1, _INPUTS.contexts()[-1])
-    self.output = pathlib.Path(_OUTPUT.value or self.checkpoint.workdir / "evals")
-    self.title = self.checkpoint.workdir.name
-
-  def settings(self, name: str) -> dict[str, Any]:
-    """The settings of every evaluation, for the first line of its answers."""
-    return {
-      "evaluation": name,
-      "model": self.checkpoint.stored.identity,
-      "weights": _FLAGS.weights,
-      "cache": _FLAGS.cache,
-    }
-
-  def answerer(self) -> Answerer:
-    """Reads the weights."""
-    engine = self.checkpoint.engine(self.checkpoint.load())
-    rows = engine.padded(_ROWS.value or 1)
-    return Answerer(engine, self.checkpoint.tokenizer, self.checkpoint.text(), rows)
 
 
 class Asked:
@@ -97,21 +57,21 @@ class Asked:
   def __init__(self, name: str, run: Run, sources: Sources, films: Films | None):
     """Makes questions of each context, so that an error ends the program at once."""
     self.name, self.evaluation, self._run = name, EVALUATIONS[name], run
-    self.answer_tokens = flags.FLAGS["num_tokens"].value or self.evaluation.answer_tokens
+    self.answer_tokens = run.answer_tokens(self.evaluation.answer_tokens)
     self._sources = films if self.evaluation.hides_in == "film" else sources
-    self.cases = cases(_INPUTS.contexts(), self._places(), _SAMPLES.value or 1)
+    self.cases = cases(INPUTS.contexts(), self._places(), run.samples)
     self.settings = run.settings(name) | {
-      "seed": _FLAGS.seed,
-      "chat": bool(_CHAT.value),
+      "seed": FLAGS.seed,
+      "chat": run.chat,
       "answer_tokens": self.answer_tokens,
-      "temperature": _FLAGS.text.temperature,
+      "temperature": FLAGS.text.temperature,
     }
     if self.evaluation.hides_in:
-      self.settings["haystack"] = _INPUTS.fingerprint(self.evaluation.hides_in)
+      self.settings["haystack"] = INPUTS.fingerprint(self.evaluation.hides_in)
     if self.evaluation.has_counts:
-      self.settings |= {"hidden": _INPUTS.hidden(), "asked": _ASKED.value}
+      self.settings |= {"hidden": INPUTS.hidden(), "asked": _ASKED.value}
     # The shortest context has the least room, and clips of films have different lengths.
-    contexts = _INPUTS.contexts()
+    contexts = INPUTS.contexts()
     tried = [case for case in self.cases if case.context == contexts[0]]
     tried += [next(case for case in self.cases if case.context == other) for other in contexts[1:]]
     for case in self.cases if self.evaluation.hides_in == "film" else tried:
@@ -124,12 +84,12 @@ class Asked:
         raise UserError(f"--depths={_DEPTHS.value} are percent: set them between 0 and 100.")
       return [*depths]
     if self.evaluation.varies == "number":
-      return [*range(1, _INPUTS.hidden() + 1)]
+      return [*range(1, INPUTS.hidden() + 1)]
     return [None]
 
   def make(self, case: Case) -> Question:
     """The question of a case; its prompt and the longest answer have the case's tokens."""
-    random = case.random(_FLAGS.seed, self.name)
+    random = case.random(FLAGS.seed, self.name)
     size = case.context - self.answer_tokens
     return self.evaluation.make(self._sources, random, case, size)
 
@@ -173,13 +133,13 @@ class Asked:
 
 def ask(run: Run, names: Sequence[str]) -> dict[str, dict[int, float]]:
   """Runs evaluations that ask questions; mean scores by evaluation and context."""
-  if (_ASKED.value or 1) > _INPUTS.hidden():
-    raise UserError(f"--asked={_ASKED.value} is more than --hidden={_INPUTS.hidden()}.")
-  writer = PromptWriter(run.checkpoint.tokenizer, bool(_CHAT.value))
+  if (_ASKED.value or 1) > INPUTS.hidden():
+    raise UserError(f"--asked={_ASKED.value} is more than --hidden={INPUTS.hidden()}.")
+  writer = PromptWriter(run.checkpoint.tokenizer, run.chat)
   hides_in = {EVALUATIONS[name].hides_in for name in names}
-  haystack = _INPUTS.haystack(run.checkpoint.tokenizer) if "text" in hides_in else []
-  sources = Sources(writer, haystack, _INPUTS.hidden(), _ASKED.value or 1)
-  films = _INPUTS.films(run.checkpoint, writer) if "film" in hides_in else None
+  haystack = INPUTS.haystack(run.checkpoint.tokenizer) if "text" in hides_in else []
+  sources = Sources(writer, haystack, INPUTS.hidden(), _ASKED.value or 1)
+  films = INPUTS.films(run.checkpoint, writer) if "film" in hides_in else None
   asked = [Asked(name, run, sources, films) for name in names]
   files = [one.open() for one in asked]
   answerer = run.answerer()
@@ -193,7 +153,7 @@ def ask(run: Run, names: Sequence[str]) -> dict[str, dict[int, float]]:
 
 def ruler(run: Run) -> None:
   """Runs RULER's tasks; their mean gives the effective length."""
-  scores, contexts = ask(run, list(RULER)), _INPUTS.contexts()
+  scores, contexts = ask(run, list(RULER)), INPUTS.contexts()
   means = {
     context: sum(own[context] for own in scores.values()) / len(scores) for context in contexts
   }
@@ -216,12 +176,12 @@ def ruler(run: Run) -> None:
 
 def perplexity(run: Run) -> None:
   """The loss by position in windows of the longest context, each after <bos>."""
-  context, tokenizer = max(_INPUTS.contexts()), run.checkpoint.tokenizer
-  count = _SAMPLES.value or 1
-  ids = _INPUTS.haystack(tokenizer, count * context)
+  context, tokenizer = max(INPUTS.contexts()), run.checkpoint.tokenizer
+  count = run.samples
+  ids = INPUTS.haystack(tokenizer, count * context)
   settings = run.settings("perplexity") | {
     "context": context,
-    "haystack": _INPUTS.fingerprint("text"),
+    "haystack": INPUTS.fingerprint("text"),
   }
   file = AnswerFile(run.output / "perplexity" / "losses.jsonl", settings)
   edges = position_edges(context)
@@ -252,15 +212,15 @@ def perplexity(run: Run) -> None:
 
 def held_out_loss(run: Run) -> None:
   """The loss of each modality on validation documents, each cut at the longest context."""
-  context, text_vocab_size = max(_INPUTS.contexts()), run.checkpoint.text_vocab_size
-  datasets = _INPUTS.datasets(run.checkpoint)
+  context, text_vocab_size = max(INPUTS.contexts()), run.checkpoint.text_vocab_size
+  datasets = INPUTS.datasets(run.checkpoint)
   settings = run.settings("held_out_loss") | {"context": context, "datasets": list(datasets)}
   file = AnswerFile(run.output / "held_out_loss" / "losses.jsonl", settings)
   done = {record["case"] for record in file.records}
   engine: infer.Engine = run.answerer().engine
   rows = []
   for name, split, entropy in datasets.values():
-    count = min(len(split), _SAMPLES.value or 1)
+    count = min(len(split), run.samples)
     for document in range(count):
       if f"{name}/{document}" in done:
         continue
@@ -288,29 +248,41 @@ def held_out_loss(run: Run) -> None:
 
 def harness(run: Run) -> None:
   """Runs tasks of lm-evaluation-harness."""
+  job = _job(run, "lm_eval", "harness", "pip install -c pins.txt '.[eval]'")
+  from lwm.evals.harness import HarnessModel, evaluate_tasks
+
+  print(evaluate_tasks(job, lambda: HarnessModel(run.requests())))
+  print(f"harness: {job.path}")
+
+
+def lmms(run: Run) -> None:
+  """Runs tasks of lmms-eval."""
+  job = _job(run, "lmms_eval", "lmms", "pip install --no-deps lmms-eval")
+  from lwm.evals.lmms import LmmsModel, evaluate_tasks
+
+  writer = PromptWriter(run.checkpoint.tokenizer, run.chat)
+  encode = visual_encoder(run)
+  print(evaluate_tasks(job, lambda: LmmsModel(run.requests(), writer, encode)))
+  print(f"lmms: {job.path}")
+
+
+def _job(run: Run, module: str, name: str, install: str) -> Job:
+  """The tasks of the flags. Raises UserError if there are none, or the harness is not installed."""
   if not _TASKS.value:
     raise UserError("Name tasks of the harness with --tasks.")
-  if importlib.util.find_spec("lm_eval") is None:
-    raise UserError("The harness is not installed: run `pip install -c pins.txt '.[eval]'`.")
-  from lwm.evals.harness import evaluate_tasks
-
-  results = evaluate_tasks(
-    run.answerer(),
-    _TASKS.value,
-    max_length=max(_INPUTS.contexts()),
-    include_path=_INCLUDE_PATH.value,
-    limit=_LIMIT.value,
-    path=run.output / "harness.json",
-  )
-  print(results)
-  print(f"harness: {run.output / 'harness.json'}")
+  if importlib.util.find_spec(module) is None:
+    raise UserError(f"The harness {module} is not installed: see docs/evaluation.md ({install}).")
+  return Job(_TASKS.value, _INCLUDE_PATH.value, _LIMIT.value, run.output / f"{name}.json")
 
 
 OTHERS: dict[str, Callable[[Run], None]] = {
   "ruler": ruler,
   "perplexity": perplexity,
   "held_out_loss": held_out_loss,
+  "multiple_choice": multiple_choice,
+  "generation": generation,
   "harness": harness,
+  "lmms": lmms,
 }
 
 

@@ -14,12 +14,10 @@ WORKDIR/samples/text.txt or, with --prompts, texts.jsonl; pictures to PNG files 
 docs/generate.md describes the rest.
 """
 
-import dataclasses
 import itertools
 import json
 import pathlib
 import time
-from typing import Any
 
 import numpy as np
 from absl import flags
@@ -72,7 +70,7 @@ _GUIDANCE = flags.DEFINE_float(
 )
 
 _IMAGE_TOP_K, _IMAGE_GUIDANCE = 8192, 5.0
-_FILM_TOP_K, _FILM_GUIDANCE = 1000, 1.0
+_FILM_GUIDANCE = 1.0
 _BORDER = np.array([40, 120, 255], np.uint8)
 
 
@@ -142,23 +140,8 @@ def make_text(
 
 def vision_choice(is_image: bool) -> infer.Choice:
   """How codes are drawn."""
-  top_k = _VISION_TOP_K.value or (_IMAGE_TOP_K if is_image else _FILM_TOP_K)
+  top_k = _VISION_TOP_K.value or (_IMAGE_TOP_K if is_image else inference.FILM_TOP_K)
   return infer.Choice(temperature=_VISION_TEMPERATURE.value or 0.0, top_k=top_k)
-
-
-def picture_grammar(
-  checkpoint: inference.Checkpoint, codec: Codec, frames: int | None, **changes: Any
-) -> infer.Grammar:
-  """Pictures of the run's VQGAN, of so many frames, or as many as the model chooses."""
-  config = codec.config
-  pictures = infer.Pictures.of(
-    checkpoint.tokenizer, checkpoint.text_vocab_size, config.codebook_size, config.layout
-  )
-  return dataclasses.replace(
-    checkpoint.text(),
-    pictures=dataclasses.replace(pictures, frames=frames, **changes),
-    vision=vision_choice(frames == 1),
-  )
 
 
 def frames_to_make() -> int:
@@ -176,7 +159,8 @@ def make_pictures(
   checkpoint: inference.Checkpoint, engine: infer.Engine, codec: Codec, rows: list[list[int]]
 ) -> None:
   """Generates an image or a film for each prompt, and writes it as a PNG."""
-  grammar = picture_grammar(checkpoint, codec, frames_to_make())
+  frames = frames_to_make()
+  grammar = checkpoint.pictures(codec, frames, vision_choice(frames == 1))
   films = generate_frames(checkpoint, engine, codec, rows, grammar, guidance_scale())
   for number, codes_NxP in enumerate(films):
     path = samples(checkpoint) / f"{_MAKE.value}_{number}.png"
@@ -188,7 +172,8 @@ def make_mixed(
   checkpoint: inference.Checkpoint, engine: infer.Engine, codec: Codec, rows: list[list[int]]
 ) -> None:
   """Continues each prompt as text in which pictures may come, and writes these as PNG files."""
-  grammar = picture_grammar(checkpoint, codec, None, are_opened=True, then_text=True)
+  choice = vision_choice(is_image=False)
+  grammar = checkpoint.pictures(codec, None, choice, are_opened=True, then_text=True)
   layout, folder = codec.config.layout, samples(checkpoint)
   session = engine.open(rows, max(map(len, rows)) + _FLAGS.num_tokens)
   sampling = infer.Sampling(grammar, _FLAGS.num_tokens, block=layout.tokens_per_frame)
@@ -247,8 +232,7 @@ def continue_clip(
 ) -> None:
   """Continues a held-out clip, and writes ground truth and prediction as a PNG."""
   path, given = samples(checkpoint) / "video.png", _GIVEN_FRAMES.value or 1
-  grammar = picture_grammar(checkpoint, codec, _FRAMES.value or 1)
-  grammar = dataclasses.replace(grammar, vision=vision_choice(is_image=False))
+  grammar = checkpoint.pictures(codec, _FRAMES.value or 1, vision_choice(is_image=False))
   rows = [clip.prompt.tolist()]
   (codes_NxP,) = generate_frames(checkpoint, engine, codec, rows, grammar, _FILM_GUIDANCE)
   truth, predicted = codec.decode(clip.codes_NxP), codec.decode(codes_NxP)

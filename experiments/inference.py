@@ -1,10 +1,12 @@
 """Flags and steps that programs share which read prompts and generate."""
 
+import dataclasses
 import os
 import pathlib
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +24,8 @@ from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig
 from lwm.vision.codec import Codec
 
+# LWM draws each code of a film from this many of the likeliest.
+FILM_TOP_K = 1000
 # Tokens that are generated, after the first, before their text is shown.
 _BLOCK = 8
 
@@ -246,6 +250,24 @@ class Checkpoint:
     """Text that an end-of-text id ends, drawn as the flags say."""
     ends = tuple(sorted(end_ids(self.tokenizer)))
     return infer.Grammar(self.tokenizer.vocab_size, ends, self.flags.text)
+
+  def pictures(
+    self, codec: Codec, frames: int | None, vision: infer.Choice, **changes: Any
+  ) -> infer.Grammar:
+    """Text with pictures of the VQGAN.
+
+    Args:
+      codec: the VQGAN.
+      frames: of each picture; None: as many as the model chooses.
+      vision: how codes are drawn.
+      changes: other fields of `infer.Pictures`.
+    """
+    config = codec.config
+    pictures = infer.Pictures.of(
+      self.tokenizer, self.text_vocab_size, config.codebook_size, config.layout
+    )
+    pictures = dataclasses.replace(pictures, frames=frames, **changes)
+    return dataclasses.replace(self.text(), pictures=pictures, vision=vision)
 
   def text_sampling(self) -> infer.Sampling:
     """Text of at most --num_tokens, in blocks for the terminal."""

@@ -23,7 +23,7 @@ _MOST_TOKENS_BACK = 512
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-  """What stands around the context of a prompt.
+  """The texts around the context of a prompt.
 
   Attributes:
     before: text before the context.
@@ -44,6 +44,11 @@ class PromptWriter:
     self.tokenizer = tokenizer
     self._chat = ChatFormat(tokenizer) if chat else None
     self._sentence_ends = {tokenizer.encode(f"a{mark}")[-1] for mark in ".!?"}
+
+  @property
+  def is_chat(self) -> bool:
+    """Whether prompts are in the chat template."""
+    return self._chat is not None
 
   def encode(self, text: str) -> list[int]:
     return self.tokenizer.encode(text)
