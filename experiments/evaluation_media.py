@@ -105,7 +105,9 @@ def visual_encoder(run: Run) -> Callable[[Sequence[Any]], list[int]]:
     return codes_Nxhxw
 
   def encode(visuals: Sequence[Any]) -> list[int]:
-    frames = [codes(visual).reshape(-1, layout.codes_per_frame) for visual in visuals]
+    # The mesh of the weights is set by now, and films are encoded on a mesh of their own.
+    with jax.set_mesh(None):
+      frames = [codes(visual).reshape(-1, layout.codes_per_frame) for visual in visuals]
     return vision_ids(checkpoint.tokenizer, checkpoint.text_vocab_size, layout, frames).tolist()
 
   return encode
