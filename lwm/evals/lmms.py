@@ -6,7 +6,7 @@ This module needs lmms-eval, which brings PyTorch; nothing imports it unless it 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
@@ -28,7 +28,7 @@ class LmmsModel(lmms):
     self._requests, self._writer, self._encode = requests, writer, encode
     self._vision: dict[tuple[str, str, int], list[int]] = {}
 
-  def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+  def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
     """For each continuation, its loss, and whether it is the greedy one.
 
     The loss is the mean in nats per token. lmms-eval's own models return it too, in spite of the
@@ -41,7 +41,10 @@ class LmmsModel(lmms):
       prompt = self._prompt(context, to_visual, (task, split, document))
       pairs.append((prompt, self._writer.encode(target)))
     found = self._requests.likelihoods(pairs)
-    return [(float(own.loss.mean()), bool(own.is_likeliest.all())) for own in found]
+    # The evaluator of version 0.7.3 would turn a bare pair into a text, and fail.
+    return [
+      GenerationResult((float(own.loss.mean()), bool(own.is_likeliest.all()))) for own in found
+    ]
 
   def generate_until(self, requests: list[Instance]) -> list[str]:
     """The greedy continuation of each context, up to the texts that end it."""

@@ -119,6 +119,13 @@ def test_requests_and_a_local_task(answerer, tmp_path):
 
 
 @dataclasses.dataclass
+class GenerationResult:
+  """As lmms-eval's."""
+
+  text: object
+
+
+@dataclasses.dataclass
 class Instance:
   """As lmms-eval's, without what it does not need here."""
 
@@ -154,7 +161,7 @@ def lmms_eval(monkeypatch):
     return
   parts = {
     "api": {},
-    "api.instance": {"Instance": Instance},
+    "api.instance": {"GenerationResult": GenerationResult, "Instance": Instance},
     "api.model": {"lmms": Lmms},
     "evaluator": {"simple_evaluate": None},
     "tasks": {"TaskManager": None},
@@ -199,10 +206,10 @@ def test_requests_of_lmms_eval(answerer, lmms_eval):
   assert shown == [["cat.png"]]
   bos, encoded = answerer.tokenizer.bos_id, answerer.tokenizer.encode
   prompts = [[bos, 300, 301, 302, *encoded("\nThe cat")]] * 2 + [[bos, *encoded("The cat")]]
-  for (loss, _), prompt, ((_, continuation), _) in zip(found, prompts, pairs):
+  for result, prompt, ((_, continuation), _) in zip(found, prompts, pairs):
     count = len(encoded(continuation))
     (own,) = likelihoods(answerer.engine, [[*prompt, *encoded(continuation)]])
-    assert loss == pytest.approx(own.loss[-count:].mean(), rel=1e-4)
+    assert result.text == (pytest.approx(own.loss[-count:].mean(), rel=1e-4), False)
   settings = {"max_new_tokens": 6, "temperature": 0, "do_sample": False, "until": []}
   asked = ("The cat", settings)
   texts = model.generate_until(requests("generate_until", (asked, 0), (asked, 1)))
