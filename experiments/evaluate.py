@@ -23,7 +23,7 @@ from absl import flags
 
 from experiments import evaluation_inputs, evaluation_run, flags as experiment_flags, inference
 from experiments.evaluation_media import generation, multiple_choice, visual_encoder
-from experiments.evaluation_run import FLAGS, INPUTS, Run
+from experiments.evaluation_run import Options, Run
 from lwm import evals, infer
 from lwm.errors import UserError
 from lwm.evals.answers import Answerer, AnswerFile
@@ -37,6 +37,8 @@ from lwm.evals.questions import Case, Question, cases, parse_range
 from lwm.evals.requests import Job
 from lwm.evals.ruler import THRESHOLD, effective_length
 
+_OPTIONS = Options()
+_INPUTS = _OPTIONS.inputs
 for _module in (inference, evaluation_inputs, evaluation_run):
   flags.adopt_module_key_flags(_module)
 _DEPTHS = flags.DEFINE_string(
@@ -59,19 +61,19 @@ class Asked:
     self.name, self.evaluation, self._run = name, EVALUATIONS[name], run
     self.answer_tokens = run.answer_tokens(self.evaluation.answer_tokens)
     self._sources = films if self.evaluation.hides_in == "film" else sources
-    self.cases = cases(INPUTS.contexts(), self._places(), run.samples)
+    self.cases = cases(_INPUTS.contexts(), self._places(), run.options.samples)
     self.settings = run.settings(name) | {
-      "seed": FLAGS.seed,
-      "chat": run.chat,
+      "seed": run.flags.seed,
+      "chat": run.options.chat,
       "answer_tokens": self.answer_tokens,
-      "temperature": FLAGS.text.temperature,
+      "temperature": run.flags.text.temperature,
     }
     if self.evaluation.hides_in:
-      self.settings["haystack"] = INPUTS.fingerprint(self.evaluation.hides_in)
+      self.settings["haystack"] = _INPUTS.fingerprint(self.evaluation.hides_in)
     if self.evaluation.has_counts:
-      self.settings |= {"hidden": INPUTS.hidden(), "asked": _ASKED.value}
+      self.settings |= {"hidden": _INPUTS.hidden(), "asked": _ASKED.value}
     # The shortest context has the least room, and clips of films have different lengths.
-    contexts = INPUTS.contexts()
+    contexts = _INPUTS.contexts()
     tried = [case for case in self.cases if case.context == contexts[0]]
     tried += [next(case for case in self.cases if case.context == other) for other in contexts[1:]]
     for case in self.cases if self.evaluation.hides_in == "film" else tried:
@@ -84,12 +86,12 @@ class Asked:
         raise UserError(f"--depths={_DEPTHS.value} are percent: set them between 0 and 100.")
       return [*depths]
     if self.evaluation.varies == "number":
-      return [*range(1, INPUTS.hidden() + 1)]
+      return [*range(1, _INPUTS.hidden() + 1)]
     return [None]
 
   def make(self, case: Case) -> Question:
     """The question of a case; its prompt and the longest answer have the case's tokens."""
-    random = case.random(FLAGS.seed, self.name)
+    random = case.random(self._run.flags.seed, self.name)
     size = case.context - self.answer_tokens
     return self.evaluation.make(self._sources, random, case, size)
 
@@ -133,13 +135,13 @@ class Asked:
 
 def ask(run: Run, names: Sequence[str]) -> dict[str, dict[int, float]]:
   """Runs evaluations that ask questions; mean scores by evaluation and context."""
-  if (_ASKED.value or 1) > INPUTS.hidden():
-    raise UserError(f"--asked={_ASKED.value} is more than --hidden={INPUTS.hidden()}.")
-  writer = PromptWriter(run.checkpoint.tokenizer, run.chat)
+  if (_ASKED.value or 1) > _INPUTS.hidden():
+    raise UserError(f"--asked={_ASKED.value} is more than --hidden={_INPUTS.hidden()}.")
+  writer = PromptWriter(run.checkpoint.tokenizer, run.options.chat)
   hides_in = {EVALUATIONS[name].hides_in for name in names}
-  haystack = INPUTS.haystack(run.checkpoint.tokenizer) if "text" in hides_in else []
-  sources = Sources(writer, haystack, INPUTS.hidden(), _ASKED.value or 1)
-  films = INPUTS.films(run.checkpoint, writer) if "film" in hides_in else None
+  haystack = _INPUTS.haystack(run.checkpoint.tokenizer) if "text" in hides_in else []
+  sources = Sources(writer, haystack, _INPUTS.hidden(), _ASKED.value or 1)
+  films = _INPUTS.films(run.checkpoint, writer) if "film" in hides_in else None
   asked = [Asked(name, run, sources, films) for name in names]
   files = [one.open() for one in asked]
   answerer = run.answerer()
@@ -153,7 +155,7 @@ def ask(run: Run, names: Sequence[str]) -> dict[str, dict[int, float]]:
 
 def ruler(run: Run) -> None:
   """Runs RULER's tasks; their mean gives the effective length."""
-  scores, contexts = ask(run, list(RULER)), INPUTS.contexts()
+  scores, contexts = ask(run, list(RULER)), _INPUTS.contexts()
   means = {
     context: sum(own[context] for own in scores.values()) / len(scores) for context in contexts
   }
@@ -176,12 +178,12 @@ def ruler(run: Run) -> None:
 
 def perplexity(run: Run) -> None:
   """The loss by position in windows of the longest context, each after <bos>."""
-  context, tokenizer = max(INPUTS.contexts()), run.checkpoint.tokenizer
-  count = run.samples
-  ids = INPUTS.haystack(tokenizer, count * context)
+  context, tokenizer = max(_INPUTS.contexts()), run.checkpoint.tokenizer
+  count = run.options.samples
+  ids = _INPUTS.haystack(tokenizer, count * context)
   settings = run.settings("perplexity") | {
     "context": context,
-    "haystack": INPUTS.fingerprint("text"),
+    "haystack": _INPUTS.fingerprint("text"),
   }
   file = AnswerFile(run.output / "perplexity" / "losses.jsonl", settings)
   edges = position_edges(context)
@@ -212,15 +214,15 @@ def perplexity(run: Run) -> None:
 
 def held_out_loss(run: Run) -> None:
   """The loss of each modality on validation documents, each cut at the longest context."""
-  context, text_vocab_size = max(INPUTS.contexts()), run.checkpoint.text_vocab_size
-  datasets = INPUTS.datasets(run.checkpoint)
+  context, text_vocab_size = max(_INPUTS.contexts()), run.checkpoint.text_vocab_size
+  datasets = _INPUTS.datasets(run.checkpoint)
   settings = run.settings("held_out_loss") | {"context": context, "datasets": list(datasets)}
   file = AnswerFile(run.output / "held_out_loss" / "losses.jsonl", settings)
   done = {record["case"] for record in file.records}
   engine: infer.Engine = run.answerer().engine
   rows = []
   for name, split, entropy in datasets.values():
-    count = min(len(split), run.samples)
+    count = min(len(split), run.options.samples)
     for document in range(count):
       if f"{name}/{document}" in done:
         continue
@@ -260,7 +262,7 @@ def lmms(run: Run) -> None:
   job = _job(run, "lmms_eval", "lmms", "pip install --no-deps lmms-eval")
   from lwm.evals.lmms import LmmsModel, evaluate_tasks
 
-  writer = PromptWriter(run.checkpoint.tokenizer, run.chat)
+  writer = PromptWriter(run.checkpoint.tokenizer, run.options.chat)
   encode = visual_encoder(run)
   print(evaluate_tasks(job, lambda: LmmsModel(run.requests(), writer, encode)))
   print(f"lmms: {job.path}")
@@ -290,7 +292,7 @@ def main(argv: list[str]) -> None:
   known = [*EVALUATIONS, *OTHERS]
   if len(argv) != 2 or argv[1] not in known:
     raise UserError(f"Name one evaluation: {', '.join(known)}.")
-  run = Run()
+  run = Run(_OPTIONS)
   if argv[1] in OTHERS:
     OTHERS[argv[1]](run)
   else:

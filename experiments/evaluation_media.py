@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 
 from experiments import inference
-from experiments.evaluation_run import FLAGS, INPUTS, Run
+from experiments.evaluation_run import Run
 from lwm import evals, infer
 from lwm.data import TRAIN, VALIDATION
 from lwm.errors import UserError
 from lwm.evals import choices, generation as metrics
-from lwm.evals.answers import Answerer, AnswerFile
+from lwm.evals.answers import AnswerFile
 from lwm.evals.prompts import PromptWriter
 from lwm.infer.films import read_codes, vision_ids
 from lwm.vision.codec import Codec
@@ -31,11 +31,11 @@ _SHOWN = 4
 
 def multiple_choice(run: Run) -> None:
   """Asks the questions of --questions in LLaVA's response formats."""
-  questions, most = INPUTS.questions(), INPUTS.contexts()[-1]
+  questions, most = run.inputs.questions(), run.inputs.contexts()[-1]
   answer_tokens = run.answer_tokens(_ANSWER_TOKENS)
-  writer = PromptWriter(run.checkpoint.tokenizer, run.chat)
+  writer = PromptWriter(run.checkpoint.tokenizer, run.options.chat)
   frames = [question.frame for question in questions]
-  if not run.chat:
+  if not run.options.chat:
     frames = [dataclasses.replace(frame, answer_prefix="\nAnswer:") for frame in frames]
 
   def prompts(vision: list[list[int]]) -> list[list[int]]:
@@ -51,14 +51,14 @@ def multiple_choice(run: Run) -> None:
 
   # First without films, which take longer to read.
   prompts([[] for _ in questions])
-  rows = prompts(INPUTS.question_codes(questions, run.checkpoint))
-  files = json.dumps(INPUTS.fingerprint("questions"))
+  rows = prompts(run.inputs.question_codes(questions, run.checkpoint))
+  files = json.dumps(run.inputs.fingerprint("questions"))
   settings = run.settings("multiple_choice") | {
     "questions": hashlib.sha256(files.encode()).hexdigest()[:16],
-    "chat": run.chat,
+    "chat": run.options.chat,
     "answer_tokens": answer_tokens,
-    "temperature": FLAGS.text.temperature,
-    "frames_per_second": FLAGS.frames_per_second,
+    "temperature": run.flags.text.temperature,
+    "frames_per_second": run.flags.frames_per_second,
   }
   file = AnswerFile(run.output / "multiple_choice" / "answers.jsonl", settings)
   if file.records:
@@ -68,9 +68,9 @@ def multiple_choice(run: Run) -> None:
   table = []
   for score in choices.summary(file.records):
     shares = ["" if share is None else f"{share:.1%}" for share in score[2:]]
-    table.append((score.name, score.count, *shares))
+    table.append((score.name, score.questions, *shares))
     print(
-      f"multiple_choice: {score.name}: {score.count:,} questions, exact match {shares[0]}"
+      f"multiple_choice: {score.name}: {score.questions:,} questions, exact match {shares[0]}"
       + (f", likeliest letter {shares[1]}, chance {shares[2]}" if shares[1] else "")
     )
   header = ("answer", "questions", "exact match", "likeliest letter", "chance")
@@ -99,8 +99,8 @@ def visual_encoder(run: Run) -> Callable[[Sequence[Any]], list[int]]:
       [visual],
       codec,
       jax.local_devices(),
-      frames_per_second=FLAGS.frames_per_second,
-      max_frames=max(1, INPUTS.contexts()[-1] // layout.tokens_per_frame),
+      frames_per_second=run.flags.frames_per_second,
+      max_frames=max(1, run.inputs.contexts()[-1] // layout.tokens_per_frame),
     )
     return codes_Nxhxw
 
@@ -115,40 +115,39 @@ def visual_encoder(run: Run) -> Callable[[Sequence[Any]], list[int]]:
 
 def generation(run: Run) -> None:
   """Continues held-out clips, or makes clips for their captions, and compares them with these."""
-  checkpoint = run.checkpoint
-  dataset = INPUTS.video_dataset(checkpoint)
+  checkpoint, given, frames = run.checkpoint, run.inputs.given_frames, run.inputs.frames
+  dataset = run.inputs.video_dataset(checkpoint)
   codec = checkpoint.codec(dataset)
-  clips = INPUTS.clips(checkpoint, dataset, VALIDATION, run.samples)
-  others = INPUTS.clips(checkpoint, dataset, TRAIN, len(clips))
+  clips = run.inputs.clips(checkpoint, dataset, VALIDATION, run.options.samples)
+  others = run.inputs.clips(checkpoint, dataset, TRAIN, len(clips))
   if len(clips) < 2 or len(others) < 2:
     raise UserError(
-      f"{dataset.path} has {len(clips)} held-out clips of {INPUTS.given_frames} + {INPUTS.frames} "
+      f"{dataset.path} has {len(clips)} held-out clips of {given} + {frames} "
       "frames, and this evaluation needs 2: raise --samples, or lower --given_frames or --frames."
     )
   choice = infer.Choice(top_k=inference.FILM_TOP_K)
   settings = run.settings("generation") | {
     "dataset": str(dataset.path),
     "vqgan": codec.sha256,
-    "given_frames": INPUTS.given_frames,
-    "frames": INPUTS.frames,
-    "seed": FLAGS.seed,
+    "given_frames": given,
+    "frames": frames,
+    "seed": run.flags.seed,
     "temperature": choice.temperature,
     "top_k": choice.top_k,
   }
   file = AnswerFile(run.output / "generation" / "clips.jsonl", settings)
-  grammar = checkpoint.pictures(codec, INPUTS.frames, choice)
-  _generate(run.answerer(), codec, grammar, clips, file)
+  grammar = checkpoint.pictures(codec, frames, choice)
+  _generate(run, codec, grammar, clips, file)
   records = {record["case"]: record for record in file.records}
   own = [records[str(document)] for document in clips]
   made_CxNxP = np.array([record["codes"] for record in own], np.int32)
   true_CxNxP, others_CxNxP = (
-    np.stack([clip.codes_NxP[INPUTS.given_frames :] for clip in some.values()])
-    for some in (clips, others)
+    np.stack([clip.codes_NxP[given:] for clip in some.values()]) for some in (clips, others)
   )
   sections: dict[str, object] = {
     "Sets": _sets(codec, {"generated": made_CxNxP, "training clips": others_CxNxP}, true_CxNxP)
   }
-  if INPUTS.given_frames:
+  if given:
     sections["Frames against the truth"] = _frames(own)
   folder = file.path.parent
   shown = zip(list(clips.values())[:_SHOWN], made_CxNxP)
@@ -161,22 +160,19 @@ def generation(run: Run) -> None:
 
 
 def _generate(
-  answerer: Answerer,
-  codec: Codec,
-  grammar: infer.Grammar,
-  clips: dict[int, infer.Clip],
-  file: AnswerFile,
+  run: Run, codec: Codec, grammar: infer.Grammar, clips: dict[int, infer.Clip], file: AnswerFile
 ) -> None:
   """Generates after the prompts that have no record in the file, and adds records to it."""
   done = {record["case"] for record in file.records}
   missing = [document for document in clips if str(document) not in done]
+  answerer = run.answerer()
   for first in range(0, len(missing), answerer.rows):
     batch = missing[first : first + answerer.rows]
     made = metrics.continue_clips(
       answerer.engine,
       grammar,
       [clips[document].prompt for document in batch],
-      [FLAGS.seed + document for document in batch],
+      [run.flags.seed + document for document in batch],
       answerer.rows,
     )
     for document, codes_NxP in zip(batch, made):

@@ -191,14 +191,14 @@ class Score(NamedTuple):
 
   Attributes:
     name: of the kind.
-    count: of questions.
+    questions: their number.
     exact_match: mean score of the answers.
     likeliest: mean score of the likeliest letters; None where no letter is asked for.
     chance: mean score of a random letter, likewise.
   """
 
   name: str
-  count: int
+  questions: int
   exact_match: float
   likeliest: float | None
   chance: float | None
