@@ -126,7 +126,7 @@ def capacity_for(checkpoint: inference.Checkpoint, vision: np.ndarray | None) ->
 
 
 def one_frame_each(checkpoint: inference.Checkpoint, count: int) -> np.ndarray | None:
-  """Ids in the place of films before their lengths are known: films of one frame."""
+  """Ids of films with one frame each, for a check before the real lengths are known."""
   if not count:
     return None
   layout = checkpoint.codec().config.layout

@@ -150,10 +150,14 @@ def generation(run: Run) -> None:
   if given:
     sections["Frames against the truth"] = _frames(own)
   folder = file.path.parent
-  shown = zip(list(clips.values())[:_SHOWN], made_CxNxP)
-  sheet = [codec.decode(part) for clip, made in shown for part in (clip.codes_NxP, made)]
+  sheet = []
+  for clip, made_NxP in zip(list(clips.values())[:_SHOWN], made_CxNxP):
+    both = clip.codes_NxP, np.concatenate([clip.codes_NxP[:given], made_NxP])
+    sheet += [codec.decode(codes_NxP) for codes_NxP in both]
   save_contact_sheet(folder / "clips.png", sheet, scale=1)
-  sections["Clips: each truth, and below it what was generated"] = folder / "clips.png"
+  sections[f"Clips: truth above, and below it {given} given frames and what was generated"] = (
+    folder / "clips.png"
+  )
   page = folder / "report.html"
   evals.report.write_html(page, f"generation: {run.title}", settings, sections)
   print(f"generation: {page}")

@@ -277,7 +277,7 @@ class Checkpoint:
 def _memory(device: jax.Device) -> int:
   """Bytes that programs may use on a device; virtual CPU devices share the machine's."""
   if device.platform == "cpu":
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.device_count("cpu")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count("cpu")
   return device.memory_stats()["bytes_limit"]
 
 

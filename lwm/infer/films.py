@@ -39,7 +39,7 @@ def check_films(paths: Sequence[str | os.PathLike]) -> None:
 def _decode(
   paths: Sequence[str | os.PathLike], settings: Settings, end: float | None = None
 ) -> Iterator[decoders.Decoded]:
-  """What comes of the films up to a time in seconds. Raises UserError if one cannot be read."""
+  """Decodes films up to a time in seconds. Raises UserError if one cannot be read."""
   if not paths:
     return
   clips = enumerate(Clip(os.fspath(path), 0.0, end) for path in paths)
