@@ -1,8 +1,8 @@
 """Questions of the user's own about images and films, answered with a letter or a few words.
 
-The prompts are LLaVA-1.5's (arXiv 2310.03744), and letters are found in answers as its
-`llava/eval/eval_science_qa.py` does. The likelihood of letters is MMLU's measure (arXiv
-2009.03300): it needs no answer that obeys the format.
+The prompts are LLaVA-1.5's (arXiv 2310.03744). Letters are found in answers as in its
+`llava/eval/eval_science_qa.py`, and also in parentheses. The likelihood of letters is MMLU's
+measure (arXiv 2009.03300): it needs no answer that obeys the format.
 
 V vocabulary.
 """
@@ -27,7 +27,7 @@ from lwm.evals.prompts import Frame
 CHOOSE = "Answer with the option's letter from the given choices directly."
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 LETTERS = string.ascii_uppercase
-_LETTER = re.compile(r"\(?([A-Z])(?:[.):]|$)")
+_LETTER = re.compile(r"\(?([A-Z])(?:[.):\n]|$)")
 _SENTENCE = re.compile(r"[Tt]he answer is:? \(?([A-Z])\b")
 
 

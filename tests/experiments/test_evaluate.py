@@ -137,7 +137,6 @@ def test_needle_resumes_and_reports(directory):
     (["key_value", "--contexts=100"], "leaves no room for a text in a prompt of"),
     (["multiple_choice", "--questions={}/novel.txt"], "novel.txt, line 1, is not a question"),
     (["generation", "--frames=40"], "has 0 held-out clips of 4 + 40 frames"),
-    (["lmms"], "Name tasks of the harness"),
   ],
   ids=[
     "haystack",

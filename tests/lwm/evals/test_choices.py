@@ -30,8 +30,20 @@ def test_questions_are_asked_and_scored_in_the_formats_of_llava(tmp_path):
     "Answer with the option's letter from the given choices directly."
   )
   assert short.frame.after == "\nWhat is it?\nAnswer the question using a single word or phrase."
-  texts = ["C", " C.\n", "(C)", "C. a house", "The answer is C.", "A", "Cats", "a house", "D", ""]
-  assert [by_text.score(text) for text in texts] == [1, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+  texts = [
+    "C",
+    " C.\n",
+    "(C)",
+    "C\nA",
+    "C. a house",
+    "The answer is C.",
+    "A",
+    "Cats",
+    "a house",
+    "D",
+    "",
+  ]
+  assert [by_text.score(text) for text in texts] == [1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0]
   assert [short.score(text) for text in ("cat.", " A cat", "a cat runs")] == [1, 1, 0]
   assert chosen_letter("D", 3) is None and chosen_letter("D", 4) == "D"
 
