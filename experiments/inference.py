@@ -153,7 +153,7 @@ class Checkpoint:
     # Without --mesh, one device; a mesh with -1 takes all.
     count = len(available) if -1 in sizes else int(np.prod(list(sizes)))
     if count > len(available):
-      raise UserError(f"--mesh needs {count} devices, and this machine has {len(available)}.")
+      raise UserError(f"--mesh needs {count} devices, and only {len(available)} exist.")
     self._mesh = make_mesh(self.flags.mesh, available[:count])
     use_compilation_cache()
     self.stored: StoredCheckpoint = newest(self.workdir)
@@ -216,7 +216,7 @@ class Checkpoint:
     )
     # Rows are divided over replicas of the model, and each row over the other devices.
     needed = total / self._mesh.size
-    available = _memory(self._mesh.devices.flat[0])
+    available = _memory(self._mesh.local_devices[0])
     if needed > available:
       raise UserError(
         f"The cache of {num_rows:,} x {capacity:,} tokens needs {needed / 2**30:,.1f} GiB per "

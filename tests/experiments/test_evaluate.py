@@ -149,7 +149,6 @@ def test_needle_resumes_and_reports(directory):
     "room",
     "questions",
     "clips",
-    "lmms",
   ],
 )
 def test_mistakes_end_in_one_sentence(directory, arguments, message):
