@@ -269,7 +269,7 @@ def lmms(run: Run) -> None:
 
 
 def _job(run: Run, module: str, name: str, install: str) -> Job:
-  """The tasks of the flags. Raises UserError if there are none, or the harness is not installed."""
+  """The tasks of the flags. Raises UserError without tasks, or without the harness."""
   if not _TASKS.value:
     raise UserError("Name tasks of the harness with --tasks.")
   if importlib.util.find_spec(module) is None:

@@ -140,7 +140,7 @@ class Inputs:
     return self._hidden.value or 1
 
   def haystack(self, tokenizer: Tokenizer, tokens: int | None = None) -> list[int]:
-    """The ids of the texts, at least so many; by default as many as the longest context."""
+    """At least `tokens` ids of the texts; by default as many as the longest context."""
     if not self._haystack.value:
       raise UserError("This evaluation needs a text: name files with --haystack.")
     return Haystack(self._haystack.value, tokenizer, tokens or max(self.contexts())).ids

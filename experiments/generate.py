@@ -9,7 +9,7 @@
     python -m experiments.generate --workdir=runs/vision --prompts=prompts.jsonl
 
 Everything except the sampling comes from the newest checkpoint of the run. Without --make, it
-continues the prompt as text, and a held-out clip of the run's datasets if there is one. Texts go to
+continues the prompt as text, and a held-out clip if the run's datasets have one. Texts go to
 WORKDIR/samples/text.txt or, with --prompts, texts.jsonl; pictures to PNG files beside it.
 docs/generate.md describes the rest.
 """

@@ -208,7 +208,7 @@ class Checkpoint:
     return vision_ids(self.tokenizer, self.text_vocab_size, layout, films, open_end)
 
   def check_cache(self, num_rows: int, capacity: int) -> None:
-    """Raises UserError if the devices have no memory for a cache of so many rows and tokens."""
+    """Raises UserError if the devices have no memory for a cache of this size."""
     total = (
       num_rows
       * capacity
@@ -303,7 +303,7 @@ def stream(
   Returns:
     The text, without the token that ended it.
   """
-  # The answer is decoded after a few ids of the prompt, so that its spaces are those of the text.
+  # Decoded after a few ids of the prompt, so that spaces come out as in the whole text.
   vocab_size = checkpoint.tokenizer.vocab_size
   before = [token for token in session.tokens[0][-64:] if token < vocab_size]
   tokens: list[int] = []

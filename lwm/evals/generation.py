@@ -28,7 +28,7 @@ def continue_clips(
     grammar: of pictures with a number of frames.
     prompts: at most `rows` of them, each ends after <vision> or after a frame.
     seeds: one per prompt.
-    rows: programs are compiled for so many.
+    rows: number of rows for which programs are compiled.
   """
   pictures = grammar.pictures
   assert pictures is not None and pictures.frames is not None
@@ -132,7 +132,8 @@ def compare_sets(
 
   Returns:
     frechet_distance, code_divergence, usage (fraction of the codebook that occurs), perplexity (of
-    the codes' frequencies), and repetition (fraction of codes that are those of the frame before).
+    the codes' frequencies), and repetition (fraction of codes that equal the code at
+    the same place in the frame before).
   """
   codebook_VxE = np.asarray(codec.state["codebook"][...])
   size, codes = len(codebook_VxE), ours_CxNxP.shape[-1]

@@ -74,7 +74,7 @@ class PromptWriter:
     """Tokens of context that fill a prompt of `tokens` tokens.
 
     Raises:
-      UserError: there is no room for any.
+      UserError: no room is left.
     """
     around = len(self.write(frame, ()))
     if around >= tokens:
@@ -120,7 +120,7 @@ class Haystack:
   """A text that is long enough for every prompt, as ids."""
 
   def __init__(self, paths: Sequence[str | os.PathLike[str]], tokenizer: Tokenizer, tokens: int):
-    """Reads files, one after the other, until there are enough tokens.
+    """Reads files, one after the other, until they have enough tokens.
 
     Args:
       paths: of UTF-8 texts.

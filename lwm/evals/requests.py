@@ -45,7 +45,7 @@ class Generation(NamedTuple):
 
 
 class Requests:
-  """Answers requests, those of one length together."""
+  """Answers requests, batch by batch, with similar lengths in a batch."""
 
   def __init__(self, answerer: Answerer, max_length: int):
     """

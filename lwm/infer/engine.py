@@ -26,7 +26,7 @@ CACHE_FORMS = ("dense", "int8")
 # The last tokens of a prompt, too few for a whole chunk, are read by one of few programs.
 _SHORTEST_WIDTH = 8
 _WIDTH_RATIO = 4
-# At most so many tokens stay whole while their weights do; more are divided over the devices.
+# Up to this many tokens are not divided over the devices, because weights then need not move.
 _FEW_TOKENS = 64
 
 Rows = Sequence[Sequence[int] | np.ndarray]
@@ -133,7 +133,7 @@ class Engine:
     return self.padded(num_rows) * self.num_columns(capacity) * per_token
 
   def padded(self, num_rows: int) -> int:
-    """Rows of a state for so many rows: each replica of the model has as many as the others.
+    """Rows of a state that holds `num_rows` rows: every replica of the model has the same number.
 
     An even number stays even, because guidance takes rows in pairs.
     """
@@ -141,7 +141,7 @@ class Engine:
     return -(-num_rows // unit) * unit
 
   def empty(self, num_rows: int, capacity: int) -> State:
-    """A state of at least so many rows that has read nothing."""
+    """A state of at least `num_rows` rows that has read nothing."""
     dtype = "int8" if self.cache == "int8" else None
     return programs.empty(self.few, self.padded(num_rows), self.num_columns(capacity), dtype)
 

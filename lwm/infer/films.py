@@ -112,7 +112,8 @@ def vision_ids(
       follow them.
     layout: of the frames.
     films: codes [N, P] of each.
-    open_end: whether the last film goes on: its last frame ends in <eof>, and nothing follows it.
+    open_end: whether the model continues the last film: its last frame ends in <eof>, and nothing
+      follows it.
   """
   builder = DocumentBuilder(tokenizer, layout)
   for codes_NxP in films:
