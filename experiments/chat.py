@@ -26,6 +26,7 @@ from lwm import infer
 from lwm.data.chat import ChatFormat
 from lwm.data.documents import BadDocument
 from lwm.errors import UserError
+from lwm.infer.films import check_films, vision_ids
 from lwm.infer.grammar import picture_marks
 from lwm.infer.prefix import SavedPrefix, save_prefix
 
@@ -40,7 +41,8 @@ _SYSTEM = flags.DEFINE_string("system", None, "The system's message.")
 _CONTEXT = flags.DEFINE_integer(
   "context",
   None,
-  "Most tokens of the conversation. Default: the film, and 4096 tokens more.",
+  "Most tokens of the conversation. Default: the film and 4096 tokens more, or what the questions "
+  "and the longest answers take.",
   lower_bound=1,
 )
 _SAVE_PREFIX = flags.DEFINE_string("save_prefix", None, "Directory to make, for the film as read.")
@@ -67,7 +69,7 @@ def questions() -> Iterator[str]:
 
 
 class Conversation:
-  """The messages so far, as ids: those of the films stand in the first question."""
+  """The messages so far, as ids; the films are part of the first question."""
 
   def __init__(self, checkpoint: inference.Checkpoint, vision: np.ndarray | None):
     self._chat, self._vision = ChatFormat(checkpoint.tokenizer), vision
@@ -99,6 +101,39 @@ def vision_of(checkpoint: inference.Checkpoint, prefix: list[int]) -> np.ndarray
   return np.array([*prefix[first - len(start) :], *end], np.int32)
 
 
+def longest_talk(checkpoint: inference.Checkpoint, vision: np.ndarray | None) -> int:
+  """Tokens of all questions of the flags, with the films and the longest answers."""
+  conversation = Conversation(checkpoint, vision)
+  tokens = prefix_of(checkpoint, vision)
+  for question in _QUESTION.value:
+    tokens = conversation.ask(question)
+    conversation.answered("")
+  return len(tokens) + _FLAGS.num_tokens * max(len(_QUESTION.value), 1)
+
+
+def capacity_for(checkpoint: inference.Checkpoint, vision: np.ndarray | None) -> int:
+  """Most tokens of the conversation. Raises UserError unless all questions and answers fit."""
+  needed = longest_talk(checkpoint, vision)
+  capacity = _CONTEXT.value or max(needed, len(prefix_of(checkpoint, vision)) + _ROOM_FOR_TALK)
+  if needed > capacity:
+    raise UserError(
+      f"The films and questions with answers of {_FLAGS.num_tokens:,} tokens may take {needed:,} "
+      f"tokens, more than --context={capacity:,}: raise it, or take fewer --frames_per_second or "
+      "--num_tokens."
+    )
+  checkpoint.check_cache(1, capacity)
+  return capacity
+
+
+def one_frame_each(checkpoint: inference.Checkpoint, count: int) -> np.ndarray | None:
+  """Ids of films with one frame each, for a check before the real lengths are known."""
+  if not count:
+    return None
+  layout = checkpoint.codec().config.layout
+  frame_1xP = np.zeros((1, layout.codes_per_frame), np.int32)
+  return vision_ids(checkpoint.tokenizer, checkpoint.text_vocab_size, layout, [frame_1xP] * count)
+
+
 def check_room(tokens: list[int], capacity: int) -> None:
   """Raises UserError unless these tokens and an answer fit."""
   if len(tokens) + _FLAGS.num_tokens > capacity:
@@ -112,14 +147,13 @@ def check_room(tokens: list[int], capacity: int) -> None:
 def open_session(
   checkpoint: inference.Checkpoint, vision: np.ndarray | None, saved: SavedPrefix | None
 ) -> infer.Session:
-  """A session that has read the films, from a saved prefix if there is one."""
+  """A session that has read the films, or a saved prefix with them."""
   prefix = prefix_of(checkpoint, vision)
   if saved and saved.tokens != prefix:
     raise UserError(
       f"The prefix {_LOAD_PREFIX.value} begins with another --system message: give the same one."
     )
-  capacity = _CONTEXT.value or len(prefix) + _ROOM_FOR_TALK
-  check_room(prefix, capacity)
+  capacity = capacity_for(checkpoint, vision)
   engine = checkpoint.engine(checkpoint.load())
   print(f"cache: {engine.cache_bytes(1, capacity) / 2**20:,.1f} MiB for {capacity:,} tokens")
   if saved:
@@ -136,6 +170,7 @@ def main(argv: list[str]) -> None:
     raise UserError("--save_prefix keeps a film: give --film or --image too.")
   if _SAVE_PREFIX.value and pathlib.Path(_SAVE_PREFIX.value).exists():
     raise UserError(f"--save_prefix={_SAVE_PREFIX.value} exists: name another directory.")
+  check_films(paths)
   checkpoint = inference.Checkpoint(_FLAGS)
   started = time.perf_counter()
   saved = None
@@ -144,6 +179,7 @@ def main(argv: list[str]) -> None:
     saved = SavedPrefix(path, checkpoint.stored.identity, _FLAGS.cache)
     vision: np.ndarray | None = vision_of(checkpoint, saved.tokens)
   else:
+    capacity_for(checkpoint, one_frame_each(checkpoint, len(paths)))
     vision = checkpoint.films(paths, _CONTEXT.value)
     if vision is not None:
       print(f"films: {len(vision):,} tokens in {time.perf_counter() - started:.1f} s")

@@ -1,4 +1,4 @@
-"""Measures what a model finds in long contexts.
+"""Measures what a model finds in long contexts, answers about films, and generates.
 
     python -m experiments.evaluate needle --workdir=runs/laptop --haystack=novel.txt \\
         --contexts=1024,2048 --depths=0:100:10
@@ -6,6 +6,8 @@
     python -m experiments.evaluate ruler --workdir=... --haystack=...
     python -m experiments.evaluate film_clip --workdir=runs/laptop --contexts=4096
     python -m experiments.evaluate harness --workdir=... --tasks=my_task --include_path=tasks
+    python -m experiments.evaluate multiple_choice --workdir=... --questions=questions.jsonl
+    python -m experiments.evaluate generation --workdir=runs/laptop --samples=16
 
 Answers go to OUTPUT/NAME/answers.jsonl, with heatmap.png and report.html beside them. A run that
 was stopped computes only what is missing. docs/evaluation.md describes the evaluations.
@@ -19,7 +21,9 @@ from typing import Any
 
 from absl import flags
 
-from experiments import evaluation_inputs, flags as experiment_flags, inference
+from experiments import evaluation_inputs, evaluation_run, flags as experiment_flags, inference
+from experiments.evaluation_media import generation, multiple_choice, visual_encoder
+from experiments.evaluation_run import Options, Run
 from lwm import evals, infer
 from lwm.errors import UserError
 from lwm.evals.answers import Answerer, AnswerFile
@@ -30,86 +34,50 @@ from lwm.evals.losses import by_modality, by_position, position_edges
 from lwm.evals.needles import Sources
 from lwm.evals.prompts import PromptWriter
 from lwm.evals.questions import Case, Question, cases, parse_range
+from lwm.evals.requests import Job
 from lwm.evals.ruler import THRESHOLD, effective_length
 
-_FLAGS = inference.Flags()
-_INPUTS = evaluation_inputs.Inputs()
-flags.adopt_module_key_flags(inference)
-flags.adopt_module_key_flags(evaluation_inputs)
+_OPTIONS = Options()
+_INPUTS = _OPTIONS.inputs
+for _module in (inference, evaluation_inputs, evaluation_run):
+  flags.adopt_module_key_flags(_module)
 _DEPTHS = flags.DEFINE_string(
   "depths", "0:100:10", "Depths in percent, as START:STOP:STEP or with commas."
 )
-_SAMPLES = flags.DEFINE_integer(
-  "samples", 1, "Questions per context and depth; windows; documents per dataset.", lower_bound=1
-)
 _ASKED = flags.DEFINE_integer("asked", 1, "Needles that several_needles asks for.", lower_bound=1)
-_CHAT = flags.DEFINE_bool("chat", False, "Ask in the tokenizer's chat template.")
-_ROWS = flags.DEFINE_integer(
-  "rows", None, "Questions at a time. Default: one per replica of the model.", lower_bound=1
-)
-_OUTPUT = flags.DEFINE_string("output", None, "Directory of the results. Default: WORKDIR/evals.")
 _TASKS = flags.DEFINE_list("tasks", [], "Tasks of the harness.")
 _INCLUDE_PATH = flags.DEFINE_string("include_path", None, "Directory with tasks of your own.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Most documents per task of the harness.")
 
-# Answers are the likeliest tokens unless flags say otherwise, and each evaluation has its longest.
-flags.FLAGS.set_default("temperature", 0.0)
-flags.FLAGS.set_default("num_tokens", None)
 
 Record = dict[str, Any]
-
-
-class Run:
-  """What all evaluations of a program share.
-
-  Attributes:
-    checkpoint: the model, before its weights are read.
-    output: directory of the results.
-    title: names the model.
-  """
-
-  def __init__(self) -> None:
-    self.checkpoint = inference.Checkpoint(_FLAGS)
-    self.output = pathlib.Path(_OUTPUT.value or self.checkpoint.workdir / "evals")
-    self.title = self.checkpoint.workdir.name
-
-  def settings(self, name: str) -> dict[str, Any]:
-    """The settings of every evaluation, for the first line of its answers."""
-    return {
-      "evaluation": name,
-      "model": self.checkpoint.stored.identity,
-      "weights": _FLAGS.weights,
-      "cache": _FLAGS.cache,
-    }
-
-  def answerer(self) -> Answerer:
-    """Reads the weights."""
-    engine = self.checkpoint.engine(self.checkpoint.load())
-    rows = engine.padded(_ROWS.value or 1)
-    return Answerer(engine, self.checkpoint.tokenizer, self.checkpoint.text(), rows)
 
 
 class Asked:
   """An evaluation with the questions that the flags ask for."""
 
   def __init__(self, name: str, run: Run, sources: Sources, films: Films | None):
-    """Makes one question of each context, so that what is wrong is known at once."""
+    """Makes questions of each context, so that an error ends the program at once."""
     self.name, self.evaluation, self._run = name, EVALUATIONS[name], run
-    self.answer_tokens = flags.FLAGS["num_tokens"].value or self.evaluation.answer_tokens
+    self.answer_tokens = run.answer_tokens(self.evaluation.answer_tokens)
     self._sources = films if self.evaluation.hides_in == "film" else sources
-    self.cases = cases(_INPUTS.contexts(), self._places(), _SAMPLES.value or 1)
+    self.cases = cases(_INPUTS.contexts(), self._places(), run.options.samples)
     self.settings = run.settings(name) | {
-      "seed": _FLAGS.seed,
-      "chat": bool(_CHAT.value),
+      "seed": run.flags.seed,
+      "chat": run.options.chat,
       "answer_tokens": self.answer_tokens,
-      "temperature": _FLAGS.text.temperature,
+      "temperature": run.flags.text.temperature,
     }
     if self.evaluation.hides_in:
       self.settings["haystack"] = _INPUTS.fingerprint(self.evaluation.hides_in)
     if self.evaluation.has_counts:
       self.settings |= {"hidden": _INPUTS.hidden(), "asked": _ASKED.value}
-    for context in _INPUTS.contexts():
-      self.make(next(case for case in self.cases if case.context == context))
+    # The shortest context has the least room, and clips of films have different lengths.
+    contexts = _INPUTS.contexts()
+    tried = [case for case in self.cases if case.context == contexts[0]]
+    tried += [next(case for case in self.cases if case.context == other) for other in contexts[1:]]
+    for case in self.cases if self.evaluation.hides_in == "film" else tried:
+      self.make(case)
 
   def _places(self) -> list[int | None]:
     if self.evaluation.varies == "depth":
@@ -123,7 +91,7 @@ class Asked:
 
   def make(self, case: Case) -> Question:
     """The question of a case; its prompt and the longest answer have the case's tokens."""
-    random = case.random(_FLAGS.seed, self.name)
+    random = case.random(self._run.flags.seed, self.name)
     size = case.context - self.answer_tokens
     return self.evaluation.make(self._sources, random, case, size)
 
@@ -169,7 +137,7 @@ def ask(run: Run, names: Sequence[str]) -> dict[str, dict[int, float]]:
   """Runs evaluations that ask questions; mean scores by evaluation and context."""
   if (_ASKED.value or 1) > _INPUTS.hidden():
     raise UserError(f"--asked={_ASKED.value} is more than --hidden={_INPUTS.hidden()}.")
-  writer = PromptWriter(run.checkpoint.tokenizer, bool(_CHAT.value))
+  writer = PromptWriter(run.checkpoint.tokenizer, run.options.chat)
   hides_in = {EVALUATIONS[name].hides_in for name in names}
   haystack = _INPUTS.haystack(run.checkpoint.tokenizer) if "text" in hides_in else []
   sources = Sources(writer, haystack, _INPUTS.hidden(), _ASKED.value or 1)
@@ -211,7 +179,7 @@ def ruler(run: Run) -> None:
 def perplexity(run: Run) -> None:
   """The loss by position in windows of the longest context, each after <bos>."""
   context, tokenizer = max(_INPUTS.contexts()), run.checkpoint.tokenizer
-  count = _SAMPLES.value or 1
+  count = run.options.samples
   ids = _INPUTS.haystack(tokenizer, count * context)
   settings = run.settings("perplexity") | {
     "context": context,
@@ -254,7 +222,7 @@ def held_out_loss(run: Run) -> None:
   engine: infer.Engine = run.answerer().engine
   rows = []
   for name, split, entropy in datasets.values():
-    count = min(len(split), _SAMPLES.value or 1)
+    count = min(len(split), run.options.samples)
     for document in range(count):
       if f"{name}/{document}" in done:
         continue
@@ -282,29 +250,41 @@ def held_out_loss(run: Run) -> None:
 
 def harness(run: Run) -> None:
   """Runs tasks of lm-evaluation-harness."""
+  job = _job(run, "lm_eval", "harness", "pip install -c pins.txt '.[eval]'")
+  from lwm.evals.harness import HarnessModel, evaluate_tasks
+
+  print(evaluate_tasks(job, lambda: HarnessModel(run.requests())))
+  print(f"harness: {job.path}")
+
+
+def lmms(run: Run) -> None:
+  """Runs tasks of lmms-eval."""
+  job = _job(run, "lmms_eval", "lmms", "pip install --no-deps lmms-eval")
+  from lwm.evals.lmms import LmmsModel, evaluate_tasks
+
+  writer = PromptWriter(run.checkpoint.tokenizer, run.options.chat)
+  encode = visual_encoder(run)
+  print(evaluate_tasks(job, lambda: LmmsModel(run.requests(), writer, encode)))
+  print(f"lmms: {job.path}")
+
+
+def _job(run: Run, module: str, name: str, install: str) -> Job:
+  """The tasks of the flags. Raises UserError without tasks, or without the harness."""
   if not _TASKS.value:
     raise UserError("Name tasks of the harness with --tasks.")
-  if importlib.util.find_spec("lm_eval") is None:
-    raise UserError("The harness is not installed: run `pip install -c pins.txt '.[eval]'`.")
-  from lwm.evals.harness import evaluate_tasks
-
-  results = evaluate_tasks(
-    run.answerer(),
-    _TASKS.value,
-    max_length=max(_INPUTS.contexts()),
-    include_path=_INCLUDE_PATH.value,
-    limit=_LIMIT.value,
-    path=run.output / "harness.json",
-  )
-  print(results)
-  print(f"harness: {run.output / 'harness.json'}")
+  if importlib.util.find_spec(module) is None:
+    raise UserError(f"The harness {module} is not installed: see docs/evaluation.md ({install}).")
+  return Job(_TASKS.value, _INCLUDE_PATH.value, _LIMIT.value, run.output / f"{name}.json")
 
 
 OTHERS: dict[str, Callable[[Run], None]] = {
   "ruler": ruler,
   "perplexity": perplexity,
   "held_out_loss": held_out_loss,
+  "multiple_choice": multiple_choice,
+  "generation": generation,
   "harness": harness,
+  "lmms": lmms,
 }
 
 
@@ -312,7 +292,7 @@ def main(argv: list[str]) -> None:
   known = [*EVALUATIONS, *OTHERS]
   if len(argv) != 2 or argv[1] not in known:
     raise UserError(f"Name one evaluation: {', '.join(known)}.")
-  run = Run()
+  run = Run(_OPTIONS)
   if argv[1] in OTHERS:
     OTHERS[argv[1]](run)
   else:

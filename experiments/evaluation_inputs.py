@@ -1,7 +1,9 @@
-"""What evaluations hide and where: flags for texts, films and datasets."""
+"""What evaluations read: flags for texts, films, questions and datasets."""
 
+import contextlib
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,14 +11,18 @@ import numpy as np
 from absl import flags
 
 from experiments import inference
+from lwm import infer
+from lwm.config.batch import MODALITIES
 from lwm.data import VALIDATION, Dataset
 from lwm.data.dataset import Split
 from lwm.data.tokenizer import Tokenizer, file_sha256
+from lwm.data.vision_tokens import evenly_spaced
 from lwm.errors import UserError
+from lwm.evals.choices import UserQuestion, read_questions
 from lwm.evals.films import Event, Films, clips_of, film_and_events
 from lwm.evals.prompts import Haystack, PromptWriter
 from lwm.evals.questions import parse_range
-from lwm.infer.films import read_codes
+from lwm.infer.films import check_films, read_codes, vision_ids
 
 
 class Inputs:
@@ -48,16 +54,93 @@ class Inputs:
     self._clip_frames = flags.DEFINE_integer(
       "clip_frames", 20, "Most frames of an event; TimeScope's clips last 5 s.", lower_bound=1
     )
+    self._questions = flags.DEFINE_string(
+      "questions", None, "JSON lines with the questions of multiple_choice."
+    )
+    self._given_frames = flags.DEFINE_integer(
+      "given_frames", 4, "Frames of a clip given to the model; 0: only its caption.", lower_bound=0
+    )
+    self._frames = flags.DEFINE_integer("frames", 4, "Frames to generate per clip.", lower_bound=1)
 
   def contexts(self) -> list[int]:
     """The values of --contexts, ascending."""
     return sorted(set(parse_range(",".join(self._contexts.value or []), "contexts")))
 
+  def check_films(self) -> None:
+    """Raises UserError if a film or an image that the flags name cannot be read."""
+    events = self._event_files()[1] if self._film.value else []
+    asked = self.question_files(self.questions()) if self._questions.value else []
+    check_films([*self._film.value, *events, *asked])
+
+  def questions(self) -> list[UserQuestion]:
+    """The questions of --questions. Raises UserError if they cannot be used."""
+    if not self._questions.value:
+      raise UserError("This evaluation needs questions: name a file with --questions.")
+    return read_questions(pathlib.Path(self._questions.value))
+
+  @staticmethod
+  def question_files(questions: Sequence[UserQuestion]) -> list[str]:
+    """The films and images that questions are about, each once."""
+    return list(dict.fromkeys(file for question in questions for file in question.files))
+
+  def question_codes(
+    self, questions: Sequence[UserQuestion], checkpoint: inference.Checkpoint
+  ) -> list[list[int]]:
+    """The ids of the films and images of each question."""
+    files = self.question_files(questions)
+    if not files:
+      return [[] for _ in questions]
+    codec = checkpoint.codec()
+    layout = codec.config.layout
+    codes = read_codes(
+      files,
+      codec,
+      jax.local_devices(),
+      frames_per_second=checkpoint.flags.frames_per_second,
+      max_frames=max(1, self.contexts()[-1] // layout.tokens_per_frame),
+    )
+    tokenizer, text_size = checkpoint.tokenizer, checkpoint.text_vocab_size
+    ids = {
+      file: vision_ids(tokenizer, text_size, layout, [codes_NxP]).tolist()
+      for file, codes_NxP in zip(files, codes)
+    }
+    return [[index for file in question.files for index in ids[file]] for question in questions]
+
+  def clips(
+    self, checkpoint: inference.Checkpoint, dataset: Dataset, split: str, count: int
+  ) -> dict[int, infer.Clip]:
+    """Clips of a dataset that are long enough, by document, each cut in two.
+
+    They are spread evenly, because documents of one film follow each other.
+    """
+    layout, documents = dataset.vision_layout, dataset.split(split)
+    assert layout is not None
+    needed = (self.given_frames + self.frames) * layout.tokens_per_frame
+    long_enough = np.flatnonzero(documents.targets[:, MODALITIES.index("vision")] >= needed)
+    clips: dict[int, infer.Clip] = {}
+    for document in long_enough[evenly_spaced(len(long_enough), count)].tolist():
+      tokens, _ = documents.read(document, 0, int(documents.lengths[document]))
+      with contextlib.suppress(UserError):  # It has several clips, and the first is shorter.
+        clips[document] = infer.cut_clip(
+          tokens, checkpoint.text_vocab_size, layout, self.given_frames, self.frames
+        )
+    return clips
+
+  @property
+  def given_frames(self) -> int:
+    """--given_frames."""
+    return self._given_frames.value or 0
+
+  @property
+  def frames(self) -> int:
+    """--frames."""
+    return self._frames.value or 1
+
   def hidden(self) -> int:
     return self._hidden.value or 1
 
   def haystack(self, tokenizer: Tokenizer, tokens: int | None = None) -> list[int]:
-    """The ids of the texts, at least so many; by default as many as the longest context."""
+    """At least `tokens` ids of the texts; by default as many as the longest context."""
     if not self._haystack.value:
       raise UserError("This evaluation needs a text: name files with --haystack.")
     return Haystack(self._haystack.value, tokenizer, tokens or max(self.contexts())).ids
@@ -66,11 +149,13 @@ class Inputs:
     """What tells one haystack from another.
 
     Args:
-      kind: "text" or "film".
+      kind: "text", "film" or "questions".
     """
     paths = list(self._haystack.value or [])
     if kind == "film":
       paths = [*self._film.value, *([self._events.value] if self._events.value else [])]
+    if kind == "questions":
+      paths = [self._questions.value or "", *self.question_files(self.questions())]
     hashes: dict[str, Any] = {path: file_sha256(pathlib.Path(path))[:16] for path in paths}
     if kind == "film":
       hashes |= {"dataset": self._dataset.value, "clip_frames": self._clip_frames.value}
@@ -99,7 +184,7 @@ class Inputs:
         Event(name, clip_NxP[: self._clip_frames.value]) for name, clip_NxP in zip(names, clips)
       ]
     else:
-      dataset = self._video_dataset(checkpoint)
+      dataset = self.video_dataset(checkpoint)
       assert dataset.vision_layout is not None
       layout = dataset.vision_layout
       split = dataset.split(VALIDATION)
@@ -121,7 +206,7 @@ class Inputs:
       raise UserError(f"--events={path} must have at least two events with different names.")
     return names, files
 
-  def _video_dataset(self, checkpoint: inference.Checkpoint) -> Dataset:
+  def video_dataset(self, checkpoint: inference.Checkpoint) -> Dataset:
     """The dataset of --dataset, or the first of the run's with clips to validate on."""
     for dataset in self._opened(checkpoint).values():
       if dataset.vision_layout is not None and dataset.has_split(VALIDATION):
@@ -151,5 +236,5 @@ class Inputs:
       if dataset.has_split(VALIDATION)
     }
     if not splits:
-      raise UserError("There is no dataset with a validation split: name one with --dataset.")
+      raise UserError("No dataset has a validation split: name one with --dataset.")
     return splits

@@ -9,17 +9,15 @@
     python -m experiments.generate --workdir=runs/vision --prompts=prompts.jsonl
 
 Everything except the sampling comes from the newest checkpoint of the run. Without --make, it
-continues the prompt as text, and a held-out clip of the run's datasets if there is one. Texts go to
+continues the prompt as text, and a held-out clip if the run's datasets have one. Texts go to
 WORKDIR/samples/text.txt or, with --prompts, texts.jsonl; pictures to PNG files beside it.
 docs/generate.md describes the rest.
 """
 
-import dataclasses
 import itertools
 import json
 import pathlib
 import time
-from typing import Any
 
 import numpy as np
 from absl import flags
@@ -32,8 +30,9 @@ from lwm.config.vqgan import VisionLayout
 from lwm.data import VALIDATION, Dataset
 from lwm.data.chat import ChatFormat
 from lwm.data.dataset import Split
-from lwm.data.documents import BadDocument
+from lwm.data.documents import BadDocument, as_text
 from lwm.errors import UserError
+from lwm.infer.films import check_films
 from lwm.vision.codec import Codec
 from lwm.vision.pictures import save_contact_sheet
 
@@ -71,12 +70,12 @@ _GUIDANCE = flags.DEFINE_float(
 )
 
 _IMAGE_TOP_K, _IMAGE_GUIDANCE = 8192, 5.0
-_FILM_TOP_K, _FILM_GUIDANCE = 1000, 1.0
+_FILM_GUIDANCE = 1.0
 _BORDER = np.array([40, 120, 255], np.uint8)
 
 
 def read_prompts() -> list[str]:
-  """The texts of --prompts. Raises UserError for a line that is none."""
+  """The texts of --prompts. Raises UserError for a line without a prompt."""
   path = pathlib.Path(_PROMPTS.value or "")
   try:
     lines = path.read_text("utf-8").splitlines()
@@ -88,9 +87,9 @@ def read_prompts() -> list[str]:
       continue
     if path.suffix == ".jsonl":
       try:
-        line = json.loads(line)["prompt"]
-      except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}, line {number}, is not JSON with a field prompt.") from error
+        line = as_text(json.loads(line)["prompt"], "the prompt")
+      except (ValueError, TypeError, KeyError, BadDocument) as error:
+        raise UserError(f"{path}, line {number}, is not JSON with a text prompt.") from error
     prompts.append(line)
   if not prompts:
     raise UserError(f"--prompts={path} has no prompts: write one per line.")
@@ -141,34 +140,28 @@ def make_text(
 
 def vision_choice(is_image: bool) -> infer.Choice:
   """How codes are drawn."""
-  top_k = _VISION_TOP_K.value or (_IMAGE_TOP_K if is_image else _FILM_TOP_K)
+  top_k = _VISION_TOP_K.value or (_IMAGE_TOP_K if is_image else inference.FILM_TOP_K)
   return infer.Choice(temperature=_VISION_TEMPERATURE.value or 0.0, top_k=top_k)
 
 
-def picture_grammar(
-  checkpoint: inference.Checkpoint, codec: Codec, frames: int | None, **changes: Any
-) -> infer.Grammar:
-  """Pictures of the run's VQGAN, of so many frames, or as many as the model chooses."""
-  config = codec.config
-  pictures = infer.Pictures.of(
-    checkpoint.tokenizer, checkpoint.text_vocab_size, config.codebook_size, config.layout
-  )
-  return dataclasses.replace(
-    checkpoint.text(),
-    pictures=dataclasses.replace(pictures, frames=frames, **changes),
-    vision=vision_choice(frames == 1),
-  )
+def frames_to_make() -> int:
+  """Frames of each picture or film."""
+  return 1 if _MAKE.value == "image" else _FRAMES.value or 1
+
+
+def guidance_scale() -> float:
+  """The scale of classifier-free guidance; 1 is none."""
+  default = _IMAGE_GUIDANCE if frames_to_make() == 1 else _FILM_GUIDANCE
+  return default if _GUIDANCE.value is None else _GUIDANCE.value
 
 
 def make_pictures(
   checkpoint: inference.Checkpoint, engine: infer.Engine, codec: Codec, rows: list[list[int]]
 ) -> None:
   """Generates an image or a film for each prompt, and writes it as a PNG."""
-  frames = 1 if _MAKE.value == "image" else _FRAMES.value or 1
-  default = _IMAGE_GUIDANCE if frames == 1 else _FILM_GUIDANCE
-  scale = default if _GUIDANCE.value is None else _GUIDANCE.value
-  grammar = picture_grammar(checkpoint, codec, frames)
-  films = generate_frames(checkpoint, engine, codec, rows, grammar, scale)
+  frames = frames_to_make()
+  grammar = checkpoint.pictures(codec, frames, vision_choice(frames == 1))
+  films = generate_frames(checkpoint, engine, codec, rows, grammar, guidance_scale())
   for number, codes_NxP in enumerate(films):
     path = samples(checkpoint) / f"{_MAKE.value}_{number}.png"
     save_contact_sheet(path, [codec.decode(codes_NxP)])
@@ -179,7 +172,8 @@ def make_mixed(
   checkpoint: inference.Checkpoint, engine: infer.Engine, codec: Codec, rows: list[list[int]]
 ) -> None:
   """Continues each prompt as text in which pictures may come, and writes these as PNG files."""
-  grammar = picture_grammar(checkpoint, codec, None, are_opened=True, then_text=True)
+  choice = vision_choice(is_image=False)
+  grammar = checkpoint.pictures(codec, None, choice, are_opened=True, then_text=True)
   layout, folder = codec.config.layout, samples(checkpoint)
   session = engine.open(rows, max(map(len, rows)) + _FLAGS.num_tokens)
   sampling = infer.Sampling(grammar, _FLAGS.num_tokens, block=layout.tokens_per_frame)
@@ -238,8 +232,7 @@ def continue_clip(
 ) -> None:
   """Continues a held-out clip, and writes ground truth and prediction as a PNG."""
   path, given = samples(checkpoint) / "video.png", _GIVEN_FRAMES.value or 1
-  grammar = picture_grammar(checkpoint, codec, _FRAMES.value or 1)
-  grammar = dataclasses.replace(grammar, vision=vision_choice(is_image=False))
+  grammar = checkpoint.pictures(codec, _FRAMES.value or 1, vision_choice(is_image=False))
   rows = [clip.prompt.tolist()]
   (codes_NxP,) = generate_frames(checkpoint, engine, codec, rows, grammar, _FILM_GUIDANCE)
   truth, predicted = codec.decode(clip.codes_NxP), codec.decode(codes_NxP)
@@ -294,6 +287,7 @@ def samples(checkpoint: inference.Checkpoint) -> pathlib.Path:
 
 def main(argv: list[str]) -> None:
   del argv
+  check_films([*_IMAGE.value, *_FILM.value])
   checkpoint = inference.Checkpoint(_FLAGS)
   makes_pictures, is_mixed = _MAKE.value in ("image", "film"), _MAKE.value == "mixed"
   prompts = read_prompts() if _PROMPTS.value else [_PROMPT.value or ""]
@@ -312,6 +306,11 @@ def main(argv: list[str]) -> None:
     if makes_pictures:
       start, _ = infer.picture_marks(checkpoint.tokenizer)
       rows = [[*row, *start] for row in rows]
+  num_rows, new_tokens = len(rows), _FLAGS.num_tokens
+  if makes_pictures and picture_codec is not None:
+    new_tokens = frames_to_make() * picture_codec.config.layout.tokens_per_frame
+    num_rows *= 1 if guidance_scale() == 1 else 2
+  checkpoint.check_cache(num_rows, max(map(len, rows)) + new_tokens)
   engine = checkpoint.engine(checkpoint.load())
   if picture_codec is not None:
     make = make_mixed if is_mixed else make_pictures

@@ -1,9 +1,12 @@
 """Flags and steps that programs share which read prompts and generate."""
 
+import dataclasses
+import os
 import pathlib
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +24,8 @@ from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig
 from lwm.vision.codec import Codec
 
+# LWM draws each code of a film from this many of the likeliest.
+FILM_TOP_K = 1000
 # Tokens that are generated, after the first, before their text is shown.
 _BLOCK = 8
 
@@ -141,14 +146,14 @@ class Checkpoint:
   """
 
   def __init__(self, program_flags: Flags):
-    """Raises UserError if there is no checkpoint, or the flags do not fit the devices."""
+    """Raises UserError if no checkpoint exists, or the flags do not fit the devices."""
     self.flags, self.workdir = program_flags, program_flags.workdir
     available = devices()
     sizes = self.flags.mesh.axis_sizes().values()
     # Without --mesh, one device; a mesh with -1 takes all.
     count = len(available) if -1 in sizes else int(np.prod(list(sizes)))
     if count > len(available):
-      raise UserError(f"--mesh needs {count} devices, and there are {len(available)}.")
+      raise UserError(f"--mesh needs {count} devices, and only {len(available)} exist.")
     self._mesh = make_mesh(self.flags.mesh, available[:count])
     use_compilation_cache()
     self.stored: StoredCheckpoint = newest(self.workdir)
@@ -181,12 +186,12 @@ class Checkpoint:
   def films(
     self, paths: Sequence[str], capacity: int | None = None, open_end: bool = False
   ) -> np.ndarray | None:
-    """Films and images as ids, with <vision> and </vision>; None if there are none.
+    """Films and images as ids, with <vision> and </vision>; None without paths.
 
     Args:
       paths: of the files.
       capacity: most tokens of a prompt; a longer film is an error as soon as it is known.
-      open_end: whether the last film goes on.
+      open_end: whether the model continues the last film.
     """
     if not paths:
       return None
@@ -201,6 +206,23 @@ class Checkpoint:
     )
     layout = codec.config.layout
     return vision_ids(self.tokenizer, self.text_vocab_size, layout, films, open_end)
+
+  def check_cache(self, num_rows: int, capacity: int) -> None:
+    """Raises UserError if the devices have no memory for a cache of this size."""
+    total = (
+      num_rows
+      * capacity
+      * infer.cache_bytes_per_token(self.stored.experiment.model, self.flags.cache)
+    )
+    # Rows are divided over replicas of the model, and each row over the other devices.
+    needed = total / self._mesh.size
+    available = _memory(self._mesh.local_devices[0])
+    if needed > available:
+      raise UserError(
+        f"The cache of {num_rows:,} x {capacity:,} tokens needs {needed / 2**30:,.1f} GiB per "
+        f"device, which has {available / 2**30:,.1f} GiB: read less at a time, divide it over more "
+        "devices with --mesh, or add --cache=int8."
+      )
 
   def load(self) -> infer.TrainedModel:
     """Reads the weights, says what they are, and sets the mesh that they are on."""
@@ -229,9 +251,34 @@ class Checkpoint:
     ends = tuple(sorted(end_ids(self.tokenizer)))
     return infer.Grammar(self.tokenizer.vocab_size, ends, self.flags.text)
 
+  def pictures(
+    self, codec: Codec, frames: int | None, vision: infer.Choice, **changes: Any
+  ) -> infer.Grammar:
+    """Text with pictures of the VQGAN.
+
+    Args:
+      codec: the VQGAN.
+      frames: of each picture; None: as many as the model chooses.
+      vision: how codes are drawn.
+      changes: other fields of `infer.Pictures`.
+    """
+    config = codec.config
+    pictures = infer.Pictures.of(
+      self.tokenizer, self.text_vocab_size, config.codebook_size, config.layout
+    )
+    pictures = dataclasses.replace(pictures, frames=frames, **changes)
+    return dataclasses.replace(self.text(), pictures=pictures, vision=vision)
+
   def text_sampling(self) -> infer.Sampling:
     """Text of at most --num_tokens, in blocks for the terminal."""
     return infer.Sampling(self.text(), self.flags.num_tokens, block=_BLOCK)
+
+
+def _memory(device: jax.Device) -> int:
+  """Bytes that programs may use on a device; virtual CPU devices share the machine's."""
+  if device.platform == "cpu":
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count("cpu")
+  return device.memory_stats()["bytes_limit"]
 
 
 def decode_after(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
@@ -256,7 +303,7 @@ def stream(
   Returns:
     The text, without the token that ended it.
   """
-  # The answer is decoded after a few ids of the prompt, so that its spaces are those of the text.
+  # Decoded after a few ids of the prompt, so that spaces come out as in the whole text.
   vocab_size = checkpoint.tokenizer.vocab_size
   before = [token for token in session.tokens[0][-64:] if token < vocab_size]
   tokens: list[int] = []

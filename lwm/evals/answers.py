@@ -80,19 +80,28 @@ class Answerer:
   def answer(
     self, prompts: Sequence[Sequence[int]], max_tokens: int, until: Sequence[str] = ()
   ) -> list[str]:
-    """The answers to at most `rows` prompts.
+    """The answers to at most `rows` prompts; see `generate`."""
+    return self.generate(self.open(prompts, max_tokens), max_tokens, until)[: len(prompts)]
+
+  def open(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> infer.Session:
+    """A session that has read at most `rows` prompts, and has room for `max_tokens` after each."""
+    # Programs are compiled for a number of rows.
+    prompts = [*prompts, *[prompts[0]] * (self.rows - len(prompts))]
+    return self.engine.open(prompts, max(map(len, prompts)) + max_tokens)
+
+  def generate(
+    self, session: infer.Session, max_tokens: int, until: Sequence[str] = ()
+  ) -> list[str]:
+    """The texts that follow the rows of a session.
 
     Args:
-      prompts: ids.
+      session: of `open`.
       max_tokens: of each answer.
       until: texts that end an answer; they and what follows them are left out.
     """
-    # Programs are compiled for a number of rows.
-    prompts = [*prompts, *[prompts[0]] * (self.rows - len(prompts))]
-    session = self.engine.open(prompts, max(map(len, prompts)) + max_tokens)
-    answers: list[list[int]] = [[] for _ in prompts]
+    answers: list[list[int]] = [[] for _ in session.tokens]
     sampling = infer.Sampling(self.grammar, max_tokens)
-    for block in session.generate(sampling, range(len(prompts))):
+    for block in session.generate(sampling, range(len(answers))):
       for answer, tokens in zip(answers, block):
         answer += tokens
       if until and all(any(end in text for end in until) for text in self._texts(answers)):

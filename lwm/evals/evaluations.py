@@ -14,9 +14,10 @@ class Evaluation:
   """How questions are made, and which cases exist.
 
   Attributes:
-    make: makes the question of a case, from what `hides_in` says, with a prompt of so many tokens.
+    make: makes the question of a case: a prompt of a given number of tokens, from a source that
+      `hides_in` names.
     answer_tokens: most tokens of an answer.
-    varies: what varies beside the context: "depth", "number", or "" for nothing.
+    varies: what varies apart from the context: "depth", "number", or "" for nothing.
     hides_in: "text", a haystack of the user's; "film"; or "" for what it makes itself. The first
       argument of `make` is a `films.Films` for films, and a `needles.Sources` otherwise.
     has_counts: whether the number of needles may be chosen.

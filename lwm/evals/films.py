@@ -37,7 +37,7 @@ class Event(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Films:
-  """What questions about films are made from.
+  """The sources of questions about films.
 
   Attributes:
     writer: of prompts.
@@ -126,7 +126,7 @@ def _which(
   events: list[Event],
   codes_NxP: np.ndarray,
 ) -> Question:
-  """Asks which of the events the codes, those of the first one, are from."""
+  """Asks which of the events the codes are from; the first event is right."""
   assert case.place is not None
   names = [event.name for event in events]
   shuffled = random.sample(names, len(names))

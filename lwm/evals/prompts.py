@@ -23,7 +23,7 @@ _MOST_TOKENS_BACK = 512
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-  """What stands around the context of a prompt.
+  """The texts around the context of a prompt.
 
   Attributes:
     before: text before the context.
@@ -44,6 +44,11 @@ class PromptWriter:
     self.tokenizer = tokenizer
     self._chat = ChatFormat(tokenizer) if chat else None
     self._sentence_ends = {tokenizer.encode(f"a{mark}")[-1] for mark in ".!?"}
+
+  @property
+  def is_chat(self) -> bool:
+    """Whether prompts are in the chat template."""
+    return self._chat is not None
 
   def encode(self, text: str) -> list[int]:
     return self.tokenizer.encode(text)
@@ -69,7 +74,7 @@ class PromptWriter:
     """Tokens of context that fill a prompt of `tokens` tokens.
 
     Raises:
-      UserError: there is no room for any.
+      UserError: no room is left.
     """
     around = len(self.write(frame, ()))
     if around >= tokens:
@@ -115,7 +120,7 @@ class Haystack:
   """A text that is long enough for every prompt, as ids."""
 
   def __init__(self, paths: Sequence[str | os.PathLike[str]], tokenizer: Tokenizer, tokens: int):
-    """Reads files, one after the other, until there are enough tokens.
+    """Reads files, one after the other, until they have enough tokens.
 
     Args:
       paths: of UTF-8 texts.

@@ -69,7 +69,7 @@ class Question:
 
 
 def cases(contexts: Sequence[int], places: Sequence[int | None], samples: int) -> list[Case]:
-  """All cases: those of one context and place follow each other, because their prompts share most.
+  """All cases; cases of one context and place follow each other, because their prompts share most.
 
   Args:
     contexts: tokens.

@@ -1,4 +1,4 @@
-"""A held-out clip, cut in two: its first frames are given, the frames after them are predicted.
+"""A held-out clip in two parts: its first frames are given, the frames after them are predicted.
 
 N frames, P codes per frame.
 """
@@ -15,7 +15,7 @@ class Clip(NamedTuple):
   """A video document, cut.
 
   Attributes:
-    prompt: int32; the document up to and including the <eof> of the last given frame.
+    prompt: int32; the document up to the <eof> of the last given frame, or up to the clip.
     codes_NxP: int32; the codes of all true frames, given ones first.
   """
 
@@ -32,7 +32,7 @@ def cut_clip(
     tokens: int32 ids of the document; its first vision ids, up to the next text, are the clip.
     text_vocab_size: number of text ids; vision ids follow them.
     layout: of the clip's frames.
-    given: frames in the prompt, at least 1.
+    given: frames in the prompt; without any, it ends after <vision>.
     predicted: frames to predict.
 
   Raises:

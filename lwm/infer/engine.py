@@ -14,6 +14,7 @@ import numpy as np
 
 from kernels.decode import whole_length
 from lwm import model as model_lib
+from lwm.config.model import ModelConfig
 from lwm.errors import UserError
 from lwm.infer import programs
 from lwm.infer.grammar import Grammar
@@ -25,10 +26,18 @@ CACHE_FORMS = ("dense", "int8")
 # The last tokens of a prompt, too few for a whole chunk, are read by one of few programs.
 _SHORTEST_WIDTH = 8
 _WIDTH_RATIO = 4
-# At most so many tokens stay whole while their weights do; more are divided over the devices.
+# Up to this many tokens are not divided over the devices, because weights then need not move.
 _FEW_TOKENS = 64
 
 Rows = Sequence[Sequence[int] | np.ndarray]
+
+
+def cache_bytes_per_token(config: ModelConfig, cache: str) -> int:
+  """Bytes of the keys and values of one token in a cache of one of CACHE_FORMS."""
+  head = config.head_dim * jnp.dtype(config.compute_dtype).itemsize
+  if cache == "int8":
+    head = config.head_dim + 4
+  return 2 * config.num_layers * config.num_kv_heads * head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,15 +129,11 @@ class Engine:
 
   def cache_bytes(self, num_rows: int, capacity: int) -> int:
     """Bytes of a cache, on all devices together."""
-    config = self.few.config
-    head = config.head_dim * jnp.dtype(config.compute_dtype).itemsize
-    if self.cache == "int8":
-      head = config.head_dim + 4
-    numbers = 2 * config.num_layers * config.num_kv_heads * head
-    return self.padded(num_rows) * self.num_columns(capacity) * numbers
+    per_token = cache_bytes_per_token(self.few.config, self.cache)
+    return self.padded(num_rows) * self.num_columns(capacity) * per_token
 
   def padded(self, num_rows: int) -> int:
-    """Rows of a state for so many rows: each replica of the model has as many as the others.
+    """Rows of a state that holds `num_rows` rows: every replica of the model has the same number.
 
     An even number stays even, because guidance takes rows in pairs.
     """
@@ -136,7 +141,7 @@ class Engine:
     return -(-num_rows // unit) * unit
 
   def empty(self, num_rows: int, capacity: int) -> State:
-    """A state of at least so many rows that has read nothing."""
+    """A state of at least `num_rows` rows that has read nothing."""
     dtype = "int8" if self.cache == "int8" else None
     return programs.empty(self.few, self.padded(num_rows), self.num_columns(capacity), dtype)
 

@@ -4,7 +4,7 @@ N frames, P codes per frame.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -15,12 +15,39 @@ from lwm.data.tokenizer import Tokenizer
 from lwm.errors import UserError
 from lwm.vision import decoders
 from lwm.vision.codec import Codec
-from lwm.vision.decoder_process import Clip
+from lwm.vision.decoder_process import Clip, Settings
 from lwm.vision.frame_encoder import FrameEncoder
 
 # A film is bad after this many seconds without a frame.
 _TIMEOUT = 60.0
 _FRAMES_PER_DEVICE = 32
+# The first frame alone is shown before this time, in seconds.
+_FIRST_FRAME = 0.01
+
+
+def check_films(paths: Sequence[str | os.PathLike]) -> None:
+  """Decodes the first frame of each film and image, before anything that takes long.
+
+  Raises:
+    UserError: a file cannot be read.
+  """
+  settings = decoders.settings(16, 1.0, 1, _TIMEOUT)
+  for _ in _decode(paths, settings, end=_FIRST_FRAME):
+    pass
+
+
+def _decode(
+  paths: Sequence[str | os.PathLike], settings: Settings, end: float | None = None
+) -> Iterator[decoders.Decoded]:
+  """Decodes films up to a time in seconds. Raises UserError if one cannot be read."""
+  if not paths:
+    return
+  clips = enumerate(Clip(os.fspath(path), 0.0, end) for path in paths)
+  with decoders.Decoders(min(len(paths), os.cpu_count() or 1), settings) as pool:
+    for decoded in pool.decode(clips):
+      if decoded.problem:
+        raise UserError(f"{paths[decoded.film]} cannot be used: {decoded.problem.rstrip('.')}.")
+      yield decoded
 
 
 def read_codes(
@@ -47,20 +74,25 @@ def read_codes(
     UserError: a film cannot be read, or has more than `max_frames` frames.
   """
   blocks: list[list[np.ndarray]] = [[] for _ in paths]
+  num_frames = [0] * len(paths)
   encoder = FrameEncoder(codec, devices, _FRAMES_PER_DEVICE)
-  settings = decoders.settings(codec.config.resolution, frames_per_second, max_frames, _TIMEOUT)
-  clips = enumerate(Clip(os.fspath(path), 0.0, None) for path in paths)
+  # A film with more frames ends below, because the decoder's message names another program's flags.
+  settings = decoders.settings(codec.config.resolution, frames_per_second, 1 << 30, _TIMEOUT)
 
   def take(encoded):
     for film, codes_NxP in encoded:
       blocks[film].append(codes_NxP)
 
-  with decoders.Decoders(min(len(paths), os.cpu_count() or 1), settings) as pool:
-    for decoded in pool.decode(clips):
-      if decoded.problem:
-        raise UserError(f"{paths[decoded.film]} cannot be used: {decoded.problem.rstrip('.')}.")
-      if decoded.frames_NxHxWx3 is not None:
-        take(encoder.add(decoded.film, decoded.frames_NxHxWx3))
+  for decoded in _decode(paths, settings):
+    if decoded.frames_NxHxWx3 is None:
+      continue
+    num_frames[decoded.film] += len(decoded.frames_NxHxWx3)
+    if num_frames[decoded.film] > max_frames:
+      raise UserError(
+        f"{paths[decoded.film]} has more than {max_frames:,} frames, which do not fit in the "
+        "context: make it longer, or take fewer --frames_per_second."
+      )
+    take(encoder.add(decoded.film, decoded.frames_NxHxWx3))
   take(encoder.flush())
   return [np.concatenate(own) for own in blocks]
 
@@ -80,7 +112,8 @@ def vision_ids(
       follow them.
     layout: of the frames.
     films: codes [N, P] of each.
-    open_end: whether the last film goes on: its last frame ends in <eof>, and nothing follows it.
+    open_end: whether the model continues the last film: its last frame ends in <eof>, and nothing
+      follows it.
   """
   builder = DocumentBuilder(tokenizer, layout)
   for codes_NxP in films:

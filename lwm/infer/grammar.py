@@ -94,7 +94,7 @@ class Grammar:
     text_size: text ids that may be drawn.
     stop_ids: text ids that end a row.
     text: how text is drawn.
-    pictures: None: there is only text.
+    pictures: None for text only.
     vision: how codes are drawn.
   """
 

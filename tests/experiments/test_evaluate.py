@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from PIL import Image
 
 from configs import models
 from lwm import data, infer, model as model_lib
 from lwm.checkpoint.checkpoints import Checkpoints, Identity
 from lwm.checkpoint.position import Position
 from lwm.config.experiment import DatasetConfig, Experiment, MixtureEntry, Stage
-from lwm.config.vqgan import VisionLayout
+from lwm.config.vqgan import VQGANConfig
 from lwm.data.tokenizer import tokenizer_files
 from lwm.evals import perplexity
 from lwm.evals.films import Films, clips_of, count, film_and_events, order
@@ -25,10 +27,16 @@ from lwm.evals.questions import Case
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig, ShardingRules
 from lwm.program.state import TrainState
+from lwm.vision.codec import Codec, save_vqgan
+from lwm.vision.vqgan import VQGAN
 from tests import programs
 
 SENTENCE = "The cat sees a red house, and the old dog runs. "
-LAYOUT = VisionLayout(codes_per_frame=4, end_of_frame=16)
+VISION = VQGANConfig(
+  resolution=16, hidden_channels=4, channel_multipliers=(1, 1, 1, 1), num_res_blocks=0,
+  latent_channels=4, codebook_size=16, codebook_width=4, norm_groups=2,
+)  # fmt: skip
+LAYOUT = VISION.layout
 CAPTIONS = ("a cat", "a dog", "a red house")
 
 
@@ -42,8 +50,15 @@ def directory(tmp_path_factory) -> pathlib.Path:
   )
   tokenizer = data.load_tokenizer(path)
   (directory / "novel.txt").write_text(SENTENCE * 40)
+  events = [{"file": str(directory / "novel.txt"), "name": name} for name in ("a cat", "a dog")]
+  (directory / "events.jsonl").write_text("\n".join(map(json.dumps, events)))
+  Image.new("RGB", (20, 16), (200, 0, 0)).save(directory / "red.png")
+  save_vqgan(directory / "vqgan.npz", VISION, nnx.state(VQGAN(VISION, rngs=nnx.Rngs(0))))
+  sha256 = Codec(directory / "vqgan.npz").sha256
   codes = np.random.default_rng(0).integers(0, 16, (4, 30, 4))
-  with data.DatasetWriter(directory / "films", tokenizer, layout=LAYOUT) as writer:
+  with data.DatasetWriter(
+    directory / "films", tokenizer, layout=LAYOUT, vqgan_sha256=sha256
+  ) as writer:
     for caption, codes_NxP in zip(("a cat", *CAPTIONS), codes):
       document = data.video_document(tokenizer, codes_NxP, caption, LAYOUT)
       writer.write("validation", document)
@@ -117,15 +132,31 @@ def test_needle_resumes_and_reports(directory):
     (["needles"], "Name one evaluation: needle"),
     (["film_clip", "--contexts=4096"], "The film has 60 frames, fewer than"),
     (["harness"], "Name tasks of the harness"),
+    (["film_clip", "--film={}/novel.txt", "--events={}/events.jsonl"], "novel.txt cannot be used"),
+    (["key_value", "--contexts=1000000000"], "The cache of 1 x 1,000,000,000 tokens needs"),
+    (["key_value", "--contexts=100"], "leaves no room for a text in a prompt of"),
+    (["multiple_choice", "--questions={}/novel.txt"], "novel.txt, line 1, is not a question"),
+    (["generation", "--frames=40"], "has 0 held-out clips of 4 + 40 frames"),
   ],
-  ids=["haystack", "short", "name", "film", "tasks"],
+  ids=[
+    "haystack",
+    "short",
+    "name",
+    "film",
+    "tasks",
+    "unreadable",
+    "cache",
+    "room",
+    "questions",
+    "clips",
+  ],
 )
 def test_mistakes_end_in_one_sentence(directory, arguments, message):
   name, *arguments = (argument.format(directory) for argument in arguments)
   done = run(directory, name, *arguments)
   assert done.returncode == 1
   assert done.stderr.strip().splitlines()[-1].startswith("error: ") and message in done.stderr
-  assert "Traceback" not in done.stderr
+  assert "Traceback" not in done.stderr and "weights: " not in done.stdout
 
 
 @pytest.mark.slow
@@ -142,6 +173,55 @@ def test_films_and_losses(directory):
   # Random weights know nothing, so the loss is near that of equal probabilities.
   loss = sum(r["vision_loss"] for r in records) / sum(r["vision_targets"] for r in records)
   assert loss == pytest.approx(np.log(LAYOUT.vocab_size), rel=0.2)
+
+
+@pytest.mark.slow
+def test_questions_about_images_and_generated_clips(directory):
+  options = {"options": ["red", "blue"], "answer": "A"}
+  records = [
+    {"question": "Which colour?", "file": "red.png", **options},
+    {"question": "What is it?", "answer": "a cat"},
+    {"question": "Which colour?", "file": ["red.png", "red.png"], **options},
+  ]
+  path = directory / "questions.jsonl"
+  path.write_text("\n".join(map(json.dumps, records)))
+  arguments = f"--questions={path}", "--num_tokens=3", "--rows=2"
+  done = run(directory, "multiple_choice", *arguments)
+  assert done.returncode == 0, done.stderr
+  _, *records = lines(directory / "results" / "multiple_choice" / "answers.jsonl")
+  assert sorted(record["case"] for record in records) == ["1", "2", "3"]
+  by_line = {record["line"]: record for record in records}
+  # The second image has <vision>, a frame and </vision>.
+  marks = infer.picture_marks(data.load_tokenizer(directory / "tokenizer.model"))
+  image = LAYOUT.tokens_per_frame + sum(map(len, marks))
+  assert by_line[3]["prompt_tokens"] == by_line[1]["prompt_tokens"] + image
+  letters = by_line[1]["letters"]
+  assert sum(letters.values()) == pytest.approx(1)
+  assert by_line[1]["likeliest_score"] == float(letters["A"] > letters["B"])
+  assert "option's letter: 2 questions" in done.stdout and "chance 50.0%" in done.stdout
+  done = run(directory, "multiple_choice", *arguments, "--contexts=50")
+  assert done.returncode == 1 and "The question of line 1 has" in done.stderr
+
+  sizes = "--given_frames=2", "--frames=3"
+  done = run(directory, "generation", "--samples=3", "--rows=2", "--seed=3", *sizes)
+  assert done.returncode == 0, done.stderr
+  folder = directory / "results" / "generation"
+  _, *records = lines(folder / "clips.jsonl")
+  assert len(records) == 3 and np.shape(records[0]["codes"]) == (3, LAYOUT.codes_per_frame)
+  split = data.Dataset(directory / "films", 340).split("validation")
+  tokens, _ = split.read(int(records[0]["case"]), 0, 200)
+  clip = infer.cut_clip(tokens, 340, LAYOUT, 2, 3)
+  codec = Codec(directory / "vqgan.npz")
+  truth, found, still = (
+    codec.decode(codes).astype(float)
+    for codes in (clip.codes_NxP[2:], np.array(records[0]["codes"]), clip.codes_NxP[1:2])
+  )
+  for name, frames in (("squared_error", found), ("still_squared_error", still)):
+    expected = np.square(truth - frames).mean((1, 2, 3))
+    np.testing.assert_allclose(records[0][name], expected)
+  assert "generation: training clips: frechet distance 0," in done.stdout
+  assert "generation: frame 3: PSNR" in done.stdout
+  assert (folder / "report.html").read_text().count("data:image/png;base64,") == 1
 
 
 def test_events_of_a_film_come_in_their_order_and_number(directory):

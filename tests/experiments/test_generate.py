@@ -59,6 +59,7 @@ def directory(tmp_path_factory) -> pathlib.Path:
   """Config, tokenizer, VQGAN, datasets, and a run of one checkpoint: all of random weights."""
   directory = tmp_path_factory.mktemp("generate")
   (directory / "config.py").write_text(CONFIG)
+  (directory / "bad.jsonl").write_text('{"prompt": "the cat"}\n{"prompt": 5}\n')
   tokenizer_path = directory / "tokenizer.model"
   data.train_sentencepiece(["the cat sees a red house and runs"] * 9, tokenizer_path, 300)
   tokenizer = data.load_tokenizer(tokenizer_path)
@@ -66,7 +67,10 @@ def directory(tmp_path_factory) -> pathlib.Path:
   with data.DatasetWriter(directory / "text", tokenizer) as writer:
     writer.write("train", data.text_document(tokenizer, "the cat runs"))
   # What has no clip, or codes of a VQGAN that nobody named, stands before what can be shown.
-  sha256 = Codec(directory / "vqgan.npz").sha256
+  codec = Codec(directory / "vqgan.npz")
+  sha256, frames = codec.sha256, [Image.fromarray(frame) for frame in codec.decode(CODES_NxP)]
+  frames[0].save(directory / "cat.png")
+  frames[0].save(directory / "film.gif", save_all=True, append_images=frames[1:], duration=500)
   with data.DatasetWriter(directory / "images", tokenizer, vqgan_sha256=sha256) as writer:
     writer.write("validation", data.video_document(tokenizer, CODES_NxP[:1], "a cat"))
   with data.DatasetWriter(directory / "codes", tokenizer) as writer:
@@ -128,14 +132,20 @@ def test_text_and_frames(directory):
     (["--frames=3"], "run", "The clip has 3 frames, fewer than 1 given + 3 predicted"),
     (["--clip=1"], "run", "has 1 validation documents with clips"),
     (["--vqgan=config.py"], "run", "There is no VQGAN file config.py"),
+    (["--prompts={}/bad.jsonl"], "run", "bad.jsonl, line 2, is not JSON"),
+    (["--num_tokens=1000000000"], "run", "The cache of 1 x 1,000,000,"),
   ],
-  ids=["checkpoint", "frames", "clip", "vqgan"],
+  ids=["checkpoint", "frames", "clip", "vqgan", "prompts", "cache"],
 )
 def test_mistakes_end_in_one_sentence(directory, arguments, workdir, message):
-  done = run(directory, *arguments, workdir=workdir)
+  arguments = [argument.format(directory) for argument in arguments]
+  assert_one_sentence_before_weights(run(directory, *arguments, workdir=workdir), message)
+
+
+def assert_one_sentence_before_weights(done, message):
   assert done.returncode == 1
   assert done.stderr.strip().splitlines()[-1].startswith("error: ") and message in done.stderr
-  assert "Traceback" not in done.stderr
+  assert "Traceback" not in done.stderr and "weights: " not in done.stdout
 
 
 def chat(directory, *arguments):
@@ -152,10 +162,8 @@ def chat(directory, *arguments):
 
 @pytest.mark.slow
 def test_chat_about_an_image_and_with_its_saved_prefix(directory, tmp_path):
-  frame = Codec(directory / "vqgan.npz").decode(CODES_NxP[:1])[0]
-  Image.fromarray(frame).save(tmp_path / "cat.png")
   questions = "--question=the cat runs?", "--question=a house?"
-  film = f"--image={tmp_path / 'cat.png'}"
+  film = f"--image={directory / 'cat.png'}"
   done, answers = chat(directory, film, *questions, f"--save_prefix={tmp_path / 'prefix'}")
   assert done.returncode == 0, done.stderr
   assert [line for line in answers if line.startswith(">")] == ["> the cat runs?", "> a house?"]
@@ -175,14 +183,18 @@ def test_chat_about_an_image_and_with_its_saved_prefix(directory, tmp_path):
     (["--image={}/nothing.png"], "nothing.png cannot be used"),
     (["--load_prefix={}/video"], "video is not a prefix"),
     (["--question=the cat", "--context=9"], "more than --context=9"),
+    (
+      ["--image={}/cat.png", "--question=a", "--question=" + "the cat " * 199, "--context=700"],
+      "more than --context=700",
+    ),
+    (["--film={}/film.gif", "--context=300"], "film.gif has more than 1 frames"),
+    (["--context=1000000000"], "The cache of 1 x 1,000,000,000 tokens needs"),
   ],
-  ids=["film", "image", "prefix", "context"],
+  ids=["film", "image", "prefix", "context", "later question", "frames", "cache"],
 )
 def test_mistakes_in_chat_end_in_one_sentence(directory, arguments, message):
   done, _ = chat(directory, *(argument.format(directory) for argument in arguments))
-  assert done.returncode == 1
-  assert done.stderr.strip().splitlines()[-1].startswith("error: ") and message in done.stderr
-  assert "Traceback" not in done.stderr
+  assert_one_sentence_before_weights(done, message)
 
 
 @pytest.mark.parametrize(
