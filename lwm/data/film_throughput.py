@@ -15,7 +15,7 @@ from lwm.vision.frame_encoder import FrameEncoder
 def throughput(
   films: Sequence[Film], new_decoders: Callable[[], Decoders], encoder: FrameEncoder, seconds: float
 ) -> Iterator[tuple[str, float]]:
-  """Measures the frames per second of each stage alone and of both, for about `seconds` each.
+  """Measures the frames per second of each stage alone and of both, for at least `seconds` each.
 
   Args:
     films: are decoded again and again.
@@ -32,39 +32,35 @@ def throughput(
   clips = [clip for film in films if not film.problem for clip in film.clips]
 
   def decoded(decoders: Decoders) -> Iterator[np.ndarray]:
-    """Frames until the time is over, which begins with the first."""
-    stop = None
+    has_frames = False
     for event in decoders.decode(enumerate(itertools.cycle(clips))):
       if event.frames_NxHxWx3 is not None:
-        stop = stop or time.monotonic() + seconds
+        has_frames = True
         yield event.frames_NxHxWx3
-      elif stop is None and event.film >= len(clips):
+      elif not has_frames and event.film >= len(clips):
         raise UserError("No film has a frame: there is nothing to measure.")
-      if stop and time.monotonic() >= stop:
-        return
 
-  with new_decoders() as decoders:
-    frames = decoded(decoders)
-    sample_NxHxWx3 = next(frames).copy()
-    start = time.monotonic()
-    count = sum(len(chunk) for chunk in frames)
-    yield "decoding", count / (time.monotonic() - start)
-
-  def encode(chunks: Iterator[np.ndarray]) -> float:
-    start, count = time.monotonic(), 0
+  def encoded(chunks: Iterator[np.ndarray]) -> Iterator[int]:
+    """Numbers of frames in finished batches, which end with a chunk of the next one but one."""
     for chunk in chunks:
-      count += len(chunk)
-      for _ in encoder.add(0, chunk):
-        pass
-    for _ in encoder.flush():
-      pass
-    return count / (time.monotonic() - start)
+      count = sum(len(codes.codes_NxP) for codes in encoder.add(0, chunk))
+      if count:
+        yield count
 
-  encode(itertools.repeat(sample_NxHxWx3, 1))  # Compiles.
-  stop = time.monotonic() + seconds
-  again = itertools.repeat(sample_NxHxWx3)
-  yield "encoding", encode(itertools.takewhile(lambda _: time.monotonic() < stop, again))
+  def rate(counts: Iterator[int]) -> float:
+    """Frames per second after the first count, which waits for processes and the compiler."""
+    next(counts)
+    start, frames = time.monotonic(), 0
+    for count in counts:
+      frames += count
+      if time.monotonic() >= start + seconds:
+        break
+    return frames / (time.monotonic() - start)
+
   with new_decoders() as decoders:
-    frames = decoded(decoders)
-    next(frames)
-    yield "decoding and encoding", encode(frames)
+    chunks = decoded(decoders)
+    sample_NxHxWx3 = next(chunks).copy()
+    yield "decoding", rate(map(len, chunks))
+  yield "encoding", rate(encoded(itertools.repeat(sample_NxHxWx3)))
+  with new_decoders() as decoders:
+    yield "decoding and encoding", rate(encoded(decoded(decoders)))

@@ -5,7 +5,6 @@ Legend: N frames.
 
 import math
 import os
-import re
 from collections.abc import Iterator
 from typing import cast
 
@@ -18,6 +17,7 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from lwm.errors import UserError
+from lwm.vision.cut_off import check_complete
 from lwm.vision.display import to_image
 
 # Time stamps are rounded to the container's time base: ignore less than a millisecond.
@@ -28,8 +28,6 @@ _NEW_CLOCK = 1.0
 _DEFAULT_RATE = 25
 # Searching for a place nearer to the beginning is not worth the second start of the decoder.
 _SHORTEST_SEEK = 5.0
-# A film that lacks more than this at its end was cut off.
-_MISSING_SECONDS = 2.0
 # FFmpeg draws the characters of text files.
 _TEXT_FORMATS = ("tty",)
 # FFmpeg's own decoders of these codecs leave out the transparency.
@@ -106,7 +104,7 @@ def read_frames(
         count += 1
         yield to_image(frame, aspect)
       else:
-        _check_complete(path, stream, seconds + period, end)
+        check_complete(path, container, stream, seconds + period, end)
   except FileNotFoundError as error:
     raise UserError(f"There is no video file {path}.") from error
   except av.error.FFmpegError as error:
@@ -148,22 +146,6 @@ def _decode(
     packets = container.demux(stream)
   for packet in packets:
     yield from decoder.decode(packet)
-
-
-def _check_complete(
-  path: str | os.PathLike, stream: VideoStream, seconds: float, end: float | None
-) -> None:
-  """Raises UserError if a film ended at `seconds`, long before the length that it states."""
-  stated = 0.0
-  if stream.duration and stream.time_base:
-    stated = float(stream.duration * stream.time_base)
-  elif re.fullmatch(r"\d+:\d\d:\d\d(\.\d+)?", stream.metadata.get("DURATION", "")):
-    hours, minutes, rest = stream.metadata["DURATION"].split(":")
-    stated = int(hours) * 3600 + int(minutes) * 60 + float(rest)
-  if seconds + _MISSING_SECONDS < (stated if end is None else min(stated, end)):
-    raise UserError(
-      f"{path} ends after {seconds:.1f} s of {stated:.1f} s: name a complete video file."
-    )
 
 
 class FrameClock:

@@ -40,13 +40,19 @@ def frames(count: int, seed: int = 0, size: tuple[int, int] = (48, 64)) -> np.nd
 
 
 def write_film(
-  path: pathlib.Path, count: int = 12, seed: int = 0, size=(48, 64), codec="mpeg4", **options
+  path: pathlib.Path,
+  count: int = 12,
+  seed: int = 0,
+  size=(48, 64),
+  codec="mpeg4",
+  pix_fmt="yuv420p",
+  **options,
 ) -> pathlib.Path:
   """Eight frames a second; `options` go to `av.open`."""
   with av.open(str(path), "w", **options) as container:
     stream = container.add_stream(codec, rate=8)
     stream.height, stream.width = size
-    stream.pix_fmt = "yuv420p"
+    stream.pix_fmt = pix_fmt
     container.start_encoding()
     for pixels in frames(count, seed, size):
       container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))

@@ -69,14 +69,19 @@ def hostile_files(folder: pathlib.Path) -> dict[pathlib.Path, str]:
   """Files that are no film, each with a part of the reason that must be reported."""
   cases = {}
   # The index of an MP4 is at its end, or at its beginning with faststart.
-  faststart = {"movflags": "faststart"}
-  for suffix, options in ((".mp4", {}), ("-.mp4", faststart), (".avi", {}), (".mkv", {})):
-    content = films.write_film(folder / f"whole{suffix}", 64, options=options).read_bytes()
+  faststart = {"options": {"movflags": "faststart"}}
+  reasons = {".mkv": "ends after", ".ts": "is cut off after"}
+  for suffix, options in (
+    *((".mp4", {}), ("-.mp4", faststart), (".avi", {}), (".mkv", {})),
+    *((".flv", {"codec": "flv"}), (".ts", {"codec": "mpeg2video"})),
+  ):
+    content = films.write_film(folder / f"whole{suffix}", 64, **options).read_bytes()
     (folder / f"whole{suffix}").unlink()
     for percent in (1, 5, 10, 20, 30, 40, 50, 60):
       path = folder / f"{percent}{suffix}"
-      path.write_bytes(content[: len(content) * percent // 100])
-      cases[path] = "ends after" if suffix == ".mkv" and percent > 10 else ""
+      # An odd number of bytes is no whole number of a transport stream's packets.
+      path.write_bytes(content[: len(content) * percent // 100 | 1])
+      cases[path] = reasons.get(suffix, "") if percent > 10 else ""
   for suffix in (".mp4", ".mov", ".mkv", ".avi", ".ts"):
     cases[films.write_film(folder / f"no-frames{suffix}", 0)] = ""
     cases[folder / f"empty{suffix}"] = "cannot be read as a video"
