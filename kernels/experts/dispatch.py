@@ -28,6 +28,16 @@ class Placement(NamedTuple):
   choice_R: jax.Array
   sizes_nxe: jax.Array
 
+  def of(self, destination: jax.Array) -> "Placement":
+    """The L rows of one destination; choices whose rows belong to others have none."""
+    L = self.choice_R.shape[0] // self.sizes_nxe.shape[0]
+    row_Txk = self.row_Txk - destination * L
+    return Placement(
+      jnp.where((row_Txk >= 0) & (row_Txk < L), row_Txk, -1),
+      jax.lax.dynamic_slice_in_dim(self.choice_R, destination * L, L),
+      jax.lax.dynamic_slice_in_dim(self.sizes_nxe, destination, 1),
+    )
+
 
 def place(
   expert_Txk: jax.Array,

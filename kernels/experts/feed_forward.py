@@ -1,8 +1,9 @@
 """The feed-forward networks of experts on a mesh: dispatch, products, combination.
 
 T local tokens, k choices per token, M model width, F local feed-forward width, E experts, P slots
-of all devices, e local slots, n devices that exchange rows, t devices of the tensor axis, S sources
-of rows, L rows per source, R = S L rows, N chunks. A slot computes one expert.
+of all devices, e local slots, n devices that exchange rows, G = n T tokens of all of them, t devices
+of the tensor axis, S sources of rows, L rows per source, R = S L rows, N chunks. A slot computes one
+expert.
 """
 
 import functools
@@ -28,9 +29,11 @@ class Settings(NamedTuple):
       further, among devices that have the same tokens. Results are summed over them.
     tensor_axis: the mesh axis that divides F, if one does.
     has_part_of_tokens: the tokens are divided over `tensor_axis` too, instead of being the same.
-    capacity_factor: the most rows of an expert from one device and chunk, as a multiple of the
-      mean; further choices are dropped. None: nothing is dropped.
+    capacity_factor: the most rows of an expert from one device and chunk (or half, see `overlaps`),
+      as a multiple of the mean; further choices are dropped. None: nothing is dropped.
     chunk: the most tokens at a time.
+    overlaps: whether a chunk is computed in two halves, so that one travels while the products of
+      the other are computed. It is not worth while for a few tokens.
     is_ragged: see `Exchange`.
     backend: of `grouped_matmul`.
   """
@@ -42,6 +45,7 @@ class Settings(NamedTuple):
   has_part_of_tokens: bool = False
   capacity_factor: float | None = None
   chunk: int = 2048
+  overlaps: bool = False
   is_ragged: bool = False
   backend: str | Backend | None = None
 
@@ -61,6 +65,10 @@ def expert_feed_forward(
   At most `settings.chunk` tokens are dispatched at a time, and several chunks recompute everything
   in the backward pass, so memory is that of one chunk: up to min(k, experts per device) rows per
   token and exchanging device, all of which exist only if every token chooses the same device.
+
+  Rows travel to the devices of their experts and back (all-to-all): k (n - 1) / n rows per token
+  each way. If k is at least n, every device gathers all tokens instead, and the results are
+  reduce-scattered: n - 1 rows per token, which are not more.
 
   On a mesh, call it inside `jax.shard_map(..., check_vma=True)`. Local slots are the slice of all
   slots that belongs to a device whose number, counted along `exchange_axes` and then `expert_axes`,
@@ -87,10 +95,9 @@ def expert_feed_forward(
   )
   tokens = x_TxM, expert_Txk, share_Txk
   num_chunks = -(-x_TxM.shape[0] // settings.chunk)
-  if num_chunks == 1:
-    out_TxM, dropped = _whole(settings, tokens, weights, expert_P)
-  else:
-    out_TxM, dropped = _by_chunks(num_chunks, settings, tokens, weights, expert_P)
+  run = _chunks if num_chunks == 1 else _recomputed_chunks
+  num_parts = num_chunks * _parts(settings)
+  out_TxM, dropped = run(num_parts, settings, tokens, weights, expert_P)
   shared = (*settings.expert_axes, *(() if settings.has_part_of_tokens else _tensor(settings)))
   if shared:
     # The devices along these axes counted the same choices.
@@ -102,11 +109,19 @@ def _tensor(settings: Settings) -> tuple[str, ...]:
   return () if settings.tensor_axis is None else (settings.tensor_axis,)
 
 
+def _parts(settings: Settings) -> int:
+  """In how many parts a chunk is computed."""
+  return 2 if settings.overlaps and _num_devices(settings) > 1 else 1
+
+
+def _num_devices(settings: Settings) -> int:
+  return jax.lax.axis_size(settings.exchange_axes) if settings.exchange_axes else 1
+
+
 def _whole(settings: Settings, tokens, weights, expert_P) -> tuple[jax.Array, jax.Array]:
   """The networks for all tokens at once."""
   x_TxM, expert_Txk, share_Txk = tokens
-  exchange = Exchange(settings.exchange_axes, settings.is_ragged)
-  n = exchange.num_devices if settings.exchange_axes else 1
+  n = _num_devices(settings)
   capacity = None
   if settings.capacity_factor is not None:
     mean = expert_Txk.size / settings.num_experts
@@ -118,18 +133,40 @@ def _whole(settings: Settings, tokens, weights, expert_P) -> tuple[jax.Array, ja
     capacity=capacity,
     expert_P=expert_P,
   )
-  x_RxM = spread(x_TxM, placement.row_Txk, placement.choice_R)
-  y_RxM = _exchanged(settings, exchange, n, x_RxM, placement.sizes_nxe, weights)
-  out_TxM = combine(y_RxM, share_Txk, placement.row_Txk, placement.choice_R)
   chosen = jnp.sum(expert_Txk < settings.num_experts)
-  return out_TxM, (chosen - jnp.sum(placement.sizes_nxe)).astype(jnp.float32)
+  dropped = (chosen - jnp.sum(placement.sizes_nxe)).astype(jnp.float32)
+  if expert_Txk.shape[1] >= n > 1:
+    if capacity is not None:
+      expert_Txk = jnp.where(placement.row_Txk < 0, settings.num_experts, expert_Txk)
+    return _ring(settings, (x_TxM, expert_Txk, share_Txk), weights, expert_P), dropped
+  x_RxM = spread(x_TxM, placement.row_Txk, placement.choice_R)
+  y_RxM = _exchanged(settings, n, x_RxM, placement.sizes_nxe, weights)
+  return combine(y_RxM, share_Txk, placement.row_Txk, placement.choice_R), dropped
 
 
-def _exchanged(settings, exchange: Exchange, n: int, x_RxM, sent_nxe, weights):
+def _ring(settings: Settings, tokens, weights, expert_P):
+  """Local experts for the tokens of all devices, and then the sum of all devices' results."""
+  axes = settings.exchange_axes
+  x_GxM, expert_Gxk, share_Gxk = (jax.lax.all_gather(array, axes, tiled=True) for array in tokens)
+  placement = place(
+    expert_Gxk,
+    num_experts=settings.num_experts,
+    destinations=_num_devices(settings),
+    expert_P=expert_P,
+  )
+  row_Gxk, choice_L, sizes_1xe = placement.of(jax.lax.axis_index(axes))
+  x_1xLxM = spread(x_GxM, row_Gxk, choice_L)[None]
+  y_1xLxM = _gathered(settings, x_1xLxM, sizes_1xe, weights)
+  out_GxM = combine(y_1xLxM[0], share_Gxk, row_Gxk, choice_L)
+  return jax.lax.psum_scatter(out_GxM, axes, tiled=True)
+
+
+def _exchanged(settings: Settings, n: int, x_RxM, sent_nxe, weights):
   """The networks of rows that are sorted by device and expert; their results in the same order."""
   x_nxLxM = x_RxM.reshape(n, -1, x_RxM.shape[1])
   if n == 1:
     return _gathered(settings, x_nxLxM, sent_nxe, weights)[0]
+  exchange = Exchange(settings.exchange_axes, settings.is_ragged)
   received_nxe = exchange.sizes(sent_nxe)
   sent_n, received_n = sent_nxe.sum(axis=1), received_nxe.sum(axis=1)
   x_nxLxM = exchange.rows(x_nxLxM, sent_n, received_n)
@@ -174,18 +211,25 @@ def _local(settings: Settings, x_SxLxM, sizes_Sxe, weights):
   return y_RxM.reshape(S, L, M)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _by_chunks(num_chunks: int, settings: Settings, tokens, weights, expert_P):
-  out_NxCxM, dropped_N = jax.lax.map(
-    lambda chunk: _whole(settings, chunk, weights, expert_P), _split(settings, tokens, num_chunks)
+def _chunks(num_chunks: int, settings: Settings, tokens, weights, expert_P):
+  """The networks, chunk after chunk; those of one iteration may overlap."""
+  if num_chunks == 1:
+    return _whole(settings, tokens, weights, expert_P)
+  _, (out_NxCxM, dropped_N) = jax.lax.scan(
+    lambda _, chunk: (None, _whole(settings, chunk, weights, expert_P)),
+    None,
+    _split(settings, tokens, num_chunks),
+    unroll=_parts(settings),
   )
   num_tokens, M = tokens[0].shape
   return out_NxCxM.reshape(-1, M)[:num_tokens], jnp.sum(dropped_N)
 
 
-def _forward(num_chunks, settings, tokens, weights, expert_P):
-  residuals = tokens, weights, expert_P
-  return _by_chunks(num_chunks, settings, *residuals), residuals
+_recomputed_chunks = jax.custom_vjp(_chunks, nondiff_argnums=(0, 1))
+
+
+def _forward(num_chunks, settings, *residuals):
+  return _recomputed_chunks(num_chunks, settings, *residuals), residuals
 
 
 def _backward(num_chunks, settings, residuals, gradients):
@@ -204,7 +248,9 @@ def _backward(num_chunks, settings, residuals, gradients):
 
   zeros = jax.tree.map(lambda weight: jnp.zeros_like(weight, jnp.float32), weights)
   chunks = _split(settings, tokens, num_chunks), _rows(out_gradient_TxM, num_chunks)
-  totals, (x_gradient_NxCxM, share_gradient_NxCxk) = jax.lax.scan(add_chunk, zeros, chunks)
+  totals, (x_gradient_NxCxM, share_gradient_NxCxk) = jax.lax.scan(
+    add_chunk, zeros, chunks, unroll=_parts(settings)
+  )
   x_TxM, expert_Txk, share_Txk = tokens
   num_tokens = x_TxM.shape[0]
   token_gradients = (
@@ -216,7 +262,7 @@ def _backward(num_chunks, settings, residuals, gradients):
   return token_gradients, weight_gradients, jax.tree.map(no_gradient, expert_P)
 
 
-_by_chunks.defvjp(_forward, _backward)
+_recomputed_chunks.defvjp(_forward, _backward)
 
 
 def _split(settings: Settings, tokens, num_chunks: int):

@@ -209,6 +209,8 @@ class Experts(nnx.Module):
       has_part_of_tokens=divides_width and rules.residual is not None,
       capacity_factor=config.capacity_factor,
       chunk=num_rows * max(self.chunk // sharers, 1),
+      # Without a division of sequences, a few tokens are generated.
+      overlaps=rules.residual is not None,
       is_ragged=mesh.abstract_device.platform == "tpu",
     )
 

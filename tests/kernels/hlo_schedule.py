@@ -10,10 +10,11 @@ _CALLS = re.compile(
   r"(\{[^}]*\}|%[^,\s]+)"
 )
 _NAME = re.compile(r"%([^\s,(){}]+)")
+_TRANSFERS = ("collective-permute", "ragged-all-to-all")
 
 
 class Transfer(NamedTuple):
-  """One collective-permute of the program.
+  """One collective-permute or ragged all-to-all of the program.
 
   Attributes:
     array: the transferred array, such as "bf16[1,65536,1,128]".
@@ -59,7 +60,7 @@ class Schedule:
     return self._kernels(self._computations[self._entry])
 
   def transfers(self) -> list[Transfer]:
-    """All collective-permutes. One that is not asynchronous overlaps with no kernel."""
+    """All of them. One that is not asynchronous overlaps with no kernel."""
     return self._transfers(self._entry, 1)
 
   def _kernels(self, instructions) -> frozenset[str]:
@@ -75,7 +76,7 @@ class Schedule:
     found = []
     instructions = self._computations[computation]
     for index, instruction in enumerate(instructions):
-      if instruction.opcode in ("collective-permute", "collective-permute-start"):
+      if instruction.opcode.removesuffix("-start") in _TRANSFERS:
         array = re.search(r"\w+\[[0-9,]*\]", instruction.shape)[0]
         last = self._done(instructions, index)
         found.append(Transfer(array, times, self._kernels(instructions[index:last])))
@@ -88,14 +89,14 @@ class Schedule:
 
   def _done(self, instructions, start: int) -> int:
     """The index of what waits for a transfer; its own if it is not asynchronous."""
-    if instructions[start].opcode == "collective-permute":
+    if instructions[start].opcode in _TRANSFERS:
       return start
-    name = instructions[start].name
+    done = instructions[start].opcode.replace("-start", "-done")
     return next(
       index
       for index, instruction in enumerate(instructions)
-      if instruction.opcode == "collective-permute-done"
-      and _NAME.search(instruction.rest)[1] == name
+      if instruction.opcode == done
+      and _NAME.search(instruction.rest)[1] == instructions[start].name
     )
 
   def _trips(self, loop: _Instruction) -> int:
