@@ -7,6 +7,7 @@ expert.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +37,9 @@ class Settings(NamedTuple):
       the other are computed. It is not worth while for a few tokens.
     is_ragged: see `Exchange`.
     backend: of `grouped_matmul`.
+    shared: a network of all tokens, `shared(x_CxM, shared_weights)`, that is added to the result. It
+      is computed with each chunk, while rows travel. Not together with `expert_axes`, or with a
+      `tensor_axis` along which tokens are the same.
   """
 
   num_experts: int
@@ -48,6 +52,7 @@ class Settings(NamedTuple):
   overlaps: bool = False
   is_ragged: bool = False
   backend: str | Backend | None = None
+  shared: Callable[[jax.Array, Any], jax.Array] | None = None
 
 
 def expert_feed_forward(
@@ -59,6 +64,7 @@ def expert_feed_forward(
   down_exFxM: jax.Array,
   settings: Settings,
   expert_P: jax.Array | None = None,
+  shared_weights: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
   """The sum over a token's experts of share x SwiGLU of the expert, and the choices dropped.
 
@@ -85,23 +91,23 @@ def expert_feed_forward(
     settings: how the work is divided.
     expert_P: int32, the expert of each slot, as `kernels.experts.dispatch.place` takes it. None:
       slot i has expert i.
+    shared_weights: a tree of arrays for `settings.shared`.
 
   Returns:
     [T, M] in the dtype of x, and the number of choices of these tokens that capacity dropped, a
     float32 scalar. Both vary over the axes that the tokens vary over.
   """
-  x_TxM, expert_Txk, share_Txk, expert_P, *weights = vary_trees_alike(
-    x_TxM, expert_Txk, share_Txk, expert_P, gate_exMxF, up_exMxF, down_exFxM
+  tokens, weights, expert_P = vary_trees_alike(
+    (x_TxM, expert_Txk, share_Txk), ((gate_exMxF, up_exMxF, down_exFxM), shared_weights), expert_P
   )
-  tokens = x_TxM, expert_Txk, share_Txk
   num_chunks = -(-x_TxM.shape[0] // settings.chunk)
   run = _chunks if num_chunks == 1 else _recomputed_chunks
   num_parts = num_chunks * _parts(settings)
   out_TxM, dropped = run(num_parts, settings, tokens, weights, expert_P)
-  shared = (*settings.expert_axes, *(() if settings.has_part_of_tokens else _tensor(settings)))
-  if shared:
+  summed = (*settings.expert_axes, *(() if settings.has_part_of_tokens else _tensor(settings)))
+  if summed:
     # The devices along these axes counted the same choices.
-    return jax.lax.psum(out_TxM, shared), jax.lax.pmean(dropped, shared)
+    return jax.lax.psum(out_TxM, summed), jax.lax.pmean(dropped, summed)
   return out_TxM, dropped
 
 
@@ -120,6 +126,14 @@ def _num_devices(settings: Settings) -> int:
 
 def _whole(settings: Settings, tokens, weights, expert_P) -> tuple[jax.Array, jax.Array]:
   """The networks for all tokens at once."""
+  own_weights, shared_weights = weights
+  out_TxM, dropped = _routed(settings, tokens, own_weights, expert_P)
+  if settings.shared is not None:
+    out_TxM += settings.shared(tokens[0], shared_weights)
+  return out_TxM, dropped
+
+
+def _routed(settings: Settings, tokens, weights, expert_P) -> tuple[jax.Array, jax.Array]:
   x_TxM, expert_Txk, share_Txk = tokens
   n = _num_devices(settings)
   capacity = None

@@ -127,6 +127,8 @@ class Experts(nnx.Module):
         (self.expert_down, _OUT),
       )
     ]
+    # A few tokens, as in generation, are not computed in chunks, and their sequences are not divided.
+    shared = self.shared if whole else None
     out_BxSxM, sums, largest_2 = jax.shard_map(
       self._local,
       in_specs=(
@@ -135,11 +137,20 @@ class Experts(nnx.Module):
         rules.gathered(*_ROUTER, whole=whole),
         rules.spec(None) if has_bias else None,
         None if expert_P is None else rules.spec(None),
+        None if shared is None else shared.specs(),
         *(rules.gathered(*axes) for axes in (_IN, _IN, _OUT)),
       ),
       out_specs=(rows, jax.P(), jax.P()),
-    )(x_BxSxM, modality_BxS, router, bias_E, expert_P, *weights)
-    if self.shared is not None:
+    )(
+      x_BxSxM,
+      modality_BxS,
+      router,
+      bias_E,
+      expert_P,
+      None if shared is None else shared.weights(x_BxSxM.dtype),
+      *weights,
+    )
+    if self.shared is not None and shared is None:
       out_BxSxM += self.shared(x_BxSxM)
     return out_BxSxM, self._extras(sums, largest_2)
 
@@ -148,7 +159,7 @@ class Experts(nnx.Module):
       return weight
     return with_spare_slots(weight, expert_P, dtype, self.rules, axes)
 
-  def _local(self, x_BxSxM, modality_BxS, router_MxE, bias_E, expert_P, gate, up, down):
+  def _local(self, x_BxSxM, modality_BxS, router_MxE, bias_E, expert_P, shared, gate, up, down):
     """This device's tokens, sums over the tokens of all devices, and the largest loads of any."""
     config, rules = self.config, self.rules
     x_TxM, modality_T = x_BxSxM.reshape(-1, x_BxSxM.shape[2]), modality_BxS.reshape(-1)
@@ -159,7 +170,7 @@ class Experts(nnx.Module):
     expert_Txk = jnp.where(is_token_T[:, None], routing.expert_Txk, config.num_experts)
     settings = self._settings(x_BxSxM.shape[0])
     out_TxM, dropped = expert_feed_forward(
-      x_TxM, expert_Txk, routing.share_Txk, gate, up, down, settings, expert_P
+      x_TxM, expert_Txk, routing.share_Txk, gate, up, down, settings, expert_P, shared
     )
     modality_2xT = modality_T[None] == jnp.arange(len(MODALITIES))[:, None]
     chosen_TxE = jnp.sum(jax.nn.one_hot(expert_Txk, config.num_experts), axis=1)
@@ -200,17 +211,25 @@ class Experts(nnx.Module):
     divides_width = rules.expert_feed_forward is not None
     mesh = jax.sharding.get_abstract_mesh()
     # As in a dense layer, a chunk is counted after tokens are gathered over `tensor`.
-    sharers = mesh.shape[rules.tensor] if rules.residual is not None else 1
+    has_sequences = rules.residual is not None
+    sharers = mesh.shape[rules.tensor] if has_sequences else 1
+    chunk = num_rows * max(self.chunk // sharers, 1)
+
+    def shared(x_CxM, weights):
+      assert self.shared is not None
+      return self.shared.local(x_CxM[None], weights, chunk=chunk * sharers)[0]
+
     return Settings(
       num_experts=config.num_experts,
       exchange_axes=exchange,
       expert_axes=tuple(axis for axis in rules.experts if axis not in exchange),
       tensor_axis=rules.tensor if divides_width else None,
-      has_part_of_tokens=divides_width and rules.residual is not None,
+      has_part_of_tokens=divides_width and has_sequences,
       capacity_factor=config.capacity_factor,
-      chunk=num_rows * max(self.chunk // sharers, 1),
+      chunk=chunk,
       # Without a division of sequences, a few tokens are generated.
-      overlaps=rules.residual is not None,
+      overlaps=has_sequences,
+      shared=shared if self.shared is not None and has_sequences else None,
       is_ragged=mesh.abstract_device.platform == "tpu",
     )
 
