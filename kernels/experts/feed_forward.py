@@ -1,9 +1,9 @@
 """The feed-forward networks of experts on a mesh: dispatch, products, combination.
 
 T local tokens, k choices per token, M model width, F local feed-forward width, E experts, P slots
-of all devices, e local slots, n devices that exchange rows, G = n T tokens of all of them, t devices
-of the tensor axis, S sources of rows, L rows per source, R = S L rows, N chunks. A slot computes one
-expert.
+of all devices, e local slots, n devices that exchange rows, G = n T tokens of all of them, t
+devices of the tensor axis, S sources of rows, L rows per source, R = S L rows, N chunks. A slot
+computes one expert.
 """
 
 import functools
@@ -37,9 +37,9 @@ class Settings(NamedTuple):
       the other are computed. It is not worth while for a few tokens.
     is_ragged: see `Exchange`.
     backend: of `grouped_matmul`.
-    shared: a network of all tokens, `shared(x_CxM, shared_weights)`, that is added to the result. It
-      is computed with each chunk, while rows travel. Not together with `expert_axes`, or with a
-      `tensor_axis` along which tokens are the same.
+    shared: a network of all tokens, `shared(x_CxM, shared_weights)`, whose results are added. It is
+      computed with each chunk, while rows travel. Not together with `expert_axes`, or with a
+      `tensor_axis` along which tokens are the same: results are summed over those.
   """
 
   num_experts: int

@@ -127,7 +127,7 @@ class Experts(nnx.Module):
         (self.expert_down, _OUT),
       )
     ]
-    # A few tokens, as in generation, are not computed in chunks, and their sequences are not divided.
+    # Where sequences are not divided, a few tokens are generated, which need no chunks.
     shared = self.shared if whole else None
     out_BxSxM, sums, largest_2 = jax.shard_map(
       self._local,

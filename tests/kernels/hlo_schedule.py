@@ -19,8 +19,8 @@ class Transfer(NamedTuple):
   Attributes:
     array: the transferred array, such as "bf16[1,65536,1,128]".
     times: how often it runs, given the loops around it.
-    kernels: the Pallas kernels scheduled between its start and its done, also in branches of
-      conditionals and bodies of loops; one name per call in the program's text.
+    kernels: the Pallas kernels and matrix products scheduled between its start and its done, also
+      in branches of conditionals and bodies of loops; one name per call in the program's text.
   """
 
   array: str
@@ -56,7 +56,7 @@ class Schedule:
         instructions.append(_Instruction(*match.groups()))
 
   def kernels(self) -> frozenset[str]:
-    """All calls of Pallas kernels."""
+    """All calls of Pallas kernels, and all matrix products."""
     return self._kernels(self._computations[self._entry])
 
   def transfers(self) -> list[Transfer]:
@@ -66,7 +66,8 @@ class Schedule:
   def _kernels(self, instructions) -> frozenset[str]:
     found = set()
     for instruction in instructions:
-      if instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.rest:
+      is_kernel = instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.rest
+      if is_kernel or instruction.opcode == "convolution":
         found.add(instruction.name)
       for called in instruction.calls:
         found |= self._kernels(self._computations[called])
