@@ -280,12 +280,12 @@ def experts_cost(config: ModelConfig, division: Division) -> LayerCost:
   experts, M, number = config.experts, config.width, dtype_bytes(config.compute_dtype)
   assert experts is not None
   E, F, k = experts.num_experts, experts.width, experts.experts_per_token
-  kept = KEPT[config.remat]
+  kept, n = KEPT[config.remat], division.experts
   # Tokens of several chunks are dispatched chunk by chunk, and nothing of a chunk is kept.
   keeps_rows = kept.everything and division.row_length <= config.feed_forward_chunk
   passes = 2 if keeps_rows else 3
   tensor = 1 if division.divides_experts else division.tensor
-  has_spare = experts.placement != "home" and division.experts > 1
+  has_spare = experts.placement != "home" and n > 1
   own = LayerCost(
     weights=3 * E * M * F + M * E,
     expert_weights=3 * E * M * F,
@@ -296,7 +296,9 @@ def experts_cost(config: ModelConfig, division: Division) -> LayerCost:
     kept=k * (M + 2 * F / tensor) * number if keeps_rows else 0,
     # Written and read: the rows on both sides, sorted or not, and what an expert computes of them.
     moved=k * (8 * M + 6 * F),
-    dispatched=2 * passes * k * M,
+    # Each choice travels there and back. Where all tokens are gathered instead, the backward pass
+    # needs no results of experts for the gradients of shares, because they are computed there.
+    dispatched=M * (2 * passes * k if k < n else (2 + passes) * n),
   )
   if not experts.shared_experts:
     return own
