@@ -127,8 +127,7 @@ class Experts(nnx.Module):
         (self.expert_down, _OUT),
       )
     ]
-    # Where sequences are not divided, a few tokens are generated, which need no chunks.
-    shared = self.shared if whole else None
+    shared = self.shared if self._overlaps() else None
     out_BxSxM, sums, largest_2 = jax.shard_map(
       self._local,
       in_specs=(
@@ -205,6 +204,11 @@ class Experts(nnx.Module):
     mean = jax.lax.pmean(jnp.sum(load_E), others) / n
     return jax.lax.pmax(largest_2, others) / jnp.maximum(mean, 1e-9)
 
+  def _overlaps(self) -> bool:
+    """Whether tokens are many and divided over all axes of the experts, as in training."""
+    rules = self.rules
+    return rules.residual is not None and {*rules.experts} <= {*rules.residual_axes}
+
   def _settings(self, num_rows: int) -> Settings:
     rules, config = self.rules, self.config
     exchange = tuple(axis for axis in rules.experts if axis in rules.residual_axes)
@@ -227,9 +231,8 @@ class Experts(nnx.Module):
       has_part_of_tokens=divides_width and has_sequences,
       capacity_factor=config.capacity_factor,
       chunk=chunk,
-      # Without a division of sequences, a few tokens are generated.
-      overlaps=has_sequences,
-      shared=shared if self.shared is not None and has_sequences else None,
+      overlaps=self._overlaps(),
+      shared=shared if self.shared is not None and self._overlaps() else None,
       is_ragged=mesh.abstract_device.platform == "tpu",
     )
 
