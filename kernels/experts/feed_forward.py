@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from kernels.experts.api import grouped_matmul
 from kernels.experts.backend import Backend
-from kernels.experts.dispatch import combine, no_gradient, place, sorted_experts, spread
+from kernels.experts.dispatch import combine, merge, no_gradient, place, spread
 from kernels.experts.exchange import Exchange
 from kernels.varying import vary_trees_alike
 
@@ -212,9 +212,7 @@ def _local(settings: Settings, x_SxLxM, sizes_Sxe, weights):
   if is_sorted:
     sizes_e, sorted_RxM = sizes_Sxe[0], x_RxM
   else:
-    expert_R = sorted_experts(sizes_Sxe, L).reshape(-1) - first
-    expert_R = jnp.where((expert_R < 0) | (expert_R > num_local), num_local, expert_R)
-    own = place(expert_R[:, None], num_experts=num_local)
+    own = merge(sizes_Sxe, L, first, num_local)
     sizes_e = own.sizes_nxe[0]
     sorted_RxM = spread(x_RxM, own.row_Txk, own.choice_R)
   product = functools.partial(grouped_matmul, sizes_E=sizes_e, backend=settings.backend)
