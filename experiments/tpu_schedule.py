@@ -1,17 +1,20 @@
-"""Shows how well the blocks of an attention kernel are scheduled on a TPU, without a TPU.
+"""Shows how well the blocks of a kernel are scheduled on a TPU, without a TPU.
 
     python -m experiments.tpu_schedule --kernel=forward --device=v5p --rows=1024 --keys=512
+    python -m experiments.tpu_schedule --kernel=grouped_matmul --inputs=2048 --outputs=1408
 
 compiles the kernel with libtpu and reads the instruction bundles (one per cycle, if nothing stalls)
-of its two loop bodies: for full blocks, and for blocks with a mask. It prints the number of bundles
-and the share of each unit's slots that they use. The sizes in
+of its loop bodies. It prints the number of bundles and the share of each unit's slots that they
+use. Attention has two bodies: for full blocks, and for blocks with a mask. The sizes in
 `kernels/attention/pallas_tpu/block_sizes.py` were chosen with it.
 
-`--kernel=decode` has eight key/value heads, so that its blocks have eight rows per position. If a
+`--kernel=decode` has eight key/value heads, so that its blocks have eight rows per position.
+`grouped_matmul` and `grouped_outer`, the products of experts, choose their blocks themselves. If a
 body is so large that the compiler makes loops of its parts, it is not counted as a whole, and its
 bundles do not grow with the block.
 """
 
+import functools
 import os
 import pathlib
 import re
@@ -29,8 +32,10 @@ from kernels.attention.pallas_tpu.tiles import Tiling
 from kernels.decode.cache import Quantized
 from kernels.decode.pallas_tpu import kernel as decode_kernel
 from kernels.decode.pallas_tpu.layouts import Rows
+from kernels.experts.pallas_tpu import kernel as experts_kernel
 
-_KERNELS = ("forward", "query_grad", "key_grads", "decode")
+_GROUPED = ("grouped_matmul", "grouped_outer")
+_KERNELS = ("forward", "query_grad", "key_grads", "decode", *_GROUPED)
 _TOPOLOGIES = {
   "v4": "v4:2x2x1",
   "v5e": "v5e:2x2",
@@ -50,6 +55,8 @@ _DTYPE = flags.DEFINE_enum(
   ["bfloat16", "float32", "int8"],
   "Dtype of the operands; int8 is for the cache of --kernel=decode.",
 )
+_INPUTS = flags.DEFINE_integer("inputs", 2048, "Width of the rows of --kernel=grouped_*.")
+_OUTPUTS = flags.DEFINE_integer("outputs", 1408, "Width of their products, or of the other rows.")
 # Key/value heads of the cache of --kernel=decode; a block has positions x heads rows.
 _DECODE_HEADS = 8
 
@@ -65,17 +72,24 @@ def main(argv: Sequence[str]) -> None:
     os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
     jax.config.update("jax_platforms", "cpu")
     _compile(_TOPOLOGIES[_DEVICE.value])
-    print(f"{_KERNEL.value} on {_DEVICE.value}, head_dim {_HEAD_DIM.value}, {_DTYPE.value}:")
-    for name, (cycles, shares) in zip(("full", "masked"), _loop_bodies(pathlib.Path(directory))):
+    bodies = _loop_bodies(pathlib.Path(directory))
+    if _KERNEL.value in _GROUPED:
+      size = f"{_INPUTS.value} to {_OUTPUTS.value}"
+      named = [(f"block of {experts_kernel.BLOCK_ROWS} rows", bodies[-1])]
+    else:
+      size = f"head_dim {_HEAD_DIM.value}"
+      block = f"block of {_ROWS.value} rows x {_KEYS.value} keys"
+      named = [(f"{name} {block}", body) for name, body in zip(("full", "masked"), bodies)]
+    print(f"{_KERNEL.value} on {_DEVICE.value}, {size}, {_DTYPE.value}:")
+    for name, (cycles, shares) in named:
       units = ", ".join(f"{unit} {shares[unit]:.0%}" for unit in _PRINTED)
-      print(f"  {name} block of {_ROWS.value} rows x {_KEYS.value} keys: {cycles} bundles; {units}")
+      print(f"  {name}: {cycles} bundles; {units}")
 
 
 def _compile(topology_name: str) -> None:
   """Compiles only the kernel, for the reports that the compiler writes."""
   device = topologies.get_topology_desc(platform="tpu", topology_name=topology_name).devices[0]
-  R, k, D, dtype = _ROWS.value, _KEYS.value, int(_HEAD_DIM.value), _DTYPE.value
-  if dtype == "int8" and _KERNEL.value != "decode":
+  if _DTYPE.value == "int8" and _KERNEL.value != "decode":
     raise app.UsageError("--dtype=int8 is for caches: use --kernel=decode, or --dtype=bfloat16.")
   mesh = jax.sharding.Mesh([device], ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -83,6 +97,23 @@ def _compile(topology_name: str) -> None:
   def array(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
+  with jax.set_mesh(mesh):
+    function, operands = (_grouped if _KERNEL.value in _GROUPED else _attention)(array)
+    jax.jit(function).lower(*operands).compile()
+
+
+def _grouped(array: Callable) -> tuple[Callable, list]:
+  """The product, or the gradient of the weights, of two groups with some blocks of rows."""
+  K, N, R = _INPUTS.value, _OUTPUTS.value, 4 * experts_kernel.BLOCK_ROWS
+  x, sizes = array((R, K), _DTYPE.value), array((2,), jnp.int32)
+  if _KERNEL.value == "grouped_outer":
+    return experts_kernel.outer, [x, array((R, N), _DTYPE.value), sizes]
+  function = functools.partial(experts_kernel.product, transposed=False)
+  return function, [x, array((2, K, N), _DTYPE.value), sizes]
+
+
+def _attention(array: Callable) -> tuple[Callable, list]:
+  R, k, D, dtype = _ROWS.value, _KEYS.value, int(_HEAD_DIM.value), _DTYPE.value
   function: Callable
   options: dict[str, Any] = dict(scale=D**-0.5, soft_cap=None)
   if _KERNEL.value == "decode":
@@ -99,8 +130,7 @@ def _compile(topology_name: str) -> None:
     else:
       function = getattr(backward, _KERNEL.value)
       operands = [backward.Operands(query, key, key, *cotangent, *tables)]
-  with jax.set_mesh(mesh):
-    jax.jit(lambda *arrays: function(*arrays, **options)).lower(*operands).compile()
+  return functools.partial(function, **options), operands
 
 
 def _decode_operands(array: Callable, R: int, k: int, D: int, dtype: str) -> list:
@@ -114,7 +144,7 @@ def _decode_operands(array: Callable, R: int, k: int, D: int, dtype: str) -> lis
 
 def _loop_bodies(directory: pathlib.Path) -> list[tuple[int, dict[str, float]]]:
   """The bundles and the used share of each unit's slots, for the two longest branch-free runs."""
-  name = f"*attention_{_KERNEL.value}*"
+  name = f"*{'' if _KERNEL.value in _GROUPED else 'attention_'}{_KERNEL.value}*"
   (bundles,) = (
     path for path in directory.glob(f"{name}-final_bundles.txt") if "analysis" not in path.name
   )

@@ -1,11 +1,13 @@
 """The feed-forward networks of experts on a mesh: dispatch, products, combination.
 
 T local tokens, k choices per token, M model width, F local feed-forward width, E experts, P slots
-of all devices, e local slots, n devices that exchange rows, t devices of the tensor axis, S sources
-of rows, L rows per source, R = S L rows, N chunks. A slot computes one expert.
+of all devices, e local slots, n devices that exchange rows, G = n T tokens of all of them, t
+devices of the tensor axis, S sources of rows, L rows per source, R = S L rows, N chunks. A slot
+computes one expert.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 
 from kernels.experts.api import grouped_matmul
 from kernels.experts.backend import Backend
-from kernels.experts.dispatch import combine, no_gradient, place, sorted_experts, spread
+from kernels.experts.dispatch import combine, merge, no_gradient, place, spread
 from kernels.experts.exchange import Exchange
 from kernels.varying import vary_trees_alike
 
@@ -28,11 +30,16 @@ class Settings(NamedTuple):
       further, among devices that have the same tokens. Results are summed over them.
     tensor_axis: the mesh axis that divides F, if one does.
     has_part_of_tokens: the tokens are divided over `tensor_axis` too, instead of being the same.
-    capacity_factor: the most rows of an expert from one device and chunk, as a multiple of the
-      mean; further choices are dropped. None: nothing is dropped.
+    capacity_factor: the most rows of an expert from one device and chunk (or half, see `overlaps`),
+      as a multiple of the mean; further choices are dropped. None: nothing is dropped.
     chunk: the most tokens at a time.
+    overlaps: whether a chunk is computed in two halves, so that one travels while the products of
+      the other are computed. It is not worth while for a few tokens.
     is_ragged: see `Exchange`.
     backend: of `grouped_matmul`.
+    shared: a network of all tokens, `shared(x_CxM, shared_weights)`, whose results are added. It is
+      computed with each chunk, while rows travel. Not together with `expert_axes`, or with a
+      `tensor_axis` along which tokens are the same: results are summed over those.
   """
 
   num_experts: int
@@ -42,8 +49,10 @@ class Settings(NamedTuple):
   has_part_of_tokens: bool = False
   capacity_factor: float | None = None
   chunk: int = 2048
+  overlaps: bool = False
   is_ragged: bool = False
   backend: str | Backend | None = None
+  shared: Callable[[jax.Array, Any], jax.Array] | None = None
 
 
 def expert_feed_forward(
@@ -55,12 +64,17 @@ def expert_feed_forward(
   down_exFxM: jax.Array,
   settings: Settings,
   expert_P: jax.Array | None = None,
+  shared_weights: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
   """The sum over a token's experts of share x SwiGLU of the expert, and the choices dropped.
 
   At most `settings.chunk` tokens are dispatched at a time, and several chunks recompute everything
   in the backward pass, so memory is that of one chunk: up to min(k, experts per device) rows per
   token and exchanging device, all of which exist only if every token chooses the same device.
+
+  Rows travel to the devices of their experts and back (all-to-all): k (n - 1) / n rows per token
+  each way. If k is at least n, every device gathers all tokens instead, and the results are
+  reduce-scattered: n - 1 rows per token, which are not more.
 
   On a mesh, call it inside `jax.shard_map(..., check_vma=True)`. Local slots are the slice of all
   slots that belongs to a device whose number, counted along `exchange_axes` and then `expert_axes`,
@@ -77,24 +91,23 @@ def expert_feed_forward(
     settings: how the work is divided.
     expert_P: int32, the expert of each slot, as `kernels.experts.dispatch.place` takes it. None:
       slot i has expert i.
+    shared_weights: a tree of arrays for `settings.shared`.
 
   Returns:
     [T, M] in the dtype of x, and the number of choices of these tokens that capacity dropped, a
     float32 scalar. Both vary over the axes that the tokens vary over.
   """
-  x_TxM, expert_Txk, share_Txk, expert_P, *weights = vary_trees_alike(
-    x_TxM, expert_Txk, share_Txk, expert_P, gate_exMxF, up_exMxF, down_exFxM
+  tokens, weights, expert_P = vary_trees_alike(
+    (x_TxM, expert_Txk, share_Txk), ((gate_exMxF, up_exMxF, down_exFxM), shared_weights), expert_P
   )
-  tokens = x_TxM, expert_Txk, share_Txk
   num_chunks = -(-x_TxM.shape[0] // settings.chunk)
-  if num_chunks == 1:
-    out_TxM, dropped = _whole(settings, tokens, weights, expert_P)
-  else:
-    out_TxM, dropped = _by_chunks(num_chunks, settings, tokens, weights, expert_P)
-  shared = (*settings.expert_axes, *(() if settings.has_part_of_tokens else _tensor(settings)))
-  if shared:
+  run = _chunks if num_chunks == 1 else _recomputed_chunks
+  num_parts = num_chunks * _parts(settings)
+  out_TxM, dropped = run(num_parts, settings, tokens, weights, expert_P)
+  summed = (*settings.expert_axes, *(() if settings.has_part_of_tokens else _tensor(settings)))
+  if summed:
     # The devices along these axes counted the same choices.
-    return jax.lax.psum(out_TxM, shared), jax.lax.pmean(dropped, shared)
+    return jax.lax.psum(out_TxM, summed), jax.lax.pmean(dropped, summed)
   return out_TxM, dropped
 
 
@@ -102,11 +115,27 @@ def _tensor(settings: Settings) -> tuple[str, ...]:
   return () if settings.tensor_axis is None else (settings.tensor_axis,)
 
 
+def _parts(settings: Settings) -> int:
+  """In how many parts a chunk is computed."""
+  return 2 if settings.overlaps and _num_devices(settings) > 1 else 1
+
+
+def _num_devices(settings: Settings) -> int:
+  return jax.lax.axis_size(settings.exchange_axes) if settings.exchange_axes else 1
+
+
 def _whole(settings: Settings, tokens, weights, expert_P) -> tuple[jax.Array, jax.Array]:
   """The networks for all tokens at once."""
+  own_weights, shared_weights = weights
+  out_TxM, dropped = _routed(settings, tokens, own_weights, expert_P)
+  if settings.shared is not None:
+    out_TxM += settings.shared(tokens[0], shared_weights)
+  return out_TxM, dropped
+
+
+def _routed(settings: Settings, tokens, weights, expert_P) -> tuple[jax.Array, jax.Array]:
   x_TxM, expert_Txk, share_Txk = tokens
-  exchange = Exchange(settings.exchange_axes, settings.is_ragged)
-  n = exchange.num_devices if settings.exchange_axes else 1
+  n = _num_devices(settings)
   capacity = None
   if settings.capacity_factor is not None:
     mean = expert_Txk.size / settings.num_experts
@@ -118,18 +147,40 @@ def _whole(settings: Settings, tokens, weights, expert_P) -> tuple[jax.Array, ja
     capacity=capacity,
     expert_P=expert_P,
   )
-  x_RxM = spread(x_TxM, placement.row_Txk, placement.choice_R)
-  y_RxM = _exchanged(settings, exchange, n, x_RxM, placement.sizes_nxe, weights)
-  out_TxM = combine(y_RxM, share_Txk, placement.row_Txk, placement.choice_R)
   chosen = jnp.sum(expert_Txk < settings.num_experts)
-  return out_TxM, (chosen - jnp.sum(placement.sizes_nxe)).astype(jnp.float32)
+  dropped = (chosen - jnp.sum(placement.sizes_nxe)).astype(jnp.float32)
+  if expert_Txk.shape[1] >= n > 1:
+    if capacity is not None:
+      expert_Txk = jnp.where(placement.row_Txk < 0, settings.num_experts, expert_Txk)
+    return _ring(settings, (x_TxM, expert_Txk, share_Txk), weights, expert_P), dropped
+  x_RxM = spread(x_TxM, placement.row_Txk, placement.choice_R)
+  y_RxM = _exchanged(settings, n, x_RxM, placement.sizes_nxe, weights)
+  return combine(y_RxM, share_Txk, placement.row_Txk, placement.choice_R), dropped
 
 
-def _exchanged(settings, exchange: Exchange, n: int, x_RxM, sent_nxe, weights):
+def _ring(settings: Settings, tokens, weights, expert_P):
+  """Local experts for the tokens of all devices, and then the sum of all devices' results."""
+  axes = settings.exchange_axes
+  x_GxM, expert_Gxk, share_Gxk = (jax.lax.all_gather(array, axes, tiled=True) for array in tokens)
+  placement = place(
+    expert_Gxk,
+    num_experts=settings.num_experts,
+    destinations=_num_devices(settings),
+    expert_P=expert_P,
+  )
+  row_Gxk, choice_L, sizes_1xe = placement.of(jax.lax.axis_index(axes))
+  x_1xLxM = spread(x_GxM, row_Gxk, choice_L)[None]
+  y_1xLxM = _gathered(settings, x_1xLxM, sizes_1xe, weights)
+  out_GxM = combine(y_1xLxM[0], share_Gxk, row_Gxk, choice_L)
+  return jax.lax.psum_scatter(out_GxM, axes, tiled=True)
+
+
+def _exchanged(settings: Settings, n: int, x_RxM, sent_nxe, weights):
   """The networks of rows that are sorted by device and expert; their results in the same order."""
   x_nxLxM = x_RxM.reshape(n, -1, x_RxM.shape[1])
   if n == 1:
     return _gathered(settings, x_nxLxM, sent_nxe, weights)[0]
+  exchange = Exchange(settings.exchange_axes, settings.is_ragged)
   received_nxe = exchange.sizes(sent_nxe)
   sent_n, received_n = sent_nxe.sum(axis=1), received_nxe.sum(axis=1)
   x_nxLxM = exchange.rows(x_nxLxM, sent_n, received_n)
@@ -161,9 +212,7 @@ def _local(settings: Settings, x_SxLxM, sizes_Sxe, weights):
   if is_sorted:
     sizes_e, sorted_RxM = sizes_Sxe[0], x_RxM
   else:
-    expert_R = sorted_experts(sizes_Sxe, L).reshape(-1) - first
-    expert_R = jnp.where((expert_R < 0) | (expert_R > num_local), num_local, expert_R)
-    own = place(expert_R[:, None], num_experts=num_local)
+    own = merge(sizes_Sxe, L, first, num_local)
     sizes_e = own.sizes_nxe[0]
     sorted_RxM = spread(x_RxM, own.row_Txk, own.choice_R)
   product = functools.partial(grouped_matmul, sizes_E=sizes_e, backend=settings.backend)
@@ -174,18 +223,25 @@ def _local(settings: Settings, x_SxLxM, sizes_Sxe, weights):
   return y_RxM.reshape(S, L, M)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _by_chunks(num_chunks: int, settings: Settings, tokens, weights, expert_P):
-  out_NxCxM, dropped_N = jax.lax.map(
-    lambda chunk: _whole(settings, chunk, weights, expert_P), _split(settings, tokens, num_chunks)
+def _chunks(num_chunks: int, settings: Settings, tokens, weights, expert_P):
+  """The networks, chunk after chunk; those of one iteration may overlap."""
+  if num_chunks == 1:
+    return _whole(settings, tokens, weights, expert_P)
+  _, (out_NxCxM, dropped_N) = jax.lax.scan(
+    lambda _, chunk: (None, _whole(settings, chunk, weights, expert_P)),
+    None,
+    _split(settings, tokens, num_chunks),
+    unroll=_parts(settings),
   )
   num_tokens, M = tokens[0].shape
   return out_NxCxM.reshape(-1, M)[:num_tokens], jnp.sum(dropped_N)
 
 
-def _forward(num_chunks, settings, tokens, weights, expert_P):
-  residuals = tokens, weights, expert_P
-  return _by_chunks(num_chunks, settings, *residuals), residuals
+_recomputed_chunks = jax.custom_vjp(_chunks, nondiff_argnums=(0, 1))
+
+
+def _forward(num_chunks, settings, *residuals):
+  return _recomputed_chunks(num_chunks, settings, *residuals), residuals
 
 
 def _backward(num_chunks, settings, residuals, gradients):
@@ -204,7 +260,9 @@ def _backward(num_chunks, settings, residuals, gradients):
 
   zeros = jax.tree.map(lambda weight: jnp.zeros_like(weight, jnp.float32), weights)
   chunks = _split(settings, tokens, num_chunks), _rows(out_gradient_TxM, num_chunks)
-  totals, (x_gradient_NxCxM, share_gradient_NxCxk) = jax.lax.scan(add_chunk, zeros, chunks)
+  totals, (x_gradient_NxCxM, share_gradient_NxCxk) = jax.lax.scan(
+    add_chunk, zeros, chunks, unroll=_parts(settings)
+  )
   x_TxM, expert_Txk, share_Txk = tokens
   num_tokens = x_TxM.shape[0]
   token_gradients = (
@@ -216,7 +274,7 @@ def _backward(num_chunks, settings, residuals, gradients):
   return token_gradients, weight_gradients, jax.tree.map(no_gradient, expert_P)
 
 
-_by_chunks.defvjp(_forward, _backward)
+_recomputed_chunks.defvjp(_forward, _backward)
 
 
 def _split(settings: Settings, tokens, num_chunks: int):

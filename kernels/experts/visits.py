@@ -61,9 +61,8 @@ def visits(sizes_E: jax.Array, num_blocks: int, block: int) -> Visits:
     jnp.arange(num_blocks + sizes_E.shape[0] - 1, dtype=jnp.int32), jnp.maximum(num_visits - 1, 0)
   )
   # Without any rows, the one entry names a group all the same.
-  group_V = jnp.minimum(
-    jnp.searchsorted(visits_stop_E, visit_V, side="right").astype(jnp.int32), sizes_E.shape[0] - 1
-  )
+  group_V = jnp.searchsorted(visits_stop_E, visit_V, side="right", method="compare_all")
+  group_V = jnp.minimum(group_V.astype(jnp.int32), sizes_E.shape[0] - 1)
   block_V = first_block_E[group_V] + visit_V - (visits_stop_E - visits_E)[group_V]
   block_V = jnp.clip(block_V, 0, num_blocks - 1)
   return Visits(group_V, block_V, start_E, stop_E, num_visits, block)

@@ -127,6 +127,7 @@ class Experts(nnx.Module):
         (self.expert_down, _OUT),
       )
     ]
+    shared = self.shared if self._overlaps() else None
     out_BxSxM, sums, largest_2 = jax.shard_map(
       self._local,
       in_specs=(
@@ -135,11 +136,20 @@ class Experts(nnx.Module):
         rules.gathered(*_ROUTER, whole=whole),
         rules.spec(None) if has_bias else None,
         None if expert_P is None else rules.spec(None),
+        None if shared is None else shared.specs(),
         *(rules.gathered(*axes) for axes in (_IN, _IN, _OUT)),
       ),
       out_specs=(rows, jax.P(), jax.P()),
-    )(x_BxSxM, modality_BxS, router, bias_E, expert_P, *weights)
-    if self.shared is not None:
+    )(
+      x_BxSxM,
+      modality_BxS,
+      router,
+      bias_E,
+      expert_P,
+      None if shared is None else shared.weights(x_BxSxM.dtype),
+      *weights,
+    )
+    if self.shared is not None and shared is None:
       out_BxSxM += self.shared(x_BxSxM)
     return out_BxSxM, self._extras(sums, largest_2)
 
@@ -148,7 +158,7 @@ class Experts(nnx.Module):
       return weight
     return with_spare_slots(weight, expert_P, dtype, self.rules, axes)
 
-  def _local(self, x_BxSxM, modality_BxS, router_MxE, bias_E, expert_P, gate, up, down):
+  def _local(self, x_BxSxM, modality_BxS, router_MxE, bias_E, expert_P, shared, gate, up, down):
     """This device's tokens, sums over the tokens of all devices, and the largest loads of any."""
     config, rules = self.config, self.rules
     x_TxM, modality_T = x_BxSxM.reshape(-1, x_BxSxM.shape[2]), modality_BxS.reshape(-1)
@@ -159,7 +169,7 @@ class Experts(nnx.Module):
     expert_Txk = jnp.where(is_token_T[:, None], routing.expert_Txk, config.num_experts)
     settings = self._settings(x_BxSxM.shape[0])
     out_TxM, dropped = expert_feed_forward(
-      x_TxM, expert_Txk, routing.share_Txk, gate, up, down, settings, expert_P
+      x_TxM, expert_Txk, routing.share_Txk, gate, up, down, settings, expert_P, shared
     )
     modality_2xT = modality_T[None] == jnp.arange(len(MODALITIES))[:, None]
     chosen_TxE = jnp.sum(jax.nn.one_hot(expert_Txk, config.num_experts), axis=1)
@@ -194,21 +204,35 @@ class Experts(nnx.Module):
     mean = jax.lax.pmean(jnp.sum(load_E), others) / n
     return jax.lax.pmax(largest_2, others) / jnp.maximum(mean, 1e-9)
 
+  def _overlaps(self) -> bool:
+    """Whether tokens are many and divided over all axes of the experts, as in training."""
+    rules = self.rules
+    return rules.residual is not None and {*rules.experts} <= {*rules.residual_axes}
+
   def _settings(self, num_rows: int) -> Settings:
     rules, config = self.rules, self.config
     exchange = tuple(axis for axis in rules.experts if axis in rules.residual_axes)
     divides_width = rules.expert_feed_forward is not None
     mesh = jax.sharding.get_abstract_mesh()
     # As in a dense layer, a chunk is counted after tokens are gathered over `tensor`.
-    sharers = mesh.shape[rules.tensor] if rules.residual is not None else 1
+    has_sequences = rules.residual is not None
+    sharers = mesh.shape[rules.tensor] if has_sequences else 1
+    chunk = num_rows * max(self.chunk // sharers, 1)
+
+    def shared(x_CxM, weights):
+      assert self.shared is not None
+      return self.shared.local(x_CxM[None], weights, chunk=chunk * sharers)[0]
+
     return Settings(
       num_experts=config.num_experts,
       exchange_axes=exchange,
       expert_axes=tuple(axis for axis in rules.experts if axis not in exchange),
       tensor_axis=rules.tensor if divides_width else None,
-      has_part_of_tokens=divides_width and rules.residual is not None,
+      has_part_of_tokens=divides_width and has_sequences,
       capacity_factor=config.capacity_factor,
-      chunk=num_rows * max(self.chunk // sharers, 1),
+      chunk=chunk,
+      overlaps=self._overlaps(),
+      shared=shared if self.shared is not None and self._overlaps() else None,
       is_ragged=mesh.abstract_device.platform == "tpu",
     )
 
@@ -259,12 +283,12 @@ def experts_cost(config: ModelConfig, division: Division) -> LayerCost:
   experts, M, number = config.experts, config.width, dtype_bytes(config.compute_dtype)
   assert experts is not None
   E, F, k = experts.num_experts, experts.width, experts.experts_per_token
-  kept = KEPT[config.remat]
+  kept, n = KEPT[config.remat], division.experts
   # Tokens of several chunks are dispatched chunk by chunk, and nothing of a chunk is kept.
   keeps_rows = kept.everything and division.row_length <= config.feed_forward_chunk
   passes = 2 if keeps_rows else 3
   tensor = 1 if division.divides_experts else division.tensor
-  has_spare = experts.placement != "home" and division.experts > 1
+  has_spare = experts.placement != "home" and n > 1
   own = LayerCost(
     weights=3 * E * M * F + M * E,
     expert_weights=3 * E * M * F,
@@ -275,7 +299,9 @@ def experts_cost(config: ModelConfig, division: Division) -> LayerCost:
     kept=k * (M + 2 * F / tensor) * number if keeps_rows else 0,
     # Written and read: the rows on both sides, sorted or not, and what an expert computes of them.
     moved=k * (8 * M + 6 * F),
-    dispatched=2 * passes * k * M,
+    # Each choice travels there and back. Where all tokens are gathered instead, the backward pass
+    # needs no results of experts for the gradients of shares, because they are computed there.
+    dispatched=M * (2 * passes * k if k < n else (2 + passes) * n),
   )
   if not experts.shared_experts:
     return own

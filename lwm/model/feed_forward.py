@@ -5,9 +5,11 @@ Shapes: L layers of a stretch, B batch, S sequence, M model width, F feed-forwar
 """
 
 import functools
+from typing import Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from kernels.feed_forward import feed_forward
 from lwm.config.model import ModelConfig
@@ -38,18 +40,29 @@ class FeedForward(nnx.Module):
   def __call__(self, x_BxSxM: jax.Array) -> jax.Array:
     """The feed-forward of each token, [B, S, M]; the caller adds it to the residual stream."""
     spec = self.rules.spec("batch", "residual", None)
-    run = jax.shard_map(
-      functools.partial(
-        feed_forward,
-        chunk=self.chunk,
-        axis_name=self.rules.tensor,
-        has_part_of_tokens=self.rules.residual is not None,
-        linear=_linear,
-      ),
-      in_specs=(spec, *(projection.specs(self) for projection in _PROJECTIONS)),
-      out_specs=spec,
+    run = functools.partial(self.local, chunk=self.chunk)
+    return jax.shard_map(run, in_specs=(spec, self.specs()), out_specs=spec)(
+      x_BxSxM, self.weights(x_BxSxM.dtype)
     )
-    return run(x_BxSxM, *(projection.gather(self, x_BxSxM.dtype) for projection in _PROJECTIONS))
+
+  def weights(self, dtype: DTypeLike) -> Any:
+    """The weights as `local` takes them, a tree of arrays."""
+    return tuple(projection.gather(self, dtype) for projection in _PROJECTIONS)
+
+  def specs(self) -> Any:
+    """The partitions of `weights`."""
+    return tuple(projection.specs(self) for projection in _PROJECTIONS)
+
+  def local(self, x_BxSxM: jax.Array, weights: Any, *, chunk: int) -> jax.Array:
+    """The feed-forward of this device's tokens, inside `jax.shard_map`."""
+    return feed_forward(
+      x_BxSxM,
+      *weights,
+      chunk=chunk,
+      axis_name=self.rules.tensor,
+      has_part_of_tokens=self.rules.residual is not None,
+      linear=_linear,
+    )
 
 
 def feed_forward_cost(config: ModelConfig, division: Division) -> LayerCost:

@@ -21,11 +21,14 @@ XLA = {
   "xla_cpu_collective_call_terminate_timeout_seconds": "1200",
 }
 
-# LIBTPU_INIT_ARGS. These are the defaults. Without either, the gathers of weights along `fsdp` are
-# scheduled differently: setting them here makes us notice a version that changes them.
+# LIBTPU_INIT_ARGS.
 TPU = {
+  # These two are the defaults. Without either, the gathers of weights along `fsdp` are scheduled
+  # differently: setting them here makes us notice a version that changes them.
   "xla_tpu_enable_latency_hiding_scheduler": "true",
   "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+  # By default, nothing is computed while tokens travel to experts and back.
+  "xla_tpu_enable_async_ragged_all_to_all": "true",
 }
 
 # PJRT_NPROC: threads of the CPU client. A device that waits in a collective occupies a thread, and

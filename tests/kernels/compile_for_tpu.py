@@ -51,14 +51,17 @@ def ring_of_sixteen() -> Mesh:
   return Mesh(topology.devices, ("ring",), axis_types=(AxisType.Explicit,))
 
 
-def compiled(function, mesh: Mesh, *arguments, spec=PartitionSpec(), donate_argnums=()):
+def compiled(
+  function, mesh: Mesh, *arguments, spec=PartitionSpec(), donate_argnums=(), options=None
+):
   """The program for `mesh`, of arguments (trees of shapes and dtypes) that `spec` shards."""
   sharding = NamedSharding(mesh, spec)
   arguments = jax.tree.map(
     lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), arguments
   )
   with jax.set_mesh(mesh), not_cached():
-    return jax.jit(function, donate_argnums=donate_argnums).lower(*arguments).compile()
+    lowered = jax.jit(function, donate_argnums=donate_argnums).lower(*arguments)
+    return lowered.compile(compiler_options=options)
 
 
 @contextlib.contextmanager

@@ -10,16 +10,17 @@ _CALLS = re.compile(
   r"(\{[^}]*\}|%[^,\s]+)"
 )
 _NAME = re.compile(r"%([^\s,(){}]+)")
+_TRANSFERS = ("collective-permute", "ragged-all-to-all")
 
 
 class Transfer(NamedTuple):
-  """One collective-permute of the program.
+  """One collective-permute or ragged all-to-all of the program.
 
   Attributes:
     array: the transferred array, such as "bf16[1,65536,1,128]".
     times: how often it runs, given the loops around it.
-    kernels: the Pallas kernels scheduled between its start and its done, also in branches of
-      conditionals and bodies of loops; one name per call in the program's text.
+    kernels: the Pallas kernels and matrix products scheduled between its start and its done, also
+      in branches of conditionals and bodies of loops; one name per call in the program's text.
   """
 
   array: str
@@ -55,17 +56,18 @@ class Schedule:
         instructions.append(_Instruction(*match.groups()))
 
   def kernels(self) -> frozenset[str]:
-    """All calls of Pallas kernels."""
+    """All calls of Pallas kernels, and all matrix products."""
     return self._kernels(self._computations[self._entry])
 
   def transfers(self) -> list[Transfer]:
-    """All collective-permutes. One that is not asynchronous overlaps with no kernel."""
+    """All of them. One that is not asynchronous overlaps with no kernel."""
     return self._transfers(self._entry, 1)
 
   def _kernels(self, instructions) -> frozenset[str]:
     found = set()
     for instruction in instructions:
-      if instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.rest:
+      is_kernel = instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.rest
+      if is_kernel or instruction.opcode == "convolution":
         found.add(instruction.name)
       for called in instruction.calls:
         found |= self._kernels(self._computations[called])
@@ -75,7 +77,7 @@ class Schedule:
     found = []
     instructions = self._computations[computation]
     for index, instruction in enumerate(instructions):
-      if instruction.opcode in ("collective-permute", "collective-permute-start"):
+      if instruction.opcode.removesuffix("-start") in _TRANSFERS:
         array = re.search(r"\w+\[[0-9,]*\]", instruction.shape)[0]
         last = self._done(instructions, index)
         found.append(Transfer(array, times, self._kernels(instructions[index:last])))
@@ -88,14 +90,14 @@ class Schedule:
 
   def _done(self, instructions, start: int) -> int:
     """The index of what waits for a transfer; its own if it is not asynchronous."""
-    if instructions[start].opcode == "collective-permute":
+    if instructions[start].opcode in _TRANSFERS:
       return start
-    name = instructions[start].name
+    done = instructions[start].opcode.replace("-start", "-done")
     return next(
       index
       for index, instruction in enumerate(instructions)
-      if instruction.opcode == "collective-permute-done"
-      and _NAME.search(instruction.rest)[1] == name
+      if instruction.opcode == done
+      and _NAME.search(instruction.rest)[1] == instructions[start].name
     )
 
   def _trips(self, loop: _Instruction) -> int:

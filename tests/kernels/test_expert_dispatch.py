@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec as P
 
 from kernels.experts import Settings, expert_feed_forward
 from kernels.experts.dispatch import combine, place, spread
@@ -110,3 +111,37 @@ def test_capacity_drops_the_last_choices_and_says_how_many():
     expected_TxM[token] += share_TxK[token, index] * (hidden @ down[expert])
   assert dropped == num_dropped > 0
   np.testing.assert_allclose(out_TxM, expected_TxM, rtol=1e-4, atol=1e-4)
+
+
+# Two devices gather all tokens, because each token chooses three experts; six exchange rows.
+@pytest.mark.parametrize("n, expert_P", ((2, np.array([0, 1, 5, 2, E, 5, 3, 4])), (6, None)))
+def test_devices_compute_what_each_would_alone(n, expert_P):
+  rng, F = np.random.default_rng(0), 7
+  expert_TxK = jnp.asarray(np.concatenate([choices(rng) for _ in range(n)]))
+  x_TxM, share_TxK = (rng.normal(size=(n * T, size)).astype(np.float32) for size in (M, K))
+  shapes = (E, M, F), (E, M, F), (E, F, M)
+  weights = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+  tokens = jnp.asarray(x_TxM), expert_TxK, jnp.asarray(share_TxK)
+  # Ten choices per half chunk would be the mean of an expert if there were no padding.
+  alone = Settings(E, capacity_factor=0.5, chunk=T // 2)
+  together = Settings(E, exchange_axes=("expert",), capacity_factor=0.5, chunk=T, overlaps=True)
+  slots = np.arange(E) if expert_P is None else expert_P
+  in_slots = [np.concatenate([weight, weight[:1]])[slots] for weight in weights]
+  expert_P = None if expert_P is None else jnp.asarray(expert_P, jnp.int32)
+
+  def local(tokens, weights, expert_P):
+    out_TxM, dropped = expert_feed_forward(*tokens, *weights, together, expert_P)
+    return out_TxM, dropped[None]
+
+  mesh = Mesh(jax.devices()[:n], ("expert",), axis_types=(AxisType.Explicit,))
+  with jax.set_mesh(mesh):
+    out_TxM, dropped_n = jax.jit(
+      jax.shard_map(local, in_specs=(P("expert"), P("expert"), P()), out_specs=P("expert"))
+    )(*jax.device_put((tokens, in_slots), jax.NamedSharding(mesh, P("expert"))), expert_P)
+  out_TxM, dropped_n = np.asarray(out_TxM), np.asarray(dropped_n)
+  run = jax.jit(lambda tokens: expert_feed_forward(*tokens, *weights, alone))
+  for device in range(n):
+    own = slice(device * T, (device + 1) * T)
+    wanted_TxM, dropped = run(tuple(array[own] for array in tokens))
+    assert dropped_n[device] == dropped > 0
+    np.testing.assert_allclose(out_TxM[own], wanted_TxM, rtol=1e-4, atol=1e-4)

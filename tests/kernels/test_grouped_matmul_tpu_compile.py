@@ -7,7 +7,10 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, PartitionSpec as P
 
 from kernels.experts import Settings, choose, expert_feed_forward, grouped_matmul
+from kernels.feed_forward.reference import feed_forward
+from lwm.parallel import xla_flags
 from tests.kernels.compile_for_tpu import TOPOLOGIES, compiled, one
+from tests.kernels.hlo_schedule import Schedule
 
 
 def shapes(K=4096, N=1536, E=8, dtype=jnp.bfloat16):
@@ -48,24 +51,35 @@ def test_the_platform_and_the_shapes_choose_the_backend():
 
 
 @pytest.mark.slow
-def test_experts_of_four_chips_exchange_only_the_rows_that_exist():
-  T, M, F, E = 1024, 256, 128, 8
+def test_experts_of_four_chips_compute_while_the_rows_that_exist_travel():
+  T, M, F, E = 8192, 128, 128, 4
   name, options = TOPOLOGIES["v5p"]
   topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
   mesh = Mesh(topology.devices, ("expert",), axis_types=(AxisType.Explicit,))
-  settings = Settings(E, exchange_axes=("expert",), is_ragged=True, chunk=128)
+  settings = Settings(
+    E,
+    exchange_axes=("expert",),
+    chunk=1024,
+    overlaps=True,
+    is_ragged=True,
+    shared=lambda x_CxM, weights: feed_forward(x_CxM, *weights),
+  )
 
-  def local(x_TxM, expert_Txk, share_Txk, *weights):
-    return expert_feed_forward(x_TxM, expert_Txk, share_Txk, *weights, settings)[0]
+  def local(x_TxM, expert_Txk, share_Txk, weights):
+    # The shared network is that of the first local expert.
+    shared = [weight[0] for weight in weights]
+    return expert_feed_forward(
+      x_TxM, expert_Txk, share_Txk, *weights, settings, shared_weights=shared
+    )[0]
 
-  def run(x_TxM, expert_Txk, share_Txk, gate, up, down):
-    def network(x_TxM, gate, up, down):
+  def run(x_TxM, expert_Txk, share_Txk, *weights):
+    def network(x_TxM, share_Txk, weights):
       spec = P("expert")
-      return jax.shard_map(local, in_specs=(spec,) * 6, out_specs=spec)(
-        x_TxM, expert_Txk, share_Txk, gate, up, down
+      return jax.shard_map(local, in_specs=spec, out_specs=spec)(
+        x_TxM, expert_Txk, share_Txk, weights
       )
 
-    out_TxM, pull_back = jax.vjp(network, x_TxM, gate, up, down)
+    out_TxM, pull_back = jax.vjp(network, x_TxM, share_Txk, weights)
     return pull_back(out_TxM)
 
   array = jax.ShapeDtypeStruct
@@ -77,6 +91,15 @@ def test_experts_of_four_chips_exchange_only_the_rows_that_exist():
     array((T, 2), jnp.float32),
     *(array(shape, jnp.bfloat16) for shape in ((E, M, F), (E, M, F), (E, F, M))),
     spec=P("expert"),
+    options=xla_flags.TPU,
   )
-  text = program.as_text()
-  assert "ragged-all-to-all" in text and "grouped_matmul" in text
+  transfers = Schedule(program.as_text()).transfers()
+  # Two halves per iteration, and two iterations. Forward: there and back. Backward: tokens and the
+  # gradients of results there, results and the gradients of tokens back.
+  assert [transfer.times for transfer in transfers] == [2] * 2 * (2 + 4)
+  overlapping = [transfer for transfer in transfers if transfer.kernels]
+  assert len(overlapping) >= len(transfers) / 2
+  beside = set.union(*(set(transfer.kernels) for transfer in overlapping))
+  # Products of the experts, and those of the shared network.
+  assert any("grouped" in name for name in beside)
+  assert any("convolution" in name for name in beside)

@@ -15,13 +15,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.attention.pallas_tpu import parts
-from kernels.attention.pallas_tpu.block_sizes import vmem_bytes
+from kernels.attention.pallas_tpu.block_sizes import DEFAULT_VMEM_BYTES, vmem_bytes
 from kernels.experts.visits import Visits, visits
 
 LANES = 128
 BLOCK_ROWS = 512
-# The most bytes of a row of a block, of inputs or of outputs.
-ROW_BYTES = 2048
+# The most bytes of a row of a block, of inputs or of outputs. v4, with half the memory, takes half.
+ROW_BYTES = 4096
 
 
 def product(
@@ -33,7 +33,8 @@ def product(
   """
   own = visits(sizes_E, x.shape[0] // BLOCK_ROWS, BLOCK_ROWS)
   num_inputs, num_outputs = weight_ExKxN.shape[1:][:: -1 if transposed else 1]
-  c, n = (_block(size, x.dtype) for size in (num_inputs, num_outputs))
+  c = _divisor(num_inputs, _most(x.dtype))
+  n = _even(num_outputs, _most(x.dtype), parts.num_cores())
 
   def weight_block(output, visit, step, group_V, *_):
     return (group_V[visit], *((output, step) if transposed else (step, output)))
@@ -42,7 +43,7 @@ def product(
     functools.partial(_product, contract=(1, 1 if transposed else 0)),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=4,
-      grid=(num_outputs // n, jnp.maximum(own.num_visits, 1), num_inputs // c),
+      grid=(pl.cdiv(num_outputs, n), jnp.maximum(own.num_visits, 1), num_inputs // c),
       in_specs=[
         pl.BlockSpec(
           (BLOCK_ROWS, c), lambda output, visit, step, group_V, block_V, *_: (block_V[visit], step)
@@ -67,12 +68,14 @@ def outer(x_RxK: jax.Array, y_RxN: jax.Array, sizes_E: jax.Array) -> jax.Array:
   """
   own = visits(sizes_E, x_RxK.shape[0] // BLOCK_ROWS, BLOCK_ROWS)
   K, N = x_RxK.shape[1], y_RxN.shape[1]
-  c, n = _block(K, x_RxK.dtype), _block(N, y_RxN.dtype)
+  # The block of results is in float32.
+  c = _even(K, _most(x_RxK.dtype) // 2, parts.num_cores())
+  n = _even(N, _most(y_RxN.dtype))
   return pl.pallas_call(
     _outer,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=4,
-      grid=(K // c, N // n, jnp.maximum(own.num_visits, 1)),
+      grid=(pl.cdiv(K, c), pl.cdiv(N, n), jnp.maximum(own.num_visits, 1)),
       in_specs=[
         pl.BlockSpec(
           (BLOCK_ROWS, c), lambda i, j, visit, group_V, block_V, *_: (block_V[visit], i)
@@ -131,10 +134,26 @@ def _tables(own: Visits) -> tuple[jax.Array, ...]:
   return own.group_V, own.block_V, own.start_E, own.stop_E
 
 
-def _block(size: int, dtype: jnp.dtype) -> int:
-  """The largest multiple of LANES that divides a size and is at most ROW_BYTES long."""
-  most = ROW_BYTES // jnp.dtype(dtype).itemsize
-  return next(block for block in range(most, 0, -LANES) if size % block == 0)
+def _most(dtype: jnp.dtype) -> int:
+  """The most inputs or outputs per block."""
+  row_bytes = ROW_BYTES * vmem_bytes(parts.device().device_kind) // DEFAULT_VMEM_BYTES
+  return row_bytes // jnp.dtype(dtype).itemsize
+
+
+def _divisor(size: int, most: int) -> int:
+  """The largest multiple of LANES that divides a size and is at most `most`."""
+  return next(block for block in range(most // LANES * LANES, 0, -LANES) if size % block == 0)
+
+
+def _even(size: int, most: int, cores: int = 1) -> int:
+  """A multiple of LANES and at most `most`: the size of few equal blocks.
+
+  Each core computes as many blocks as the others. The last block may be partly outside the array.
+  Wide blocks matter because the rows are read once for each of them.
+  """
+  lanes = -(-size // LANES)
+  num_blocks = cores * -(-lanes // (cores * max(most // LANES, 1)))
+  return LANES * -(-lanes // num_blocks)
 
 
 def _compiler_params(*semantics: Literal["parallel", "arbitrary"]) -> pltpu.CompilerParams:

@@ -58,7 +58,8 @@ def test_what_the_environment_says_stays(monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "")
   xla_flags.apply()
   assert os.environ["LIBTPU_INIT_ARGS"] == (
-    f"--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true {given}"
+    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true "
+    f"--xla_tpu_enable_async_ragged_all_to_all=true {given}"
   )
   assert os.environ["XLA_FLAGS"].split() == [f"--{k}={v}" for k, v in xla_flags.XLA.items()]
 
