@@ -117,7 +117,8 @@ class ShardingRules:
       few_tokens: tokens are few, as in a step of generation: weights stay where they are. If not,
         sequences are divided too, and weights are gathered for use.
     """
-    rules = cls(batch=("data",), cache=cls.model)
+    # Rows are not divided over `expert`, and sequences are divided over `ulysses`.
+    rules = cls(batch=("data",), cache=cls.model, experts=("ulysses", "expert"))
     if few_tokens:
       return dataclasses.replace(rules, sequence=None, stationary=True)
     return rules

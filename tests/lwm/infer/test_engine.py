@@ -15,6 +15,7 @@ import pytest
 
 from kernels.attention import KeyIntervals
 from kernels.ring import Layout
+from lwm.config.model import ExpertsConfig
 from lwm.config.vqgan import VisionLayout
 from lwm.errors import UserError
 from lwm.infer import Choice, Engine, Grammar, Pictures, Sampling
@@ -60,16 +61,19 @@ def mesh_of(sizes):
 
 
 @functools.cache
-def model_on(mesh):
+def model_on(mesh, num_experts=0):
   """A model and the parameters of seed 0. Programs are compiled once per model."""
-  model = build(CONFIG, ShardingRules.inference(few_tokens=True))
-  many = build(CONFIG, ShardingRules.inference(few_tokens=False))
+  config = dataclasses.replace(CONFIG)
+  if num_experts:
+    config.experts = ExpertsConfig(num_experts, experts_per_token=2, width=16)
+  model = build(config, ShardingRules.inference(few_tokens=True))
+  many = build(config, ShardingRules.inference(few_tokens=False))
   return model, many, jax.jit(model.init)(jax.random.key(0))
 
 
-def engine_here(**options):
+def engine_here(num_experts=0, **options):
   """An engine on the mesh that is set."""
-  model, many, params = model_on(jax.sharding.get_mesh())
+  model, many, params = model_on(jax.sharding.get_mesh(), num_experts)
   engine = Engine(model, params, rope_theta=THETA, **options)
   engine.many = many if engine.many else None
   return engine
@@ -268,3 +272,14 @@ def test_an_int8_cache_is_near_the_dense_one(last_logits):
       exact_V = last_logits(row)
       error = np.abs(logits_V - exact_V).max() / np.abs(exact_V).max()
       assert 1e-5 < error < 0.05
+
+
+@pytest.mark.slow
+def test_experts_are_divided_over_axes_that_divide_tokens_and_others():
+  logits = []
+  for sizes in ONE, dict(expert=2, ulysses=2):
+    with jax.set_mesh(mesh_of(sizes)):
+      session = engine_here(num_experts=4, chunk=16).open(ROWS, LONGEST)
+      list(session.generate(Sampling(Grammar(40, (), Choice(0.0)), 2, block=2), [0, 1]))
+      logits.append(np.asarray(session.state.logits_RxV))
+  np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
