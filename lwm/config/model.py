@@ -55,7 +55,8 @@ class ExpertsConfig:
   router_z_loss: float = 0.001
   # Each step changes the bias of a sigmoid router by this much.
   bias_rate: float = 0.001
-  # The most rows of an expert from one device and chunk of tokens, as a multiple of their mean;
+  # The most rows of an expert from one device and chunk of tokens (half a chunk where tokens travel
+  # while others are computed: docs/expert_parallelism.md), as a multiple of their mean;
   # further tokens skip the expert. None: no token does.
   capacity_factor: float | None = None
   # Where experts are computed on a mesh that divides them. "home": where they are stored. Or each
