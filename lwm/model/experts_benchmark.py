@@ -1,10 +1,11 @@
 """Measures what the placement of experts saves when a router is skewed.
 
-Tokens of one batch choose experts; their loads place the experts for another batch. The router is
-made, not trained: its logits are noise plus a fixed part per expert, so a few experts get most of
-the tokens. Without the fixed part it is balanced, and the other times are compared with its time.
+Tokens of one batch choose experts; their loads place the experts for another batch. The skewed
+router is trained until it is: it climbs its load-balance loss, which training otherwise descends.
+Times are compared with those of a router with forced balance, which gives every expert as many
+tokens.
 
-T tokens, E experts, P slots, M model width, n devices.
+T tokens, k choices per token, E experts, P slots, M model width, n devices.
 """
 
 import dataclasses
@@ -24,19 +25,21 @@ from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig, ShardingRules
 
 ROWS, LENGTH = 8, 1024
-# The fixed part of the logits of the i-th expert is -SKEW ln(i + 1), in a random order of experts.
-SKEW = 1.0
+# The router is trained until the hottest expert has so many times the mean load.
+SKEW = 10.0
+# The length of a step of the router's training, in the norm over all of its weights.
+STEP = 1.0
 # Devices on which the recorded loads are placed, without computing anything there.
 REPLAYED = 16
 
 
 def measure_placement(num_devices: int = 8) -> Iterator[dict]:
-  """One record per placement, after that of a balanced router.
+  """One record per placement of a skewed router's experts, after that of forced balance.
 
   Each has `hottest`, the largest load of an expert, and `imbalance`, that of a device, both divided
   by the mean; `imbalance_of_16`, if the same loads were placed on 16 devices; milliseconds of the
   layer's forward and backward pass on all devices; and milliseconds of the busiest device's
-  products, computed alone. Ratios compare with the balanced router.
+  products, computed alone. Ratios compare with forced balance.
   """
   config = ModelConfig(
     width=128,
@@ -47,13 +50,15 @@ def measure_placement(num_devices: int = 8) -> Iterator[dict]:
   experts = config.experts
   assert experts is not None
   layer = _Layer(config, num_devices)
+  forced, skewed = layer.forced_params(), layer.skewed_params()
   balanced: dict[str, float] = {}
-  for name, skew in (("balanced router", 0.0), *((name, SKEW) for name in PLACEMENTS)):
-    params = layer.params(skew)
-    placed = dataclasses.replace(experts, placement=name)
-    before_E = layer.loads(params, 0)
-    home = skew == 0 or name == "home"
-    expert_P = None if home else choose_slots(placed, before_E[None], num_devices)[0]
+  for name, params in (("forced balance", forced), *((name, skewed) for name in PLACEMENTS)):
+    home = name not in PLACEMENTS or name == "home"
+    expert_P = None
+    if not home:
+      placed = dataclasses.replace(experts, placement=name)
+      before_E = layer.imbalance(params, 0, None)[0]
+      expert_P = choose_slots(placed, before_E[None], num_devices)[0]
     load_E, imbalance = layer.imbalance(params, 1, expert_P)
     if home:
       replayed_P = jnp.arange(experts.num_experts)
@@ -89,35 +94,57 @@ class _Layer:
       graph, state = nnx.split(module)
       self._params = jax.tree.map(lambda leaf: leaf[0], nnx.to_pure_dict(state))
       spec = rules.spec("batch", "residual", None)
+    assert config.experts is not None
+    E, k = config.experts.num_experts, config.experts.experts_per_token
     x_2xBxSxM = np.random.default_rng(0).standard_normal((2, ROWS, LENGTH, config.width))
-    # The router's fixed part is the row of this channel.
-    x_2xBxSxM[..., -1] = 1
+    # For forced balance, the last E channels name k experts for each token, all equally often. The
+    # channel before them is the same for all tokens, as the mean of real ones is not zero.
+    choice = np.arange(ROWS * LENGTH * k).reshape(ROWS, LENGTH, k) % E
+    x_2xBxSxM[..., -E:] = np.eye(E)[choice].sum(axis=2)
+    x_2xBxSxM[..., -E - 1] = 1
     place = jax.NamedSharding(self._mesh, spec)
     self._batches = [jax.device_put(x.astype(np.float32), place) for x in x_2xBxSxM]
 
+    def apply(params, x_BxSxM, expert_P):
+      return nnx.merge(graph, params)(x_BxSxM, None, expert_P)
+
     def run(params, x_BxSxM, expert_P):
       def loss(params, x_BxSxM):
-        out_BxSxM, extras = nnx.merge(graph, params)(x_BxSxM, None, expert_P)
+        out_BxSxM, extras = apply(params, x_BxSxM, expert_P)
         return jnp.sum(jnp.square(out_BxSxM)), extras
 
       return jax.grad(loss, (0, 1), has_aux=True)(params, x_BxSxM)
 
-    self._run = run
+    self._apply, self._run = apply, run
 
-  def params(self, skew: float) -> dict:
-    """The layer's parameters with a router of this skew."""
-    config = self._config
-    assert config.experts is not None
-    E = config.experts.num_experts
-    random = np.random.default_rng(1)
-    router_MxE = random.standard_normal((config.width, E)) / config.width**0.5
-    router_MxE[-1] = -skew * np.log(1 + random.permutation(E))
+  def forced_params(self) -> dict:
+    """The layer's parameters with a router that reads the experts in the last channels."""
+    router_MxE = np.zeros(self._params["router"].shape)
+    router_MxE[-router_MxE.shape[1] :] = np.eye(router_MxE.shape[1])
+    return self._with_router(router_MxE)
+
+  def skewed_params(self) -> dict:
+    """The layer's parameters with a router that is trained from a random one, see `SKEW`."""
+
+    def balance_loss(router_MxE, params):
+      _, extras = self._apply(params | {"router": router_MxE}, self._batches[0], None)
+      return extras.losses["balance_loss"], jnp.sum(extras.statistics["expert_load"], axis=0)
+
+    climb = jax.jit(jax.grad(balance_loss, has_aux=True))
+    shape = self._params["router"].shape
+    params = self._with_router(np.random.default_rng(1).standard_normal(shape) / shape[0] ** 0.5)
+    with jax.set_mesh(self._mesh):
+      gradient_MxE, load_E = climb(params["router"], params)
+      while load_E.max() <= SKEW * load_E.mean():
+        gradient_MxE = np.asarray(gradient_MxE)
+        step_MxE = STEP * gradient_MxE / np.linalg.norm(gradient_MxE)
+        params = self._with_router(np.asarray(params["router"]) + step_MxE)
+        gradient_MxE, load_E = climb(params["router"], params)
+    return params
+
+  def _with_router(self, router_MxE: np.ndarray) -> dict:
     router = self._params["router"]
     return self._params | {"router": jax.device_put(router_MxE.astype(np.float32), router.sharding)}
-
-  def loads(self, params: dict, batch: int) -> jax.Array:
-    """Choices of each expert, [E]."""
-    return self.imbalance(params, batch, None)[0]
 
   def imbalance(
     self, params: dict, batch: int, expert_P: jax.Array | None

@@ -38,7 +38,7 @@ _SETTLED = re.compile(
 # libtpu unrolls the loops of convolutions as far as the scratchpad that it grants them allows, and
 # takes seconds to generate the code of each. A quarter of the default (4 of 16 MiB) makes that 3.5
 # times faster. The memory of the step of configs/vqgan_lwm.py on eight v5p changes by 0.007%.
-_QUICK_CONVOLUTIONS = {"xla_tpu_scoped_vmem_limit_kib": "4096"}
+_QUICK_CONVOLUTIONS = {"xla_tpu_scoped_vmem_limit_kib": "5120"}
 
 
 @dataclasses.dataclass(frozen=True)
