@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lwm.plan import topology
+from lwm.errors import UserError
+from lwm.plan import compilation as compilation_lib, topology
 from lwm.plan.compilation import compile_ahead, first_sentence, read_assignment
 
 
@@ -33,6 +34,25 @@ def test_out_of_memory_is_an_answer(name):
   assert (largest.bytes, largest.shape) == (20 * array, f"bf16[20,{size},{size}]")
   assert "while/body" in largest.operation
   assert [buffer.operation for buffer in compilation.buffers].count("x") == 1
+
+
+@pytest.mark.slow
+def test_convolutions_get_the_scratchpad_that_they_need(monkeypatch):
+  monkeypatch.setattr(
+    compilation_lib, "_QUICK_CONVOLUTIONS", {"xla_tpu_scoped_vmem_limit_kib": "16"}
+  )
+  sharding = NamedSharding(Mesh(topology.load("v5p:2x2x1").devices[:1], ("x",)), PartitionSpec())
+  x_BxHxWxC = jax.ShapeDtypeStruct((1, 64, 64, 128), jnp.bfloat16, sharding=sharding)
+  kernel = jax.ShapeDtypeStruct((3, 3, 128, 128), jnp.bfloat16, sharding=sharding)
+
+  def convolve(x_BxHxWxC, kernel):
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x_BxHxWxC, kernel, (1, 1), "SAME", dimension_numbers=layout)
+
+  program = jax.jit(convolve).lower(x_BxHxWxC, kernel)
+  with pytest.raises(UserError, match="ScopedVmem"):
+    compilation_lib._compile(program, "tpu", compilation_lib._QUICK_CONVOLUTIONS)
+  assert compile_ahead(program, "tpu").arguments == 2 * (64 * 64 * 128 + 9 * 128 * 128)
 
 
 def test_agrees_with_the_compiled_program():
