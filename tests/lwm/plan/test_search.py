@@ -194,11 +194,11 @@ def test_longest_of_nothing(monkeypatch, v5e):
 
 @pytest.mark.slow
 def test_longest_of_a_real_compiler(v5e):
-  """With 24 MiB per chip."""
-  machine = dataclasses.replace(v5e, chip=dataclasses.replace(v5e.chip, memory=24 << 20))
+  """With 12 MiB per chip."""
+  machine = dataclasses.replace(v5e, chip=dataclasses.replace(v5e.chip, memory=12 << 20))
   plan = longest(planned.get_config(), machine, ignore, tries=1)
-  assert plan.memory.fits and plan.memory.capacity == 24 << 20
-  assert plan.stage.sequence_length >= 2**13
+  assert plan.memory.fits and plan.memory.capacity == 12 << 20
+  assert plan.stage.sequence_length >= 2**12
   assert plan.stage.name == length_text(plan.stage.sequence_length)
 
 
