@@ -88,7 +88,7 @@ class _Layer:
 
   def __init__(self, config: ModelConfig, num_devices: int):
     self._mesh = make_mesh(MeshConfig(fsdp=1, expert=num_devices), jax.devices()[:num_devices])
-    self._config, rules = config, ShardingRules()
+    rules = ShardingRules()
     with jax.set_mesh(self._mesh):
       module = Experts(config, 1, rules, nnx.Rngs(0))
       graph, state = nnx.split(module)
