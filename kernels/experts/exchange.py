@@ -1,13 +1,18 @@
 """Sends rows to the devices of their experts and back, inside `jax.shard_map`.
 
-n devices of the mesh axes, L rows per device, M model width.
+n devices of the mesh axes, R rows to send, N rows with those that arrive, L rows per device, M
+model width.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from kernels.experts.dispatch import no_gradient
+from kernels.varying import vary_alike
 
 
 class Exchange(NamedTuple):
@@ -15,8 +20,9 @@ class Exchange(NamedTuple):
 
   Attributes:
     axis_names: the mesh axes; the devices are numbered with the last axis changing fastest.
-    is_ragged: only the rows that exist travel (`jax.lax.ragged_all_to_all`, which CPUs lack).
-      Otherwise all L rows do.
+    is_ragged: only the rows that exist travel (`jax.lax.ragged_all_to_all`, which CPUs lack), and
+      those for or from a device follow those for or from the one before. Otherwise the rows of each
+      device have a part of equal size, L rows, all of which travel.
   """
 
   axis_names: Sequence[str]
@@ -28,30 +34,57 @@ class Exchange(NamedTuple):
 
   def sizes(self, sent_nxe: jax.Array) -> jax.Array:
     """Rows that each device sends to this one, from the rows that this one sends to each."""
-    return self._all_to_all(sent_nxe) if self.num_devices > 1 else sent_nxe
+    return self._all_to_all(sent_nxe)
 
-  def rows(self, x_nxLxM: jax.Array, sent_n: jax.Array, received_n: jax.Array) -> jax.Array:
-    """Sends the first `sent` rows to each device; what arrives from each, [n, L, M].
+  def rows(
+    self, x_RxM: jax.Array, sent_n: jax.Array, received_n: jax.Array, num_rows: int
+  ) -> jax.Array:
+    """Sends `sent` rows to each device; what arrives from all, [N, M]. Other rows are undefined.
 
-    Rows from `received` on are zero if those sent from `sent` on are, or if it is ragged.
+    Args:
+      x_RxM: the rows; those for each device begin at `begins`, see there.
+      sent_n: their numbers.
+      received_n: the numbers of those that arrive.
+      num_rows: N; R, unless it is ragged.
     """
-    if self.num_devices == 1:
-      return x_nxLxM
-    if not self.is_ragged:
-      return self._all_to_all(x_nxLxM)
-    n, L, M = x_nxLxM.shape
-    flat_RxM = x_nxLxM.reshape(n * L, M)
-    begin_n = L * jnp.arange(n, dtype=jnp.int32)
-    own_n = jnp.full(n, L, jnp.int32) * jax.lax.axis_index(tuple(self.axis_names))
-    return jax.lax.ragged_all_to_all(
-      flat_RxM,
-      jnp.zeros_like(flat_RxM),
-      begin_n,
-      sent_n,
-      own_n,
-      received_n,
-      axis_name=tuple(self.axis_names),
-    ).reshape(n, L, M)
+    if self.is_ragged:
+      return _ragged(self, x_RxM.shape[0], num_rows, x_RxM, sent_n, received_n)
+    x_nxLxM = x_RxM.reshape(self.num_devices, -1, x_RxM.shape[1])
+    return self._all_to_all(x_nxLxM).reshape(x_RxM.shape)
 
   def _all_to_all(self, array: jax.Array) -> jax.Array:
     return jax.lax.all_to_all(array, tuple(self.axis_names), 0, 0, tiled=True)
+
+
+def begins(sizes_n: jax.Array, num_rows: int, is_ragged: bool) -> jax.Array:
+  """The first row for or from each device, of `num_rows`; see `Exchange`."""
+  if is_ragged:
+    return jnp.cumsum(sizes_n) - sizes_n
+  return num_rows // sizes_n.size * jnp.arange(sizes_n.size, dtype=jnp.int32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _ragged(exchange: Exchange, R: int, N: int, x_RxM, sent_n, received_n):
+  empty_NxM = jax.lax.empty((N, x_RxM.shape[1]), x_RxM.dtype)
+  return jax.lax.ragged_all_to_all(
+    *vary_alike(x_RxM, empty_NxM),
+    begins(sent_n, R, is_ragged=True),
+    sent_n,
+    # Where the receivers put them.
+    exchange.sizes(begins(received_n, N, is_ragged=True)),
+    received_n,
+    axis_name=exchange.axis_names,
+  )
+
+
+def _ragged_forward(exchange, R, N, x_RxM, sent_n, received_n):
+  return _ragged(exchange, R, N, x_RxM, sent_n, received_n), (sent_n, received_n)
+
+
+def _ragged_backward(exchange, R, N, residuals, gradient_NxM):
+  sent_n, received_n = residuals
+  gradient_RxM = _ragged(exchange, N, R, gradient_NxM, received_n, sent_n)
+  return gradient_RxM, no_gradient(sent_n), no_gradient(received_n)
+
+
+_ragged.defvjp(_ragged_forward, _ragged_backward)

@@ -2,8 +2,8 @@
 
 T local tokens, k choices per token, M model width, F local feed-forward width, E experts, P slots
 of all devices, e local slots, n devices that exchange rows, G = n T tokens of all of them, t
-devices of the tensor axis, S sources of rows, L rows per source, R = S L rows, N chunks. A slot
-computes one expert.
+devices of the tensor axis, R or L rows, N rows of another number, or chunks. A slot computes one
+expert.
 """
 
 import functools
@@ -15,9 +15,13 @@ import jax.numpy as jnp
 
 from kernels.experts.api import grouped_matmul
 from kernels.experts.backend import Backend
-from kernels.experts.dispatch import combine, merge, no_gradient, place, spread
-from kernels.experts.exchange import Exchange
-from kernels.varying import vary_trees_alike
+from kernels.experts.dispatch import combine, merge, most_rows, no_gradient, place, spread
+from kernels.experts.exchange import Exchange, begins
+from kernels.varying import vary_alike, vary_trees_alike
+
+# Buffers have room for so many times the mean number of rows per device. A device that gets more
+# uses larger ones, which take any number.
+ROOM = 2
 
 
 class Settings(NamedTuple):
@@ -140,10 +144,11 @@ def _routed(settings: Settings, tokens, weights, expert_P) -> tuple[jax.Array, j
   if settings.capacity_factor is not None:
     mean = expert_Txk.size / settings.num_experts
     capacity = max(int(settings.capacity_factor * mean), 1)
+  # Ragged rows for several devices follow each other, as if they were for one.
   placement = place(
     expert_Txk,
     num_experts=settings.num_experts,
-    destinations=n,
+    destinations=1 if settings.is_ragged else n,
     capacity=capacity,
     expert_P=expert_P,
   )
@@ -154,7 +159,9 @@ def _routed(settings: Settings, tokens, weights, expert_P) -> tuple[jax.Array, j
       expert_Txk = jnp.where(placement.row_Txk < 0, settings.num_experts, expert_Txk)
     return _ring(settings, (x_TxM, expert_Txk, share_Txk), weights, expert_P), dropped
   x_RxM = spread(x_TxM, placement.row_Txk, placement.choice_R)
-  y_RxM = _exchanged(settings, n, x_RxM, placement.sizes_nxe, weights)
+  sent_nxe = placement.sizes_nxe.reshape(n, -1)
+  received = n * most_rows(*expert_Txk.shape, sent_nxe.shape[1], capacity)
+  y_RxM = _exchanged(settings, received, x_RxM, sent_nxe, expert_Txk.size, weights)
   return combine(y_RxM, share_Txk, placement.row_Txk, placement.choice_R), dropped
 
 
@@ -169,58 +176,84 @@ def _ring(settings: Settings, tokens, weights, expert_P):
     expert_P=expert_P,
   )
   row_Gxk, choice_L, sizes_1xe = placement.of(jax.lax.axis_index(axes))
-  x_1xLxM = spread(x_GxM, row_Gxk, choice_L)[None]
-  y_1xLxM = _gathered(settings, x_1xLxM, sizes_1xe, weights)
-  out_GxM = combine(y_1xLxM[0], share_Gxk, row_Gxk, choice_L)
+  x_LxM = spread(x_GxM, row_Gxk, choice_L)
+  y_LxM = _gathered(settings, x_LxM, sizes_1xe, tokens[1].size, weights)
+  out_GxM = combine(y_LxM, share_Gxk, row_Gxk, choice_L)
   return jax.lax.psum_scatter(out_GxM, axes, tiled=True)
 
 
-def _exchanged(settings: Settings, n: int, x_RxM, sent_nxe, weights):
+def _exchanged(settings: Settings, received: int, x_RxM, sent_nxe, choices: int, weights):
   """The networks of rows that are sorted by device and expert; their results in the same order."""
-  x_nxLxM = x_RxM.reshape(n, -1, x_RxM.shape[1])
-  if n == 1:
-    return _gathered(settings, x_nxLxM, sent_nxe, weights)[0]
+  if sent_nxe.shape[0] == 1:
+    return _gathered(settings, x_RxM, sent_nxe, choices, weights)
   exchange = Exchange(settings.exchange_axes, settings.is_ragged)
   received_nxe = exchange.sizes(sent_nxe)
   sent_n, received_n = sent_nxe.sum(axis=1), received_nxe.sum(axis=1)
-  x_nxLxM = exchange.rows(x_nxLxM, sent_n, received_n)
-  y_nxLxM = _gathered(settings, x_nxLxM, received_nxe, weights)
-  return exchange.rows(y_nxLxM, received_n, sent_n).reshape(x_RxM.shape)
+  x_NxM = exchange.rows(x_RxM, sent_n, received_n, received)
+  y_NxM = _gathered(settings, x_NxM, received_nxe, choices, weights)
+  return exchange.rows(y_NxM, received_n, sent_n, x_RxM.shape[0])
 
 
-def _gathered(settings: Settings, x_nxLxM, sizes_nxe, weights):
+def _gathered(settings: Settings, x_RxM, sizes_nxe, choices: int, weights):
   """Local experts for the rows of n sources, and for those of the other devices of tensor_axis."""
   axis = settings.tensor_axis
   if axis is None or not settings.has_part_of_tokens or jax.lax.axis_size(axis) == 1:
-    return _local(settings, x_nxLxM, sizes_nxe, weights)
-  x_SxLxM = jax.lax.all_gather(x_nxLxM, axis, tiled=True)
-  sizes_Sxe = jax.lax.all_gather(sizes_nxe, axis, tiled=True)
-  y_SxLxM = _local(settings, x_SxLxM, sizes_Sxe, weights)
-  return jax.lax.psum_scatter(y_SxLxM, axis, tiled=True)
+    return _local(settings, x_RxM, sizes_nxe[None], choices, weights)
+  x_RxM = jax.lax.all_gather(x_RxM, axis, tiled=True)
+  sizes_txnxe = jax.lax.all_gather(sizes_nxe, axis)
+  y_RxM = _local(settings, x_RxM, sizes_txnxe, choices, weights)
+  return jax.lax.psum_scatter(y_RxM, axis, tiled=True)
 
 
-def _local(settings: Settings, x_SxLxM, sizes_Sxe, weights):
-  """Local experts for the rows of S sources, each sorted by expert; 0 for rows of others."""
-  gate_exMxF, up_exMxF, down_exFxM = weights
-  S, L, M = x_SxLxM.shape
-  num_local = gate_exMxF.shape[0]
+def _local(settings: Settings, x_RxM, sizes_txnxe, choices: int, weights):
+  """Local experts for the rows of t n sources, each sorted by expert; 0 for rows of others."""
+  t, n, e = sizes_txnxe.shape
+  R = x_RxM.shape[0]
+  if t * n == 1 and not settings.expert_axes:
+    return _swiglu(settings, x_RxM, sizes_txnxe[0, 0], weights)
+  begin_txn = jnp.stack(
+    [
+      part * (R // t) + begins(sizes_nxe.sum(axis=1), R // t, settings.is_ragged)
+      for part, sizes_nxe in enumerate(sizes_txnxe)
+    ]
+  )
+  num_local = weights[0].shape[0]
   first: Any = 0
   if settings.expert_axes:
     first = num_local * jax.lax.axis_index(settings.expert_axes)
-  x_RxM = x_SxLxM.reshape(S * L, M)
-  is_sorted = S == 1 and not settings.expert_axes
-  if is_sorted:
-    sizes_e, sorted_RxM = sizes_Sxe[0], x_RxM
-  else:
-    own = merge(sizes_Sxe, L, first, num_local)
-    sizes_e = own.sizes_nxe[0]
-    sorted_RxM = spread(x_RxM, own.row_Txk, own.choice_R)
+
+  def network(num_rows, x_RxM, weights):
+    """With buffers for so many rows of local experts."""
+    # The rows that exist are the first ones, or anywhere.
+    given = num_rows if t == 1 and (settings.is_ragged or n == 1) else R
+    own = merge(sizes_txnxe.reshape(-1, e), begin_txn.reshape(-1), given, first, num_local)
+    choice_N = own.choice_R[:num_rows]
+    x_NxM = spread(x_RxM[:given], own.row_Txk, choice_N)
+    y_NxM = _swiglu(settings, x_NxM, own.sizes_nxe[0], weights)
+    y_RxM = spread(y_NxM, choice_N[:, None], own.row_Txk[:, 0])
+    if given == R:
+      return y_RxM
+    empty_RxM, y_RxM = vary_alike(jax.lax.empty(x_RxM.shape, x_RxM.dtype), y_RxM)
+    return jax.lax.dynamic_update_slice_in_dim(empty_RxM, y_RxM, 0, 0)
+
+  few = min(ROOM * t * choices, R)
+  everything = functools.partial(network, R)
+  if few == R:
+    return everything(x_RxM, weights)
+  return jax.lax.cond(
+    jnp.sum(sizes_txnxe) <= few,
+    functools.partial(network, few),
+    jax.checkpoint(everything),
+    x_RxM,
+    weights,
+  )
+
+
+def _swiglu(settings: Settings, x_RxM, sizes_e, weights):
+  """Local experts for rows that are sorted by expert."""
+  gate_exMxF, up_exMxF, down_exFxM = weights
   product = functools.partial(grouped_matmul, sizes_E=sizes_e, backend=settings.backend)
-  hidden_RxF = jax.nn.silu(product(sorted_RxM, gate_exMxF)) * product(sorted_RxM, up_exMxF)
-  y_RxM = product(hidden_RxF, down_exFxM)
-  if not is_sorted:
-    y_RxM = spread(y_RxM, own.choice_R[:, None], own.row_Txk[:, 0])
-  return y_RxM.reshape(S, L, M)
+  return product(jax.nn.silu(product(x_RxM, gate_exMxF)) * product(x_RxM, up_exMxF), down_exFxM)
 
 
 def _chunks(num_chunks: int, settings: Settings, tokens, weights, expert_P):

@@ -22,7 +22,6 @@ class Visits(NamedTuple):
     start_E: first row of each group.
     stop_E: row after the last of each group.
     num_visits: a scalar.
-    block: rows per block, a Python number.
   """
 
   group_V: jax.Array
@@ -30,17 +29,6 @@ class Visits(NamedTuple):
   start_E: jax.Array
   stop_E: jax.Array
   num_visits: jax.Array
-  block: int
-
-  def rows(self, array: jax.Array, visit: jax.Array) -> jax.Array:
-    """The block of rows of a visit, [b, ...]."""
-    return jax.lax.dynamic_slice_in_dim(array, self.block_V[visit] * self.block, self.block)
-
-  def is_own(self, visit: jax.Array) -> jax.Array:
-    """Which rows of the block of a visit belong to its group, bool [b, 1]."""
-    group = self.group_V[visit]
-    row_bx1 = self.block_V[visit] * self.block + jnp.arange(self.block)[:, None]
-    return (row_bx1 >= self.start_E[group]) & (row_bx1 < self.stop_E[group])
 
 
 def visits(sizes_E: jax.Array, num_blocks: int, block: int) -> Visits:
@@ -65,4 +53,4 @@ def visits(sizes_E: jax.Array, num_blocks: int, block: int) -> Visits:
   group_V = jnp.minimum(group_V.astype(jnp.int32), sizes_E.shape[0] - 1)
   block_V = first_block_E[group_V] + visit_V - (visits_stop_E - visits_E)[group_V]
   block_V = jnp.clip(block_V, 0, num_blocks - 1)
-  return Visits(group_V, block_V, start_E, stop_E, num_visits, block)
+  return Visits(group_V, block_V, start_E, stop_E, num_visits)

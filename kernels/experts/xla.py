@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from kernels.experts.backend import Backend, dot
-from kernels.experts.visits import Visits, visits
 from kernels.varying import vary_alike
 
 # The most rows per block. Smaller blocks waste less at the ends of groups; larger ones are faster.
@@ -20,34 +19,33 @@ def product(
   x: jax.Array, weight_ExKxN: jax.Array, sizes_E: jax.Array, *, transposed: bool
 ) -> jax.Array:
   """See `kernels.experts.backend.Product`."""
-  num_rows = x.shape[0]
-  own, (x,) = _in_blocks(sizes_E, x)
+  own = _Blocks(sizes_E, x.shape[0])
 
   def visit(index, out):
-    weight = weight_ExKxN[own.group_V[index]]
-    new = dot(own.rows(x, index), weight, (1, 1 if transposed else 0)).astype(out.dtype)
-    new = jnp.where(own.is_own(index), new, own.rows(out, index))
-    return jax.lax.dynamic_update_slice_in_dim(out, new, own.block_V[index] * own.block, 0)
+    group, row, is_own = own.block(index)
+    new = dot(own.rows(x, row), weight_ExKxN[group], (1, 1 if transposed else 0))
+    new = jnp.where(is_own, new.astype(out.dtype), own.rows(out, row))
+    return jax.lax.dynamic_update_slice_in_dim(out, new, row, 0)
 
   width = weight_ExKxN.shape[1 if transposed else 2]
   out, _ = vary_alike(jnp.zeros((x.shape[0], width), x.dtype), x)
-  return jax.lax.fori_loop(0, own.num_visits, visit, out)[:num_rows]
+  return jax.lax.fori_loop(0, own.number, visit, out)
 
 
 def outer(x_RxK: jax.Array, y_RxN: jax.Array, sizes_E: jax.Array) -> jax.Array:
   """See `kernels.experts.backend.Outer`."""
-  own, (x_RxK, y_RxN) = _in_blocks(sizes_E, x_RxK, y_RxN)
+  own = _Blocks(sizes_E, x_RxK.shape[0])
 
   def visit(index, out_ExKxN):
-    group, is_own = own.group_V[index], own.is_own(index)
-    x_bxK = jnp.where(is_own, own.rows(x_RxK, index), 0)
-    y_bxN = jnp.where(is_own, own.rows(y_RxN, index), 0)
+    group, row, is_own = own.block(index)
+    x_bxK = jnp.where(is_own, own.rows(x_RxK, row), 0)
+    y_bxN = jnp.where(is_own, own.rows(y_RxN, row), 0)
     new_KxN = out_ExKxN[group] + dot(x_bxK, y_bxN, (0, 0))
     return jax.lax.dynamic_update_index_in_dim(out_ExKxN, new_KxN, group, 0)
 
   shape = sizes_E.shape[0], x_RxK.shape[1], y_RxN.shape[1]
   out_ExKxN, _ = vary_alike(jnp.zeros(shape, jnp.float32), x_RxK)
-  return jax.lax.fori_loop(0, own.num_visits, visit, out_ExKxN)
+  return jax.lax.fori_loop(0, own.number, visit, out_ExKxN)
 
 
 def unsupported(x_RxK: jax.Array, weight_ExKxN: jax.Array) -> str | None:
@@ -60,10 +58,25 @@ def unsupported(x_RxK: jax.Array, weight_ExKxN: jax.Array) -> str | None:
 XLA = Backend("xla", unsupported, product, outer)
 
 
-def _in_blocks(sizes_E: jax.Array, *arrays: jax.Array) -> tuple[Visits, list[jax.Array]]:
-  """The visits, and the arrays padded to whole blocks of rows."""
-  num_rows = arrays[0].shape[0]
-  block = min(BLOCK_ROWS, num_rows)
-  num_blocks = -(-num_rows // block)
-  padded = [jnp.pad(array, ((0, num_blocks * block - num_rows), (0, 0))) for array in arrays]
-  return visits(sizes_E, num_blocks, block), padded
+class _Blocks:
+  """The blocks of rows of all groups; each group's first block begins at its first row."""
+
+  def __init__(self, sizes_E: jax.Array, num_rows: int):
+    self._num_rows, self._size = num_rows, min(BLOCK_ROWS, num_rows)
+    self._start_E, self._stop_E = jnp.cumsum(sizes_E) - sizes_E, jnp.cumsum(sizes_E)
+    self._blocks_E = -(-sizes_E // self._size)
+    self._blocks_stop_E = jnp.cumsum(self._blocks_E)
+    self.number = self._blocks_stop_E[-1]
+
+  def block(self, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The group of a block, its first row, and which of its rows are its own, bool [b, 1]."""
+    group = jnp.sum(self._blocks_stop_E <= index)
+    index -= self._blocks_stop_E[group] - self._blocks_E[group]
+    own_row = self._start_E[group] + index * self._size
+    # The last block may reach back into rows of others, so that it ends in the array.
+    row = jnp.minimum(own_row, self._num_rows - self._size)
+    row_bx1 = row + jnp.arange(self._size)[:, None]
+    return group, row, (row_bx1 >= own_row) & (row_bx1 < self._stop_E[group])
+
+  def rows(self, array: jax.Array, row: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, row, self._size)

@@ -3,6 +3,8 @@
 T tokens, k choices, E experts, M model width.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,3 +147,63 @@ def test_devices_compute_what_each_would_alone(n, expert_P):
     wanted_TxM, dropped = run(tuple(array[own] for array in tokens))
     assert dropped_n[device] == dropped > 0
     np.testing.assert_allclose(out_TxM[own], wanted_TxM, rtol=1e-4, atol=1e-4)
+
+
+def ragged_all_to_all(x, out, begin_n, sent_n, arrive_n, received_n, *, axis_name):
+  """JAX's, which CPUs lack. What is not received is NaN."""
+  del received_n
+  n, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+  x_nxRxM, *tables = (jax.lax.all_gather(array, axis_name) for array in (x, begin_n, sent_n, arrive_n))
+  begin_n, sent_n, arrive_n = (table_nxn[:, me] for table_nxn in tables)
+  row_N = jnp.arange(out.shape[0])
+  result_NxM = jnp.full((row_N.size, x.shape[1]), jnp.nan)
+  for source in range(n):
+    index_N = row_N - arrive_n[source]
+    is_own_Nx1 = ((index_N >= 0) & (index_N < sent_n[source]))[:, None]
+    taken_NxM = jnp.take(x_nxRxM[source], begin_n[source] + index_N, axis=0, mode="clip")
+    result_NxM = jnp.where(is_own_Nx1, taken_NxM, result_NxM)
+  return result_NxM
+
+
+@pytest.mark.parametrize("is_ragged", (False, True))
+def test_any_number_of_rows_may_arrive(monkeypatch, is_ragged):
+  """Four devices with two experts each: choices are random, or the first device gets all it can.
+
+  Buffers that are large enough for the random choices are too small for the others.
+  """
+  monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
+  n, E, F = 4, 8, 7
+  rng = np.random.default_rng(0)
+  random_TxK = np.stack([rng.permutation(E)[:K] for _ in range(n * T)])
+  random_TxK[::5] = E
+  skewed_TxK = np.tile([1, 0, 5], (n * T, 1))
+  skewed_TxK[::7, 2] = E
+  x_TxM, share_TxK, cotangent_TxM = (
+    rng.normal(size=(n * T, size)).astype(np.float32) for size in (M, K, M)
+  )
+  shapes = (E, M, F), (E, M, F), (E, F, M)
+  weights = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+  def values_and_gradients(settings, expert_TxK, x_TxM, share_TxK, weights, cotangent_TxM):
+    def network(x_TxM, share_TxK, weights):
+      return expert_feed_forward(x_TxM, expert_TxK, share_TxK, *weights, settings)[0]
+
+    out_TxM, pull_back = jax.vjp(network, x_TxM, share_TxK, weights)
+    return out_TxM, *pull_back(cotangent_TxM)
+
+  alone = jax.jit(functools.partial(values_and_gradients, Settings(E)))
+  settings = Settings(E, exchange_axes=("expert",), chunk=T, is_ragged=is_ragged)
+  mesh = Mesh(jax.devices()[:n], ("expert",), axis_types=(AxisType.Explicit,))
+  with jax.set_mesh(mesh):
+    together = jax.jit(
+      jax.shard_map(
+        functools.partial(values_and_gradients, settings),
+        in_specs=P("expert"),
+        out_specs=P("expert"),
+      )
+    )
+    for expert_TxK in (random_TxK, skewed_TxK):
+      arrays = expert_TxK.astype(np.int32), x_TxM, share_TxK, weights, cotangent_TxM
+      actual = together(*jax.device_put(arrays, jax.NamedSharding(mesh, P("expert"))))
+      for result, wanted in zip(jax.tree.leaves(actual), jax.tree.leaves(alone(*arrays))):
+        np.testing.assert_allclose(result, wanted, rtol=1e-5, atol=1e-5)
