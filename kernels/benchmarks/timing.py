@@ -1,7 +1,8 @@
 """Measures how long a compiled function takes, and describes how it fails."""
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,3 +30,19 @@ def seconds(function: Callable, *arguments: Any) -> float:
   run(1)
   calls = max(1, round(SECONDS_PER_ROUND / run(1)))
   return min(run(calls) for _ in range(ROUNDS)) / calls
+
+
+def seconds_in_turn(calls: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+  """Seconds of each call, the median of rounds that make all calls in turn.
+
+  Other load on the machine slows all of them down alike, so their ratios are reliable.
+  """
+  taken = [[_seconds_of(call) for call in calls] for _ in range(rounds + 1)]
+  # The first round compiles.
+  return [statistics.median(times) for times in zip(*taken[1:])]
+
+
+def _seconds_of(call: Callable[[], Any]) -> float:
+  start = time.perf_counter()
+  jax.block_until_ready(call())
+  return time.perf_counter() - start

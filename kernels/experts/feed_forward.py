@@ -74,7 +74,8 @@ def expert_feed_forward(
 
   At most `settings.chunk` tokens are dispatched at a time, and several chunks recompute everything
   in the backward pass, so memory is that of one chunk: up to min(k, experts per device) rows per
-  token and exchanging device, all of which exist only if every token chooses the same device.
+  token and exchanging device, all of which exist only if every token chooses the same device. A
+  device that gets at most `ROOM` times the mean number of rows computes no more than so many.
 
   Rows travel to the devices of their experts and back (all-to-all): k (n - 1) / n rows per token
   each way. If k is at least n, every device gathers all tokens instead, and the results are

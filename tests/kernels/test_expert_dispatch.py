@@ -153,7 +153,9 @@ def ragged_all_to_all(x, out, begin_n, sent_n, arrive_n, received_n, *, axis_nam
   """JAX's, which CPUs lack. What is not received is NaN."""
   del received_n
   n, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
-  x_nxRxM, *tables = (jax.lax.all_gather(array, axis_name) for array in (x, begin_n, sent_n, arrive_n))
+  x_nxRxM, *tables = (
+    jax.lax.all_gather(array, axis_name) for array in (x, begin_n, sent_n, arrive_n)
+  )
   begin_n, sent_n, arrive_n = (table_nxn[:, me] for table_nxn in tables)
   row_N = jnp.arange(out.shape[0])
   result_NxM = jnp.full((row_N.size, x.shape[1]), jnp.nan)
