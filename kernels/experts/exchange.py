@@ -1,7 +1,6 @@
 """Sends rows to the devices of their experts and back, inside `jax.shard_map`.
 
-n devices of the mesh axes, R rows to send, N rows with those that arrive, L rows per device, M
-model width.
+n devices of the mesh axes, R rows to send, N rows with those that arrive, L rows per device.
 """
 
 import functools
@@ -37,20 +36,19 @@ class Exchange(NamedTuple):
     return self._all_to_all(sent_nxe)
 
   def rows(
-    self, x_RxM: jax.Array, sent_n: jax.Array, received_n: jax.Array, num_rows: int
+    self, x: jax.Array, sent_n: jax.Array, received_n: jax.Array, num_rows: int
   ) -> jax.Array:
-    """Sends `sent` rows to each device; what arrives from all, [N, M]. Other rows are undefined.
+    """Sends `sent` rows to each device; what arrives from all. Other rows are undefined.
 
     Args:
-      x_RxM: the rows; those for each device begin at `begins`, see there.
+      x: rows [R, ...]; those for each device begin at `begins`.
       sent_n: their numbers.
       received_n: the numbers of those that arrive.
-      num_rows: N; R, unless it is ragged.
+      num_rows: N, the rows of the result, [N, ...]; R, unless it is ragged.
     """
     if self.is_ragged:
-      return _ragged(self, x_RxM.shape[0], num_rows, x_RxM, sent_n, received_n)
-    x_nxLxM = x_RxM.reshape(self.num_devices, -1, x_RxM.shape[1])
-    return self._all_to_all(x_nxLxM).reshape(x_RxM.shape)
+      return _ragged(self, x.shape[0], num_rows, x, sent_n, received_n)
+    return self._all_to_all(x.reshape(self.num_devices, -1, *x.shape[1:])).reshape(x.shape)
 
   def _all_to_all(self, array: jax.Array) -> jax.Array:
     return jax.lax.all_to_all(array, tuple(self.axis_names), 0, 0, tiled=True)
@@ -64,10 +62,9 @@ def begins(sizes_n: jax.Array, num_rows: int, is_ragged: bool) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _ragged(exchange: Exchange, R: int, N: int, x_RxM, sent_n, received_n):
-  empty_NxM = jax.lax.empty((N, x_RxM.shape[1]), x_RxM.dtype)
+def _ragged(exchange: Exchange, R: int, N: int, x, sent_n, received_n):
   return jax.lax.ragged_all_to_all(
-    *vary_alike(x_RxM, empty_NxM),
+    *vary_alike(x, jax.lax.empty((N, *x.shape[1:]), x.dtype)),
     begins(sent_n, R, is_ragged=True),
     sent_n,
     # Where the receivers put them.
@@ -77,14 +74,14 @@ def _ragged(exchange: Exchange, R: int, N: int, x_RxM, sent_n, received_n):
   )
 
 
-def _ragged_forward(exchange, R, N, x_RxM, sent_n, received_n):
-  return _ragged(exchange, R, N, x_RxM, sent_n, received_n), (sent_n, received_n)
+def _ragged_forward(exchange, R, N, x, sent_n, received_n):
+  return _ragged(exchange, R, N, x, sent_n, received_n), (sent_n, received_n)
 
 
-def _ragged_backward(exchange, R, N, residuals, gradient_NxM):
+def _ragged_backward(exchange, R, N, residuals, gradient):
   sent_n, received_n = residuals
-  gradient_RxM = _ragged(exchange, N, R, gradient_NxM, received_n, sent_n)
-  return gradient_RxM, no_gradient(sent_n), no_gradient(received_n)
+  gradient = _ragged(exchange, N, R, gradient, received_n, sent_n)
+  return gradient, no_gradient(sent_n), no_gradient(received_n)
 
 
 _ragged.defvjp(_ragged_forward, _ragged_backward)

@@ -190,28 +190,34 @@ def _exchanged(settings: Settings, received: int, x_RxM, sent_nxe, choices: int,
   exchange = Exchange(settings.exchange_axes, settings.is_ragged)
   received_nxe = exchange.sizes(sent_nxe)
   sent_n, received_n = sent_nxe.sum(axis=1), received_nxe.sum(axis=1)
-  x_NxM = exchange.rows(x_RxM, sent_n, received_n, received)
-  y_NxM = _gathered(settings, x_NxM, received_nxe, choices, weights)
-  return exchange.rows(y_NxM, received_n, sent_n, x_RxM.shape[0])
+  R, M = x_RxM.shape
+  # TPUs exchange rows in this shape. XLA would copy all rows, also empty ones, from and to another.
+  split = (2, M // 2) if settings.is_ragged and M % 2 == 0 else (M,)
+  x = exchange.rows(x_RxM.reshape(R, *split), sent_n, received_n, received)
+  y = _gathered(settings, x, received_nxe, choices, weights)
+  return exchange.rows(y, received_n, sent_n, R).reshape(R, M)
 
 
-def _gathered(settings: Settings, x_RxM, sizes_nxe, choices: int, weights):
+def _gathered(settings: Settings, x, sizes_nxe, choices: int, weights):
   """Local experts for the rows of n sources, and for those of the other devices of tensor_axis."""
   axis = settings.tensor_axis
   if axis is None or not settings.has_part_of_tokens or jax.lax.axis_size(axis) == 1:
-    return _local(settings, x_RxM, sizes_nxe[None], choices, weights)
-  x_RxM = jax.lax.all_gather(x_RxM, axis, tiled=True)
+    return _local(settings, x, sizes_nxe[None], choices, weights)
+  x = jax.lax.all_gather(x, axis, tiled=True)
   sizes_txnxe = jax.lax.all_gather(sizes_nxe, axis)
-  y_RxM = _local(settings, x_RxM, sizes_txnxe, choices, weights)
-  return jax.lax.psum_scatter(y_RxM, axis, tiled=True)
+  y = _local(settings, x, sizes_txnxe, choices, weights)
+  return jax.lax.psum_scatter(y, axis, tiled=True)
 
 
-def _local(settings: Settings, x_RxM, sizes_txnxe, choices: int, weights):
-  """Local experts for the rows of t n sources, each sorted by expert; 0 for rows of others."""
+def _local(settings: Settings, x, sizes_txnxe, choices: int, weights):
+  """Local experts for the rows of t n sources, each sorted by expert; 0 for rows of others.
+
+  The rows are [R, M], or M is split into two dimensions.
+  """
   t, n, e = sizes_txnxe.shape
-  R = x_RxM.shape[0]
+  R, *split = x.shape
   if t * n == 1 and not settings.expert_axes:
-    return _swiglu(settings, x_RxM, sizes_txnxe[0, 0], weights)
+    return _swiglu(settings, x, sizes_txnxe[0, 0], weights)
   begin_txn = jnp.stack(
     [
       part * (R // t) + begins(sizes_nxe.sum(axis=1), R // t, settings.is_ragged)
@@ -223,29 +229,29 @@ def _local(settings: Settings, x_RxM, sizes_txnxe, choices: int, weights):
   if settings.expert_axes:
     first = num_local * jax.lax.axis_index(settings.expert_axes)
 
-  def network(num_rows, x_RxM, weights):
+  def network(num_rows, x, weights):
     """With buffers for so many rows of local experts."""
     # The rows that exist are the first ones, or anywhere.
     given = num_rows if t == 1 and (settings.is_ragged or n == 1) else R
     own = merge(sizes_txnxe.reshape(-1, e), begin_txn.reshape(-1), given, first, num_local)
     choice_N = own.choice_R[:num_rows]
-    x_NxM = spread(x_RxM[:given], own.row_Txk, choice_N)
+    x_NxM = spread(x[:given].reshape(given, -1), own.row_Txk, choice_N)
     y_NxM = _swiglu(settings, x_NxM, own.sizes_nxe[0], weights)
-    y_RxM = spread(y_NxM, choice_N[:, None], own.row_Txk[:, 0])
+    y = spread(y_NxM, choice_N[:, None], own.row_Txk[:, 0]).reshape(given, *split)
     if given == R:
-      return y_RxM
-    empty_RxM, y_RxM = vary_alike(jax.lax.empty(x_RxM.shape, x_RxM.dtype), y_RxM)
-    return jax.lax.dynamic_update_slice_in_dim(empty_RxM, y_RxM, 0, 0)
+      return y
+    empty, y = vary_alike(jax.lax.empty(x.shape, x.dtype), y)
+    return jax.lax.dynamic_update_slice_in_dim(empty, y, 0, 0)
 
   few = min(ROOM * t * choices, R)
   everything = functools.partial(network, R)
   if few == R:
-    return everything(x_RxM, weights)
+    return everything(x, weights)
   return jax.lax.cond(
     jnp.sum(sizes_txnxe) <= few,
     functools.partial(network, few),
     jax.checkpoint(everything),
-    x_RxM,
+    x,
     weights,
   )
 

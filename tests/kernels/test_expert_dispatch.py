@@ -153,18 +153,18 @@ def ragged_all_to_all(x, out, begin_n, sent_n, arrive_n, received_n, *, axis_nam
   """JAX's, which CPUs lack. What is not received is NaN."""
   del received_n
   n, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
-  x_nxRxM, *tables = (
-    jax.lax.all_gather(array, axis_name) for array in (x, begin_n, sent_n, arrive_n)
+  x_nxR = jax.lax.all_gather(x, axis_name)
+  begin_n, sent_n, arrive_n = (
+    jax.lax.all_gather(table_n, axis_name)[:, me] for table_n in (begin_n, sent_n, arrive_n)
   )
-  begin_n, sent_n, arrive_n = (table_nxn[:, me] for table_nxn in tables)
   row_N = jnp.arange(out.shape[0])
-  result_NxM = jnp.full((row_N.size, x.shape[1]), jnp.nan)
+  result = jnp.full(out.shape, jnp.nan)
   for source in range(n):
     index_N = row_N - arrive_n[source]
-    is_own_Nx1 = ((index_N >= 0) & (index_N < sent_n[source]))[:, None]
-    taken_NxM = jnp.take(x_nxRxM[source], begin_n[source] + index_N, axis=0, mode="clip")
-    result_NxM = jnp.where(is_own_Nx1, taken_NxM, result_NxM)
-  return result_NxM
+    is_own_N = (index_N >= 0) & (index_N < sent_n[source])
+    taken = jnp.take(x_nxR[source], begin_n[source] + index_N, axis=0, mode="clip")
+    result = jnp.where(jnp.expand_dims(is_own_N, range(1, x.ndim)), taken, result)
+  return result
 
 
 @pytest.mark.parametrize("is_ragged", (False, True))
@@ -174,7 +174,7 @@ def test_any_number_of_rows_may_arrive(monkeypatch, is_ragged):
   Buffers that are large enough for the random choices are too small for the others.
   """
   monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
-  n, E, F = 4, 8, 7
+  n, E, M, F = 4, 8, 6, 7
   rng = np.random.default_rng(0)
   random_TxK = np.stack([rng.permutation(E)[:K] for _ in range(n * T)])
   random_TxK[::5] = E
