@@ -63,8 +63,10 @@ def begins(sizes_n: jax.Array, num_rows: int, is_ragged: bool) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _ragged(exchange: Exchange, R: int, N: int, x, sent_n, received_n):
+  x, empty = vary_alike(x, jax.lax.empty((N, *x.shape[1:]), x.dtype))
   return jax.lax.ragged_all_to_all(
-    *vary_alike(x, jax.lax.empty((N, *x.shape[1:]), x.dtype)),
+    x,
+    empty,
     begins(sent_n, R, is_ragged=True),
     sent_n,
     # Where the receivers put them.

@@ -160,8 +160,8 @@ def _routed(settings: Settings, tokens, weights, expert_P) -> tuple[jax.Array, j
       expert_Txk = jnp.where(placement.row_Txk < 0, settings.num_experts, expert_Txk)
     return _ring(settings, (x_TxM, expert_Txk, share_Txk), weights, expert_P), dropped
   x_RxM = spread(x_TxM, placement.row_Txk, placement.choice_R)
-  sent_nxe = placement.sizes_nxe.reshape(n, -1)
-  received = n * most_rows(*expert_Txk.shape, sent_nxe.shape[1], capacity)
+  sent_nxe, (T, k) = placement.sizes_nxe.reshape(n, -1), expert_Txk.shape
+  received = n * most_rows(T, k, sent_nxe.shape[1], capacity)
   y_RxM = _exchanged(settings, received, x_RxM, sent_nxe, expert_Txk.size, weights)
   return combine(y_RxM, share_Txk, placement.row_Txk, placement.choice_R), dropped
 
