@@ -52,7 +52,7 @@ def test_the_platform_and_the_shapes_choose_the_backend():
 
 @pytest.mark.slow
 def test_experts_of_four_chips_compute_while_the_rows_that_exist_travel():
-  T, M, F, E = 8192, 128, 128, 4
+  T, M, F, E = 8192, 128, 128, 8
   name, options = TOPOLOGIES["v5p"]
   topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
   mesh = Mesh(topology.devices, ("expert",), axis_types=(AxisType.Explicit,))
