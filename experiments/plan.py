@@ -33,7 +33,7 @@ from lwm.errors import UserError
 from lwm.parallel import xla_flags
 from lwm.plan import StagePlan, Topology, load, longest, plan_stage, pool, report, search
 from lwm.plan.candidates import Candidate, candidates
-from lwm.train.mesh_choice import PooledMesh, experts_of, ranking, recorded_loads
+from lwm.train.mesh_choice import PooledMesh, experts_of, ranked, recorded_loads
 
 _CONFIG = experiment_flags.define_config(required=False)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "The machine: v5p:8x8x8, v5e:16x16, h100:4x8.")
@@ -126,9 +126,15 @@ def _print_found(experiment: Experiment, topology: Topology) -> None:
       found = itertools.islice(search(experiment, stage, topology, tell, _TRIES.value), _TOP.value)
     plans = _print_rows(found)
     if loads:
-      for line in ranking([PooledMesh.of(plan.as_json()) for plan in plans], loads):
+      for mesh, imbalance in ranked([PooledMesh.of(plan.as_json()) for plan in plans], loads):
         # Lines of JSON go to a file.
-        print(line, file=sys.stderr if _JSON.value else sys.stdout, flush=True)
+        print(
+          f"{stage.name}: {report.milliseconds(mesh.seconds(imbalance))} per step with "
+          f"{report.mesh_text(mesh.sizes)}; the largest load of a device is {imbalance:.2f} times "
+          "the mean",
+          file=sys.stderr if _JSON.value else sys.stdout,
+          flush=True,
+        )
     if not plans:
       others = candidates(experiment, stage, len(topology.devices), own_policies=_POOL.value)
       missing.append(report.nothing_fits(topology, stage.name, tried, others))

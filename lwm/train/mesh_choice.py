@@ -1,8 +1,8 @@
 """The choice among a pool of meshes (`lwm.plan.search.pool`) by the loads that a run has recorded.
 
 All devices wait for the one whose experts have the most tokens. Its load depends on the number of
-devices that divide the experts, and on where copies are placed. Both are replayed here from the
-recorded loads of experts: any mesh and any placement can be judged by a run on any other mesh.
+devices that divide the experts, and on the placement. Both are replayed here from the recorded
+loads, so a run on any mesh can tell how fast it would be on another one.
 
 T steps, L layers of experts, E experts, R = T x L, P slots, n devices that divide the experts.
 """
@@ -10,7 +10,7 @@ T steps, L layers of experts, E experts, R = T x L, P slots, n devices that divi
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +22,10 @@ from lwm.config.model import EXPERTS, ExpertsConfig
 from lwm.errors import UserError
 from lwm.model.placement import choose_slots, device_loads
 from lwm.parallel.sharding import MeshConfig, ShardingRules
-from lwm.plan.report import mesh_text, milliseconds
+from lwm.plan.report import mesh_text
 from lwm.report.metrics import FILE_NAME, read_metrics
 
-# The loads of so many steps are replayed, the newest ones.
+# The loads of this number of steps are replayed, the newest ones.
 STEPS = 32
 
 
@@ -66,24 +66,24 @@ class RecordedLoads:
     """
     self._experts = experts
     relative_TxLxE = load_TxLxE / np.maximum(load_TxLxE.mean(axis=2, keepdims=True), 1e-9)
-    means = [relative_TxLxE[0]]
-    for relative_LxE in relative_TxLxE[1:-1]:
-      means.append(experts.load_decay * means[-1] + (1 - experts.load_decay) * relative_LxE)
-    # Each step is placed by the mean of those before it, so the first one is only placed by.
+    # The mean of earlier loads places the experts of each step, so the first step is not replayed.
+    # The scale of a mean does not matter.
+    mean_LxE, means = np.zeros(relative_TxLxE.shape[1:]), []
+    for relative_LxE in relative_TxLxE[:-1]:
+      mean_LxE = experts.load_decay * mean_LxE + relative_LxE
+      means.append(mean_LxE)
     self._mean_RxE = jnp.asarray(np.concatenate(means), jnp.float32)
     self._load_RxE = jnp.asarray(np.concatenate(relative_TxLxE[1:]), jnp.float32)
 
   def imbalance(self, sizes: Mapping[str, int]) -> float:
-    """The largest load of a device divided by the mean load, a mean over steps and layers.
+    """The largest load of a device divided by the mean load, averaged over steps and layers.
 
-    Groups of devices that exchange tokens are taken to have equal shares of each expert's tokens.
+    If several groups of devices exchange tokens, each group is assumed to have the same loads.
 
     Args:
       sizes: devices along each mesh axis.
     """
     n = math.prod(sizes[axis] for axis in ShardingRules().experts)
-    if n == 1:
-      return 1.0
     R, E = self._load_RxE.shape
     slots_RxP = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32), (R, E))
     if self._experts.placement != "home":
@@ -122,14 +122,17 @@ def experts_of(experiment: AnyExperiment) -> ExpertsConfig:
   return experiment.model.experts
 
 
-def ranking(meshes: Iterable[PooledMesh], loads: RecordedLoads) -> Iterator[str]:
-  """Lines: the step of each mesh with these loads, the fastest first."""
-  imbalances = [(mesh, loads.imbalance(mesh.sizes)) for mesh in meshes]
-  for mesh, imbalance in sorted(imbalances, key=lambda pair: pair[0].seconds(pair[1])):
-    yield (
-      f"{mesh.stage}: {milliseconds(mesh.seconds(imbalance))} per step with "
-      f"{mesh_text(mesh.sizes)}: the largest load of a device is {imbalance:.2f} times the mean"
-    )
+def ranked(
+  meshes: Iterable[PooledMesh], loads: RecordedLoads | None
+) -> list[tuple[PooledMesh, float]]:
+  """The meshes, the fastest first, each with the largest load of a device divided by the mean.
+
+  Args:
+    meshes: of one stage.
+    loads: None: all loads are equal.
+  """
+  pairs = [(mesh, loads.imbalance(mesh.sizes) if loads else 1.0) for mesh in meshes]
+  return sorted(pairs, key=lambda pair: pair[0].seconds(pair[1]))
 
 
 def with_chosen_meshes(
@@ -165,12 +168,12 @@ def with_chosen_meshes(
   stages, notes = [], []
   for stage in experiment.stages:
     choices = [
-      (mesh, loads.imbalance(mesh.sizes) if loads else 1.0)
+      mesh
       for mesh in meshes
       if mesh.stage == stage.name and math.prod(mesh.sizes.values()) == num_devices
     ]
     if choices:
-      mesh, imbalance = min(choices, key=lambda choice: choice[0].seconds(choice[1]))
+      mesh, imbalance = ranked(choices, loads)[0]
       stage = dataclasses.replace(stage, mesh=MeshConfig(**mesh.sizes))
       reason = "no loads are recorded yet"
       if loads:

@@ -11,7 +11,7 @@ from lwm.config.experiment import Stage
 from lwm.config.model import ExpertsConfig
 from lwm.errors import UserError
 from lwm.parallel.sharding import MeshConfig
-from lwm.train.mesh_choice import PooledMesh, RecordedLoads, ranking, with_chosen_meshes
+from lwm.train.mesh_choice import PooledMesh, RecordedLoads, ranked, with_chosen_meshes
 from tests.lwm.plan import planned
 
 LOAD_E = [8, 1, 1, 1, 1, 1, 1, 2]
@@ -106,10 +106,11 @@ def test_each_stage_takes_the_fastest_mesh(experiment, pool, tmp_path, load_E, n
 def test_ranking_is_by_the_loads_of_the_run(experiment):
   loads = RecordedLoads(experiment.model.experts, np.array([[LOAD_E]] * 2))
   meshes = [PooledMesh.of(plan_of(1, 0.5, expert=8)), PooledMesh.of(plan_of(2, 1, fsdp=8))]
-  assert list(ranking(meshes, loads)) == [
-    "long: 2.00 s per step with fsdp 8: the largest load of a device is 1.00 times the mean",
-    "long: 2.50 s per step with expert 8: the largest load of a device is 4.00 times the mean",
-  ]
+  (first, one), (second, four) = ranked(meshes, loads)
+  assert first.sizes["fsdp"] == second.sizes["expert"] == 8
+  assert (one, four) == (pytest.approx(1), pytest.approx(4))
+  assert (first.seconds(one), second.seconds(four)) == (pytest.approx(2), pytest.approx(2.5))
+  assert [mesh.step_seconds for mesh, _ in ranked(meshes, None)] == [1, 2]
 
 
 def test_what_is_wrong_is_one_sentence(experiment, pool, tmp_path):
