@@ -20,6 +20,7 @@ import numpy as np
 from lwm.config.experiment import AnyExperiment, Experiment
 from lwm.config.model import EXPERTS, ExpertsConfig
 from lwm.errors import UserError
+from lwm.model.balance import mean_after
 from lwm.model.placement import choose_slots, device_loads
 from lwm.parallel.sharding import MeshConfig, ShardingRules
 from lwm.plan.report import mesh_text
@@ -65,15 +66,15 @@ class RecordedLoads:
       load_TxLxE: choices of each expert.
     """
     self._experts = experts
-    relative_TxLxE = load_TxLxE / np.maximum(load_TxLxE.mean(axis=2, keepdims=True), 1e-9)
     # The mean of earlier loads places the experts of each step, so the first step is not replayed.
-    # The scale of a mean does not matter.
-    mean_LxE, means = np.zeros(relative_TxLxE.shape[1:]), []
-    for relative_LxE in relative_TxLxE[:-1]:
-      mean_LxE = experts.load_decay * mean_LxE + relative_LxE
+    loads = jnp.asarray(load_TxLxE, jnp.float32)
+    mean_LxE, means = jnp.zeros(loads.shape[1:]), []
+    for load_LxE in loads[:-1]:
+      mean_LxE = mean_after(mean_LxE, load_LxE, experts.load_decay)
       means.append(mean_LxE)
-    self._mean_RxE = jnp.asarray(np.concatenate(means), jnp.float32)
-    self._load_RxE = jnp.asarray(np.concatenate(relative_TxLxE[1:]), jnp.float32)
+    self._mean_RxE = jnp.concatenate(means)
+    load_RxE = jnp.concatenate(loads[1:])
+    self._load_RxE = load_RxE / jnp.maximum(jnp.mean(load_RxE, axis=1, keepdims=True), 1e-9)
 
   def imbalance(self, sizes: Mapping[str, int]) -> float:
     """The largest load of a device divided by the mean load, averaged over steps and layers.
