@@ -31,6 +31,7 @@ from lwm.data import VALIDATION, Dataset
 from lwm.data.chat import ChatFormat
 from lwm.data.dataset import Split
 from lwm.data.documents import BadDocument, as_text
+from lwm.data.lines import read_lines
 from lwm.errors import UserError
 from lwm.infer.films import check_films
 from lwm.vision.codec import Codec
@@ -77,22 +78,14 @@ _BORDER = np.array([40, 120, 255], np.uint8)
 def read_prompts() -> list[str]:
   """The texts of --prompts. Raises UserError for a line without a prompt."""
   path = pathlib.Path(_PROMPTS.value or "")
-  try:
-    lines = path.read_text("utf-8").splitlines()
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"--prompts={path} cannot be read as UTF-8 text: {error}.") from error
   prompts = []
-  for number, line in enumerate(lines, start=1):
-    if not line.strip():
-      continue
+  for number, line in read_lines(path, "prompts"):
     if path.suffix == ".jsonl":
       try:
         line = as_text(json.loads(line)["prompt"], "the prompt")
       except (ValueError, TypeError, KeyError, BadDocument) as error:
         raise UserError(f"{path}, line {number}, is not JSON with a text prompt.") from error
     prompts.append(line)
-  if not prompts:
-    raise UserError(f"--prompts={path} has no prompts: write one per line.")
   return prompts
 
 

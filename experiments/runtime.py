@@ -30,10 +30,11 @@ def use_compilation_cache() -> None:
 
   JAX skips an entry that a killed process left unfinished, with a warning, and compiles the program
   again. JAX's own setting, JAX_COMPILATION_CACHE_DIR, takes precedence. Runs on several CPU devices
-  use no cache: with jaxlib 0.11.2, a cached program of a ring of CPU devices has computed wrong
-  gradients.
+  never use a cache: with jaxlib 0.11.2, their cached programs have computed wrong gradients of a
+  ring, and waited forever in collectives.
   """
-  several_cpus = jax.default_backend() == "cpu" and jax.device_count() > 1
-  if jax.config.jax_compilation_cache_dir is None and not several_cpus:
+  if jax.default_backend() == "cpu" and jax.device_count() > 1:
+    jax.config.update("jax_enable_compilation_cache", False)
+  elif jax.config.jax_compilation_cache_dir is None:
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(cache / "lwm" / "jax"))

@@ -15,6 +15,7 @@ start the same command again.
 
 import pathlib
 
+import jax
 from absl import flags
 
 from experiments import flags as experiment_flags
@@ -24,6 +25,7 @@ from lwm.errors import UserError
 from lwm.parallel import distributed, xla_flags
 from lwm.report.profiling import parse_steps
 from lwm.train import loop
+from lwm.train.mesh_choice import with_chosen_meshes
 
 _CONFIG = experiment_flags.define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -31,6 +33,12 @@ _WORKDIR = flags.DEFINE_string(
   None,
   "Directory for checkpoints, metrics and curves; a run resumes from what it contains.",
   required=True,
+)
+_POOL = flags.DEFINE_string(
+  "pool",
+  None,
+  "File of `experiments.plan --pool --json`: whenever the run starts or resumes, each stage takes "
+  "the mesh that is fastest for the loads of experts that the run has recorded.",
 )
 _PROFILE_STEPS = flags.DEFINE_string(
   "profile_steps",
@@ -65,9 +73,15 @@ def main(argv: list[str]) -> None:
     _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PEER_TIMEOUT.value
   )
   with processes:
-    check_devices(experiment, len(devices()))
+    workdir, num_devices = pathlib.Path(_WORKDIR.value), len(devices())
+    if _POOL.value:
+      pool = pathlib.Path(_POOL.value)
+      experiment, notes = with_chosen_meshes(experiment, pool, workdir, num_devices)
+      for note in notes if jax.process_index() == 0 else ():
+        print(note, flush=True)
+    check_devices(experiment, num_devices)
     use_compilation_cache()
-    loop.train(experiment, pathlib.Path(_WORKDIR.value), profile_steps=profile_steps)
+    loop.train(experiment, workdir, profile_steps=profile_steps)
 
 
 if __name__ == "__main__":

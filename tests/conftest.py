@@ -1,4 +1,4 @@
-"""Eight CPU devices in every test process, JAX's compilation cache, and the option --quick."""
+"""Eight CPU devices in every test process, JAX's settings, and the option --quick."""
 
 import gc
 import os
@@ -8,8 +8,6 @@ import tempfile
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
   + " --xla_force_host_platform_device_count=8"
-  # With this scheduler, jaxlib 0.11.2 computes wrong gradients of a ring with a cached program.
-  + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
   # A device that waits 40 s for another one on a busy machine would end the process.
   + " --xla_cpu_collective_call_terminate_timeout_seconds=1200"
   # Most programs run once. LLVM's optimisations, and an MLIR pipeline for each fusion, would take
@@ -27,6 +25,9 @@ os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "lwm-test-jax-cache")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Only programs with one device use the cache (tests/programs.py). With jaxlib 0.11.2, cached
+# programs of several CPU devices have computed wrong gradients and waited forever in collectives.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 # Several test processes compile for TPUs at the same time; none of them runs on a TPU.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 

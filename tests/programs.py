@@ -37,7 +37,6 @@ LIBRARIES = (
 # Flags that tests/conftest.py sets for eight devices. Processes of pytest-xdist have them twice.
 _FOR_EIGHT_DEVICES = (
   "--xla_force_host_platform_device_count",
-  "--xla_cpu_enable_concurrency_optimized_scheduler",
   "--xla_cpu_collective_call_terminate_timeout_seconds",
 )
 
@@ -47,7 +46,7 @@ def one_device() -> dict[str, str]:
   flags = os.environ["XLA_FLAGS"].split()
   flags = [flag for flag in flags if not flag.startswith(_FOR_EIGHT_DEVICES)]
   environment = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
-  return environment | {"XLA_FLAGS": " ".join(flags)}
+  return environment | {"XLA_FLAGS": " ".join(flags), "JAX_ENABLE_COMPILATION_CACHE": "true"}
 
 
 class Program:
@@ -128,9 +127,12 @@ def _run(command: list[str], environment: dict[str, str], paths: list[pathlib.Pa
   os.environ.clear()
   os.environ.update(environment)
   os.chdir(ROOT)
-  # JAX has read this variable in the server.
+  # JAX has read these variables in the server.
   jax.config.update(
     "jax_numpy_rank_promotion", environment.get("JAX_NUMPY_RANK_PROMOTION", "allow")
+  )
+  jax.config.update(
+    "jax_enable_compilation_cache", environment["JAX_ENABLE_COMPILATION_CACHE"] == "true"
   )
   program, *arguments = command
   sys.argv = ["-c", *arguments]

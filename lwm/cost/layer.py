@@ -90,8 +90,10 @@ class LayerCost:
     expert_weights: how many of these belong to experts, which devices divide.
     spare_weights: elements of the copies of experts on a device, before `tensor` divides them.
     flops: forward FLOPs of matrix products per token.
+    expert_flops: how many of these are computed by the experts that a router chooses.
     pair_flops: forward FLOPs per (query, key) pair.
     recompute_flops: FLOPs per token that the backward pass computes again.
+    expert_recompute_flops: how many of these are computed by the experts that a router chooses.
     recompute_pair_flops: FLOPs per pair that the backward pass computes again.
     kept: bytes per token of a device that the forward pass keeps for the backward pass.
     backward: bytes per token of a device that exist at one moment of the backward pass at least,
@@ -108,8 +110,10 @@ class LayerCost:
   expert_weights: int = 0
   spare_weights: int = 0
   flops: int = 0
+  expert_flops: int = 0
   pair_flops: int = 0
   recompute_flops: int = 0
+  expert_recompute_flops: int = 0
   recompute_pair_flops: int = 0
   kept: float = 0
   backward: float = 0

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from lwm.data.documents import BadDocument, as_text
+from lwm.data.lines import read_lines
 from lwm.data.tokenizer import Tokenizer
 from lwm.errors import UserError
 from lwm.evals.answers import Answerer, AnswerFile
@@ -84,19 +85,12 @@ def read_questions(path: pathlib.Path) -> list[UserQuestion]:
   Raises:
     UserError: the file cannot be read, or a line is not such a question.
   """
-  try:
-    lines = path.read_text("utf-8").splitlines()
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"--questions={path} cannot be read as UTF-8 text: {error}.") from error
   questions = []
-  for number, line in enumerate(lines, start=1):
-    if line.strip():
-      try:
-        questions.append(_question(number, json.loads(line), path.parent))
-      except (ValueError, BadDocument) as error:
-        raise UserError(f"{path}, line {number}, is not a question: {error}.") from error
-  if not questions:
-    raise UserError(f"--questions={path} has no questions: write one per line.")
+  for number, line in read_lines(path, "questions"):
+    try:
+      questions.append(_question(number, json.loads(line), path.parent))
+    except (ValueError, BadDocument) as error:
+      raise UserError(f"{path}, line {number}, is not a question: {error}.") from error
   return questions
 
 

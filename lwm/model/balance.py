@@ -19,11 +19,22 @@ from lwm.model.decoder import stretch_name
 FOLLOWERS = ("*.router_bias", "*.expert_load")
 
 
+def mean_after(mean_LxE: jax.Array, load_LxE: jax.Array, decay: float) -> jax.Array:
+  """The mean loads after a step: decay x mean load + (1 - decay) x load / (mean over experts).
+
+  Args:
+    mean_LxE: before the step.
+    load_LxE: choices of each expert in the step.
+    decay: `ExpertsConfig.load_decay`.
+  """
+  relative_LxE = load_LxE / jnp.maximum(jnp.mean(load_LxE, axis=1, keepdims=True), 1e-9)
+  return decay * mean_LxE + (1 - decay) * relative_LxE
+
+
 def rebalanced(config: ModelConfig, frozen: Any, statistics: dict[str, jax.Array]) -> Any:
   """The frozen parameters after a step.
 
-  bias += bias_rate x sign(mean load - load), and the mean load becomes load_decay x mean load +
-  (1 - load_decay) x load / (mean over experts).
+  bias += bias_rate x sign(mean over experts - load), and the mean loads follow `mean_after`.
 
   Args:
     config: the decoder.
@@ -40,15 +51,14 @@ def rebalanced(config: ModelConfig, frozen: Any, statistics: dict[str, jax.Array
     first = layers.stop
     layer = frozen.get(name, {}).get("feed_forward", {})
     load_LxE = jnp.sum(statistics["expert_load"][layers], axis=1)
-    mean_Lx1 = jnp.mean(load_LxE, axis=1, keepdims=True)
     new = {}
     if "router_bias" in layer and "router" not in layer:
+      mean_Lx1 = jnp.mean(load_LxE, axis=1, keepdims=True)
       new["router_bias"] = layer["router_bias"] + config.experts.bias_rate * jnp.sign(
         mean_Lx1 - load_LxE
       )
     if "expert_load" in layer:
-      decay, relative_LxE = config.experts.load_decay, load_LxE / jnp.maximum(mean_Lx1, 1e-9)
-      new["expert_load"] = decay * layer["expert_load"] + (1 - decay) * relative_LxE
+      new["expert_load"] = mean_after(layer["expert_load"], load_LxE, config.experts.load_decay)
     if new:
       frozen = frozen | {name: frozen[name] | {"feed_forward": layer | new}}
   return frozen

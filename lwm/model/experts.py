@@ -294,8 +294,10 @@ def experts_cost(config: ModelConfig, division: Division) -> LayerCost:
     expert_weights=3 * E * M * F,
     spare_weights=3 * experts.spare_slots * M * F if has_spare else 0,
     flops=k * 6 * M * F + 2 * M * E,
+    expert_flops=k * 6 * M * F,
     # The gradient of a share needs the result of the expert, so nothing is spared.
     recompute_flops=0 if keeps_rows else k * 6 * M * F + 2 * M * E,
+    expert_recompute_flops=0 if keeps_rows else k * 6 * M * F,
     kept=k * (M + 2 * F / tensor) * number if keeps_rows else 0,
     # Written and read: the rows on both sides, sorted or not, and what an expert computes of them.
     moved=k * (8 * M + 6 * F),

@@ -4,5 +4,5 @@ from lwm.plan import report
 from lwm.plan.compilation import compile_ahead
 from lwm.plan.memory import compile_program
 from lwm.plan.plan import StagePlan, plan_stage
-from lwm.plan.search import longest, search
+from lwm.plan.search import longest, pool, search
 from lwm.plan.topology import Topology, load

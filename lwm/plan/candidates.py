@@ -16,7 +16,7 @@ from lwm.plan.traffic import host_memory
 
 # Numbers of head groups to try. Only 1 where tokens are gathered over `tensor`: each group would
 # gather them again.
-_HEAD_GROUPS = (1, 4)
+_HEAD_GROUPS: tuple[int, ...] = (1, 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,11 @@ class Candidate:
 
 
 def candidates(
-  experiment: Experiment, stage: Stage, num_devices: int, axes: tuple[str, ...] = AXES
+  experiment: Experiment,
+  stage: Stage,
+  num_devices: int,
+  axes: tuple[str, ...] = AXES,
+  own_policies: bool = False,
 ) -> Iterator[Candidate]:
   """All meshes that the stage and the model allow, with each remat and offload policy.
 
@@ -60,9 +64,14 @@ def candidates(
     stage: its lengths, batch and layout are used.
     num_devices: number of devices; every mesh uses all of them.
     axes: mesh axes to try; the others have one device.
+    own_policies: try only the policies of the experiment.
   """
   shapes = _factorisations(num_devices, len(axes))
-  for shape, head_groups in itertools.product(shapes, _HEAD_GROUPS):
+  groups, policies = _HEAD_GROUPS, [*itertools.product(REMAT_POLICIES, (False, True))]
+  if own_policies:
+    groups = (experiment.model.head_groups,)
+    policies = [(experiment.model.remat, experiment.optimizer.offload)]
+  for shape, head_groups in itertools.product(shapes, groups):
     sizes = {**dict.fromkeys(AXES, 1), **dict(zip(axes, shape))}
     if head_groups > 1 and sizes[ShardingRules.tensor] > 1:
       continue
@@ -80,7 +89,7 @@ def candidates(
       check_model_fits_mesh(trial.model, sizes)
     except ConfigError:
       continue
-    for remat, offload in itertools.product(REMAT_POLICIES, (False, True)):
+    for remat, offload in policies:
       choice = dataclasses.replace(
         trial,
         model=dataclasses.replace(trial.model, remat=remat),

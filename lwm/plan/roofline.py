@@ -58,6 +58,9 @@ class Roofline:
     mfu: model FLOPs over the peak of all devices.
     hop: one hop of the ring; None without a ring.
     assumptions: sentences that say what else the figures rest on.
+    expert_seconds: the part of `step_seconds` that is proportional to the load of the device whose
+      experts have the most tokens. If that load is I times the mean, a step takes (I - 1) x
+      expert_seconds longer.
   """
 
   model_flops: float
@@ -70,6 +73,7 @@ class Roofline:
   mfu: float
   hop: Hop | None
   assumptions: tuple[str, ...]
+  expert_seconds: float = 0.0
 
 
 def estimate(
@@ -120,6 +124,11 @@ def estimate(
     "moments from the host and back": wires("moments"),
   }
   step = sum(seconds.values())
+  expert_flops = (2 + trained.body) * cost.expert_flops + cost.expert_recompute_flops
+  expert_seconds = expert_flops * tokens / (per_second * MATMUL_EFFICIENCY)
+  if model.experts and model.experts.experts_per_token < division.experts:
+    # Otherwise each device gathers all tokens, whichever experts they choose.
+    expert_seconds += wires("tokens to experts")
   return Roofline(
     model_flops=flops,
     recompute_flops=recompute,
@@ -130,7 +139,8 @@ def estimate(
     rate_per_chip=tokens / step / (mesh.size / chip.devices_per_chip),
     mfu=flops / step / per_second,
     hop=_hop(model, division, traffic, pairs / mesh.size, chip.flops * ATTENTION_EFFICIENCY),
-    assumptions=_assumptions(chip),
+    assumptions=_assumptions(chip, model),
+    expert_seconds=expert_seconds,
   )
 
 
@@ -150,7 +160,7 @@ def machine_text(chip: Chip) -> str:
   )
 
 
-def _assumptions(chip: Chip) -> tuple[str, ...]:
+def _assumptions(chip: Chip, model: ModelConfig) -> tuple[str, ...]:
   return (
     machine_text(chip),
     f"Matrix products reach {MATMUL_EFFICIENCY:.0%} of the peak, attention "
@@ -159,6 +169,7 @@ def _assumptions(chip: Chip) -> tuple[str, ...]:
     "Weights, gradients and offloaded activations travel during any computation, keys and values "
     f"during attention, activations over {ShardingRules.tensor}, tokens to experts and offloaded "
     "moments during none.",
+    *(("All devices have equally many tokens for their experts.",) if model.experts else ()),
   )
 
 

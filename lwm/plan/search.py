@@ -1,14 +1,19 @@
 """The fastest ways to run a stage on a machine, and the longest context that fits a machine.
 
+For a model with experts, also a pool of meshes, among which lwm/train/mesh_choice.py chooses.
+
 All results have been compiled and fit. Candidates that exceed the lower bound (lwm/plan/bound.py)
 are excluded; the others are ordered by the roofline and compiled in turn. The ratio of compiled to
 counted memory is then expected of all candidates that agree in remat policy, in the number of head
 groups, and in whether they have a ring.
 """
 
-from collections.abc import Callable, Iterator
+import collections
+import math
+from collections.abc import Callable, Iterable, Iterator
 
 from lwm.config.experiment import Experiment, Stage
+from lwm.cost.layer import Division
 from lwm.errors import UserError
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import AXES, ShardingRules
@@ -40,17 +45,63 @@ def search(
     tries: maximum number of programs to compile.
     axes: mesh axes to try.
   """
+  found = candidates(experiment, stage, len(topology.devices), axes)
+  return _fastest_first(found, topology, report, tries)
+
+
+def pool(
+  experiment: Experiment, stage: Stage, topology: Topology, report: Report, tries: int
+) -> Iterator[StagePlan]:
+  """Meshes of which each may be the fastest, depending on the loads of experts.
+
+  SmartMoE (USENIX ATC 2023) also builds a pool offline and chooses at run time. Here the loads
+  matter only through the number of devices that divide the experts: the fewer, the closer is each
+  device's load to the mean, and the more weights are gathered. So for each number, the fastest mesh
+  that fits is kept, unless a mesh with a smaller number is as fast when all loads are equal.
+
+  Args:
+    experiment: validated; its remat policy, head groups and offloading are kept.
+    stage: its mesh is ignored.
+    topology: the machine, all of whose devices are used.
+    report: called after each compilation.
+    tries: maximum number of programs to compile for each number of devices.
+
+  Yields:
+    Plans that fit, each faster than the one before and with more devices that divide the experts.
+  """
+  groups = collections.defaultdict(list)
+  for candidate in candidates(experiment, stage, len(topology.devices), own_policies=True):
+    sizes = candidate.stage.mesh.axis_sizes()
+    groups[Division.of(candidate.stage, sizes).experts].append(candidate)
+  fastest = math.inf
+  for _, group in sorted(groups.items()):
+    plan = next(_fastest_first(group, topology, report, tries, fastest), None)
+    if plan is not None:
+      fastest = plan.roofline.step_seconds
+      yield plan
+
+
+def _fastest_first(
+  found: Iterable[Candidate],
+  topology: Topology,
+  report: Report,
+  tries: int,
+  limit: float = math.inf,
+) -> Iterator[StagePlan]:
+  """The plans that fit and take fewer than `limit` seconds per step; see `search`."""
   fitting = [
-    candidate
-    for candidate in candidates(experiment, stage, len(topology.devices), axes)
+    (_step_seconds(candidate, topology), candidate)
+    for candidate in found
     if candidate.may_fit(topology.chip)
   ]
   # Candidates with equal estimates: the one with the least memory first.
-  fitting.sort(key=lambda c: (_step_seconds(c, topology), c.least_memory))
+  fitting.sort(key=lambda timed: (timed[0], timed[1].least_memory))
   # The least ratio of compiled to counted bytes so far. For LWM's recipes it is 1.3 to 1.7 without
   # a ring, and 1.5 to 2.1 with one.
   ratios: dict[tuple[str, int, bool], float] = {}
-  for candidate in fitting:
+  for seconds, candidate in fitting:
+    if seconds >= limit:
+      return
     model, sizes = candidate.experiment.model, candidate.stage.mesh.axis_sizes()
     policy = model.remat, model.head_groups, sizes[_RULES.ring] > 1
     if candidate.least_memory * ratios.get(policy, 1.0) > topology.chip.memory:

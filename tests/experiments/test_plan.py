@@ -50,8 +50,10 @@ def test_gpus_keep_block_inputs_in_the_hosts_memory():
     (["--topology=cpu:4", "--stage=9"], "error: --stage=9: the experiment's stages are long"),
     (
       ["--topology=cpu:4", "--search", "--longest"],
-      "error: --search and --longest exclude each other",
+      "error: --search, --longest and --pool exclude each other",
     ),
+    (["--topology=cpu:4", "--pool"], "error: --pool is for models with experts: set the meshes"),
+    (["--topology=cpu:4", "--loads=runs/x"], "error: --loads chooses among the meshes of --pool"),
     (["--stage=long"], "error: give --config=FILE and --topology=MACHINE, or --table"),
     (
       ["--topology=cpu:4", "--config.stages[0].mesh.ring=3"],

@@ -16,6 +16,7 @@ TRAIN = "experiments.train", "--config=configs/laptop.py"
   [
     (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is not a directory: "),
     (["--workdir=runs/x", "--profile_steps=761:763"], "--profile_steps=761:763: the run has 760"),
+    (["--workdir=runs/x", "--pool=none"], "--pool is for models with experts: set the meshes of"),
   ],
 )
 def test_a_mistake_is_one_sentence(arguments, message):

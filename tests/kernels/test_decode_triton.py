@@ -12,9 +12,8 @@ import jax_triton
 import numpy as np
 import pytest
 
-from kernels import benchmarks
+from kernels import benchmarks, nvidia
 from kernels.attention import KeyIntervals, reference as attention_reference
-from kernels.attention.triton import backend as attention_backend
 from kernels.attention.triton.block_sizes import Blocks, decode_programs, decode_splits
 from kernels.benchmarks import timing
 from kernels.decode import api, decode_attention, dequantize, quantize
@@ -151,7 +150,7 @@ def test_its_sizes_are_measured(monkeypatch):
   monkeypatch.setattr(timing, "SECONDS_PER_ROUND", 0.0)
   monkeypatch.setattr(timing, "ROUNDS", 1)
   hopper = types.SimpleNamespace(compute_capability=90)
-  monkeypatch.setattr(attention_backend.pallas_triton, "get_gpu_info", lambda: hopper)
+  monkeypatch.setattr(nvidia.pallas_triton, "get_gpu_info", lambda: hopper)
   here = triton_backend.TRITON._replace(unsupported=lambda *_: None)
   monkeypatch.setattr(api, "BACKENDS", (here,))
   caches = [benchmarks.Cache(128, 2, 1, 64, "float32", is_int8) for is_int8 in (False, True)]

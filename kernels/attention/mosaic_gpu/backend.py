@@ -18,7 +18,7 @@ from kernels.attention import block_tables
 from kernels.attention.backend import Backend
 from kernels.attention.intervals import KeyIntervals
 from kernels.attention.mosaic_gpu.block_sizes import BLOCKS, TILE
-from kernels.attention.triton.backend import compute_capability
+from kernels.nvidia import compute_capability
 from kernels.varying import vary_as
 
 HEAD_DIMS = (64, 128, 256)

@@ -5,19 +5,18 @@ float32 inputs are multiplied as three TensorFloat-32 products ("tf32x3"), as ac
 B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim, N/M query/key blocks.
 """
 
-import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import triton as pallas_triton
 
 from kernels.attention import block_tables
 from kernels.attention.backend import Backend
 from kernels.attention.intervals import KeyIntervals
 from kernels.attention.triton.block_sizes import Blocks, blocks_for
+from kernels.nvidia import compute_capability, triton_is_missing
 from kernels.varying import vary_as
 
 HEAD_DIMS = (64, 128, 256)
@@ -116,23 +115,11 @@ def backward(
 
 def unsupported(query_BxQxHxD: jax.Array, _: Any) -> str | None:
   """Why Triton does not run here, or None; see `kernels.attention.backend.Backend`."""
-  if not pallas_triton.is_gpu_device():
-    return "it needs an NVIDIA GPU; 'xla' runs everywhere"
-  if importlib.util.find_spec("jax_triton") is None:
-    return "it needs jax-triton: pip install 'lwm[gpu]'"
-  if compute_capability() < 80:
-    return "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or later; use 'xla'"
+  if problem := triton_is_missing("xla"):
+    return problem
   if query_BxQxHxD.shape[-1] not in HEAD_DIMS:
     return f"it takes head_dim {HEAD_DIMS}, not {query_BxQxHxD.shape[-1]}; 'xla' takes any"
   return None
-
-
-def compute_capability() -> int:
-  """Ten times the compute capability of the program's GPU; 0 if JAX does not know its name."""
-  try:
-    return pallas_triton.get_gpu_info().compute_capability
-  except ValueError:  # JAX does not know names without "NVIDIA"; these GPUs predate Ampere.
-    return 0
 
 
 TRITON = Backend("triton", unsupported, forward, backward)

@@ -19,6 +19,7 @@ from kernels.attention.triton import backend as attention_backend
 from kernels.attention.triton.block_sizes import Blocks, blocks_for, decode_programs, decode_splits
 from kernels.decode.backend import Backend
 from kernels.decode.cache import Cached, Quantized
+from kernels.nvidia import compute_capability
 
 # The fewest rows of a matrix instruction.
 LEAST_ROWS = 16
@@ -77,7 +78,7 @@ TRITON = Backend("triton", unsupported, partial)
 
 def _sizes(query_BxQxHxD, key_LxBxKxGxD: Cached, sizes) -> tuple[Blocks, int]:
   """Block sizes, and the number of splits."""
-  capability = attention_backend.compute_capability()
+  capability = compute_capability()
   kernel = "decode_int8" if isinstance(key_LxBxKxGxD, Quantized) else "decode"
   D, dtype = query_BxQxHxD.shape[3], query_BxQxHxD.dtype
   blocks = sizes.get(kernel) or blocks_for(kernel, capability, D, dtype)

@@ -5,16 +5,14 @@ float32 operands are multiplied as three TensorFloat-32 products ("tf32x3"), as 
 R rows, K inputs, N outputs, E groups (experts).
 """
 
-import importlib.util
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import triton as pallas_triton
 
-from kernels.attention.triton.backend import compute_capability
 from kernels.experts.backend import Backend
 from kernels.experts.visits import visits
+from kernels.nvidia import compute_capability, triton_is_missing
 from kernels.varying import vary_as
 
 # Inputs and outputs are multiples of this.
@@ -87,12 +85,8 @@ def outer(x_RxK: jax.Array, y_RxN: jax.Array, sizes_E: jax.Array) -> jax.Array:
 
 def unsupported(x_RxK: Any, weight_ExKxN: Any) -> str | None:
   """Why these kernels do not run here, or None; see `kernels.backends.Backend`."""
-  if not pallas_triton.is_gpu_device():
-    return "it needs an NVIDIA GPU; 'ragged_dot' runs everywhere"
-  if importlib.util.find_spec("jax_triton") is None:
-    return "it needs jax-triton: pip install 'lwm[gpu]'"
-  if compute_capability() < 80:
-    return "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or later; use 'ragged_dot'"
+  if problem := triton_is_missing("ragged_dot"):
+    return problem
   if any(size % MULTIPLE for size in weight_ExKxN.shape[1:]):
     return (
       f"it takes inputs and outputs that are multiples of {MULTIPLE}, not "

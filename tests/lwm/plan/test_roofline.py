@@ -73,6 +73,20 @@ def test_copies_of_experts(v5p):
   assert weights.bytes == 2 * (4 + 2) * expert / 2 * (2 + 2)
 
 
+@pytest.mark.parametrize("k, remat, passes", [(1, "full", 4), (1, "none", 3), (2, "full", 4)])
+def test_what_waits_for_the_device_with_the_largest_load(v5p, k, remat, passes):
+  experts = ExpertsConfig(8, k, width=512, shared_experts=1)
+  roofline = estimate(*planned(v5p, expert=2, fsdp=2, remat=remat, experts=experts))
+  # Two layers; the backward pass counts twice, and once more where products are computed again.
+  flops = passes * k * 6 * 256 * 512 * 2 * TOKENS
+  tokens = roofline.seconds["tokens to experts and back"]
+  assert tokens > 0
+  # Two experts per token on two devices: all tokens are gathered, whatever they choose.
+  waiting = flops / (0.75 * 4 * 459e12) + (tokens if k == 1 else 0)
+  assert roofline.expert_seconds == pytest.approx(waiting)
+  assert estimate(*planned(v5p, fsdp=4)).expert_seconds == 0
+
+
 def test_flops_and_seconds(v5p):
   roofline = estimate(*planned(v5p, fsdp=4))
   products = 6 * BODY * TOKENS + 6 * 256 * 1000 * TOKENS

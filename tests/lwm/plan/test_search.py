@@ -1,5 +1,6 @@
 """Candidates, the bound that excludes some of them, and search and longest with a fake compiler."""
 
+import collections
 import dataclasses
 import importlib
 import itertools
@@ -9,13 +10,15 @@ import types
 import pytest
 
 from configs import lwm_text_7b
-from lwm.config.model import REMAT_POLICIES
+from lwm.config.model import REMAT_POLICIES, ExpertsConfig
 from lwm.cost.chips import GIB
 from lwm.errors import UserError
+from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig
-from lwm.plan import load, longest, plan_stage, search
+from lwm.plan import load, longest, plan_stage, pool, search
 from lwm.plan.bound import least_memory
 from lwm.plan.candidates import candidates, length_text, single_row
+from lwm.plan.roofline import estimate
 from tests.lwm.plan import planned
 
 # The package exports the function of that name.
@@ -115,7 +118,7 @@ class FakeCompiler:
       mesh=mesh,
       remat=experiment.model.remat,
       memory=types.SimpleNamespace(fits=self.fits(experiment), total=self.total),
-      roofline=types.SimpleNamespace(step_seconds=1.0),
+      roofline=estimate(experiment, stage, make_mesh(stage.mesh, topology.devices), topology),
     )
     return plan, None, None
 
@@ -169,6 +172,31 @@ def test_search_learns_from_what_did_not_fit(monkeypatch, v5e):
   asked = {(e.model.remat, e.stages[0].mesh.ring > 1) for e in fake.asked}
   assert len(fake.asked) == len(asked)
   assert asked == set(itertools.product(REMAT_POLICIES, (False, True)))
+
+
+def test_a_pool_has_the_fastest_mesh_for_each_number_of_devices_of_experts(monkeypatch, v5e):
+  """Of 1, 2 and 4 devices that divide the experts; then no mesh with two of them fits."""
+  experiment = planned.get_config()
+  experiment.model.experts = ExpertsConfig(8, 1, width=4096)
+  stage = experiment.stages[0]
+  stage.tokens_per_batch = 4 * stage.sequence_length
+  number = lambda mesh: mesh["expert"] * mesh["ulysses"]
+  seconds = collections.defaultdict(list)
+  for candidate in candidates(experiment, stage, 4, own_policies=True):
+    model, optimizer = candidate.experiment.model, candidate.experiment.optimizer
+    assert (model.remat, model.head_groups, optimizer.offload) == ("full", 1, False)
+    mesh = candidate.stage.mesh.axis_sizes()
+    seconds[number(mesh)].append(search_module._step_seconds(candidate, v5e))
+  fastest = {n: min(times) for n, times in seconds.items()}
+  assert fastest[1] > fastest[2] > fastest[4] and max(seconds[2]) > fastest[1]
+  for left_out in (None, 2):
+    fake = compiler(monkeypatch, fits=lambda e: number(e.stages[0].mesh.axis_sizes()) != left_out)
+    plans = list(pool(experiment, stage, v5e, ignore, tries=3))
+    found = {number(plan.mesh): plan.roofline.step_seconds for plan in plans}
+    assert list(found) == [n for n in (1, 2, 4) if n != left_out]
+    assert found == {n: fastest[n] for n in found}
+    # Meshes that are slower than one with fewer devices are not compiled.
+    assert [number(e.stages[0].mesh.axis_sizes()) for e in fake.asked] == [1, 2, 4]
 
 
 @pytest.mark.parametrize("limit", (2**12, 2**21, 2**30), ids=("low", "middle", "high"))
