@@ -2,8 +2,8 @@
 
 Both directions gather, and so do their gradients: a scatter would add rows one after the other.
 
-T tokens, k choices per token, A = T k choices, R rows, M model width, E experts, P slots, each of
-which computes one expert or nothing; n destinations with an equal share of the slots each, e slots
+T tokens, k choices per token, A = T k choices, R rows, M model width, E experts, P slots; n
+destinations with an equal share of the slots each, e slots
 of a destination, L rows per destination or source, S sources, V runs of rows.
 """
 
@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from kernels.experts.slots import WHOLE, Slots
 
 
 class Placement(NamedTuple):
@@ -45,7 +47,7 @@ def place(
   num_experts: int,
   destinations: int = 1,
   capacity: int | None = None,
-  expert_P: jax.Array | None = None,
+  slots: Slots | None = None,
 ) -> Placement:
   """Sorts choices by slot. R is `destinations` times the most rows that one may need.
 
@@ -54,12 +56,11 @@ def place(
     num_experts: E.
     destinations: n, which divides P.
     capacity: the most rows of an expert; its later choices get none. None: no limit.
-    expert_P: int32, the expert of each slot; E: none. All experts have a slot. Slots of one expert
-      belong to different destinations and share its rows equally, in the order of tokens. None:
-      slot i has expert i.
+    slots: what each slot computes; those of one expert belong to different destinations and divide
+      its rows, in the order of tokens. All experts have a slot. None: slot i has expert i.
   """
   num_tokens, k = expert_Txk.shape
-  num_slots = num_experts if expert_P is None else expert_P.shape[0]
+  num_slots = num_experts if slots is None else slots.expert_P.shape[0]
   per_destination = num_slots // destinations
   most = most_rows(num_tokens, k, per_destination, capacity)
 
@@ -76,10 +77,10 @@ def place(
   own_A = jnp.minimum(expert_A, num_experts - 1)
   index_A = rank_A - start_E[own_A]
   has_row_A = (expert_A < num_experts) & (index_A < sizes_E[own_A])
-  if expert_P is None:
+  if slots is None:
     start_P, sizes_P, slot_A = start_E, sizes_E, own_A
   else:
-    start_P, sizes_P, slot_A = _shared(start_E, sizes_E, expert_P, own_A, index_A)
+    start_P, sizes_P, slot_A = _divided(start_E, sizes_E, slots, own_A, index_A)
   sizes_nxe = sizes_P.reshape(destinations, per_destination)
   row_stop_nxe = jnp.cumsum(sizes_nxe, axis=1)
   first_row_nx1 = most * jnp.arange(destinations, dtype=jnp.int32)[:, None]
@@ -107,27 +108,21 @@ def most_rows(num_tokens: int, k: int, num_slots: int, capacity: int | None) -> 
   return most if capacity is None else min(most, num_slots * capacity)
 
 
-def _shared(start_E, sizes_E, expert_P, expert_A, index_A):
+def _divided(start_E, sizes_E, slots: Slots, expert_A, index_A):
   """Divides the sorted choices of each expert among its slots.
 
   Returns:
     The first choice of each slot in their sorted order, their numbers, and the slot of each choice,
     from its expert and its index among the expert's choices.
   """
-  num_experts = sizes_E.shape[0]
-  is_slot_ExP = expert_P[None] == jnp.arange(num_experts, dtype=jnp.int32)[:, None]
-  copies_E = jnp.sum(is_slot_ExP, axis=1, dtype=jnp.int32)
-  first_E = jnp.cumsum(copies_E) - copies_E
-  # Slots by expert, the empty ones last.
-  order_P = jnp.argsort(expert_P, stable=True)
-  own_P = jnp.minimum(expert_P, num_experts - 1)
-  copy_P = jnp.argsort(order_P) - first_E[own_P]
-  begin_P = copy_P * sizes_E[own_P] // copies_E[own_P]
-  end_P = (copy_P + 1) * sizes_E[own_P] // copies_E[own_P]
-  sizes_P = jnp.where(expert_P < num_experts, end_P - begin_P, 0)
-  copy_A = ((index_A + 1) * copies_E[expert_A] - 1) // jnp.maximum(sizes_E[expert_A], 1)
-  slot_A = order_P[first_E[expert_A] + copy_A]
-  return start_E[own_P] + begin_P, sizes_P.astype(jnp.int32), slot_A
+  size_P = slots.of_experts(sizes_E).astype(jnp.float32)
+  begin_P, end_P = (
+    jnp.round(size_P * (part_P / WHOLE)).astype(jnp.int32)
+    for part_P in (slots.begin_P, slots.end_P)
+  )
+  is_own_PxA = slots.expert_P[:, None] == expert_A[None]
+  is_own_PxA &= (begin_P[:, None] <= index_A[None]) & (index_A[None] < end_P[:, None])
+  return slots.of_experts(start_E) + begin_P, end_P - begin_P, jnp.argmax(is_own_PxA, axis=0)
 
 
 def sorted_experts(sizes_nxe: jax.Array, num_rows: int) -> jax.Array:

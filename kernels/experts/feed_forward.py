@@ -17,6 +17,7 @@ from kernels.experts.api import grouped_matmul
 from kernels.experts.backend import Backend
 from kernels.experts.dispatch import combine, merge, most_rows, no_gradient, place, spread
 from kernels.experts.exchange import Exchange, begins
+from kernels.experts.slots import Slots
 from kernels.varying import vary_alike, vary_trees_alike
 
 # Buffers have room for so many times the mean number of rows per device. A device that gets more
@@ -67,7 +68,7 @@ def expert_feed_forward(
   up_exMxF: jax.Array,
   down_exFxM: jax.Array,
   settings: Settings,
-  expert_P: jax.Array | None = None,
+  slots: Slots | None = None,
   shared_weights: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
   """The sum over a token's experts of share x SwiGLU of the expert, and the choices dropped.
@@ -94,21 +95,21 @@ def expert_feed_forward(
     up_exMxF: likewise.
     down_exFxM: likewise.
     settings: how the work is divided.
-    expert_P: int32, the expert of each slot, as `kernels.experts.dispatch.place` takes it. None:
-      slot i has expert i.
+    slots: of all devices, as `kernels.experts.dispatch.place` takes them. None: slot i has expert
+      i.
     shared_weights: a tree of arrays for `settings.shared`.
 
   Returns:
     [T, M] in the dtype of x, and the number of choices of these tokens that capacity dropped, a
     float32 scalar. Both vary over the axes that the tokens vary over.
   """
-  tokens, weights, expert_P = vary_trees_alike(
-    (x_TxM, expert_Txk, share_Txk), ((gate_exMxF, up_exMxF, down_exFxM), shared_weights), expert_P
+  tokens, weights, slots = vary_trees_alike(
+    (x_TxM, expert_Txk, share_Txk), ((gate_exMxF, up_exMxF, down_exFxM), shared_weights), slots
   )
   num_chunks = -(-x_TxM.shape[0] // settings.chunk)
   run = _chunks if num_chunks == 1 else _recomputed_chunks
   num_parts = num_chunks * _parts(settings)
-  out_TxM, dropped = run(num_parts, settings, tokens, weights, expert_P)
+  out_TxM, dropped = run(num_parts, settings, tokens, weights, slots)
   summed = (*settings.expert_axes, *(() if settings.has_part_of_tokens else _tensor(settings)))
   if summed:
     # The devices along these axes counted the same choices.
@@ -129,16 +130,16 @@ def _num_devices(settings: Settings) -> int:
   return jax.lax.axis_size(settings.exchange_axes) if settings.exchange_axes else 1
 
 
-def _whole(settings: Settings, tokens, weights, expert_P) -> tuple[jax.Array, jax.Array]:
+def _whole(settings: Settings, tokens, weights, slots) -> tuple[jax.Array, jax.Array]:
   """The networks for all tokens at once."""
   own_weights, shared_weights = weights
-  out_TxM, dropped = _routed(settings, tokens, own_weights, expert_P)
+  out_TxM, dropped = _routed(settings, tokens, own_weights, slots)
   if settings.shared is not None:
     out_TxM += settings.shared(tokens[0], shared_weights)
   return out_TxM, dropped
 
 
-def _routed(settings: Settings, tokens, weights, expert_P) -> tuple[jax.Array, jax.Array]:
+def _routed(settings: Settings, tokens, weights, slots) -> tuple[jax.Array, jax.Array]:
   x_TxM, expert_Txk, share_Txk = tokens
   n = _num_devices(settings)
   capacity = None
@@ -151,14 +152,14 @@ def _routed(settings: Settings, tokens, weights, expert_P) -> tuple[jax.Array, j
     num_experts=settings.num_experts,
     destinations=1 if settings.is_ragged else n,
     capacity=capacity,
-    expert_P=expert_P,
+    slots=slots,
   )
   chosen = jnp.sum(expert_Txk < settings.num_experts)
   dropped = (chosen - jnp.sum(placement.sizes_nxe)).astype(jnp.float32)
   if expert_Txk.shape[1] >= n > 1:
     if capacity is not None:
       expert_Txk = jnp.where(placement.row_Txk < 0, settings.num_experts, expert_Txk)
-    return _ring(settings, (x_TxM, expert_Txk, share_Txk), weights, expert_P), dropped
+    return _ring(settings, (x_TxM, expert_Txk, share_Txk), weights, slots), dropped
   x_RxM = spread(x_TxM, placement.row_Txk, placement.choice_R)
   sent_nxe, (T, k) = placement.sizes_nxe.reshape(n, -1), expert_Txk.shape
   received = n * most_rows(T, k, sent_nxe.shape[1], capacity)
@@ -166,15 +167,12 @@ def _routed(settings: Settings, tokens, weights, expert_P) -> tuple[jax.Array, j
   return combine(y_RxM, share_Txk, placement.row_Txk, placement.choice_R), dropped
 
 
-def _ring(settings: Settings, tokens, weights, expert_P):
+def _ring(settings: Settings, tokens, weights, slots):
   """Local experts for the tokens of all devices, and then the sum of all devices' results."""
   axes = settings.exchange_axes
   x_GxM, expert_Gxk, share_Gxk = (jax.lax.all_gather(array, axes, tiled=True) for array in tokens)
   placement = place(
-    expert_Gxk,
-    num_experts=settings.num_experts,
-    destinations=_num_devices(settings),
-    expert_P=expert_P,
+    expert_Gxk, num_experts=settings.num_experts, destinations=_num_devices(settings), slots=slots
   )
   row_Gxk, choice_L, sizes_1xe = placement.of(jax.lax.axis_index(axes))
   x_LxM = spread(x_GxM, row_Gxk, choice_L)
@@ -263,12 +261,12 @@ def _swiglu(settings: Settings, x_RxM, sizes_e, weights):
   return product(jax.nn.silu(product(x_RxM, gate_exMxF)) * product(x_RxM, up_exMxF), down_exFxM)
 
 
-def _chunks(num_chunks: int, settings: Settings, tokens, weights, expert_P):
+def _chunks(num_chunks: int, settings: Settings, tokens, weights, slots):
   """The networks, chunk after chunk; those of one iteration may overlap."""
   if num_chunks == 1:
-    return _whole(settings, tokens, weights, expert_P)
+    return _whole(settings, tokens, weights, slots)
   _, (out_NxCxM, dropped_N) = jax.lax.scan(
-    lambda _, chunk: (None, _whole(settings, chunk, weights, expert_P)),
+    lambda _, chunk: (None, _whole(settings, chunk, weights, slots)),
     None,
     _split(settings, tokens, num_chunks),
     unroll=_parts(settings),
@@ -285,14 +283,14 @@ def _forward(num_chunks, settings, *residuals):
 
 
 def _backward(num_chunks, settings, residuals, gradients):
-  tokens, weights, expert_P = residuals
+  tokens, weights, slots = residuals
   out_gradient_TxM, _ = gradients
 
   def add_chunk(totals, chunk):
     (x_CxM, expert_Cxk, share_Cxk), out_gradient_CxM = chunk
 
     def network(x_CxM, share_Cxk, weights):
-      return _whole(settings, (x_CxM, expert_Cxk, share_Cxk), weights, expert_P)[0]
+      return _whole(settings, (x_CxM, expert_Cxk, share_Cxk), weights, slots)[0]
 
     _, transpose = jax.vjp(network, x_CxM, share_Cxk, weights)
     x_gradient, share_gradient, weight_gradients = transpose(out_gradient_CxM)
@@ -311,7 +309,7 @@ def _backward(num_chunks, settings, residuals, gradients):
     share_gradient_NxCxk.reshape(-1, share_Txk.shape[1])[:num_tokens],
   )
   weight_gradients = jax.tree.map(lambda total, w: total.astype(w.dtype), totals, weights)
-  return token_gradients, weight_gradients, jax.tree.map(no_gradient, expert_P)
+  return token_gradients, weight_gradients, jax.tree.map(no_gradient, slots)
 
 
 _recomputed_chunks.defvjp(_forward, _backward)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import jax
 from flax import nnx
 
+from kernels.experts.slots import Slots
 from lwm.config.model import EXPERTS, ModelConfig
 from lwm.cost.layer import Division, LayerCost, dtype_bytes, total
 from lwm.model import extras as extras_lib
@@ -52,11 +53,11 @@ class Block(nnx.Module):
     head_groups: int = 1,
     prompt: Prompt | None = None,
     modality_BxS: jax.Array | None = None,
-    expert_P: jax.Array | None = None,
+    slots: Slots | None = None,
   ) -> tuple[jax.Array, Any, Extras]:
     """One layer of the stretch; its parameters have no axis of layers here.
 
-    `modality_BxS` and `expert_P` are as `lwm.model.experts.Experts` takes them. Dense layers treat
+    `modality_BxS` and `slots` are as `lwm.model.experts.Experts` takes them. Dense layers treat
     all tokens alike.
 
     Returns:
@@ -70,15 +71,15 @@ class Block(nnx.Module):
       input_BxSxM, cosine_BxSxP, sine_BxSxP, attend, head_groups
     )
     x_BxSxM += mixed_BxSxM
-    out_BxSxM, extras = self._feed_forward(self.feed_forward_norm(x_BxSxM), modality_BxS, expert_P)
+    out_BxSxM, extras = self._feed_forward(self.feed_forward_norm(x_BxSxM), modality_BxS, slots)
     return x_BxSxM + out_BxSxM, carried, extras
 
-  def expert_slots(self) -> jax.Array | None:
+  def expert_slots(self) -> Slots | None:
     """See `lwm.model.experts.Experts.slots`."""
     return None
 
   def _feed_forward(
-    self, x_BxSxM: jax.Array, modality_BxS: jax.Array | None, expert_P: jax.Array | None
+    self, x_BxSxM: jax.Array, modality_BxS: jax.Array | None, slots: Slots | None
   ) -> tuple[jax.Array, Extras]:
     return self.feed_forward(x_BxSxM), extras_lib.nothing()
 
@@ -102,13 +103,13 @@ class ExpertBlock(Block):
   _make_feed_forward = Experts
   _feed_forward_cost = staticmethod(experts_cost)
 
-  def expert_slots(self) -> jax.Array | None:
+  def expert_slots(self) -> Slots | None:
     return self.feed_forward.slots()
 
   def _feed_forward(
-    self, x_BxSxM: jax.Array, modality_BxS: jax.Array | None, expert_P: jax.Array | None
+    self, x_BxSxM: jax.Array, modality_BxS: jax.Array | None, slots: Slots | None
   ) -> tuple[jax.Array, Extras]:
-    return self.feed_forward(x_BxSxM, modality_BxS, expert_P)
+    return self.feed_forward(x_BxSxM, modality_BxS, slots)
 
 
 # Kinds of layers by the name that `Stretch.kind` gives them.

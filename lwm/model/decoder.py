@@ -115,10 +115,10 @@ class Decoder(nnx.Module):
 
       @functools.partial(jax.checkpoint, prevent_cse=False, policy=_SAVED[self.config.remat])
       def block(x_BxSxM, layer_and_slots):
-        layer, expert_P = layer_and_slots
+        layer, slots = layer_and_slots
         x_BxSxM = checkpoint_name(x_BxSxM, _BLOCK_INPUT)
         x_BxSxM, _, extras = nnx.merge(graph, layer)(
-          x_BxSxM, cosine, sine, attend, self.config.head_groups, prompt, modality_BxS, expert_P
+          x_BxSxM, cosine, sine, attend, self.config.head_groups, prompt, modality_BxS, slots
         )
         return x_BxSxM, extras
 

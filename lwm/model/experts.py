@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels.experts import Settings, expert_feed_forward
+from kernels.experts.slots import Slots, at_home
 from kernels.varying import vary_trees_alike
 from lwm.config.batch import MODALITIES
 from lwm.config.model import ExpertsConfig, ModelConfig
@@ -81,8 +82,8 @@ class Experts(nnx.Module):
     has_shared = experts.shared_experts > 0
     self.shared = FeedForward(_shared(config), num_layers, rules, rngs) if has_shared else None
 
-  def slots(self) -> jax.Array | None:
-    """The expert of each slot of each layer, int32 [L, P]; None: experts stay at home.
+  def slots(self) -> Slots | None:
+    """The slots of each layer, [L, P]; None: experts stay at home.
 
     Call it before `lax.scan` removes the axis of layers.
     """
@@ -92,14 +93,14 @@ class Experts(nnx.Module):
     return choose_slots(self.config, self.expert_load.get_value(), n)
 
   def __call__(
-    self, x_BxSxM: jax.Array, modality_BxS: jax.Array | None, expert_P: jax.Array | None = None
+    self, x_BxSxM: jax.Array, modality_BxS: jax.Array | None, slots: Slots | None = None
   ) -> tuple[jax.Array, Extras]:
     """The layer's result for each token, [B, S, M], and what it reports.
 
     Args:
       x_BxSxM: sharded like the residual stream.
       modality_BxS: int32, of the tokens; PADDING is sent to no expert. None: all tokens are text.
-      expert_P: what `slots` gives for this layer.
+      slots: what the method `slots` gives for this layer.
 
     Returns:
       The result, which the caller adds to the residual stream; and the losses `balance_loss` and
@@ -119,7 +120,7 @@ class Experts(nnx.Module):
     router = rules.gather(self.router.get_value(), jnp.float32, *_ROUTER, whole=whole)
     weights = [
       rules.gather(
-        self._in_slots(parameter.get_value(), expert_P, x_BxSxM.dtype, axes), x_BxSxM.dtype, *axes
+        self._in_slots(parameter.get_value(), slots, x_BxSxM.dtype, axes), x_BxSxM.dtype, *axes
       )
       for parameter, axes in (
         (self.expert_gate, _IN),
@@ -135,7 +136,7 @@ class Experts(nnx.Module):
         rules.spec("batch", "residual"),
         rules.gathered(*_ROUTER, whole=whole),
         rules.spec(None) if has_bias else None,
-        None if expert_P is None else rules.spec(None),
+        None if slots is None else rules.spec(None),
         None if shared is None else shared.specs(),
         *(rules.gathered(*axes) for axes in (_IN, _IN, _OUT)),
       ),
@@ -145,7 +146,7 @@ class Experts(nnx.Module):
       modality_BxS,
       router,
       bias_E,
-      expert_P,
+      slots,
       None if shared is None else shared.weights(x_BxSxM.dtype),
       *weights,
     )
@@ -153,12 +154,12 @@ class Experts(nnx.Module):
       out_BxSxM += self.shared(x_BxSxM)
     return out_BxSxM, self._extras(sums, largest_2)
 
-  def _in_slots(self, weight, expert_P, dtype, axes):
-    if expert_P is None:
+  def _in_slots(self, weight, slots, dtype, axes):
+    if slots is None:
       return weight
-    return with_spare_slots(weight, expert_P, dtype, self.rules, axes)
+    return with_spare_slots(weight, slots.expert_P, dtype, self.rules, axes)
 
-  def _local(self, x_BxSxM, modality_BxS, router_MxE, bias_E, expert_P, shared, gate, up, down):
+  def _local(self, x_BxSxM, modality_BxS, router_MxE, bias_E, slots, shared, gate, up, down):
     """This device's tokens, sums over the tokens of all devices, and the largest loads of any."""
     config, rules = self.config, self.rules
     x_TxM, modality_T = x_BxSxM.reshape(-1, x_BxSxM.shape[2]), modality_BxS.reshape(-1)
@@ -169,7 +170,7 @@ class Experts(nnx.Module):
     expert_Txk = jnp.where(is_token_T[:, None], routing.expert_Txk, config.num_experts)
     settings = self._settings(x_BxSxM.shape[0])
     out_TxM, dropped = expert_feed_forward(
-      x_TxM, expert_Txk, routing.share_Txk, gate, up, down, settings, expert_P, shared
+      x_TxM, expert_Txk, routing.share_Txk, gate, up, down, settings, slots, shared
     )
     modality_2xT = modality_T[None] == jnp.arange(len(MODALITIES))[:, None]
     chosen_TxE = jnp.sum(jax.nn.one_hot(expert_Txk, config.num_experts), axis=1)
@@ -184,10 +185,10 @@ class Experts(nnx.Module):
     return (
       out_TxM.reshape(x_BxSxM.shape),
       jax.lax.psum(sums, rules.residual_axes),
-      self._largest_loads(load_E, expert_P, settings),
+      self._largest_loads(load_E, slots, settings),
     )
 
-  def _largest_loads(self, load_E, expert_P, settings: Settings):
+  def _largest_loads(self, load_E, slots, settings: Settings):
     """The largest load of a device as a multiple of the mean, at home and as placed."""
     rules, n = self.rules, num_devices(self.rules)
     if n == 1:
@@ -198,9 +199,10 @@ class Experts(nnx.Module):
       senders = (*senders, rules.tensor)
     others = tuple(axis for axis in rules.residual_axes if axis not in senders)
     load_E = jax.lax.psum(load_E, senders)
-    home_E = jnp.arange(self.config.num_experts, dtype=jnp.int32)
-    placements = home_E, home_E if expert_P is None else expert_P
-    largest_2 = jnp.stack([jnp.max(device_loads(load_E, slots, n)) for slots in placements])
+    home = at_home(self.config.num_experts)
+    largest_2 = jnp.stack(
+      [jnp.max(device_loads(load_E, own, n)) for own in (home, home if slots is None else slots)]
+    )
     mean = jax.lax.pmean(jnp.sum(load_E), others) / n
     return jax.lax.pmax(largest_2, others) / jnp.maximum(mean, 1e-9)
 

@@ -20,6 +20,7 @@ from flax import nnx
 
 from kernels.benchmarks.timing import seconds_in_turn
 from kernels.experts import Settings, expert_feed_forward
+from kernels.experts.slots import Slots, at_home
 from lwm.config.model import PLACEMENTS, ExpertsConfig, ModelConfig
 from lwm.model.experts import Experts
 from lwm.model.placement import choose_slots, device_loads
@@ -48,7 +49,7 @@ def measure_placement(num_devices: int = 8) -> list[dict]:
   """
   config = ModelConfig(
     width=128,
-    experts=ExpertsConfig(64, 4, width=256, placement="replicate", spare_slots=2),
+    experts=ExpertsConfig(64, 4, width=256, placement="replicate", spare_slots=1),
     feed_forward_chunk=LENGTH,
     compute_dtype="float32",
   )
@@ -58,20 +59,18 @@ def measure_placement(num_devices: int = 8) -> list[dict]:
   forced, skewed = layer.forced_params(), layer.skewed_params()
   records, steps, products = [], [], []
   for name, params in (("forced balance", forced), *((name, skewed) for name in PLACEMENTS)):
-    home = name not in PLACEMENTS or name == "home"
-    expert_P = None
-    if not home:
+    slots, replayed = None, at_home(experts.num_experts)
+    if name in PLACEMENTS and name != "home":
       placed = dataclasses.replace(experts, placement=name)
       before_E = layer.imbalance(params, 0, None)[0]
-      expert_P = choose_slots(placed, before_E[None], num_devices)[0]
-    load_E, imbalance = layer.imbalance(params, 1, expert_P)
-    if home:
-      replayed_P = jnp.arange(experts.num_experts)
-    else:
-      replayed_P = choose_slots(placed, before_E[None], REPLAYED)[0]
-    replayed_n = device_loads(load_E, replayed_P, REPLAYED)
-    steps.append(layer.step(params, 1, expert_P))
-    products.append(_busiest_products(config, load_E, expert_P, num_devices))
+      slots, replayed = (
+        jax.tree.map(lambda array: array[0], choose_slots(placed, before_E[None], n))
+        for n in (num_devices, REPLAYED)
+      )
+    load_E, imbalance = layer.imbalance(params, 1, slots)
+    replayed_n = device_loads(load_E, replayed, REPLAYED)
+    steps.append(layer.step(params, 1, slots))
+    products.append(_busiest_products(config, load_E, slots, num_devices))
     records.append(
       {
         "placement": name,
@@ -110,12 +109,12 @@ class _Layer:
     place = jax.NamedSharding(self._mesh, spec)
     self._batches = [jax.device_put(x.astype(np.float32), place) for x in x_2xBxSxM]
 
-    def apply(params, x_BxSxM, expert_P):
-      return nnx.merge(graph, params)(x_BxSxM, None, expert_P)
+    def apply(params, x_BxSxM, slots):
+      return nnx.merge(graph, params)(x_BxSxM, None, slots)
 
-    def run(params, x_BxSxM, expert_P):
+    def run(params, x_BxSxM, slots):
       def loss(params, x_BxSxM):
-        out_BxSxM, extras = apply(params, x_BxSxM, expert_P)
+        out_BxSxM, extras = apply(params, x_BxSxM, slots)
         return jnp.sum(jnp.square(out_BxSxM)), extras
 
       return jax.grad(loss, (0, 1), has_aux=True)(params, x_BxSxM)
@@ -151,43 +150,40 @@ class _Layer:
     router = self._params["router"]
     return self._params | {"router": jax.device_put(router_MxE.astype(np.float32), router.sharding)}
 
-  def imbalance(
-    self, params: dict, batch: int, expert_P: jax.Array | None
-  ) -> tuple[jax.Array, float]:
+  def imbalance(self, params: dict, batch: int, slots: Slots | None) -> tuple[jax.Array, float]:
     """Choices of each expert, [E], and the largest load of a device divided by the mean."""
     with jax.set_mesh(self._mesh):
-      _, extras = jax.jit(self._run)(params, self._batches[batch], expert_P)
+      _, extras = jax.jit(self._run)(params, self._batches[batch], slots)
     load_E = jnp.sum(np.asarray(extras.statistics["expert_load"]), axis=0)
     return load_E, float(extras.statistics["expert_imbalance"][1])
 
-  def step(self, params: dict, batch: int, expert_P: jax.Array | None) -> Callable[[], Any]:
+  def step(self, params: dict, batch: int, slots: Slots | None) -> Callable[[], Any]:
     """The forward and backward pass."""
 
     def call():
       with jax.set_mesh(self._mesh):
-        return jax.jit(self._run)(params, self._batches[batch], expert_P)
+        return jax.jit(self._run)(params, self._batches[batch], slots)
 
     return call
 
 
 def _busiest_products(
-  config: ModelConfig, load_E: jax.Array, expert_P: jax.Array | None, n: int
+  config: ModelConfig, load_E: jax.Array, slots: Slots | None, n: int
 ) -> Callable[[], Any]:
   """The products, forward and backward, of the device with the most rows."""
   experts = config.experts
   assert experts is not None
-  E = experts.num_experts
-  slots_P = np.arange(E) if expert_P is None else np.asarray(expert_P)
-  busiest = int(np.argmax(device_loads(load_E, jnp.asarray(slots_P), n)))
-  own = slots_P.reshape(n, -1)[busiest]
-  copies_E = np.bincount(slots_P, minlength=E + 1)[:E]
-  rows = np.append(np.asarray(load_E) / copies_E, 0)[own].round().astype(np.int32)
-  random = np.random.default_rng(0)
-  shapes = (len(own), config.width, experts.width), (len(own), experts.width, config.width)
+  if slots is None:
+    slots = at_home(experts.num_experts)
+  busiest = jnp.argmax(device_loads(load_E, slots, n))
+  own = jax.tree.map(lambda array_P: array_P.reshape(n, -1)[busiest], slots)
+  rows = np.rint(own.of_experts(load_E) * own.share_P()).astype(np.int32)
+  random, e = np.random.default_rng(0), len(rows)
+  shapes = (e, config.width, experts.width), (e, experts.width, config.width)
   gate, up, down = (jnp.asarray(random.standard_normal(shapes[i]), jnp.float32) for i in (0, 0, 1))
   x_RxM = jnp.asarray(random.standard_normal((rows.sum(), config.width)), jnp.float32)
-  expert_Rx1 = jnp.asarray(np.repeat(np.arange(len(own), dtype=np.int32), rows)[:, None])
-  settings = Settings(len(own), chunk=x_RxM.shape[0])
+  expert_Rx1 = jnp.asarray(np.repeat(np.arange(e, dtype=np.int32), rows)[:, None])
+  settings = Settings(e, chunk=x_RxM.shape[0])
 
   # The experts of rows are an argument, because XLA would sort a constant while it compiles.
   def run(expert_Rx1, x_RxM, gate, up, down):

@@ -2,7 +2,7 @@
 
 Parameters, moments and checkpoints stay where they are: each device along `rules.experts` stores
 its own e experts. For each layer it also has s spare slots, which every step fills with the weights
-of the experts that an int32 array names. So another placement moves no state and needs no
+of the experts that integer arrays name. So another placement moves no state and needs no
 compilation. SYMI (arXiv 2504.19925) separates placement from optimizer state in the same way.
 
 L layers, E experts, n devices, e = E/n experts and s spare slots per device, P = n (e + s) slots:
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from kernels.experts.dispatch import no_gradient
+from kernels.experts.slots import Slots, divided
 from lwm.config.model import ExpertsConfig
 from lwm.parallel.sharding import LogicalAxes, ShardingRules
 
@@ -28,14 +29,16 @@ def num_devices(rules: ShardingRules) -> int:
   return math.prod(sizes[axis] for axis in rules.experts)
 
 
-def choose_slots(config: ExpertsConfig, load_LxE: jax.Array, num_devices: int) -> jax.Array:
-  """The expert of each slot of each layer, int32 [L, P]; E: the slot is empty.
+def choose_slots(config: ExpertsConfig, load_LxE: jax.Array, num_devices: int) -> Slots:
+  """The slots of each layer, [L, P].
 
-  Greedy: the busiest device hands over an expert ("move") or shares one ("replicate"). Of its
-  experts and of the devices with a free slot, the pair is chosen whose busier device has the least
-  load afterwards. It ends without free slots, or when that load would not be less than before, so
-  the largest load never rises (the test of FasterMoE's shadow experts, PPoPP 2022). Equal loads are
-  decided by the lowest number.
+  The busiest device hands load over to the device with the least load that has a free slot, again
+  and again. "move": a whole expert. "replicate": a part of one, of which the other device gets a
+  copy, at most so much that it reaches the mean load. So each copy can level one device, as in
+  Vose's alias method (IEEE Transactions on Software Engineering, 1991). Of the experts, the one is
+  chosen after which the busier of both devices has the least load. It ends when that load would not
+  be less than before, so the largest load never rises (the test of FasterMoE's shadow experts,
+  PPoPP 2022). Equal loads are decided by the lowest number.
 
   Args:
     config: the policy and the number of spare slots.
@@ -46,50 +49,46 @@ def choose_slots(config: ExpertsConfig, load_LxE: jax.Array, num_devices: int) -
   return jax.vmap(choose)(jax.lax.stop_gradient(load_LxE))
 
 
-def _slots_of_layer(config: ExpertsConfig, n: int, load_E: jax.Array) -> jax.Array:
-  E, s, replicate = load_E.shape[0], config.spare_slots, config.placement == "replicate"
-  expert_E, device_1xn = jnp.arange(E, dtype=jnp.int32), jnp.arange(n)[None]
-  is_home_Exn = expert_E[:, None] // (E // n) == device_1xn
+def _slots_of_layer(config: ExpertsConfig, n: int, load_E: jax.Array) -> Slots:
+  E, s, is_copied = load_E.shape[0], config.spare_slots, config.placement == "replicate"
+  expert_E, device_n = jnp.arange(E, dtype=jnp.int32), jnp.arange(n)
+  is_home_Exn = expert_E[:, None] // (E // n) == device_n[None]
+  mean = jnp.sum(load_E) / n
 
-  def add(_, state):
-    has_Exn, spare_nxs = state
-    copies_E = jnp.sum(has_Exn, axis=1)
-    part_E = load_E / copies_E
-    load_n = jnp.sum(jnp.where(has_Exn, part_E[:, None], 0), axis=0)
-    is_busiest_1xn = device_1xn == jnp.argmax(load_n)
-    used_n = jnp.sum(spare_nxs < E, axis=1)
-    # The new copy takes the first load, and the busiest device keeps the second.
-    taken_E = load_E / (copies_E + 1) if replicate else load_E
-    kept_E = taken_E if replicate else jnp.zeros_like(load_E)
-    is_free_Exn = ~has_Exn & (used_n < s)[None]
-    target_E = jnp.argmin(jnp.where(is_free_Exn, load_n[None], jnp.inf), axis=1)
-    is_target_Exn = target_E[:, None] == device_1xn
-    target_load_E = jnp.sum(jnp.where(is_target_Exn, load_n[None], 0), axis=1)
-    busier_E = jnp.maximum(jnp.max(load_n) - part_E + kept_E, target_load_E + taken_E)
-    is_here_Exn = (has_Exn if replicate else has_Exn & is_home_Exn) & is_busiest_1xn
-    is_possible_E = jnp.any(is_here_Exn, axis=1) & jnp.any(is_free_Exn, axis=1)
+  def hand_over(_, state):
+    # The load of each expert on each device, and the experts in the spare slots.
+    load_Exn, spare_nxs = state
+    load_n, used_n = jnp.sum(load_Exn, axis=0), jnp.sum(spare_nxs < E, axis=1)
+    from_n = device_n == jnp.argmax(load_n)
+    to_n = device_n == jnp.argmin(jnp.where(used_n < s, load_n, jnp.inf))
+    most, least = jnp.max(load_n), jnp.sum(jnp.where(to_n, load_n, 0))
+    given_E = jnp.sum(jnp.where(from_n[None], load_Exn, 0), axis=1)
+    is_possible_E = (given_E > 0) & ~jnp.any((load_Exn > 0) & to_n[None], axis=1)
+    if is_copied:
+      given_E = jnp.minimum(given_E, mean - least)
+    else:
+      is_possible_E &= jnp.any(is_home_Exn & from_n[None], axis=1)
+    busier_E = jnp.maximum(most - given_E, least + given_E)
     busier_E = jnp.where(is_possible_E, busier_E, jnp.inf)
     expert = jnp.argmin(busier_E).astype(jnp.int32)
-    is_chosen_Ex1 = (expert_E[:, None] == expert) & (jnp.min(busier_E) < jnp.max(load_n))
-    is_added_Exn = is_chosen_Ex1 & is_target_Exn
-    if not replicate:
-      has_Exn &= ~is_chosen_Ex1
-    is_next_nxs = used_n[:, None] == jnp.arange(s)[None]
-    is_next_nxs &= jnp.any(is_added_Exn, axis=0)[:, None]
-    return has_Exn | is_added_Exn, jnp.where(is_next_nxs, expert, spare_nxs)
+    is_better = jnp.any(used_n < s) & (jnp.min(busier_E) < most)
+    given_E = jnp.where((expert_E == expert) & is_better, given_E, 0)
+    is_next_nxs = to_n[:, None] & (used_n[:, None] == jnp.arange(s)[None]) & is_better
+    change_n = to_n.astype(load_n.dtype) - from_n
+    return load_Exn + given_E[:, None] * change_n[None], jnp.where(is_next_nxs, expert, spare_nxs)
 
-  nothing_nxs = jnp.full((n, s), E, jnp.int32)
-  has_Exn, spare_nxs = jax.lax.fori_loop(0, n * s, add, (is_home_Exn, nothing_nxs))
-  own_E = jnp.where(jnp.any(has_Exn & is_home_Exn, axis=1), expert_E, E)
-  return jnp.concatenate([own_E.reshape(n, -1), spare_nxs], axis=1).reshape(-1)
+  state = jnp.where(is_home_Exn, load_E[:, None], 0), jnp.full((n, s), E, jnp.int32)
+  load_Exn, spare_nxs = jax.lax.fori_loop(0, n * s, hand_over, state)
+  own_E = expert_E if is_copied else jnp.where(jnp.isin(expert_E, spare_nxs), E, expert_E)
+  expert_nxP = jnp.concatenate([own_E.reshape(n, -1), spare_nxs], axis=1)
+  amount_nxP = jnp.take_along_axis(load_Exn.T, jnp.minimum(expert_nxP, E - 1), axis=1)
+  return divided(expert_nxP.reshape(-1), amount_nxP.reshape(-1), E)
 
 
-def device_loads(load_E: jax.Array, expert_P: jax.Array, num_devices: int) -> jax.Array:
-  """The load of each device, [n], if copies of an expert share its load equally."""
-  E = load_E.shape[0]
-  is_copy_PxE = expert_P[:, None] == jnp.arange(E)[None]
-  part_1xE = load_E[None] / jnp.sum(is_copy_PxE, axis=0, keepdims=True)
-  return jnp.sum(jnp.where(is_copy_PxE, part_1xE, 0).reshape(num_devices, -1), axis=1)
+def device_loads(load_E: jax.Array, slots: Slots, num_devices: int) -> jax.Array:
+  """The load of each device, [n]."""
+  load_P = slots.of_experts(load_E) * slots.share_P()
+  return jnp.sum(load_P.reshape(num_devices, -1), axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.experts.slots import at_home
 from lwm.config.experiment import AnyExperiment, Experiment
 from lwm.config.model import EXPERTS, ExpertsConfig
 from lwm.errors import UserError
@@ -85,13 +86,12 @@ class RecordedLoads:
       sizes: devices along each mesh axis.
     """
     n = math.prod(sizes[axis] for axis in ShardingRules().experts)
-    R, E = self._load_RxE.shape
-    slots_RxP = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32), (R, E))
+    E = self._load_RxE.shape[1]
+    slots, axis = at_home(E), None
     if self._experts.placement != "home":
-      slots_RxP = choose_slots(self._experts, self._mean_RxE, n)
-    load_Rxn = jax.vmap(lambda load_E, slots_P: device_loads(load_E, slots_P, n))(
-      self._load_RxE, slots_RxP
-    )
+      slots, axis = choose_slots(self._experts, self._mean_RxE, n), 0
+    loads = jax.vmap(lambda load_E, slots: device_loads(load_E, slots, n), (0, axis))
+    load_Rxn = loads(self._load_RxE, slots)
     return float(jnp.mean(jnp.max(load_Rxn, axis=1))) * n / E
 
 

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec as P
 
 from kernels.experts import Settings, expert_feed_forward
 from kernels.experts.dispatch import combine, place, spread
+from kernels.experts.slots import divided
 
 T, K, E, M = 20, 3, 6, 5
 
@@ -26,11 +27,12 @@ def choices(rng):
 
 # Three slots per destination: expert 0 has three copies, expert 3 has moved, and one slot is empty.
 SLOTS = np.array([0, 1, 3, 2, E, 0, 4, 5, 0], np.int32)
+EQUAL, UNEQUAL = np.ones(9), np.array([5, 1, 1, 0, 1, 0, 1, 1, 3])
 
 
 @pytest.mark.parametrize("capacity", (None, 2))
-@pytest.mark.parametrize("destinations, expert_P", ((1, None), (3, None), (3, SLOTS)))
-def test_rows_are_sorted_and_gradients_come_back(destinations, expert_P, capacity):
+@pytest.mark.parametrize("destinations, amount_P", ((1, None), (3, None), (3, EQUAL), (3, UNEQUAL)))
+def test_rows_are_sorted_and_gradients_come_back(destinations, amount_P, capacity):
   rng = np.random.default_rng(0)
   expert_TxK = choices(rng)
   placement = place(
@@ -38,9 +40,9 @@ def test_rows_are_sorted_and_gradients_come_back(destinations, expert_P, capacit
     num_experts=E,
     destinations=destinations,
     capacity=capacity,
-    expert_P=None if expert_P is None else jnp.asarray(expert_P),
+    slots=None if amount_P is None else divided(jnp.asarray(SLOTS), jnp.asarray(amount_P), E),
   )
-  expert_P = np.arange(E) if expert_P is None else expert_P
+  expert_P, amount_P = (np.arange(E), np.ones(E)) if amount_P is None else (SLOTS, amount_P)
   kept = np.zeros((T, K), bool)
   for expert in range(E):
     kept.reshape(-1)[np.flatnonzero(expert_TxK == expert)[:capacity]] = True
@@ -57,7 +59,10 @@ def test_rows_are_sorted_and_gradients_come_back(destinations, expert_P, capacit
     assert (rows[sizes.sum() :] == E).all()
   for expert, number in enumerate(np.bincount(expert_TxK[kept], minlength=E)):
     copies = placement.sizes_nxe.reshape(-1)[expert_P == expert]
-    assert copies.sum() == number and copies.max() - copies.min() <= 1
+    amounts = amount_P[expert_P == expert]
+    # An expert with nothing but zeros is in one slot. Both ends of a part are rounded.
+    parts = amounts / amounts.sum() if amounts.sum() else np.ones(1)
+    assert copies.sum() == number and np.abs(copies - number * parts).max() < 1.001
 
   x_TxM, share_TxK = rng.normal(size=(T, M)), rng.normal(size=(T, K))
   cotangent_TxM = rng.normal(size=(T, M)).astype(np.float32)
@@ -127,19 +132,21 @@ def test_devices_compute_what_each_would_alone(n, expert_P):
   # Ten choices per half chunk would be the mean of an expert if there were no padding.
   alone = Settings(E, capacity_factor=0.5, chunk=T // 2)
   together = Settings(E, exchange_axes=("expert",), capacity_factor=0.5, chunk=T, overlaps=True)
-  slots = np.arange(E) if expert_P is None else expert_P
-  in_slots = [np.concatenate([weight, weight[:1]])[slots] for weight in weights]
-  expert_P = None if expert_P is None else jnp.asarray(expert_P, jnp.int32)
+  own_P = np.arange(E) if expert_P is None else expert_P
+  in_slots = [np.concatenate([weight, weight[:1]])[own_P] for weight in weights]
+  slots = None
+  if expert_P is not None:
+    slots = divided(jnp.asarray(expert_P, jnp.int32), 1 + jnp.arange(8), E)
 
-  def local(tokens, weights, expert_P):
-    out_TxM, dropped = expert_feed_forward(*tokens, *weights, together, expert_P)
+  def local(tokens, weights, slots):
+    out_TxM, dropped = expert_feed_forward(*tokens, *weights, together, slots)
     return out_TxM, dropped[None]
 
   mesh = Mesh(jax.devices()[:n], ("expert",), axis_types=(AxisType.Explicit,))
   with jax.set_mesh(mesh):
     out_TxM, dropped_n = jax.jit(
       jax.shard_map(local, in_specs=(P("expert"), P("expert"), P()), out_specs=P("expert"))
-    )(*jax.device_put((tokens, in_slots), jax.NamedSharding(mesh, P("expert"))), expert_P)
+    )(*jax.device_put((tokens, in_slots), jax.NamedSharding(mesh, P("expert"))), slots)
   out_TxM, dropped_n = np.asarray(out_TxM), np.asarray(dropped_n)
   run = jax.jit(lambda tokens: expert_feed_forward(*tokens, *weights, alone))
   for device in range(n):

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx, traverse_util
 
 from kernels.attention import KeyIntervals
+from kernels.experts.slots import divided
 from kernels.ring import Layout
 from lwm.config.experiment import LossConfig
 from lwm.config.model import ExpertsConfig
@@ -75,7 +76,9 @@ def placements(n, spare):
     moved[device, 0] = home_nxe[device - 1, 1]
     moved_home[device - 1, 1] = E
   pairs = (home_nxe, copied), (moved_home, moved)
-  return [np.concatenate(pair, axis=1).reshape(-1).astype(np.int32) for pair in pairs]
+  experts = [np.concatenate(pair, axis=1).reshape(-1).astype(np.int32) for pair in pairs]
+  # Copies divide the tokens of their expert in unequal parts.
+  return [divided(jnp.asarray(own_P), 1 + jnp.arange(own_P.size) % 3, E) for own_P in experts]
 
 
 def run_layer(tiny, experts, rules, mesh, params, slots):
@@ -97,8 +100,8 @@ def run_layer(tiny, experts, rules, mesh, params, slots):
     )
     params = jax.device_put(params, rules.tree_shardings(axes, mesh))
 
-    def loss(params, x, modality, cotangent, expert_P):
-      out, extras = nnx.merge(graph, params)(x, modality, expert_P)
+    def loss(params, x, modality, cotangent, slots):
+      out, extras = nnx.merge(graph, params)(x, modality, slots)
       return jnp.sum(out * cotangent) + sum(extras.losses.values()), (out, extras)
 
     # Samplers keep sequences whole, and have no backward pass.
@@ -113,8 +116,8 @@ def run_layer(tiny, experts, rules, mesh, params, slots):
       place(cotangent, rows),
     )
     run = tiny.jit(run)
-    for expert_P in slots:
-      gradients, (out, extras) = run(*arrays, None if expert_P is None else jnp.asarray(expert_P))
+    for own in slots:
+      gradients, (out, extras) = run(*arrays, own)
       yield jax.tree.map(np.asarray, (out, gradients, extras))
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.experts.slots import Slots
 from lwm.errors import ResumeError
 from lwm.model.placement import choose_slots, device_loads
 from lwm.parallel.sharding import MeshConfig
@@ -56,15 +57,14 @@ def loads(workdir) -> np.ndarray:
   return np.sum(recorded(workdir, "expert_load"), axis=2)
 
 
-def slots(experts, load_TxLxE: np.ndarray, devices: int) -> np.ndarray:
-  """The experts in the slots of each layer in every step but the first, which has no loads."""
+def slots(experts, load_TxLxE: np.ndarray, devices: int) -> Slots:
+  """The slots of the layer in every step but the first, which has no loads."""
   mean_LxE, means = np.zeros(load_TxLxE.shape[1:]), []
   for load_LxE in load_TxLxE[:-1]:
     relative_LxE = load_LxE / load_LxE.mean(axis=1, keepdims=True)
     mean_LxE = experts.load_decay * mean_LxE + (1 - experts.load_decay) * relative_LxE
     means.append(mean_LxE)
-  slots_RxP = choose_slots(experts, jnp.asarray(np.concatenate(means), jnp.float32), devices)
-  return np.asarray(slots_RxP).reshape(len(means), -1)
+  return choose_slots(experts, jnp.asarray(np.concatenate(means), jnp.float32), devices)
 
 
 def leaves(workdir, step: int) -> dict[str, np.ndarray]:
@@ -121,11 +121,13 @@ def test_killed_between_placements_and_resumed_on_other_devices(prepared, train,
   np.testing.assert_array_equal(load_TxLxE, loads(at_home))
   np.testing.assert_array_equal(load_TxLxE[:lost], lost_TxLxE)
   # The kill came between two placements, and loads from before it placed experts after it.
-  before_P, after_P = slots(experts, load_TxLxE, 8)[resumed - 2 : resumed]
+  before_P, after_P = slots(experts, load_TxLxE, 8).expert_P[resumed - 2 : resumed]
   assert (before_P != after_P).any()
-  load_TxE, slots_TxP = load_TxLxE[resumed:, 0], slots(experts, load_TxLxE, 4)[resumed - 1 :]
-  assert (slots_TxP[1:] != slots_TxP[:-1]).any()
-  load_Txn = jax.vmap(lambda load_E, slots_P: device_loads(load_E, slots_P, 4))(load_TxE, slots_TxP)
+  placed = jax.tree.map(lambda array: array[resumed - 1 :], slots(experts, load_TxLxE, 4))
+  assert (placed.expert_P[1:] != placed.expert_P[:-1]).any()
+  load_Txn = jax.vmap(lambda load_E, own: device_loads(load_E, own, 4))(
+    load_TxLxE[resumed:, 0], placed
+  )
   home_T, placed_T = recorded(killed, "expert_imbalance")[resumed:, 0].T
   np.testing.assert_allclose(load_Txn.max(axis=1) / load_Txn.mean(axis=1), placed_T, rtol=1e-5)
   assert placed_T.mean() < 0.8 * home_T.mean()
