@@ -1,8 +1,7 @@
 """Turns a dense checkpoint into one with experts that computes the same.
 
     python -m experiments.upcycle --input=runs/laptop --output=weights/laptop_experts
-    python -m experiments.train --config=configs/laptop_experts.py --workdir=runs/upcycled \\
-        --config.model.experts.width=384 --config.init_from=weights/laptop_experts
+    python -m experiments.train --config=configs/laptop_experts.py:upcycled --workdir=runs/upcycled
 
 --input is the workdir of a run, or a checkpoint that experiments.import_weights wrote. Every expert
 starts as a copy of the layer's feed-forward network, which has its width; so a token uses

@@ -61,7 +61,7 @@ class ExpertsConfig:
   capacity_factor: float | None = None
   # Where experts are computed on a mesh that divides them. "home": where they are stored. Or each
   # device has spare slots, in which hot experts of others are computed: instead of there ("move"),
-  # or as well, each copy for an equal share of the tokens ("replicate").
+  # or as well, each copy for a part of the tokens ("replicate").
   placement: str = "home"
   # Slots per device and layer, unless placement is "home".
   spare_slots: int = 1

@@ -63,7 +63,8 @@ def _slots_of_layer(config: ExpertsConfig, n: int, load_E: jax.Array) -> Slots:
     to_n = device_n == jnp.argmin(jnp.where(used_n < s, load_n, jnp.inf))
     most, least = jnp.max(load_n), jnp.sum(jnp.where(to_n, load_n, 0))
     given_E = jnp.sum(jnp.where(from_n[None], load_Exn, 0), axis=1)
-    is_possible_E = (given_E > 0) & ~jnp.any((load_Exn > 0) & to_n[None], axis=1)
+    has_Exn = is_home_Exn | jnp.any(spare_nxs[None] == expert_E[:, None, None], axis=2)
+    is_possible_E = (given_E > 0) & ~jnp.any(has_Exn & to_n[None], axis=1)
     if is_copied:
       given_E = jnp.minimum(given_E, mean - least)
     else:

@@ -205,3 +205,9 @@ def test_models_with_experts_have_the_published_number_of_parameters(
   cost, tables = body_cost(model), vocabulary_weights(model)
   assert (cost.weights + tables) / 1e9 == pytest.approx(billions, abs=0.01)
   assert (cost.flops / 2 + tables) / 1e9 == pytest.approx(active_billions, abs=0.01)
+
+
+def test_a_token_of_the_laptop_experts_uses_as_many_flops_as_a_dense_one():
+  dense, experts = (body_cost(module.get_config().model) for module in (laptop, laptop_experts))
+  assert experts.flops == pytest.approx(dense.flops, rel=0.01)
+  assert experts.weights > 2 * dense.weights
