@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lwm.report.plots import save_figure
+
 Record = dict[str, Any]
 
 _MOST_MISTAKES = 50
@@ -78,7 +80,7 @@ def heat_map(records: Sequence[Record], title: str, varies: str, path: pathlib.P
     axes.set_yticks([])
   axes.set_title(title, fontsize=10)
   figure.colorbar(image, label="score")
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def plot_by_context(
@@ -102,7 +104,7 @@ def plot_by_context(
   axes.set_title(title, fontsize=10)
   axes.grid(alpha=0.3)
   axes.legend()
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def plot_loss_by_position(
@@ -118,13 +120,7 @@ def plot_loss_by_position(
   axes.set_ylabel("loss (nats per token)")
   axes.set_title(title, fontsize=10)
   axes.grid(alpha=0.3)
-  _save(figure, path)
-
-
-def _save(figure: Figure, path: pathlib.Path) -> None:
-  partial = path.with_suffix(".partial")
-  figure.savefig(partial, dpi=120, format="png")
-  partial.replace(path)
+  save_figure(figure, path)
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lwm.config.batch import MODALITIES
+from lwm.report.plots import save_figure
 
 
 def plot_loads(records: list[dict[str, Any]], stage: str, path: pathlib.Path) -> bool:
@@ -70,7 +71,5 @@ def plot_loads(records: list[dict[str, Any]], stage: str, path: pathlib.Path) ->
     axes.set_ylabel(f"{modality}: layer, expert")
     figure.colorbar(image, ax=axes, label="load / mean")
   by_modality[-1].set_xlabel("step")
-  partial = path.with_suffix(".partial")
-  figure.savefig(partial, dpi=120, format="png")
-  partial.replace(path)
+  save_figure(figure, path)
   return True

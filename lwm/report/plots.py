@@ -1,10 +1,12 @@
-"""Curves of a stage as a PNG: what its presentation shows, and the learning rate."""
+"""Curves as PNG: a stage, as its presentation shows it; and the held-out losses of several runs."""
 
 import pathlib
+from collections.abc import Mapping, Sequence
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lwm.report.held_out import by_modality
 from lwm.report.presentation import Curve, Panel, Presentation, Record
 
 
@@ -38,6 +40,45 @@ def plot_stage(
   subplots[0].set_title(stage)
   subplots[-1].set_xlabel("step")
   subplots[-1].set_ylim(bottom=0)
+  save_figure(figure, path)
+
+
+def plot_held_out(runs: Mapping[str, Sequence[list[Record]]], path: pathlib.Path) -> None:
+  """Writes held-out losses by step as a PNG: a panel per modality, a colour per name.
+
+  Args:
+    runs: for each name, the evaluations of its runs, records of metrics.jsonl.
+    path: of the PNG, which is replaced atomically.
+  """
+  modalities = sorted({name for own in runs.values() for run in own for name in _losses(run)})
+  figure = Figure(figsize=(4 * len(modalities), 3.2), layout="constrained")
+  FigureCanvasAgg(figure)
+  subplots = figure.subplots(1, len(modalities), squeeze=False)[0]
+  for axes, modality in zip(subplots, modalities):
+    for number, (name, own) in enumerate(runs.items()):
+      for index, records in enumerate(own):
+        points = _losses(records).get(modality, [])
+        label = name if index == 0 else None
+        axes.plot(*zip(*points), ".-", color=f"C{number}", label=label)
+    axes.set_title(modality, fontsize=10)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
+  subplots[0].set_ylabel("held-out loss (nats per target)")
+  subplots[0].legend(fontsize="small")
+  save_figure(figure, path)
+
+
+def _losses(records: list[Record]) -> dict[str, list[tuple[int, float]]]:
+  """Steps and losses of each modality."""
+  points: dict[str, list[tuple[int, float]]] = {}
+  for record in records:
+    for modality, total in by_modality(record["held_out"]).items():
+      points.setdefault(modality, []).append((record["total_steps"], total["loss"]))
+  return points
+
+
+def save_figure(figure: Figure, path: pathlib.Path) -> None:
+  """Writes a PNG and replaces `path` atomically."""
   partial = path.with_suffix(".partial")
   figure.savefig(partial, dpi=120, format="png")
   partial.replace(path)
