@@ -34,11 +34,11 @@ def choose_slots(config: ExpertsConfig, load_LxE: jax.Array, num_devices: int) -
 
   The busiest device hands load over to the device with the least load that has a free slot, again
   and again. "move": a whole expert. "replicate": a part of one, of which the other device gets a
-  copy, at most so much that it reaches the mean load. So each copy can level one device, as in
-  Vose's alias method (IEEE Transactions on Software Engineering, 1991). Of the experts, the one is
-  chosen after which the busier of both devices has the least load. It ends when that load would not
-  be less than before, so the largest load never rises (the test of FasterMoE's shadow experts,
-  PPoPP 2022). Equal loads are decided by the lowest number.
+  copy, until that device has the mean load. So each copy can level one device, as in Vose's alias
+  method (IEEE Transactions on Software Engineering, 1991). It chooses the expert that leaves the
+  busier of the two devices with the least load, and ends when that load would not be less than
+  before. So the largest load never rises (the test of FasterMoE's shadow experts, PPoPP 2022).
+  Equal loads are decided by the lowest number.
 
   Args:
     config: the policy and the number of spare slots.
@@ -66,7 +66,8 @@ def _slots_of_layer(config: ExpertsConfig, n: int, load_E: jax.Array) -> Slots:
     has_Exn = is_home_Exn | jnp.any(spare_nxs[None] == expert_E[:, None, None], axis=2)
     is_possible_E = (given_E > 0) & ~jnp.any(has_Exn & to_n[None], axis=1)
     if is_copied:
-      given_E = jnp.minimum(given_E, mean - least)
+      # Where the other device has the mean load already, it takes half of the difference.
+      given_E = jnp.minimum(given_E, jnp.where(least < mean, mean - least, (most - least) / 2))
     else:
       is_possible_E &= jnp.any(is_home_Exn & from_n[None], axis=1)
     busier_E = jnp.maximum(most - given_E, least + given_E)
