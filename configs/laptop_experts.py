@@ -3,9 +3,9 @@
     make data
     python -m experiments.train --config=configs/laptop_experts.py --workdir=runs/laptop_experts
 
-Each token uses as many FLOPs as in configs/laptop.py. The variant `upcycled` goes on from the dense
-model, in its last stage, with eight experts that start as copies of its networks. A token uses two
-of them, so these layers take twice the FLOPs:
+A token uses as many FLOPs as in configs/laptop.py. The variant `upcycled` continues the training of
+the dense model in its last stage. Each layer has eight experts, which start as copies of its dense
+network, and a token uses two of them. So these layers take twice the FLOPs:
 
     python -m experiments.upcycle --input=runs/laptop --output=weights/laptop_experts
     python -m experiments.train --config=configs/laptop_experts.py:upcycled --workdir=runs/upcycled
