@@ -11,17 +11,15 @@ network, and a token uses two of them. So these layers take twice the FLOPs:
     python -m experiments.train --config=configs/laptop_experts.py:upcycled --workdir=runs/upcycled
 """
 
+from typing import Literal
+
 from configs import laptop
 from lwm.config.experiment import Experiment
 from lwm.config.model import ExpertsConfig
 
 
-def get_config(variant: str = "scratch") -> Experiment:
-  """The experiment.
-
-  Args:
-    variant: `scratch` or `upcycled`.
-  """
+def get_config(variant: Literal["scratch", "upcycled"] = "scratch") -> Experiment:
+  """The experiment, from scratch or from the dense model."""
   experiment = laptop.get_config()
   experiment.name = "laptop_experts"
   width = experiment.model.feed_forward_width

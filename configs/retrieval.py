@@ -11,6 +11,8 @@ Theta rises with the context, as in LWM's recipe. Two variants are for compariso
 FLOPs. docs/growing_context.md has the results.
 """
 
+from typing import Literal
+
 from lwm.config.experiment import (
   CheckpointConfig,
   DatasetConfig,
@@ -50,12 +52,8 @@ def _stage(
   )
 
 
-def get_config(variant: str = "stages") -> Experiment:
-  """The experiment.
-
-  Args:
-    variant: `stages`, `fixed_theta` or `long`.
-  """
+def get_config(variant: Literal["stages", "fixed_theta", "long"] = "stages") -> Experiment:
+  """The experiment, or one of those it is compared with."""
   (_, first_theta, _, _, first_peak), (longest, last_theta, batch, _, _) = STAGES[0], STAGES[-1]
   stages = {
     "stages": [_stage(*stage) for stage in STAGES],

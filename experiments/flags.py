@@ -155,6 +155,11 @@ def _load(path: str) -> Any:
     raise ConfigError(
       f"--config={path}: {error} of get_config(): change what follows the colon."
     ) from error
+  # A parameter that takes certain names has the type Literal["a", "b"].
+  for kind in typing.get_type_hints(get_config).values():
+    names = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else (parameter,)
+    if parameter and parameter not in names:
+      raise ConfigError(f"--config={path}: after the colon, it takes {' or '.join(names)}.")
   return get_config(*arguments)
 
 

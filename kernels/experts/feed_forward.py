@@ -74,7 +74,7 @@ def expert_feed_forward(
   """The sum over a token's experts of share x SwiGLU of the expert, and the choices dropped.
 
   At most `settings.chunk` tokens are dispatched at a time, and several chunks recompute everything
-  in the backward pass, so memory is that of one chunk: up to min(k, experts per device) rows per
+  in the backward pass, so memory is that of one chunk: up to min(k, slots per device) rows per
   token and exchanging device, all of which exist only if every token chooses the same device. A
   device that gets at most `ROOM` times the mean number of rows computes no more than so many.
 

@@ -80,6 +80,7 @@ def test_a_mistake_is_one_sentence(flag, named):
     (["--config=configs/models.py"], ["configs/models.py", "get_config"]),
     (["--config=README.md"], ["this file cannot be used", "README.md, line"]),
     (["--config=configs/laptop.py:big"], ["too many positional arguments of get_config()"]),
+    (["--config=configs/retrieval.py:longer"], ["it takes stages or fixed_theta or long"]),
     ([], ["--config"]),
   ],
 )
