@@ -27,8 +27,8 @@ from lwm.model.placement import choose_slots, device_loads
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig, ShardingRules
 
-# As many tokens per device as configs/experts_fine_16b.py computes in two chunks at 1M tokens: with
-# far fewer of them than in real training, copying weights would cost as much as the products.
+# Two of `feed_forward_chunk` per device. With far fewer tokens than in real training, copying weights
+# would cost as much as the products.
 ROWS, LENGTH = 8, 4096
 ROUNDS = 9
 # The router is trained until the hottest expert has so many times the mean load.
@@ -50,7 +50,6 @@ def measure_placement(num_devices: int = 8) -> list[dict]:
   config = ModelConfig(
     width=128,
     experts=ExpertsConfig(64, 4, width=256, placement="replicate", spare_slots=1),
-    feed_forward_chunk=LENGTH,
     compute_dtype="float32",
   )
   experts = config.experts
@@ -64,7 +63,9 @@ def measure_placement(num_devices: int = 8) -> list[dict]:
       placed = dataclasses.replace(experts, placement=name)
       before_E = layer.imbalance(params, 0, None)[0]
       slots, replayed = (
-        jax.tree.map(lambda array: array[0], choose_slots(placed, before_E[None], n))
+        jax.tree.map(
+          lambda array: layer.replicated(array[0]), choose_slots(placed, before_E[None], n)
+        )
         for n in (num_devices, REPLAYED)
       )
     load_E, imbalance = layer.imbalance(params, 1, slots)
@@ -145,6 +146,10 @@ class _Layer:
         params = self._with_router(np.asarray(params["router"]) + step_MxE)
         gradient_MxE, load_E = climb(params["router"], params)
     return params
+
+  def replicated(self, array: jax.Array) -> jax.Array:
+    """The array on all devices, as in training. Otherwise each step would copy it to them."""
+    return jax.device_put(array, jax.NamedSharding(self._mesh, jax.P()))
 
   def _with_router(self, router_MxE: np.ndarray) -> dict:
     router = self._params["router"]
