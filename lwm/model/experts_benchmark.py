@@ -27,8 +27,8 @@ from lwm.model.placement import choose_slots, device_loads
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig, ShardingRules
 
-# Two of `feed_forward_chunk` per device. With far fewer tokens than in real training, copying weights
-# would cost as much as the products.
+# Two of `feed_forward_chunk` per device. With far fewer tokens than in real training, copying
+# weights would cost as much as the products.
 ROWS, LENGTH = 8, 4096
 ROUNDS = 9
 # The router is trained until the hottest expert has so many times the mean load.
