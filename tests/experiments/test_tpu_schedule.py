@@ -20,6 +20,7 @@ def report_of(*flags):
   ).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "flags", (["--kernel=key_grads", "--rows=128"], ["--kernel=decode", "--rows=16", "--dtype=int8"])
 )
@@ -34,6 +35,7 @@ def test_reports_both_loop_bodies(flags):
   assert int(full[1]) > 0 and int(masked[1]) > 0
 
 
+@pytest.mark.slow
 def test_products_of_experts_fill_the_matrix_units():
   flags = "--kernel=grouped_matmul", "--device=v5e", "--inputs=1024", "--outputs=512"
   (share,) = re.findall(r"block of 512 rows: \d+ bundles; matrix (\d+)%", report_of(*flags))

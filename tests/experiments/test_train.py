@@ -25,6 +25,7 @@ def test_a_mistake_is_one_sentence(arguments, message):
   assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_devices_that_are_not_here_are_one_sentence(tmp_path):
   done = subprocess.run(
     [sys.executable, "-m", *TRAIN, f"--workdir={tmp_path}"],

@@ -93,6 +93,7 @@ def test_head_dim_256():
   check(Case("wide", grouped_documents, Q=130, K=130, **(SMALL | dict(H=2, D=256))), "bfloat16")
 
 
+@pytest.mark.slow
 def test_empty_rows_and_tiles_with_a_soft_cap():
   check(Case("empty", mostly_empty, Q=130, K=100, soft_cap=1.5, **SMALL), "float16")
 

@@ -85,6 +85,7 @@ def test_two_cores_share_the_tiles_of_one_row_without_races(monkeypatch, capfd):
   assert "RACE DETECTED" not in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_blocks_that_meet_no_interval_are_never_computed():
   """All key blocks except one hold NaN, as does the query tile between two that read that block."""
   case = Case("", None, B=1, Q=384, K=512, H=2, G=1)

@@ -69,6 +69,7 @@ def test_values_and_gradients(case):
   check(case, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 @pytest.mark.parametrize("name", ("packed", "empty_rows", "soft_cap"))
 def test_half_precision(name, dtype):

@@ -137,6 +137,7 @@ def test_work_is_spread_over_the_splits_wherever_it_lies(backend, monkeypatch):
   assert max(blocks.count(program) for program in blocks) == 2
 
 
+@pytest.mark.slow
 def test_its_sizes_are_measured(monkeypatch):
   """The tuner's candidates reach the kernel and its grid. Times mean nothing here."""
   monkeypatch.undo()  # The sizes of all other tests.

@@ -174,6 +174,7 @@ def ragged_all_to_all(x, out, begin_n, sent_n, arrive_n, received_n, *, axis_nam
   return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_ragged", (False, True))
 def test_any_number_of_rows_may_arrive(monkeypatch, is_ragged):
   """Four devices with two experts each: choices are random, or the first device gets all it can.

@@ -35,6 +35,7 @@ def test_values_and_gradients(case, dtype):
   suite.test_values_and_gradients(case, dtype, TRITON)
 
 
+@pytest.mark.slow
 def test_rows_of_other_groups_are_not_read():
   """Rows after the last group may hold anything."""
   x, weight, sizes, _ = suite.arrays("skewed", "float32")

@@ -205,6 +205,7 @@ def visible_chunks(kind, ring_size, intervals, length):
   return pairs.sum(), others.sum() + (halves & np.repeat(own, 2, axis=1)).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
   "name, contiguous, zigzag",

@@ -87,6 +87,7 @@ def test_a_step_that_overwrites_the_state_cannot_reach_the_checkpoint(
   assert not np.any(jax.tree.leaves(overwritten)[0])
 
 
+@pytest.mark.slow
 def test_keeps_the_newest(on_eight, identity, tmp_path):
   _, state = on_eight
   save(tmp_path, identity, state, 1, 2, 3)

@@ -57,6 +57,7 @@ def stored(params, tmp_path_factory) -> StoredCheckpoint:
   return StoredCheckpoint(directory)
 
 
+@pytest.mark.slow
 def test_orbax_restores_the_parameters_without_padding(stored, params, tmp_path):
   export_orbax(stored, tmp_path / "out", "float32")
   restored = ocp.StandardCheckpointer().restore(tmp_path / "out" / "params")
@@ -83,6 +84,7 @@ class Runtime:
     return [np.asarray(result[0]) for result in results]
 
 
+@pytest.mark.slow
 def test_programs_run_without_our_code(stored, params):
   sizes = Sizes(batch_size=2, prompt_length=8, context=20)
   found = programs(stored, sizes, "float32", ("cpu",))

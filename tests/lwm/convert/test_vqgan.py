@@ -177,6 +177,7 @@ def write_vqmodel(directory, config, weights):
   safetensors.numpy.save_file(weights, directory / WEIGHTS)
 
 
+@pytest.mark.slow
 def test_codes_and_pixels_are_lwms(tmp_path, arrays):
   (tmp_path / "vqgan").write_bytes(pickle.dumps(nested(arrays)))
   assert is_vqgan(tmp_path / "vqgan")
@@ -323,6 +324,7 @@ def test_the_hostile_pickles_are_hostile(tmp_path, monkeypatch):
     (tmp_path / MARK).unlink()
 
 
+@pytest.mark.slow
 def test_truncated_pickles(tmp_path, arrays):
   content = pickle.dumps(nested(arrays))
   for length in range(1, len(content), 9973):
@@ -352,6 +354,7 @@ def test_wrong_tensors_of_lwm(tmp_path, arrays):
     import_vqgan(tmp_path / "vqgan", tmp_path / "vqgan.npz")
 
 
+@pytest.mark.slow
 def test_codes_and_pixels_are_those_of_diffusers(tmp_path, golden):
   config, weights, expected = golden
   write_vqmodel(tmp_path / "vqmodel", config, weights)
@@ -364,6 +367,7 @@ def test_codes_and_pixels_are_those_of_diffusers(tmp_path, golden):
   np.testing.assert_allclose(pixels, expected["pixels"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_pixel_range_is_recorded_and_used(tmp_path, golden):
   config, weights, _ = golden
   write_vqmodel(tmp_path / "vqmodel", config, weights)

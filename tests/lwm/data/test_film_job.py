@@ -84,6 +84,7 @@ def undisturbed(job) -> dict[str, bytes]:
   return job("undisturbed").run().join()
 
 
+@pytest.mark.slow
 def test_documents_hold_the_codes_of_the_films(job, codec, manifest, tokenizer):
   made = job("whole").run()
   made.join()
@@ -121,6 +122,7 @@ def test_documents_hold_the_codes_of_the_films(job, codec, manifest, tokenizer):
       assert "USER: <vision></vision>\nWhat is this?" in text and "A film." in text
 
 
+@pytest.mark.slow
 def test_shared_work_gives_the_same_bytes(job, undisturbed):
   shared = job("shared")
   numbers = shared.missing()
@@ -132,6 +134,7 @@ def test_shared_work_gives_the_same_bytes(job, undisturbed):
   assert [file.name for file in shared.path.parent.iterdir() if file.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 def test_interrupted_work_gives_the_same_bytes(job, undisturbed):
   class Killed(Exception):
     pass
@@ -149,6 +152,7 @@ def test_interrupted_work_gives_the_same_bytes(job, undisturbed):
   assert job("again").join() == undisturbed
 
 
+@pytest.mark.slow
 def test_a_killed_join_continues(job, undisturbed, monkeypatch):
   made = job("again").run()
 

@@ -199,6 +199,7 @@ def test_questions_read_a_prefix_once(last_logits, tmp_path):
     SavedPrefix(tmp_path / "prefix", "model", "int8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", (0, 9))
 def test_guidance_is_that_of_two_plain_rows(shared, last_logits):
   """Both rows of a pair have the same new tokens; what they begin with is read once."""

@@ -87,6 +87,7 @@ def test_losses_and_gradients_equal_dense_attention(tiny, dense, options, sizes,
   tiny.assert_close(actual, dense(tuple(options.items())), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same", [dict(sliding_window=32), dict(attention_backend="xla")], ids=str)
 def test_a_window_of_the_sequence_and_the_default_backend_change_nothing(tiny, plain, same):
   config = tiny.config(**same)

@@ -40,6 +40,7 @@ def full_logits(tiny, config, tokens):
     return np.asarray(logits(tiny.init(model, mesh), tokens[None]))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options,prompt", CASES, ids=str)
 @pytest.mark.parametrize(
   "sizes", [dict(), dict(data=2, fsdp=1, tensor=2), dict(ring=2, ulysses=2, tensor=2)], ids=str

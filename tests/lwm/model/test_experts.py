@@ -307,6 +307,7 @@ def test_loads_count_tokens_and_biases_follow_them(tiny, one_device):
   )
 
 
+@pytest.mark.slow
 def test_auxiliary_losses_reach_every_router_through_the_scan(tiny):
   """No target has a weight, so that nothing else has a gradient."""
   batch = batch_of(tiny)

@@ -22,6 +22,7 @@ def recorded_loads():
   return jnp.asarray(np.stack([load_E, np.zeros(E)]), jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "policy, n, most", [("replicate", 8, 1.001), ("replicate", 16, 1.001), ("move", 8, 1.7)]
 )

@@ -81,6 +81,7 @@ def test_processes_stop_together():
   assert [end[2] for end in ends] == ["stopped by SIGTERM."] * 2
 
 
+@pytest.mark.slow
 def test_a_process_that_never_starts_is_reported():
   (end,) = results([start(1, 2, "127.0.0.1:1", start_timeout=2)])
   assert end[0] == RESUME_EXIT_CODE

@@ -46,7 +46,6 @@ def test_a_run_learns_and_leaves_what_it_says(undisturbed):
 
 
 MESHES = {
-  "fsdp": (MeshConfig(fsdp=8), "contiguous"),
   "ring_ulysses": (MeshConfig(fsdp=1, ring=2, ulysses=2), "zigzag"),
   "data_ring_tensor": (MeshConfig(data=2, fsdp=1, ring=2, tensor=2), "zigzag"),
   "fsdp_ring_accumulated": (MeshConfig(fsdp=2, ring=2), "zigzag", 4),
@@ -95,15 +94,14 @@ def test_a_mesh_changes_no_loss(name, experiment, initial):
 def test_stages_on_different_meshes(experiment, tmp_path):
   """Parameters move from mesh to mesh between stages; the losses are those of one device.
 
-  So they do where block inputs, attention outputs and moments wait in the host's memory.
+  On four devices, block inputs, attention outputs and moments wait in the host's memory.
   """
   for stage, steps in zip(experiment.stages, (3, 2)):
     stage.steps = steps
   four = (MeshConfig(fsdp=2, tensor=2), MeshConfig(data=2, fsdp=1, ring=2))
   runs = {
     "one": ((MeshConfig(fsdp=1), MeshConfig(fsdp=1)), "none", False),
-    "four": (four, "none", False),
-    "host": (four, "offload_attention", True),
+    "four": (four, "offload_attention", True),
   }
   losses = {}
   for name, (meshes, remat, offload) in runs.items():
@@ -114,8 +112,7 @@ def test_stages_on_different_meshes(experiment, tmp_path):
     records = read_metrics(tmp_path / name / "metrics.jsonl")
     losses[name] = [record["loss"] for record in records if record["kind"] == "train"]
   assert len(losses["one"]) == 5
-  for name in ("four", "host"):
-    np.testing.assert_allclose(losses[name], losses["one"], rtol=1e-5)
+  np.testing.assert_allclose(losses["four"], losses["one"], rtol=1e-5)
 
 
 def test_a_missing_dataset_is_one_sentence(experiment, tmp_path):

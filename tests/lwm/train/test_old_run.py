@@ -9,6 +9,7 @@ import tarfile
 
 import jax
 import numpy as np
+import pytest
 
 from lwm.config.experiment import (
   CheckpointConfig,
@@ -26,6 +27,7 @@ from tests.lwm.train.test_resume import final_state, steps_done
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "old_run.tar.gz"
 
 
+@pytest.mark.slow
 def test_an_older_versions_run_ends_as_it_would_have(tmp_path, capsys):
   with tarfile.open(GOLDEN) as archive:
     archive.extractall(tmp_path, filter="data")

@@ -30,6 +30,7 @@ def encode(codec: Codec, num_devices: int, clips: dict[int, np.ndarray], step: i
   return {film: np.concatenate(parts) for film, parts in codes.items()}
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_give_the_codes_of_the_codec(codec):
   size = (codec.config.resolution,) * 2
   clips = {film: films.frames(9 + 8 * film, film, size) for film in range(3)}

@@ -16,6 +16,7 @@ from tests.lwm import films
 B, N, TEXT_VOCAB = 2, 8, 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "mesh_config",
   [MeshConfig(data=2, fsdp=1, ring=2, tensor=2), MeshConfig(fsdp=1, ring=4, ulysses=2)],

@@ -111,6 +111,7 @@ def test_values_and_gradients_are_the_references(name, latents):
     assert jnp.abs(expected[1][0][leaf]).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_eight_devices_give_what_one_gives(name, latents):
   quantizer = quantizer_named(name)
