@@ -13,11 +13,12 @@
 tokens/s, MFU, the share of time spent outside the compiled step, and how long that step takes
 compared with the planner's estimate. `attention` compares attention with JAX's other
 implementations on this machine, and decoding with a plain copy. `quantised` compares products with
-matrices of 8-bit and 4-bit codes with the same product in floats. `ring` measures what balance and
-skipping save in a ring of up to eight devices; a machine without accelerators uses eight CPU
-devices. `experts` compares the products of experts with JAX's, and on as many devices the
-placements of experts with a balanced router. `tune` times block sizes of each kernel that runs
-here. The `row` of a record is the fastest choice: write it into
+matrices of 8-bit and 4-bit codes with the same product in floats. `ring` measures how much time the
+zigzag layout and skipped blocks save in a ring of up to eight devices; a machine without
+accelerators uses eight CPU devices. `experts` compares the grouped products of experts with JAX's
+and, on up to eight devices, a skewed router under each placement of experts with a balanced router.
+`tune` times block sizes of each kernel that runs here. The `row` of a record is the fastest choice:
+write it into
 kernels/attention/BACKEND/block_sizes.py, under its head_dim. `weights` imports and exports a random
 model of 3.2 billion parameters, which needs 20 GB in TMPDIR. `generate` reads prompts and generates
 tokens with the model of --workdir, or with random weights of the model of --config, on all devices:
@@ -149,7 +150,7 @@ def machine() -> str:
 
 
 def attention() -> None:
-  """Subcommand `attention`: attention and decoding beside their peers."""
+  """Subcommand `attention`: attention and decoding, compared with JAX's and with a copy."""
   platform = jax.devices()[0].platform
   print_records(
     {
@@ -192,14 +193,14 @@ def tune() -> None:
 
 
 def ring() -> None:
-  """Subcommand `ring`: what balance and skipping save in a ring."""
+  """Subcommand `ring`: the time that the zigzag layout and skipped blocks save in a ring."""
   jax.config.update("jax_num_cpu_devices", 8)
   xla_flags.apply()
   print_records({"ring": benchmarks.measure_ring()})
 
 
 def experts() -> None:
-  """Subcommand `experts`: products of experts, and what their placement saves."""
+  """Subcommand `experts`: grouped products, and the time that the placement of experts saves."""
   jax.config.update("jax_num_cpu_devices", 8)
   xla_flags.apply()
   cases = benchmarks.groups(jax.devices()[0].platform)

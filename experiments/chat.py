@@ -1,4 +1,4 @@
-"""Talks with a model about a film or images.
+"""Chats with a model about films and images.
 
     python -m experiments.chat --workdir=runs/laptop --film=holiday.mp4
     python -m experiments.chat --workdir=runs/laptop --film=holiday.mp4 \\
@@ -7,9 +7,9 @@
 
 Frames are taken from the film and tokenised on all devices. The model reads them once; each
 question is read after them and after the questions and answers before it. Without --question,
-questions are lines of the standard input. --save_prefix keeps what the model has computed of the
-film, so that a later process does not compute it again. --mesh.ring=8 divides film, cache and
-weights over eight devices (docs/generate.md).
+questions are lines of the standard input. --save_prefix stores the keys and values that the model
+has computed for the film, so that a later process need not compute them again. --mesh.ring=8
+divides film, cache and weights over eight devices (docs/generate.md).
 """
 
 import pathlib
@@ -37,16 +37,20 @@ _IMAGE = flags.DEFINE_multi_string("image", [], "An image; may be repeated.")
 _QUESTION = flags.DEFINE_multi_string(
   "question", [], "A question; may be repeated. Default: lines of the standard input."
 )
-_SYSTEM = flags.DEFINE_string("system", None, "The system's message.")
+_SYSTEM = flags.DEFINE_string("system", None, "The system message.")
 _CONTEXT = flags.DEFINE_integer(
   "context",
   None,
-  "Most tokens of the conversation. Default: the film and 4096 tokens more, or what the questions "
-  "and the longest answers take.",
+  "Maximum number of tokens in the conversation. Default: those of the films plus 4096, or more if "
+  "the questions and the longest answers need more.",
   lower_bound=1,
 )
-_SAVE_PREFIX = flags.DEFINE_string("save_prefix", None, "Directory to make, for the film as read.")
-_LOAD_PREFIX = flags.DEFINE_string("load_prefix", None, "Directory that --save_prefix has made.")
+_SAVE_PREFIX = flags.DEFINE_string(
+  "save_prefix", None, "Directory to make, for the cached keys and values of the films."
+)
+_LOAD_PREFIX = flags.DEFINE_string(
+  "load_prefix", None, "Directory that --save_prefix made; it takes the place of the films."
+)
 
 _ROOM_FOR_TALK = 4096
 _PROMPT_SIGN = "> "
@@ -102,7 +106,7 @@ def vision_of(checkpoint: inference.Checkpoint, prefix: list[int]) -> np.ndarray
 
 
 def longest_talk(checkpoint: inference.Checkpoint, vision: np.ndarray | None) -> int:
-  """Tokens of all questions of the flags, with the films and the longest answers."""
+  """Tokens of the films, every --question, and an answer of --num_tokens to each."""
   conversation = Conversation(checkpoint, vision)
   tokens = prefix_of(checkpoint, vision)
   for question in _QUESTION.value:
@@ -112,7 +116,7 @@ def longest_talk(checkpoint: inference.Checkpoint, vision: np.ndarray | None) ->
 
 
 def capacity_for(checkpoint: inference.Checkpoint, vision: np.ndarray | None) -> int:
-  """Most tokens of the conversation. Raises UserError unless all questions and answers fit."""
+  """The value of --context, or its default. Raises UserError unless the conversation fits."""
   needed = longest_talk(checkpoint, vision)
   capacity = _CONTEXT.value or max(needed, len(prefix_of(checkpoint, vision)) + _ROOM_FOR_TALK)
   if needed > capacity:
@@ -151,7 +155,7 @@ def open_session(
   prefix = prefix_of(checkpoint, vision)
   if saved and saved.tokens != prefix:
     raise UserError(
-      f"The prefix {_LOAD_PREFIX.value} begins with another --system message: give the same one."
+      f"--load_prefix={_LOAD_PREFIX.value} was made with another --system: give the same message."
     )
   capacity = capacity_for(checkpoint, vision)
   engine = checkpoint.engine(checkpoint.load())

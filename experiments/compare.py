@@ -51,7 +51,7 @@ def compare_losses(variants: dict[str, list[str]], output: pathlib.Path) -> None
 
 
 def evaluations(workdir: str) -> list[Record]:
-  """What a run has recorded of the held-out set."""
+  """A run's records of held-out losses, from its metrics.jsonl."""
   path = pathlib.Path(workdir) / FILE_NAME
   records = [record for record in read_metrics(path) if record["kind"] == "evaluation"]
   if not records:
@@ -74,7 +74,10 @@ def compare_answers(evaluation: str, variants: dict[str, list[str]], output: pat
   first = {record["case"] for record in next(iter(runs.values()))[0]}
   for name, each in runs.items():
     if any({record["case"] for record in records} != first for records in each):
-      raise UserError(f"The runs of {name} have answers to other questions than the first run.")
+      raise UserError(
+        f"The runs of {name} were asked other questions than the first run: evaluate all runs with "
+        "the same flags."
+      )
   report.plot_by_context(
     {name: [report.by_context(records) for records in each] for name, each in runs.items()},
     evaluation,

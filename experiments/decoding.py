@@ -1,4 +1,4 @@
-"""Flags of programs that decode films, and what these print."""
+"""Flags and progress lines of programs that decode films."""
 
 import os
 import time
@@ -13,13 +13,16 @@ FRAMES_PER_SECOND = flags.DEFINE_float(
   "frames_per_second", 4.0, "Frames to take per second of film; LWM takes 4.", lower_bound=1e-6
 )
 MAX_FRAMES = flags.DEFINE_integer(
-  "max_frames", 100_000, "A film with more frames is bad.", lower_bound=1
+  "max_frames", 100_000, "A film with more frames is reported as bad.", lower_bound=1
 )
 TIMEOUT = flags.DEFINE_float(
-  "timeout", 60.0, "A film is bad after this many seconds without a frame.", lower_bound=1e-3
+  "timeout",
+  60.0,
+  "A film is reported as bad if the decoder gives no frame for this many seconds.",
+  lower_bound=1e-3,
 )
 DECODERS = flags.DEFINE_integer(
-  "decoders", os.cpu_count() or 1, "Processes that decode films, one at a time each.", lower_bound=1
+  "decoders", os.cpu_count() or 1, "Processes; each decodes one film at a time.", lower_bound=1
 )
 FILMS_PER_PART = flags.DEFINE_integer(
   "films_per_part",

@@ -1,4 +1,4 @@
-"""Measures what a model finds in long contexts, answers about films, and generates.
+"""Evaluates a model: retrieval from long contexts, films, losses, and generated frames.
 
     python -m experiments.evaluate needle --workdir=runs/laptop --haystack=novel.txt \\
         --contexts=1024,2048 --depths=0:100:10
@@ -47,7 +47,7 @@ _DEPTHS = flags.DEFINE_string(
 _ASKED = flags.DEFINE_integer("asked", 1, "Needles that several_needles asks for.", lower_bound=1)
 _TASKS = flags.DEFINE_list("tasks", [], "Tasks of the harness.")
 _INCLUDE_PATH = flags.DEFINE_string("include_path", None, "Directory with tasks of your own.")
-_LIMIT = flags.DEFINE_integer("limit", None, "Most documents per task of the harness.")
+_LIMIT = flags.DEFINE_integer("limit", None, "Maximum number of documents per task.")
 
 
 Record = dict[str, Any]
@@ -57,7 +57,7 @@ class Asked:
   """An evaluation with the questions that the flags ask for."""
 
   def __init__(self, name: str, run: Run, sources: Sources, films: Films | None):
-    """Makes questions of each context, so that an error ends the program at once."""
+    """Makes some questions of each context, to report errors before the weights are read."""
     self.name, self.evaluation, self._run = name, EVALUATIONS[name], run
     self.answer_tokens = run.answer_tokens(self.evaluation.answer_tokens)
     self._sources = films if self.evaluation.hides_in == "film" else sources
@@ -72,7 +72,8 @@ class Asked:
       self.settings["haystack"] = _INPUTS.fingerprint(self.evaluation.hides_in)
     if self.evaluation.has_counts:
       self.settings |= {"hidden": _INPUTS.hidden(), "asked": _ASKED.value}
-    # The shortest context has the least room, and clips of films have different lengths.
+    # Try every case of the shortest context, because it has the least room, and one case of each
+    # other context. Clips have different lengths, so try every case of a film.
     contexts = _INPUTS.contexts()
     tried = [case for case in self.cases if case.context == contexts[0]]
     tried += [next(case for case in self.cases if case.context == other) for other in contexts[1:]]
@@ -125,7 +126,7 @@ class Asked:
     sections = {
       "Scores": evals.report.html_table(("context", "mean score"), rows),
       "Heat map": picture,
-      "Answers that are not all right": evals.report.mistakes(records),
+      "Wrong or incomplete answers": evals.report.mistakes(records),
     }
     evals.report.write_html(folder / "report.html", title, self.settings, sections)
     for context, score in scores.items():

@@ -26,7 +26,7 @@ from lwm.infer.films import check_films, read_codes, vision_ids
 
 
 class Inputs:
-  """The flags of what evaluations read, which this object defines."""
+  """Defines the flags that name what evaluations read, and reads it."""
 
   def __init__(self) -> None:
     self._haystack = flags.DEFINE_list(
@@ -35,24 +35,28 @@ class Inputs:
     self._contexts = flags.DEFINE_list(
       "contexts",
       ["1024", "2048"],
-      "Tokens of a prompt and its answer together; the largest limits losses and the harness.",
+      "Tokens of a prompt plus its answer. Losses and harness tasks use only the largest.",
     )
     self._hidden = flags.DEFINE_integer(
-      "hidden", 4, "Needles or events that are hidden.", lower_bound=1
+      "hidden", 4, "Number of needles or events to hide.", lower_bound=1
     )
     self._film = flags.DEFINE_multi_string("film", [], "A film that hides events; may be repeated.")
     self._events = flags.DEFINE_string(
       "events",
       None,
-      "JSON lines with the fields file, a film or an image, and name, what it shows.",
+      "JSON lines of events to hide: file (a film or an image) and name (what it shows).",
     )
     self._dataset = flags.DEFINE_string(
       "dataset",
       None,
-      "A prepared dataset. Without --film, its validation clips are film and events.",
+      "A prepared dataset; default: the run's. Without --film, its validation clips are the film "
+      "and the events.",
     )
     self._clip_frames = flags.DEFINE_integer(
-      "clip_frames", 20, "Most frames of an event; TimeScope's clips last 5 s.", lower_bound=1
+      "clip_frames",
+      20,
+      "Maximum number of frames of an event. The default is 5 s at LWM's rate, as in TimeScope.",
+      lower_bound=1,
     )
     self._questions = flags.DEFINE_string(
       "questions", None, "JSON lines with the questions of multiple_choice."
@@ -146,7 +150,7 @@ class Inputs:
     return Haystack(self._haystack.value, tokenizer, tokens or max(self.contexts())).ids
 
   def fingerprint(self, kind: str) -> dict[str, Any]:
-    """What tells one haystack from another.
+    """Hashes and settings that tell one haystack from another.
 
     Args:
       kind: "text", "film" or "questions".

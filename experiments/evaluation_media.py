@@ -23,9 +23,9 @@ from lwm.vision.codec import Codec
 from lwm.vision.pictures import save_contact_sheet
 from lwm.vision.video import crop_and_resize
 
-# Most tokens of an answer to a question of the user's.
+# Maximum number of tokens in the answer to a question of --questions.
 _ANSWER_TOKENS = 16
-# Clips that the page shows.
+# Maximum number of clips on the report page.
 _SHOWN = 4
 
 
@@ -49,7 +49,7 @@ def multiple_choice(run: Run) -> None:
         )
     return rows
 
-  # First without films, which take longer to read.
+  # Check the lengths without films first: reading films takes long.
   prompts([[] for _ in questions])
   rows = prompts(run.inputs.question_codes(questions, run.checkpoint))
   files = json.dumps(run.inputs.fingerprint("questions"))
@@ -76,7 +76,7 @@ def multiple_choice(run: Run) -> None:
   header = ("answer", "questions", "exact match", "likeliest letter", "chance")
   sections = {
     "Scores": evals.report.html_table(header, table),
-    "Answers that are not all right": evals.report.mistakes(file.records),
+    "Wrong or incomplete answers": evals.report.mistakes(file.records),
   }
   page = file.path.parent / "report.html"
   evals.report.write_html(page, f"multiple_choice: {run.title}", settings, sections)
@@ -114,7 +114,7 @@ def visual_encoder(run: Run) -> Callable[[Sequence[Any]], list[int]]:
 
 
 def generation(run: Run) -> None:
-  """Continues held-out clips, or makes clips for their captions, and compares them with these."""
+  """Continues held-out clips, or generates them from captions; compares with the true clips."""
   checkpoint, given, frames = run.checkpoint, run.inputs.given_frames, run.inputs.frames
   dataset = run.inputs.video_dataset(checkpoint)
   codec = checkpoint.codec(dataset)
@@ -122,8 +122,9 @@ def generation(run: Run) -> None:
   others = run.inputs.clips(checkpoint, dataset, TRAIN, len(clips))
   if len(clips) < 2 or len(others) < 2:
     raise UserError(
-      f"{dataset.path} has {len(clips)} held-out clips of {given} + {frames} "
-      "frames, and this evaluation needs 2: raise --samples, or lower --given_frames or --frames."
+      f"{dataset.path} has {len(clips)} held-out clips of {given} + {frames} frames and "
+      f"{len(others)} such training clips, but this evaluation needs 2 of each: raise --samples, "
+      "or lower --given_frames or --frames."
     )
   choice = infer.Choice(top_k=inference.FILM_TOP_K)
   settings = run.settings("generation") | {
@@ -186,7 +187,7 @@ def _generate(
 
 
 def _sets(codec: Codec, sets: dict[str, np.ndarray], true_CxNxP: np.ndarray) -> str:
-  """Prints how sets of clips differ from the true ones; a table of it."""
+  """Prints how each set of clips differs from the true clips, and returns an HTML table."""
   rows, names = [], list[str]()
   for name, clips_CxNxP in (sets | {"held-out clips": true_CxNxP}).items():
     found = metrics.compare_sets(codec, clips_CxNxP, true_CxNxP)
@@ -197,7 +198,7 @@ def _sets(codec: Codec, sets: dict[str, np.ndarray], true_CxNxP: np.ndarray) -> 
 
 
 def _frames(records: Sequence[dict[str, Any]]) -> str:
-  """Prints how close each generated frame is to the truth, beside a still; a table of it."""
+  """Prints the errors of each generated frame and of a still; returns an HTML table."""
   rows = []
   for frame in range(len(records[0]["ssim"])):
     row: list[object] = [frame + 1]

@@ -1,4 +1,4 @@
-"""What all evaluations of `experiments.evaluate` share: flags, and the model."""
+"""The flags and the model that all evaluations of `experiments.evaluate` share."""
 
 import pathlib
 from typing import Any
@@ -11,7 +11,7 @@ from lwm.evals.requests import Requests
 
 
 class Options:
-  """The flags of all evaluations, which this object defines.
+  """Defines the flags that all evaluations share.
 
   Attributes:
     model: flags of the model.
@@ -22,7 +22,11 @@ class Options:
     self.model = inference.Flags()
     self.inputs = evaluation_inputs.Inputs()
     self._samples = flags.DEFINE_integer(
-      "samples", 1, "Questions per context and depth; windows; documents; clips.", lower_bound=1
+      "samples",
+      1,
+      "Number of samples: questions per context and depth, windows of a text, documents per "
+      "dataset, or clips.",
+      lower_bound=1,
     )
     self._chat = flags.DEFINE_bool("chat", False, "Ask in the tokenizer's chat template.")
     self._rows = flags.DEFINE_integer(
@@ -31,8 +35,7 @@ class Options:
     self._output = flags.DEFINE_string(
       "output", None, "Directory of the results. Default: WORKDIR/evals."
     )
-    # Answers are the likeliest tokens unless flags say otherwise, and each evaluation has its
-    # longest.
+    # By default, decoding is greedy, and each evaluation has its own maximum length of answers.
     flags.FLAGS.set_default("temperature", 0.0)
     flags.FLAGS.set_default("num_tokens", None)
 
@@ -61,9 +64,9 @@ class Run:
   """What all evaluations of a program share.
 
   Attributes:
-    options: flags.
-    flags: of the model.
-    inputs: of the flags.
+    options: flags of all evaluations.
+    flags: `options.model`, the flags of the model.
+    inputs: `options.inputs`, what evaluations read.
     checkpoint: the model, before its weights are read.
     output: directory of the results.
     title: names the model.
@@ -87,15 +90,15 @@ class Run:
     }
 
   def answer_tokens(self, default: int) -> int:
-    """Most tokens of an answer: --num_tokens, or an evaluation's own."""
+    """Maximum number of tokens in an answer: --num_tokens, or else `default`."""
     return flags.FLAGS["num_tokens"].value or default
 
   def answerer(self) -> Answerer:
-    """Reads the weights."""
+    """Reads the weights, and returns what answers prompts with them."""
     engine = self.checkpoint.engine(self.checkpoint.load())
     rows = engine.padded(self.options.rows)
     return Answerer(engine, self.checkpoint.tokenizer, self.checkpoint.text(), rows)
 
   def requests(self) -> Requests:
-    """Reads the weights, for a harness."""
+    """Like `answerer`, for the requests of an evaluation harness."""
     return Requests(self.answerer(), self.inputs.contexts()[-1])

@@ -4,8 +4,8 @@
     python -m experiments.export_weights --workdir=runs/mine --format=gguf --type=Q8_0 \\
         --output=mine.gguf
 
---workdir is a run's, one of its checkpoints, or imported weights. LoRA's additions are merged, and
-rows that pad a vocabulary are cut. --format is one of:
+--workdir is a run's, one of its checkpoints, or imported weights. LoRA's additions are merged into
+the kernels, and the padding rows of the vocabulary are removed. --format is one of:
 
   hugging_face  a directory for transformers and vLLM; a model with vision ids needs --vqgan, which
                 is put beside it as a VQModel of diffusers
@@ -28,9 +28,9 @@ from lwm import convert
 from lwm.checkpoint.reader import StoredCheckpoint, newest
 from lwm.errors import UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "What to export.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "A run, a checkpoint or imported weights.")
 _OUTPUT = flags.DEFINE_string("output", None, "The directory or file to write; must not exist.")
-_FORMAT = flags.DEFINE_string("format", None, "One of those above.")
+_FORMAT = flags.DEFINE_string("format", None, "The format to write, from the list above.")
 _TYPE = flags.DEFINE_string(
   "type",
   None,
@@ -38,14 +38,17 @@ _TYPE = flags.DEFINE_string(
   "stored, which is float32 for what was trained here; for GGUF, F16.",
 )
 _BASE = flags.DEFINE_string(
-  "base", "", "Path or name of an adapter's base in transformers' format, which PEFT then loads."
+  "base",
+  "",
+  "--format=adapter: path or name of the base model in transformers' format. The adapter records "
+  "it, and PEFT loads it.",
 )
 _VQGAN = flags.DEFINE_string("vqgan", None, "The VQGAN of a model with vision ids.")
 _SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Size of a file of safetensors, in GB.", 1e-3)
-_BATCH = flags.DEFINE_integer("batch_size", 1, "Rows of the StableHLO programs.", 1)
-_PROMPT = flags.DEFINE_integer("prompt_length", 128, "Prompt tokens that prefill reads.", 1)
-_CONTEXT = flags.DEFINE_integer("context", 2048, "Tokens in the cache of the programs.", 1)
-_PLATFORMS = flags.DEFINE_list("platforms", "cpu", "Of the StableHLO programs: cpu, cuda, tpu.")
+_BATCH = flags.DEFINE_integer("batch_size", 1, "StableHLO: rows of a batch.", 1)
+_PROMPT = flags.DEFINE_integer("prompt_length", 128, "StableHLO: tokens of a prompt.", 1)
+_CONTEXT = flags.DEFINE_integer("context", 2048, "StableHLO: tokens in the cache.", 1)
+_PLATFORMS = flags.DEFINE_list("platforms", "cpu", "StableHLO: any of cpu, cuda, tpu.")
 flags.mark_flags_as_required(["workdir", "output", "format"])
 
 DTYPES = ("float32", "bfloat16", "float16")

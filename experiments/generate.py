@@ -44,7 +44,7 @@ _PROMPTS = flags.DEFINE_string(
   "prompts", None, "File of prompts: lines of text, or of JSON with a field prompt if *.jsonl."
 )
 _CHAT = flags.DEFINE_bool(
-  "chat", False, "Take the prompt as a user's message, in the tokenizer's chat template."
+  "chat", False, "Treat the prompt as a user message, in the tokenizer's chat template."
 )
 _MAKE = flags.DEFINE_enum("make", None, ["text", "image", "film", "mixed"], "What to generate.")
 _FILM = flags.DEFINE_multi_string("film", [], "A film before the prompt; --make=film continues it.")
@@ -209,7 +209,7 @@ def generate_frames(
   count = grammar.pictures.frames * layout.tokens_per_frame
   guidance = None if scale == 1 else scale
   if guidance is not None:
-    # LWM's prompt without a text.
+    # The unconditional prompt, which has no text, as in LWM.
     without = [checkpoint.tokenizer.bos_id, *grammar.pictures.start]
     rows = [row for prompt in rows for row in (prompt, without)]
   session = engine.open(rows, max(map(len, rows)) + count)
@@ -254,7 +254,7 @@ def held_out_clip(dataset: Dataset, layout: VisionLayout) -> infer.Clip:
 
 
 def with_border(frame_HxWx3: np.ndarray) -> np.ndarray:
-  """The frame with its outermost pixels coloured."""
+  """The frame with a coloured border, which marks it as given to the model."""
   marked_HxWx3 = np.broadcast_to(_BORDER, frame_HxWx3.shape).copy()
   marked_HxWx3[1:-1, 1:-1] = frame_HxWx3[1:-1, 1:-1]
   return marked_HxWx3
@@ -272,7 +272,7 @@ def video_dataset(experiment: Experiment) -> Dataset | None:
 
 
 def samples(checkpoint: inference.Checkpoint) -> pathlib.Path:
-  """The folder of what is generated."""
+  """The folder for generated files, which is created if needed."""
   folder = checkpoint.workdir / "samples"
   folder.mkdir(exist_ok=True)
   return folder

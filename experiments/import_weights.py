@@ -35,17 +35,17 @@ _TOKENIZER = flags.DEFINE_string(
   "tokenizer", None, "The tokenizer's file, *.model or tokenizer.json. Default: the input's own."
 )
 _BASE = flags.DEFINE_string("base", None, "The checkpoint of an adapter's base.")
-_PRESET = flags.DEFINE_string("preset", None, "Which of LWM's releases it is.")
-_ROPE_THETA = flags.DEFINE_float("rope_theta", None, "Base of RoPE of a release of LWM's.")
-_CONTEXT = flags.DEFINE_integer("context", None, "Context of a release of LWM's, in tokens.")
-_NUM_HEADS = flags.DEFINE_integer("num_heads", None, "Attention heads of a release of LWM's.")
+_PRESET = flags.DEFINE_string("preset", None, "Name of an LWM release: lwm-text-1m.")
+_ROPE_THETA = flags.DEFINE_float("rope_theta", None, "RoPE base of an LWM release.")
+_CONTEXT = flags.DEFINE_integer("context", None, "Context of an LWM release, in tokens.")
+_NUM_HEADS = flags.DEFINE_integer("num_heads", None, "Attention heads of an LWM release.")
 _RANGES = [f"{low},{high}" for low, high in PIXEL_RANGES]
 _PIXEL_RANGE = flags.DEFINE_enum(
   "pixel_range",
   None,
   _RANGES,
-  "Black and white of a VQGAN: -1,1 (LWM) or 0,1 (aMUSEd). Default: what it records; LWM's for a "
-  "pickle.",
+  "Pixel values of black and white for a VQGAN: -1,1 (LWM) or 0,1 (aMUSEd). Default: those that "
+  "the VQGAN records, or -1,1 for LWM's pickle.",
 )
 _RESOLUTION = flags.DEFINE_integer(
   "resolution",

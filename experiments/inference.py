@@ -1,4 +1,4 @@
-"""Flags and steps that programs share which read prompts and generate."""
+"""Flags and steps that the programs for generation and evaluation share."""
 
 import dataclasses
 import os
@@ -26,12 +26,12 @@ from lwm.vision.codec import Codec
 
 # LWM draws each code of a film from this many of the likeliest.
 FILM_TOP_K = 1000
-# Tokens that are generated, after the first, before their text is shown.
+# Text is shown after the first token, and then after each block of this many tokens.
 _BLOCK = 8
 
 
 class Flags:
-  """The flags of programs that read and generate, which this object defines.
+  """Defines the flags of programs that read prompts and generate.
 
   Attributes:
     mesh: --mesh.
@@ -48,10 +48,10 @@ class Flags:
     self.mesh = MeshConfig(fsdp=1)
     experiment_flags.define_settings("mesh", self.mesh)
     self._chunk = flags.DEFINE_integer(
-      "chunk", 2048, "Tokens of a prompt that are read at a time.", lower_bound=1
+      "chunk", 2048, "Prompt tokens that the model reads at a time.", lower_bound=1
     )
     self._num_tokens = flags.DEFINE_integer(
-      "num_tokens", 256, "Most text tokens to generate.", lower_bound=1
+      "num_tokens", 256, "Maximum number of text tokens to generate.", lower_bound=1
     )
     self._temperature = flags.DEFINE_float(
       "temperature", 0.8, "Temperature for text; 0 takes the likeliest token.", lower_bound=0
@@ -60,15 +60,19 @@ class Flags:
       "top_k", 50, "Draw each text token from this many of the likeliest.", lower_bound=1
     )
     self._top_p = flags.DEFINE_float(
-      "top_p", 1.0, "Draw it from the likeliest of this total probability.", 0, 1
+      "top_p", 1.0, "Draw it from the likeliest tokens with this total probability.", 0, 1
     )
     self._min_p = flags.DEFINE_float(
-      "min_p", 0.0, "Draw it from tokens of this probability relative to the likeliest.", 0, 1
+      "min_p",
+      0.0,
+      "Draw it from tokens at least this probable, relative to the likeliest token.",
+      0,
+      1,
     )
     self._repetition_penalty = flags.DEFINE_float(
       "repetition_penalty",
       1.0,
-      "Lowers logits of text tokens that have come; 1: not.",
+      "Lowers the logits of text tokens that already occurred; 1: no penalty.",
       lower_bound=1,
     )
     self._frames_per_second = flags.DEFINE_float(
@@ -157,7 +161,7 @@ class Checkpoint:
     self._mesh = make_mesh(self.flags.mesh, available[:count])
     use_compilation_cache()
     self.stored: StoredCheckpoint = newest(self.workdir)
-    # First, because the checkpoint of a VQGAN has no tokenizer.
+    # This line rejects the checkpoint of a VQGAN, which has no tokenizer to load.
     self.text_vocab_size = self.stored.experiment.model.text_vocab_size
     self.tokenizer: Tokenizer = load_tokenizer(self.stored.tokenizer_path)
 
@@ -220,8 +224,8 @@ class Checkpoint:
     if needed > available:
       raise UserError(
         f"The cache of {num_rows:,} x {capacity:,} tokens needs {needed / 2**30:,.1f} GiB per "
-        f"device, which has {available / 2**30:,.1f} GiB: read less at a time, divide it over more "
-        "devices with --mesh, or add --cache=int8."
+        f"device, which has {available / 2**30:,.1f} GiB: use fewer rows or a shorter context, "
+        "divide the cache over more devices with --mesh, or add --cache=int8."
       )
 
   def load(self) -> infer.TrainedModel:
@@ -237,7 +241,7 @@ class Checkpoint:
     return trained
 
   def engine(self, trained: infer.TrainedModel) -> infer.Engine:
-    """The engine of the flags."""
+    """The engine with the settings of the flags."""
     return infer.Engine(
       trained.model,
       trained.params,
@@ -314,7 +318,7 @@ def stream(
     text = decode_after(
       checkpoint.tokenizer, before, [t for t in tokens if t not in sampling.grammar.stop_ids]
     )
-    # The last characters may be bytes of one that is not complete.
+    # An incomplete UTF-8 character decodes to U+FFFD: hold it back until its last byte arrives.
     whole = text.rstrip("\ufffd")
     print(whole[len(shown) :], end="", flush=True)
     shown = whole

@@ -1,10 +1,10 @@
-"""Prints the perplexity of a text under a trained model, by the form of its weights and its cache.
+"""Prints the perplexity of a text for each form of a model's weights and cache.
 
     python -m experiments.perplexity --workdir=weights/smollm2 --text=emma.txt --tokens=1024 \\
         --weights=float32,int8,int4 --cache=dense,int8
 
-Each line has the memory of the weights and the change of perplexity against the first form. The
-window begins with <bos>, which is no target.
+Each line has the memory of the weights, and the change in perplexity relative to the first line.
+The window begins with <bos>, which is not a target.
 """
 
 import pathlib
@@ -27,7 +27,7 @@ _WORKDIR = flags.DEFINE_string(
 )
 _TEXT = flags.DEFINE_string("text", None, "A text file in UTF-8.")
 _TOKENS = flags.DEFINE_integer("tokens", 1024, "Tokens of the window.", lower_bound=2)
-_START = flags.DEFINE_integer("start", 0, "The window's first token of the text.", lower_bound=0)
+_START = flags.DEFINE_integer("start", 0, "Where in the text the window begins.", lower_bound=0)
 _BOS = flags.DEFINE_bool("bos", True, "Put <bos> before the window, as before a document.")
 _WEIGHTS = flags.DEFINE_list(
   "weights", ["float32"], f"Forms of the weights to compare: {', '.join(infer.FORMS)}."
@@ -39,7 +39,7 @@ flags.mark_flags_as_required(["workdir", "text"])
 
 
 def window(tokenizer_path: pathlib.Path) -> jax.Array:
-  """The tokens to predict, after the first, int32."""
+  """The tokens of the window, int32. All but the first are targets."""
   path = pathlib.Path(_TEXT.value or "")
   try:
     text = path.read_text("utf-8")

@@ -11,7 +11,7 @@ libtpu`) compiles for TPU slices, JAX's CUDA plugin for GPUs (h100:4x8 is four h
 each). Settings are flags, as in training: --config.stages[4].mesh.ring=8,
 --config.model.remat=attention. `--search` tries meshes, remat policies and offload policies for a
 stage. `--longest` tries longer and longer rows, one row per batch over the whole machine. `--pool`
-finds meshes of which each may be the fastest, depending on the loads of experts. All of them
+finds several meshes; which of them is the fastest depends on the loads of the experts. All three
 print only plans that have been compiled and fit, and report every try on stderr.
 """
 

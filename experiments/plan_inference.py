@@ -32,11 +32,11 @@ _CONFIG = experiment_flags.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "The machine: v5p:2x2x2.", required=True)
 _MESH = MeshConfig(fsdp=1, ring=-1)
 experiment_flags.define_settings("mesh", _MESH)
-_CONTEXT = flags.DEFINE_integer("context", 1 << 20, "Tokens of a row.", lower_bound=1)
+_CONTEXT = flags.DEFINE_integer("context", 1 << 20, "Tokens per prompt and answer.", lower_bound=1)
 _CHUNK = flags.DEFINE_integer(
-  "chunk", 16384, "Tokens of a prompt that are read at a time.", lower_bound=1
+  "chunk", 16384, "Prompt tokens that the model reads at a time.", lower_bound=1
 )
-_ROWS = flags.DEFINE_integer("rows", 1, "Rows of the cache.", lower_bound=1)
+_ROWS = flags.DEFINE_integer("rows", 1, "Prompts in the cache.", lower_bound=1)
 _CACHE = flags.DEFINE_enum("cache", "dense", infer.CACHE_FORMS, "The form of the cache.")
 
 
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
 
 
 def _parts(phase: Phase) -> str:
-  """The time, memory and wires of a phase in words."""
+  """The time, memory traffic and communication of a phase, as text."""
   parts = [f"{name} {seconds:.3g} s" for name, seconds in phase.seconds.items() if seconds]
   return (
     f"{', '.join(parts)}; a device reads {phase.bytes / GIB:,.4g} GiB and sends "

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
   program, *options = argv[1:]
   count = flags.FLAGS.num_shards
   if not count:
-    raise UserError("Say by --num_shards how many shares the workers of Beam are to make.")
+    raise UserError("Set --num_shards to the number of shares that Beam's workers make.")
   arguments = [
     argument for argument in sys.argv[2 : len(sys.argv) - len(options)] if argument != "--"
   ]

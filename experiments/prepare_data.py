@@ -22,10 +22,10 @@ tfds. Without it, the suffix of the file or the only kind of file in the folder 
 be compressed (.gz, .zst). Links are followed.
 
 The output is written in full or not at all. A killed command continues when it is given again.
-Workers can share the work, and the command without --num_shards then makes the dataset; see
-docs/films.md. Its bad_records.jsonl names every bad record and file,
-with the reason. The summary counts the files of other kinds. lwm/data/dataset.py describes the
-output.
+With --num_shards, several workers share the work; the command without it then joins their parts
+into the dataset (docs/films.md). OUTPUT/bad_records.jsonl names every bad record and file, with the
+reason. The printed summary counts the files that were left out, by kind. lwm/data/dataset.py
+describes the output.
 """
 
 import os
@@ -186,7 +186,9 @@ def work(share: shards.Share) -> Callable[[], None]:
   if _VALIDATION_INPUT.value and _VALIDATION_FRACTION.value:
     raise UserError("Give --validation_input or --validation_fraction, not both.")
   if "://" in _OUTPUT.value:
-    raise UserError(f"--output={_OUTPUT.value} is no directory: mount it, and name its path.")
+    raise UserError(
+      f"--output={_OUTPUT.value} is not a directory: mount the bucket, and name its path."
+    )
   if os.path.exists(_OUTPUT.value):
     raise UserError(f"{_OUTPUT.value} exists already: delete it, or name another --output.")
   if _TRAIN_TOKENIZER_VOCAB.value and os.path.exists(_TOKENIZER.value):

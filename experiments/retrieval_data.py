@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
   del argv
   output, source = pathlib.Path(_OUTPUT.value or ""), random.Random(_SEED.value)
   output.mkdir(parents=True, exist_ok=True)
-  # About nine tokens each.
+  # A sentence has about nine tokens, so this makes a few more tokens than are needed.
   text = "".join(sentence(source) for _ in range(_HAYSTACK_TOKENS // 8))
   (output / "haystack.txt").write_text(text, "utf-8")
   path = output / "tokenizer.model"
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
   if not path.exists():
     train_sentencepiece([text[: 1 << 18], *forms * 64], path, _VOCAB_SIZE)
   tokenizer = load_tokenizer(path)
-  # Other sentences than those that the evaluation shows.
+  # New sentences: those in haystack.txt are for the evaluation alone.
   haystack = tokenizer.encode("".join(sentence(source) for _ in range(_HAYSTACK_TOKENS // 8)))
   writer = PromptWriter(tokenizer, chat=False)
   for context in map(int, _CONTEXTS.value or []):

@@ -38,10 +38,10 @@ _VQGAN = flags.DEFINE_string(
 _SPLIT = flags.DEFINE_string("split", TRAIN, "The split to take the row from.")
 _SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 4096, "Tokens per row.", lower_bound=1)
 _WEIGHTING = flags.DEFINE_enum(
-  "weighting", "token", ["token", "example"], "As in the dataset's settings of an experiment."
+  "weighting", "token", ["token", "example"], "As in `DatasetConfig` of lwm/config/experiment.py."
 )
 _LONG_DOCUMENTS = flags.DEFINE_enum(
-  "long_documents", "cut", ["cut", "leave_out", "keep_end"], "As in these settings."
+  "long_documents", "cut", ["cut", "leave_out", "keep_end"], "As in `DatasetConfig`."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the packing.")
 

@@ -6,8 +6,8 @@
 The input is a folder or a manifest with captions, dialogues, and times (docs/films.md). Each film
 becomes a document; a film that cannot be read is a line of bad_records.jsonl. A killed command
 continues when it is given again. The processes of one job (SLURM, a TPU pod, or --coordinator,
---num_processes and --process_id) share the work. So do workers that know nothing of each other; the
-command without --num_shards makes the dataset of what they have made:
+--num_processes and --process_id) share the work. Independent workers can share it too: each makes
+one shard, and the command without --num_shards then joins the shards into the dataset:
 
     python -m experiments.tokenize_video ... --num_shards=16 --shard_index=$INDEX
     python -m experiments.tokenize_video ...
@@ -143,7 +143,8 @@ def main(argv: list[str]) -> None:
   sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
   share = _SHARDS.share()
   if share:
-    # Schedulers start workers in the same way as the processes of one job.
+    # Don't join a job, even where the environment of a scheduler describes one: workers are
+    # independent of each other.
     devices()
     work(share)
     share.print_complete()

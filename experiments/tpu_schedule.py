@@ -56,7 +56,7 @@ _DTYPE = flags.DEFINE_enum(
   "Dtype of the operands; int8 is for the cache of --kernel=decode.",
 )
 _INPUTS = flags.DEFINE_integer("inputs", 2048, "Width of the rows of --kernel=grouped_*.")
-_OUTPUTS = flags.DEFINE_integer("outputs", 1408, "Width of their products, or of the other rows.")
+_OUTPUTS = flags.DEFINE_integer("outputs", 1408, "Width of the products, or of the second rows.")
 # Key/value heads of the cache of --kernel=decode; a block has positions x heads rows.
 _DECODE_HEADS = 8
 

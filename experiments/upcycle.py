@@ -4,8 +4,8 @@
     python -m experiments.train --config=configs/laptop_experts.py:upcycled --workdir=runs/upcycled
 
 --input is the workdir of a run, or a checkpoint that experiments.import_weights wrote. Every expert
-starts as a copy of the layer's feed-forward network, which has its width; so a token uses
---experts_per_token times as many FLOPs in these layers as before.
+starts as a copy of the layer's feed-forward network, with the same width, so these layers use
+--experts_per_token times as many FLOPs per token as before.
 """
 
 import pathlib
@@ -26,10 +26,10 @@ _ROUTER = flags.DEFINE_enum("router", ROUTERS[0], ROUTERS, "How experts are chos
 _NOISE = flags.DEFINE_float(
   "noise",
   0.0,
-  "Standard deviation of what is added to the copies, relative to that of the weights.",
+  "Standard deviation of the noise added to the copies, relative to that of the weights.",
   0.0,
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of the routers and the noise.", 0)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the routers and the noise.", 0)
 flags.mark_flags_as_required(["input", "output"])
 
 

@@ -26,7 +26,7 @@ class Product(Protocol):
 
 
 class Outer(Protocol):
-  """The products of a group's rows with each other, summed over the rows: gradients of weights."""
+  """For each group, x.T @ y over the group's rows: the gradients of the weights."""
 
   def __call__(self, x_RxK: jax.Array, y_RxN: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Returns float32 [E, K, N], 0 for an empty group. Rows after the last group do not count."""

@@ -122,7 +122,7 @@ def _divided(start_E, sizes_E, slots: Slots, expert_A, index_A):
   )
   is_own_PxA = slots.expert_P[:, None] == expert_A[None]
   is_own_PxA &= (begin_P[:, None] <= index_A[None]) & (index_A[None] < end_P[:, None])
-  # At most one slot of a column is its own. A sum is faster than argmax on CPUs.
+  # A choice has at most one slot, so a sum finds it, and on CPUs faster than argmax.
   slot_P = jnp.arange(slots.expert_P.shape[0], dtype=jnp.int32)
   slot_A = jnp.sum(jnp.where(is_own_PxA, slot_P[:, None], 0), axis=0)
   return slots.of_experts(start_E) + begin_P, end_P - begin_P, slot_A
@@ -139,10 +139,10 @@ def sorted_experts(sizes_nxe: jax.Array, num_rows: int) -> jax.Array:
 def merge(
   sizes_Sxe: jax.Array, begin_S: jax.Array, num_rows: int, first: jax.Array | int, num_local: int
 ) -> Placement:
-  """Sorts the rows of S sources, each sorted by slot, by the local ones of the slots.
+  """Merges the rows of S sources, each sorted by slot, into one order by local slot.
 
-  Whole runs of rows move, so no sort is needed, which is slow to compile for TPUs (12 seconds for
-  100,000 rows).
+  Whole runs of rows move, so that no sort is needed: XLA takes 12 seconds to compile a sort of
+  100,000 rows for a TPU.
 
   Args:
     sizes_Sxe: int32, rows of each slot.

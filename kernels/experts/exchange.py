@@ -19,9 +19,9 @@ class Exchange(NamedTuple):
 
   Attributes:
     axis_names: the mesh axes; the devices are numbered with the last axis changing fastest.
-    is_ragged: only the rows that exist travel (`jax.lax.ragged_all_to_all`, which CPUs lack), and
-      those for or from a device follow those for or from the one before. Otherwise the rows of each
-      device have a part of equal size, L rows, all of which travel.
+    is_ragged: whether only the rows that exist travel (`jax.lax.ragged_all_to_all`, which CPUs
+      lack). The rows of consecutive devices are then contiguous in the array. Otherwise each device
+      has an equal part of the array, L rows, and all of them travel.
   """
 
   axis_names: Sequence[str]
@@ -38,7 +38,7 @@ class Exchange(NamedTuple):
   def rows(
     self, x: jax.Array, sent_n: jax.Array, received_n: jax.Array, num_rows: int
   ) -> jax.Array:
-    """Sends `sent` rows to each device; what arrives from all. Other rows are undefined.
+    """Sends rows to each device; the result has those that arrive, and other rows undefined.
 
     Args:
       x: rows [R, ...]; those for each device begin at `begins`.
@@ -69,7 +69,7 @@ def _ragged(exchange: Exchange, R: int, N: int, x, sent_n, received_n):
     empty,
     begins(sent_n, R, is_ragged=True),
     sent_n,
-    # Where the receivers put them.
+    # The first row in each receiver's result.
     exchange.sizes(begins(received_n, N, is_ragged=True)),
     received_n,
     axis_name=exchange.axis_names,

@@ -1,9 +1,9 @@
 """The feed-forward networks of experts on a mesh: dispatch, products, combination.
 
 T local tokens, k choices per token, M model width, F local feed-forward width, E experts, P slots
-of all devices, e local slots, n devices that exchange rows, G = n T tokens of all of them, t
-devices of the tensor axis, R or L rows, N rows of another number, or chunks. A slot computes one
-expert.
+of all devices, e local slots (a slot computes one expert), n devices that exchange rows, G = n T
+tokens of all of them, t devices of the tensor axis. R, L and N are numbers of rows; in chunked
+arrays [N, C, ...], N chunks of C tokens.
 """
 
 import functools
@@ -20,8 +20,8 @@ from kernels.experts.exchange import Exchange, begins
 from kernels.experts.slots import Slots
 from kernels.varying import vary_alike, vary_trees_alike
 
-# Buffers have room for so many times the mean number of rows per device. A device that gets more
-# uses larger ones, which take any number.
+# Buffers have room for this many times the mean number of rows per device. A device that gets more
+# rows uses larger buffers, which have room for all rows that can arrive.
 ROOM = 2
 
 
@@ -39,7 +39,7 @@ class Settings(NamedTuple):
       as a multiple of the mean; further choices are dropped. None: nothing is dropped.
     chunk: the most tokens at a time.
     overlaps: whether a chunk is computed in two halves, so that one travels while the products of
-      the other are computed. It is not worth while for a few tokens.
+      the other are computed. It does not pay for few tokens.
     is_ragged: see `Exchange`.
     backend: of `grouped_matmul`.
     shared: a network of all tokens, `shared(x_CxM, shared_weights)`, whose results are added. It is
@@ -76,7 +76,7 @@ def expert_feed_forward(
   At most `settings.chunk` tokens are dispatched at a time, and several chunks recompute everything
   in the backward pass, so memory is that of one chunk: up to min(k, slots per device) rows per
   token and exchanging device, all of which exist only if every token chooses the same device. A
-  device that gets at most `ROOM` times the mean number of rows computes no more than so many.
+  device that gets at most `ROOM` times the mean number of rows computes at most that many rows.
 
   Rows travel to the devices of their experts and back (all-to-all): k (n - 1) / n rows per token
   each way. If k is at least n, every device gathers all tokens instead, and the results are
@@ -146,7 +146,7 @@ def _routed(settings: Settings, tokens, weights, slots) -> tuple[jax.Array, jax.
   if settings.capacity_factor is not None:
     mean = expert_Txk.size / settings.num_experts
     capacity = max(int(settings.capacity_factor * mean), 1)
-  # Ragged rows for several devices follow each other, as if they were for one.
+  # Ragged rows for several devices are contiguous, as if they were for one device.
   placement = place(
     expert_Txk,
     num_experts=settings.num_experts,
@@ -168,7 +168,7 @@ def _routed(settings: Settings, tokens, weights, slots) -> tuple[jax.Array, jax.
 
 
 def _ring(settings: Settings, tokens, weights, slots):
-  """Local experts for the tokens of all devices, and then the sum of all devices' results."""
+  """All-gathers tokens, applies the local experts, and reduce-scatters the results."""
   axes = settings.exchange_axes
   x_GxM, expert_Gxk, share_Gxk = (jax.lax.all_gather(array, axes, tiled=True) for array in tokens)
   placement = place(
@@ -228,8 +228,8 @@ def _local(settings: Settings, x, sizes_txnxe, choices: int, weights):
     first = num_local * jax.lax.axis_index(settings.expert_axes)
 
   def network(num_rows, x, weights):
-    """With buffers for so many rows of local experts."""
-    # The rows that exist are the first ones, or anywhere.
+    """The local experts, with buffers for `num_rows` rows."""
+    # The rows that exist come first if they are contiguous. Otherwise they may be anywhere.
     given = num_rows if t == 1 and (settings.is_ragged or n == 1) else R
     own = merge(sizes_txnxe.reshape(-1, e), begin_txn.reshape(-1), given, first, num_local)
     choice_N = own.choice_R[:num_rows]

@@ -69,7 +69,7 @@ class Answerer:
     engine: generates.
     tokenizer: of the model.
     grammar: how tokens are drawn.
-    rows: questions at a time.
+    rows: how many questions are answered at a time.
   """
 
   engine: infer.Engine
@@ -85,7 +85,7 @@ class Answerer:
 
   def open(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> infer.Session:
     """A session that has read at most `rows` prompts, and has room for `max_tokens` after each."""
-    # Programs are compiled for a number of rows.
+    # Programs are compiled for `rows` rows, so fill up with copies.
     prompts = [*prompts, *[prompts[0]] * (self.rows - len(prompts))]
     return self.engine.open(prompts, max(map(len, prompts)) + max_tokens)
 
@@ -125,7 +125,7 @@ def run(
 ) -> Iterator[list[dict[str, Any]]]:
   """Answers the cases that have no answer in the file, and adds the answers to it.
 
-  Questions of one context are answered together, because their prompts have one length.
+  Questions of one context are answered together, because their prompts have the same length.
 
   Args:
     answerer: of the model.

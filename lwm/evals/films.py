@@ -58,12 +58,13 @@ class Films:
   def write(
     self, question: str, size: int, clips: Sequence[np.ndarray], depths: Sequence[float]
   ) -> tuple[list[int], list[int]]:
-    """A film with clips in it and a question after it, in at most `size` ids, less than a frame
-    short of them.
+    """A film with clips in it and a question after it.
+
+    As many whole frames of the film are used as fit in `size` ids.
 
     Args:
       question: text.
-      size: tokens.
+      size: the most tokens of the prompt.
       clips: codes of each.
       depths: of each, ascending, in [0, 1].
 

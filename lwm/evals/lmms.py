@@ -55,7 +55,9 @@ class LmmsModel(lmms):
     return self._requests.generate(prompts, [request.args[1] for request in requests])
 
   def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-    raise UserError("A task asks in several rounds, and this adapter asks once: choose another.")
+    raise UserError(
+      "A task has several rounds, but this adapter answers once: choose another task."
+    )
 
   def _prompt(
     self, text: str, to_visual: Callable[[Any], Sequence[Any] | None], key: tuple[str, str, int]

@@ -43,7 +43,7 @@ def hide(
     writer: of prompts.
     frame: around the haystack.
     size: tokens of the prompt.
-    haystack: at least as many ids.
+    haystack: at least `size` ids.
     needles: texts.
     depths: of each, ascending, in [0, 1].
 
@@ -126,7 +126,7 @@ def needle_conversation(
   for question, answer in rounds[:count]:
     asked += [*question, *answer]
     is_answer += [False] * len(question) + [True] * len(answer)
-  # Needles are asked for in the order of their choice, and stand in another.
+  # The needles are hidden in another order than that of the questions.
   hidden = random.sample(needles[:count], count)
   # Multiples of a tenth, so that some needles are at the very beginning. The very end, right before
   # the first question, counts three times, because short distances are rare otherwise.
@@ -197,7 +197,7 @@ def fill_lines(
 
 
 def line_breaks(writer: PromptWriter, count: int) -> list[int]:
-  """So many ids of a line break, for what whole lines leave free."""
+  """`count` ids of a line break, to fill the room that whole lines leave."""
   return [writer.encode("a\n")[-1]] * count
 
 

@@ -17,7 +17,7 @@ from lwm.data.tokenizer import Tokenizer
 from lwm.data.vision_tokens import VISION_START
 from lwm.errors import UserError
 
-# A piece goes to the nearest end of a sentence before its place, if one is at most so far.
+# A piece goes to the end of a sentence at most this many tokens before its place, if there is one.
 _MOST_TOKENS_BACK = 512
 
 
@@ -125,7 +125,7 @@ class Haystack:
     Args:
       paths: of UTF-8 texts.
       tokenizer: of the model.
-      tokens: enough of them.
+      tokens: how many are needed.
 
     Raises:
       UserError: a file cannot be read, or all of them together are too short.

@@ -124,7 +124,7 @@ def plot_loss_by_position(
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-  """A table, with numbers to the right."""
+  """A table, with numbers aligned to the right."""
 
   def cell(value: object) -> str:
     kind = ' class="number"' if isinstance(value, int | float) else ""
@@ -137,7 +137,7 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def mistakes(records: Sequence[Record]) -> str:
-  """A table of the first answers that are not all right."""
+  """A table of the first answers with a score below 1."""
   wrong = [record for record in records if record["score"] < 1][:_MOST_MISTAKES]
   rows = [
     (record["case"], ", ".join(record["answers"]), record["text"], f"{record['score']:.2f}")

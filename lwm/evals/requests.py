@@ -31,11 +31,12 @@ class Generation(NamedTuple):
 
   @classmethod
   def of(cls, settings: dict[str, Any]) -> "Generation":
-    """The settings of a task. Raises UserError if it asks for more than the likeliest tokens."""
+    """The settings of a task. Raises UserError if the task does not decode greedily."""
     is_sampled = settings.get("do_sample") and settings.get("temperature", 1) > 0
     if is_sampled or settings.get("num_beams", 1) > 1:
       raise UserError(
-        "A task asks for sampled answers or for beams, and this adapter's are the likeliest tokens."
+        "A task asks for sampled answers or beam search, but this adapter decodes greedily: choose "
+        "another task."
       )
     until = settings.get("until") or ()
     until = (until,) if isinstance(until, str) else tuple(until)
@@ -141,7 +142,7 @@ class Job:
     """
     for task in self.tasks:
       if not manager.match_tasks([task]):
-        raise UserError(f"The harness has no task {task}: see --tasks and --include_path.")
+        raise UserError(f"The harness has no task {task}: correct --tasks or --include_path.")
     results = evaluate(
       model=make_model(),
       tasks=list(self.tasks),

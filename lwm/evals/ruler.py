@@ -229,7 +229,7 @@ def frequent_words(sources: Sources, random: random_lib.Random, case: Case, size
 
   # From 60 words on, the second to fourth word occur 9, 4 and 2 times.
   (answers, context), num_words = _longest(make, room, 60)
-  # The dots count for nothing.
+  # Fill up with dots, which the question says to ignore.
   context += filled(writer.encode(" ..."), room - len(context))
   return Question(writer.write(frame, context), answers, facts={"words": num_words})
 
@@ -237,14 +237,15 @@ def frequent_words(sources: Sources, random: random_lib.Random, case: Case, size
 def _longest[T](
   make: Callable[[int], tuple[T, list[int]]], room: int, fewest: int
 ) -> tuple[tuple[T, list[int]], int]:
-  """What `make` makes of the largest number whose ids fit in `room`, and that number."""
+  """The result of `make` for the largest number whose ids fit in `room`, and that number."""
 
   def fits(number: int) -> bool:
     return len(make(number)[1]) <= room
 
   if not fits(fewest):
     raise UserError(
-      f"The fewest words of the task do not fit in {room:,} tokens: make --contexts longer."
+      f"The task needs at least {fewest} words, which do not fit in {room:,} tokens: make "
+      "--contexts longer."
     )
   low, high = fewest, 2 * fewest
   while fits(high):
@@ -258,7 +259,7 @@ def _longest[T](
 def _different[T](
   random: random_lib.Random, make: Callable[[random_lib.Random], T], count: int
 ) -> list[T]:
-  """So many different values."""
+  """`count` different values."""
   values: dict[T, None] = {}
   while len(values) < count:
     values[make(random)] = None

@@ -1,6 +1,6 @@
 """The programs of an engine, traced for machines that you don't have.
 
-R rows of the cache, Q tokens to read.
+B = R rows of the cache, all of which are generated; Q tokens to read.
 """
 
 import functools
@@ -67,7 +67,7 @@ def trace(
   few_rules, many_rules = (ShardingRules.inference(few_tokens=few) for few in (True, False))
   few, many = (model_lib.build(config, rules) for rules in (few_rules, many_rules))
   shards = math.prod(mesh.shape[axis] for axis in few_rules.cache)
-  # As in the engine, a chunk has as many tokens on each device.
+  # As in the engine, each device has the same number of a chunk's tokens.
   parts = math.prod(mesh.shape[axis] for axis in many_rules.residual or ())
   chunk = -(-chunk // parts) * parts
 

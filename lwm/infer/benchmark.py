@@ -1,4 +1,4 @@
-"""The speed of the engine on this machine, against what the devices can do and a plain loop.
+"""The speed of the engine, compared with the limits of the devices and with a plain loop.
 
 S tokens of a row, V vocabulary.
 """
@@ -25,10 +25,10 @@ from lwm.model import Model
 from lwm.model.flops import body_cost
 from lwm.plan.roofline import attended_pairs
 
-# Tokens of a chunk, and tokens to generate, in blocks of so many.
+# Tokens per chunk of a prompt, tokens to generate, and tokens per block of generation.
 _CHUNK, _NEW_TOKENS, _BLOCK = {"cpu": 2048}, 33, 16
 _CHUNK_ELSEWHERE = 16384
-# Numbers of an array that is copied to measure the memory of a CPU.
+# Elements of the array that is copied to measure a CPU's memory bandwidth.
 _COPIED = 1 << 26
 
 
@@ -109,7 +109,10 @@ def _times(engine: Engine, row: list[int]) -> tuple[float, float, float]:
 
 
 def _bytes_read(engine: Engine, context: int) -> float:
-  """Bytes of weights and cache that a step reads on all devices; of an embedding, next to none."""
+  """Bytes of weights and cache that a step reads on all devices.
+
+  A step reads only a few rows of an embedding that is not also the head, so it does not count.
+  """
   moved = num_bytes(engine.params) + engine.cache_bytes(1, context)
   if not engine.few.config.tied_head:
     moved -= num_bytes(engine.params["embedding"])

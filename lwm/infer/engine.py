@@ -23,7 +23,8 @@ from lwm.model import Model
 from lwm.parallel.sharding import ShardingRules
 
 CACHE_FORMS = ("dense", "int8")
-# The last tokens of a prompt, too few for a whole chunk, are read by one of few programs.
+# The rest of a prompt, shorter than a chunk, is padded to one of a few widths, so that only a few
+# programs are compiled.
 _SHORTEST_WIDTH = 8
 _WIDTH_RATIO = 4
 # Up to this many tokens are not divided over the devices, because weights then need not move.
@@ -64,7 +65,8 @@ class Engine:
 
   Attributes:
     few: the model whose weights stay where they are stored, for few tokens.
-    many: the model that divides sequences, for chunks of a prompt. None if the mesh does not.
+    many: the model that divides sequences over devices, for chunks of a prompt. None if the mesh
+      has no such axis of more than one device.
     num_read: tokens read so far, of all rows and sessions.
   """
 
@@ -92,7 +94,7 @@ class Engine:
     self.num_read = 0
 
   def open(self, rows: Rows, capacity: int) -> "Session":
-    """A session that has read the rows; what all of them begin with is read once.
+    """A session that has read the rows; their common prefix is read once.
 
     Args:
       rows: token ids, at least one per row.
@@ -108,7 +110,7 @@ class Engine:
         "or make the cache larger."
       )
     shared = _common_length(rows) if len(rows) > 1 else 0
-    # The last token of every row is read apart, so that its logits are the row's.
+    # Each row reads at least its last token itself, because that gives the logits after the row.
     shared = min(shared, min(map(len, rows)) - 1)
     if shared == 0:
       session = Session(self, self.empty(len(rows), capacity), [[] for _ in rows], capacity)
@@ -153,10 +155,11 @@ class Engine:
     while at < longest:
       size = min(self.chunk, longest - at)
       width = self._width(size)
-      # Prompts are divided where that pays, and text is a valid id for what is not read.
+      # Dividing a sequence pays only for many tokens.
       model = self.many if self.many and size > min(_FEW_TOKENS, self.chunk - 1) else self.few
       if model is self.many:
         width = -(-width // self._parts) * self._parts
+      # Padding is 0, because `programs.read` wants text ids where it reads nothing.
       tokens_RxQ = np.zeros((len(state.logits_RxV), width), np.int32)
       count_R = np.zeros(len(tokens_RxQ), np.int32)
       for index, row in enumerate(rows):
@@ -170,7 +173,11 @@ class Engine:
 
   @staticmethod
   def spread[T](rows: Sequence[T], num_rows: int, nothing: Any = ()) -> list[T]:
-    """What belongs to each row of a state: every replica has a copy of a session's only row."""
+    """The values of a session's rows, one for each row of its state.
+
+    A session's only row is repeated, because every replica of the model has a copy of it. If there
+    are several, rows of the state that belong to no row of the session get `nothing`.
+    """
     return [*rows] * num_rows if len(rows) == 1 else [*rows, *[nothing] * (num_rows - len(rows))]
 
   def _width(self, size: int) -> int:
@@ -210,7 +217,7 @@ class Session:
       own.extend(map(int, row))
 
   def follow(self, rows: Rows) -> None:
-    """Makes these the tokens of the rows; what a row has in common with them is not read again."""
+    """Replaces the tokens of all rows; a prefix that a row has read already is not read again."""
     # The last token is always read: the logits after it are needed.
     kept = [min(_common_length([own, row]), len(row) - 1) for own, row in zip(self.tokens, rows)]
     if any(length < len(own) for length, own in zip(kept, self.tokens)):

@@ -76,7 +76,7 @@ def read_codes(
   blocks: list[list[np.ndarray]] = [[] for _ in paths]
   num_frames = [0] * len(paths)
   encoder = FrameEncoder(codec, devices, _FRAMES_PER_DEVICE)
-  # A film with more frames ends below, because the decoder's message names another program's flags.
+  # `max_frames` is checked below, because the decoder's message names flags of other programs.
   settings = decoders.settings(codec.config.resolution, frames_per_second, 1 << 30, _TIMEOUT)
 
   def take(encoded):
@@ -90,7 +90,7 @@ def read_codes(
     if num_frames[decoded.film] > max_frames:
       raise UserError(
         f"{paths[decoded.film]} has more than {max_frames:,} frames, which do not fit in the "
-        "context: make it longer, or take fewer --frames_per_second."
+        "context: use a longer context, or a lower --frames_per_second."
       )
     take(encoder.add(decoded.film, decoded.frames_NxHxWx3))
   take(encoder.flush())

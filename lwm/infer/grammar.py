@@ -76,8 +76,8 @@ class Place(NamedTuple):
   Attributes:
     code_B: codes of the current frame so far; -1 in text.
     frame_B: complete frames of the current picture, not counting those of the prompt.
-    closing_B: how many ids of </vision> have come; R' when none is due.
-    recent_BxR: the last ids.
+    closing_B: how many ids of </vision> are done; all of them if the row is not closing a picture.
+    recent_BxR: the last R ids.
   """
 
   code_B: jax.Array
@@ -113,7 +113,7 @@ class Grammar:
     """Where rows are after these ids."""
     pictures = self.pictures
     if pictures is None:
-      # Separate arrays, because a program takes over their memory.
+      # Separate arrays, because `programs.generate` donates their buffers.
       code_B, frame_B, closing_B = (jnp.full(len(rows), n, jnp.int32) for n in (-1, 0, 0))
       return Place(code_B, frame_B, closing_B, jnp.zeros((len(rows), 0), jnp.int32))
     R, code, closing, recent = len(pictures.start), [], [], []

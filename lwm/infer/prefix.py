@@ -22,7 +22,7 @@ from lwm.model.cache import stripe
 
 _DESCRIPTION = "prefix.json"
 _ARRAYS = "arrays"
-# A stretch of layers by its name, so that the arrays are written in parts.
+# Arrays whose names begin with "blocks" have an axis of layers, so they can be written by layer.
 _NAME = "blocks.{}"
 _TOKENS = "tokens"
 _LOGITS = "logits"
@@ -76,7 +76,7 @@ class SavedPrefix:
   """
 
   def __init__(self, path: pathlib.Path, identity: str, cache: str):
-    """Reads the description, and no keys.
+    """Reads the description and the tokens, but no keys and values.
 
     Args:
       path: of the directory.
@@ -98,7 +98,7 @@ class SavedPrefix:
         "make it again."
       )
     if description["cache"] != cache:
-      raise UserError(f"The prefix {path} was made with --cache={description['cache']}: add that.")
+      raise UserError(f"The prefix {path} was made with --cache={description['cache']}: add it.")
     self._reader = ArrayReader(path / _ARRAYS)
     self.tokens: list[int] = self._reader.read(_TOKENS).tolist()
 
@@ -167,7 +167,10 @@ def _with_leaves(cache: Any, leaves: dict[str, jax.Array]) -> Any:
 
 
 def _order(engine: Engine, num_columns: int) -> np.ndarray:
-  """Where each column of a row is, as the devices' parts are joined; int64 [K]."""
+  """For each token, its column in the whole cache array, int64 [K].
+
+  The array joins the devices' parts, while tokens go to the devices in turn (`stripe`).
+  """
   shards = engine.num_shards
   size = stripe(num_columns // shards)
   places_DxRxS = np.arange(num_columns).reshape(shards, -1, size)

@@ -20,7 +20,9 @@ NOTHING = -1
 
 
 class State(NamedTuple):
-  """What rows have read: on the devices, and given up by each call that extends it.
+  """What rows have read, on the devices.
+
+  Calls that extend a state donate its buffers, so the old state must not be used again.
 
   Attributes:
     cache: its rows have their own lengths.
@@ -97,7 +99,7 @@ def _logits_of_last(
   num_tokens = hidden_RxQxM.shape[1]
   is_last_RxQ = jnp.arange(num_tokens)[None] == jnp.maximum(count_R, 1)[:, None] - 1
   is_last_RxQ = jax.reshard(is_last_RxQ, jax.P(*jax.typeof(hidden_RxQxM).sharding.spec[:2]))
-  # A sum over the tokens of all devices, of which one is not zero.
+  # Tokens may be divided over devices. All terms of this sum but the last token's are zero.
   last_RxM = jnp.einsum(
     "rqm,rq->rm",
     hidden_RxQxM,

@@ -1,4 +1,4 @@
-"""How fast an engine should read a prompt and generate tokens, by FLOPs, bytes and wires.
+"""How fast an engine should read a prompt and generate tokens, from FLOPs, bytes and transfers.
 
 FLOPs and bytes come from the configuration, as for training (lwm/plan/roofline.py), and transfers
 from the traced programs. The assumptions are part of the answer: `assumptions`.

@@ -43,7 +43,7 @@ def draw(
 
   Args:
     logits_BxC: float32, whole on every device.
-    key_B: one key per row; a row's draw depends on nothing else than its logits and its key.
+    key_B: one key per row; a row's draw depends only on its logits and its key.
     choice: how to draw.
     seen_BxC: bool, the ids that a row has; needed for a repetition penalty.
   """

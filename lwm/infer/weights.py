@@ -121,7 +121,7 @@ def _kernel(
 
 
 def _check_division(path: str, shape: tuple[int, ...], grid: Grid, spec: jax.P) -> None:
-  """Raises UserError unless every device gets as many outputs, and as many whole groups."""
+  """Raises UserError unless outputs and whole groups of inputs divide evenly over devices."""
   mesh = jax.sharding.get_mesh().shape
   units = (grid.group or 1, f"inputs in groups of {grid.group}"), (1, "outputs")
   for size, axes, (unit, what) in zip(shape, spec[1:], units):
@@ -136,7 +136,7 @@ def _check_division(path: str, shape: tuple[int, ...], grid: Grid, spec: jax.P) 
 
 
 def _fit(table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """The table with zeros added for ids at the end, or ids at the end left out."""
+  """The table, padded with zeros or cut at the end of each axis."""
   cut = table[tuple(slice(size) for size in shape)]
   return np.pad(cut, [(0, size - have) for size, have in zip(shape, cut.shape)])
 

@@ -1,4 +1,4 @@
-"""What follows the loads of experts without an optimizer: biases of routers, and mean loads.
+"""Parameters that follow the loads of experts, without gradients: router biases and mean loads.
 
 Biases balance the loads without a loss (arXiv 2408.15664), as in DeepSeek-V3: a router chooses by
 score + bias. After each step, the biases of experts with more than the mean load fall, and those of
@@ -38,8 +38,8 @@ def rebalanced(config: ModelConfig, frozen: Any, statistics: dict[str, jax.Array
 
   Args:
     config: the decoder.
-    frozen: parameters that no optimizer changes, as nested dicts. A bias whose router is among them
-      stays.
+    frozen: parameters that no optimizer changes, as nested dicts. If a router is among them, its
+      bias does not change.
     statistics: of the decoder, over the whole batch.
   """
   first = 0

@@ -85,7 +85,7 @@ class Block(nnx.Module):
 
   @classmethod
   def cost(cls, config: ModelConfig, division: Division) -> LayerCost:
-    """The cost of one block, whose input is kept under every remat policy, without its norms."""
+    """The cost of one block without its norms. Every remat policy keeps the input of the block."""
     costs = (attention_cost, cls._feed_forward_cost, adapter_cost)
     parts = [cost(config, division) for cost in costs]
     block_input = config.width * dtype_bytes(config.compute_dtype) / division.tensor

@@ -50,14 +50,16 @@ class Cache(NamedTuple):
     return KeyIntervals(jnp.broadcast_to(self.start_B[:, None], stop_BxQ.shape), stop_BxQ)
 
   def advance(self, num_tokens: int | jax.Array) -> "Cache":
-    """The cache after all layers have written the next tokens: as many in all rows, or [B]."""
+    """The cache after all layers wrote the next tokens: one number for all rows, or int32 [B]."""
     return self._replace(length=self.length + num_tokens)
 
 
 def stripe(num_columns: int) -> int:
-  """Columns that a device holds in a row, of its `num_columns`; see `decode.local_length`.
+  """The number of consecutive columns that a device holds; see `kernels.decode.local_length`.
 
-  Columns are dealt out to the devices in turn, so that all of them have equal work while a cache is
-  being filled.
+  The devices get stripes of columns in turn, so that they have equal work while a cache fills.
+
+  Args:
+    num_columns: of one device.
   """
   return math.gcd(num_columns, STRETCH)

@@ -136,8 +136,8 @@ class Decoder(nnx.Module):
   ) -> tuple[jax.Array, Cache]:
     """Hidden states of tokens that follow the cached ones, [B, Q, M], and the extended cache.
 
-    If the rules divide sequences, so is Q. Only the first count_B[b] tokens of row b are read, and
-    the others have no meaning; None: all are read.
+    If the rules divide sequences, Q is divided too. Only the first count_B[b] tokens of row b are
+    read, and the hidden states of the others have no meaning; None: all are read.
     """
     num_tokens = tokens_BxQ.shape[1]
     rows = self.rules.spec("batch", "sequence")
@@ -219,8 +219,8 @@ class Decoder(nnx.Module):
   def _embed(self, tokens_BxS: jax.Array) -> jax.Array:
     rules, stationary = self.rules, is_stationary(self.rules)
     is_quantized = isinstance(self.embedding.get_value(), QuantizedKernel)
-    # With divided sequences the table is gathered, because it is smaller than long contexts. Codes
-    # are not: they serve inference, which reads few tokens at a time.
+    # If sequences are divided, gather the table: it is smaller than the activations of a long
+    # context. Don't gather codes: they are for inference, which reads few tokens at a time.
     whole = rules.residual is not None and not is_quantized
 
     def local(table, tokens_BxS):

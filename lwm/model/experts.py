@@ -83,7 +83,7 @@ class Experts(nnx.Module):
     self.shared = FeedForward(_shared(config), num_layers, rules, rngs) if has_shared else None
 
   def slots(self) -> Slots | None:
-    """The slots of each layer, [L, P]; None: experts stay at home.
+    """The slots of each layer, [L, P]; None: each expert is computed where it is stored.
 
     Call it before `lax.scan` removes the axis of layers.
     """
@@ -106,8 +106,8 @@ class Experts(nnx.Module):
       The result, which the caller adds to the residual stream; and the losses `balance_loss` and
       `router_z_loss`, and the statistics `expert_load`, choices by modality and expert [2, E], and
       with a capacity `expert_dropped`, the share of choices without a place. If devices divide the
-      experts, also `expert_imbalance`, the largest load of a device divided by the mean, with all
-      experts at home and as they are placed, [2].
+      experts, also `expert_imbalance`, the largest load of a device divided by the mean, [2]: if
+      all experts were at home (computed where they are stored), and as they are placed.
     """
     rules = self.rules
     if modality_BxS is None:
@@ -193,7 +193,7 @@ class Experts(nnx.Module):
     rules, n = self.rules, num_devices(self.rules)
     if n == 1:
       return None
-    # Tokens are sent to the same devices along these axes.
+    # Devices along these axes send tokens to the same experts, so their choices add up.
     senders = settings.exchange_axes
     if settings.has_part_of_tokens:
       senders = (*senders, rules.tensor)
@@ -297,7 +297,7 @@ def experts_cost(config: ModelConfig, division: Division) -> LayerCost:
     spare_weights=3 * experts.spare_slots * M * F if has_spare else 0,
     flops=k * 6 * M * F + 2 * M * E,
     expert_flops=k * 6 * M * F,
-    # The gradient of a share needs the result of the expert, so nothing is spared.
+    # The gradient of a share needs the expert's result, so the down projection runs again too.
     recompute_flops=0 if keeps_rows else k * 6 * M * F + 2 * M * E,
     expert_recompute_flops=0 if keeps_rows else k * 6 * M * F,
     kept=k * (M + 2 * F / tensor) * number if keeps_rows else 0,

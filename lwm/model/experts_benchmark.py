@@ -1,8 +1,8 @@
 """Measures what the placement of experts saves when a router is skewed.
 
-Tokens of one batch choose experts; their loads place the experts for another batch. The skewed
-router is trained until it is: it climbs its load-balance loss, which training otherwise descends.
-Times are compared with those of a router with forced balance, which gives every expert as many
+Tokens of one batch choose experts; their loads place the experts for another batch. The router
+becomes skewed by ascending the load-balance loss, which training normally descends. Times are
+compared with those of a router with forced balance, which gives every expert the same number of
 tokens. All steps are timed in turn.
 
 T tokens, k choices per token, E experts, P slots, M model width, n devices.
@@ -27,11 +27,11 @@ from lwm.model.placement import choose_slots, device_loads
 from lwm.parallel.mesh import make_mesh
 from lwm.parallel.sharding import MeshConfig, ShardingRules
 
-# Two of `feed_forward_chunk` per device. With far fewer tokens than in real training, copying
-# weights would cost as much as the products.
+# This makes two chunks (`feed_forward_chunk`) per device of eight. With far fewer tokens than in
+# real training, copying weights would cost as much as the products.
 ROWS, LENGTH = 8, 4096
 ROUNDS = 9
-# The router is trained until the hottest expert has so many times the mean load.
+# The router is trained until the hottest expert has this many times the mean load.
 SKEW = 10.0
 # The length of a step of the router's training, in the norm over all of its weights.
 STEP = 1.0

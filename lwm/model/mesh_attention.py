@@ -27,7 +27,7 @@ from lwm.parallel.sharding import ShardingRules
 def attend_over_mesh(
   config: ModelConfig, rules: ShardingRules, intervals: KeyIntervals, layout: Layout
 ) -> Attend:
-  """Ring attention around Ulysses, of sequences that are laid out over the mesh.
+  """Ring attention combined with Ulysses, for sequences that are divided over the mesh.
 
   Raises:
     ConfigError: the backend that the model names does not exist, or cannot run this.
@@ -154,7 +154,8 @@ def _with_own_ring(
 ) -> jax.Array:
   """Attention of divided new tokens to each other and to the columns before them.
 
-  Inside `jax.shard_map`. The new keys travel around the ring; to the cached keys, the queries do.
+  Call it inside `jax.shard_map`. New keys travel around the ring. Cached keys stay in place; the
+  queries are gathered instead.
 
   Args:
     config: of the model.

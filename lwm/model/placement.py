@@ -38,7 +38,7 @@ def choose_slots(config: ExpertsConfig, load_LxE: jax.Array, num_devices: int) -
   method (IEEE Transactions on Software Engineering, 1991). It chooses the expert that leaves the
   busier of the two devices with the least load, and ends when that load would not be less than
   before. So the largest load never rises (the test of FasterMoE's shadow experts, PPoPP 2022).
-  Equal loads are decided by the lowest number.
+  Ties go to the lowest number.
 
   Args:
     config: the policy and the number of spare slots.
@@ -108,7 +108,8 @@ def with_spare_slots(
 
   Args:
     weight_ExAxB: float32, as stored.
-    expert_P: int32, the expert of each slot; E: its weights are zeros, or those of its own expert.
+    expert_P: int32, the expert of each slot, or E for none. A spare slot without an expert holds
+      zeros; the other slots always hold their device's own experts.
     dtype: copies travel in it, because the products round to it anyway.
     rules: the division of the parameters.
     logical_axes: of the weight.

@@ -213,7 +213,7 @@ def product(
 
   Args:
     equation: of `jnp.einsum`, for x and the kernel. The kernel's outputs are the last axes of the
-      result, in the same order. The letter r is not used.
+      result, in the same order. The letter r is reserved for the rank.
     x: in the dtype of the weights.
     weights: as gathered, or parts of them.
     dtype: of the result; default: that of x.

@@ -7,12 +7,13 @@ metrics.jsonl holds one JSON object per line. Its "kind" is one of four:
                 mfu, data_seconds (waiting for the batch), starved_seconds (the part of them in
                 which the device had nothing to run). A language model adds text_loss and
                 vision_loss (absent without targets), tokens (without padding), tokens_per_second,
-                text_targets, vision_targets, attended_pairs, whatever the model's blocks report. A
-                VQGAN adds the parts of its loss, psnr, usage, perplexity, frames,
-                frames_per_second
-    evaluation  stage, step, total_steps, and `held_out`: for each dataset and modality dataset,
-                modality, loss, unigram_entropy (both in nats), targets; or for each dataset of
-                frames dataset, psnr, ssim, usage, perplexity, frames
+                text_targets, vision_targets, attended_pairs, and what the model's blocks report
+                (expert_load, ...). A VQGAN adds the parts of its loss, psnr, usage,
+                codebook_perplexity, frames, frames_per_second
+    evaluation  stage, step, total_steps, and `held_out`, a list. A language model has one entry for
+                each dataset and modality: dataset, modality, loss, unigram_entropy (both in nats),
+                targets. A VQGAN has one for each dataset: dataset, psnr, ssim, usage,
+                codebook_perplexity, frames
     goodput     when an attempt begins, when steps begin (at the start and after an evaluation or
                 a checkpoint) and at the end: total_steps, time (seconds since 1970), attempts,
                 wall_seconds and its parts by the categories of goodput.py (step_seconds,

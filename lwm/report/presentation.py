@@ -1,4 +1,4 @@
-"""What reports need to know of what a run trains; the rest of this package does not know it.
+"""The part of reporting that depends on the kind of experiment; no other file here does.
 
 lwm/report/language.py and lwm/report/vqgan.py have the implementations.
 """
@@ -43,7 +43,7 @@ class Presentation(Protocol):
 
   @property
   def experiment(self) -> AnyExperiment:
-    """The run's."""
+    """The experiment of the run."""
 
   @property
   def unit(self) -> Unit:

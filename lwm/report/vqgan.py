@@ -36,7 +36,7 @@ class VQGANPresentation:
 
   def __init__(self, experiment: VQGANExperiment):
     self.experiment = experiment
-    # By the name of the stage; the task fills it when a stage begins.
+    # FLOPs of a step by the name of the stage; `VQGANTask.notes` fills it when a stage begins.
     self.step_flops: dict[str, float] = {}
 
   def units_per_batch(self, stage: VQGANStage) -> int:

@@ -67,6 +67,6 @@ def check_tolerated(
     )
   if in_a_row > faults.max_in_a_row:
     raise UserError(
-      f"{what}, after {faults.max_in_a_row} such in a row (config.faults.max_in_a_row): look at "
+      f"{what}, after {faults.max_in_a_row} others in a row (config.faults.max_in_a_row): look at "
       f"the data and the learning rate; the last checkpoint is {last or 'the start'}."
     )

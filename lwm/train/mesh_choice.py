@@ -27,7 +27,7 @@ from lwm.parallel.sharding import MeshConfig, ShardingRules
 from lwm.plan.report import mesh_text
 from lwm.report.metrics import FILE_NAME, read_metrics
 
-# The loads of this number of steps are replayed, the newest ones.
+# Only the loads of the newest steps are replayed, this many of them.
 STEPS = 32
 
 

@@ -14,7 +14,7 @@ from lwm.train.vqgan import VQGANTask
 
 
 class Task(Protocol):
-  """A kind of experiment, bound to one."""
+  """The operations of a run that depend on the kind of its experiment."""
 
   @property
   def presentation(self) -> Presentation:

@@ -66,7 +66,7 @@ class VQGANTask:
     difference = first_difference(theirs, dataclasses.asdict(experiment.vqgan), "vqgan")
     ours = traverse_util.flatten_dict(program.state.params, sep=".")
     if difference is None and (unlike := ours.keys() ^ stored.reader().arrays.keys()):
-      difference = f"other config.losses, and so with or without {min(unlike)}"
+      difference = f"other config.losses (only one of the two has the parameter {min(unlike)})"
     if difference:
       raise UserError(
         f"config.init_from={experiment.init_from} holds a VQGAN with {difference}: change the "

@@ -22,7 +22,7 @@ LOCK_NAME = "lock"
 def held(workdir: pathlib.Path) -> Iterator[None]:
   """Creates `workdir` if needed, and keeps other runs out of it inside the `with`.
 
-  All processes of a run must call this. A file system without locks keeps nobody out.
+  All processes of a run must call this. Without file locks, other runs are not kept out.
 
   Raises:
     UserError: it cannot be written to, or some processes see another directory of that name.

@@ -330,7 +330,7 @@ def test_an_input_that_is_all_held_out_is_refused(tmp_path, tokenizer):
     (["--source=jsonl", "--tfds_split=x"], "--tfds_split has no effect on jsonl input: leave it"),
     (["--source=jsonl", "--fields=a,"], "--fields='a,' has an empty entry"),
     (["--source=jsonl", "--fields=a", "--fields_from=b"], "Give --fields or --fields_from, not"),
-    (["--output=gs://bucket/out"], "--output=gs://bucket/out is no directory"),
+    (["--output=gs://bucket/out"], "--output=gs://bucket/out is not a directory"),
   ],
 )
 def test_errors_are_one_sentence(tmp_path, flags, message):

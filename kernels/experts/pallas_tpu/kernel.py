@@ -146,10 +146,10 @@ def _divisor(size: int, most: int) -> int:
 
 
 def _even(size: int, most: int, cores: int = 1) -> int:
-  """A multiple of LANES and at most `most`: the size of few equal blocks.
+  """The size of the fewest equal blocks, a multiple of LANES and at most `most`.
 
-  Each core computes as many blocks as the others. The last block may be partly outside the array.
-  Wide blocks matter because the rows are read once for each of them.
+  All cores compute the same number of blocks. The last block may be partly outside the array. Wide
+  blocks matter because the rows are read once for each of them.
   """
   lanes = -(-size // LANES)
   num_blocks = cores * -(-lanes // (cores * max(most // LANES, 1)))

@@ -22,7 +22,7 @@ MULTIPLE = 64
 class Blocks(NamedTuple):
   """Sizes of blocks, warps per program, and blocks in flight.
 
-  `outputs` is the most per block: a block divides the outputs.
+  `inputs` and `outputs` are upper bounds: `_blocks` halves them until they divide the matrix.
   """
 
   rows: int

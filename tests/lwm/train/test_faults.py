@@ -176,7 +176,7 @@ def test_raises_by_default_and_goes_on_with_another_policy(experiment, tmp_path,
 def test_too_many_in_a_row_end_the_run(experiment, tmp_path, monkeypatch, policy):
   experiment.faults = FaultConfig(bad_step=policy, max_in_a_row=2)
   bad = tuple(range(4, 20))
-  message = "^text_64, step .*, after 2 such in a row .* the last checkpoint is .*/3"
+  message = "^text_64, step .*, after 2 others in a row .* the last checkpoint is .*/3"
   with pytest.raises(UserError, match=message):
     run(experiment, tmp_path / "run", monkeypatch, nan=bad)
   assert len(events(tmp_path / "run")) == 2
