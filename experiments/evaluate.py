@@ -14,6 +14,7 @@ was stopped computes only what is missing. docs/evaluation.md describes the eval
 """
 
 import importlib.util
+import math
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -201,7 +202,7 @@ def perplexity(run: Run) -> None:
   picture, page = folder / "positions.png", folder / "report.html"
   evals.report.plot_loss_by_position(edges, losses, f"loss by position: {run.title}", picture)
   rows = [
-    (f"{first:,} to {stop:,}", f"{loss:.4f}", f"{2.718281828**loss:.3f}")
+    (f"{first:,} to {stop:,}", f"{loss:.4f}", f"{math.exp(loss):.3f}")
     for first, stop, loss in zip(edges, edges[1:], losses)
   ]
   table = evals.report.html_table(("positions", "loss (nats per token)", "perplexity"), rows)

@@ -304,6 +304,10 @@ def main(argv: list[str]) -> None:
     new_tokens = frames_to_make() * picture_codec.config.layout.tokens_per_frame
     num_rows *= 1 if guidance_scale() == 1 else 2
   checkpoint.check_cache(num_rows, max(map(len, rows)) + new_tokens)
+  if clip_codec is not None:
+    clip, codec = clip_codec
+    new_tokens = frames_to_make() * codec.config.layout.tokens_per_frame
+    checkpoint.check_cache(1, len(clip.prompt) + new_tokens)
   engine = checkpoint.engine(checkpoint.load())
   if picture_codec is not None:
     make = make_mixed if is_mixed else make_pictures

@@ -213,11 +213,8 @@ class Checkpoint:
 
   def check_cache(self, num_rows: int, capacity: int) -> None:
     """Raises UserError if the devices have no memory for a cache of this size."""
-    total = (
-      num_rows
-      * capacity
-      * infer.cache_bytes_per_token(self.stored.experiment.model, self.flags.cache)
-    )
+    per_token = infer.cache_bytes_per_token(self.stored.experiment.model, self.flags.cache)
+    total = infer.padded_rows(num_rows, self._mesh.shape) * capacity * per_token
     # Rows are divided over replicas of the model, and each row over the other devices.
     needed = total / self._mesh.size
     available = _memory(self._mesh.local_devices[0])

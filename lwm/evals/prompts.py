@@ -45,11 +45,6 @@ class PromptWriter:
     self._chat = ChatFormat(tokenizer) if chat else None
     self._sentence_ends = {tokenizer.encode(f"a{mark}")[-1] for mark in ".!?"}
 
-  @property
-  def is_chat(self) -> bool:
-    """Whether prompts are in the chat template."""
-    return self._chat is not None
-
   def encode(self, text: str) -> list[int]:
     return self.tokenizer.encode(text)
 

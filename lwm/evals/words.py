@@ -77,9 +77,12 @@ def compounds() -> list[str]:
 
 
 def sample_words(random: random.Random, count: int) -> list[str]:
-  """Different words; beyond the first few hundred, they are compounds."""
-  words = random.sample(ADJECTIVES + NOUNS, min(count, len(ADJECTIVES + NOUNS)))
-  return words + random.sample(compounds(), count - len(words))
+  """Different words; after the first few hundred, compounds, and then those with another noun."""
+  words, pairs = ADJECTIVES + NOUNS, compounds()
+  words = random.sample(words, min(count, len(words)))
+  words += random.sample(pairs, min(count - len(words), len(pairs)))
+  further = random.sample(range(len(pairs) * len(NOUNS)), count - len(words))
+  return words + [f"{pairs[index // len(NOUNS)]}-{NOUNS[index % len(NOUNS)]}" for index in further]
 
 
 def number(random: random.Random) -> str:

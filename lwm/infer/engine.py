@@ -5,7 +5,7 @@ R rows of the cache, B rows of tokens.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +39,16 @@ def cache_bytes_per_token(config: ModelConfig, cache: str) -> int:
   if cache == "int8":
     head = config.head_dim + 4
   return 2 * config.num_layers * config.num_kv_heads * head
+
+
+def padded_rows(num_rows: int, mesh_shape: Mapping[str, int]) -> int:
+  """Rows of a state that holds `num_rows` rows: every replica of the model has the same number.
+
+  An even number stays even, because guidance takes rows in pairs.
+  """
+  replicas = math.prod(mesh_shape[axis] for axis in ShardingRules.inference(few_tokens=False).batch)
+  unit = math.lcm(replicas, 1 if num_rows % 2 else 2)
+  return -(-num_rows // unit) * unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +98,6 @@ class Engine:
     assert rules.residual is not None
     self._parts = int(np.prod([sizes[axis] for axis in rules.residual]))
     self.num_shards = int(np.prod([sizes[axis] for axis in rules.cache]))
-    self._replicas = int(np.prod([sizes[axis] for axis in rules.batch]))
     is_divided = any(sizes[axis] > 1 for axis in rules.sequence or ())
     self.many = model_lib.build(model.config, rules) if is_divided else None
     self.num_read = 0
@@ -135,12 +144,8 @@ class Engine:
     return self.padded(num_rows) * self.num_columns(capacity) * per_token
 
   def padded(self, num_rows: int) -> int:
-    """Rows of a state that holds `num_rows` rows: every replica of the model has the same number.
-
-    An even number stays even, because guidance takes rows in pairs.
-    """
-    unit = math.lcm(self._replicas, 1 if num_rows % 2 else 2)
-    return -(-num_rows // unit) * unit
+    """Rows of a state that holds `num_rows` rows; see `padded_rows`."""
+    return padded_rows(num_rows, jax.sharding.get_abstract_mesh().shape)
 
   def empty(self, num_rows: int, capacity: int) -> State:
     """A state of at least `num_rows` rows that has read nothing."""

@@ -28,6 +28,11 @@ def tokenizer(tmp_path_factory):
   return data.load_tokenizer(path)
 
 
+def test_there_are_words_for_a_million_tokens():
+  found = words.sample_words(random.Random(0), 200_000)
+  assert len(set(found)) == 200_000
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "chat"])
 def sources(request, tokenizer):
   haystack = tokenizer.encode(SENTENCE * 250)
