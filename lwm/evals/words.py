@@ -78,8 +78,8 @@ def compounds() -> list[str]:
 
 def sample_words(random: random.Random, count: int) -> list[str]:
   """Different words; after the first few hundred, compounds, and then those with another noun."""
-  words, pairs = ADJECTIVES + NOUNS, compounds()
-  words = random.sample(words, min(count, len(words)))
+  simple, pairs = ADJECTIVES + NOUNS, compounds()
+  words = random.sample(simple, min(count, len(simple)))
   words += random.sample(pairs, min(count - len(words), len(pairs)))
   further = random.sample(range(len(pairs) * len(NOUNS)), count - len(words))
   return words + [f"{pairs[index // len(NOUNS)]}-{NOUNS[index % len(NOUNS)]}" for index in further]
