@@ -3,7 +3,8 @@
     make data
     python -m experiments.train --config=configs/laptop_experts.py --workdir=runs/laptop_experts
 
-A token uses as many FLOPs as in configs/laptop.py. The variant `upcycled` continues the training of
+A token uses as many FLOPs as in configs/laptop.py. The README compares both after 640 steps of the
+third stage (`'--config.stages[2].steps=640'`). The variant `upcycled` continues the training of
 the dense model in its last stage. Each layer has eight experts, which start as copies of its dense
 network, and a token uses two of them. So these layers take twice the FLOPs:
 
