@@ -26,8 +26,8 @@ def get_config(variant: Literal["scratch", "upcycled"] = "scratch") -> Experimen
   width = experiment.model.feed_forward_width
   experiment.model.experts = {
     # The shared experts are two thirds of the active width. With 16 experts of twice the width and
-    # one shared one, a third, the model learns text as fast, but begins to copy codes from the frame
-    # before about 70 steps later than the dense one.
+    # one shared one, a third, the model learns text as fast. But it begins to copy codes from the
+    # frame before about 70 steps later than the dense one.
     "scratch": ExpertsConfig(32, 2, width=width // 6, shared_experts=4, scale=2.0),
     # As experiments.upcycle makes them.
     "upcycled": ExpertsConfig(8, 2, width=width),
