@@ -18,7 +18,7 @@ from kernels.ring import Layout
 from lwm.config.model import ExpertsConfig
 from lwm.config.vqgan import VisionLayout
 from lwm.errors import UserError
-from lwm.infer import Choice, Engine, Grammar, Pictures, Sampling
+from lwm.infer import Choice, Engine, Grammar, Pictures, Sampling, padded_rows
 from lwm.infer.prefix import SavedPrefix, save_prefix
 from lwm.infer.sampling import row_keys
 from lwm.model import ModelConfig, build
@@ -284,3 +284,9 @@ def test_experts_are_divided_over_axes_that_divide_tokens_and_others():
       list(session.generate(Sampling(Grammar(40, (), Choice(0.0)), 2, block=2), [0, 1]))
       logits.append(np.asarray(session.state.logits_RxV))
   np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_rows, expected", [(1, 3), (2, 6), (3, 3), (4, 6)])
+def test_every_replica_has_the_same_number_of_rows(num_rows, expected):
+  sizes = MeshConfig(data=3, fsdp=1, ring=4).axis_sizes()
+  assert padded_rows(num_rows, sizes) == expected
