@@ -20,6 +20,16 @@ def lwm_7b(vision: bool = False) -> ModelConfig:
   )
 
 
+def lwm_1b(vision: bool = False) -> ModelConfig:
+  """1.2 billion parameters, with Llama's ratios; one of the sizes in LWM's code."""
+  model = lwm_7b(vision)
+  model.num_layers = 22
+  model.width = 2048
+  model.num_heads = model.num_kv_heads = 16
+  model.feed_forward_width = 5504
+  return model
+
+
 def lwm_13b(vision: bool = False) -> ModelConfig:
   """Llama-2 13B."""
   model = lwm_7b(vision)

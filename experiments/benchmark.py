@@ -16,7 +16,7 @@ implementations on this machine, and decoding with a plain copy. `quantised` com
 matrices of 8-bit and 4-bit codes with the same product in floats. `ring` measures how much time the
 zigzag layout and skipped blocks save in a ring of up to eight devices; a machine without
 accelerators uses eight CPU devices. `experts` compares the grouped products of experts with JAX's
-and, on up to eight devices, a skewed router under each placement of experts with a balanced router.
+and, on two to eight devices, a skewed router under each placement of experts with a balanced one.
 `tune` times block sizes of each kernel that runs here. The `row` of a record is the fastest choice:
 write it into
 kernels/attention/BACKEND/block_sizes.py, under its head_dim. `weights` imports and exports a random
@@ -204,12 +204,12 @@ def experts() -> None:
   jax.config.update("jax_num_cpu_devices", 8)
   xla_flags.apply()
   cases = benchmarks.groups(jax.devices()[0].platform)
-  print_records(
-    {
-      "product": itertools.chain.from_iterable(map(benchmarks.measure_grouped, cases)),
-      "placement": measure_placement(min(8, jax.device_count())),
-    }
-  )
+  tables: dict[str, Iterable[dict]] = {
+    "product": itertools.chain.from_iterable(map(benchmarks.measure_grouped, cases))
+  }
+  if jax.device_count() > 1:
+    tables["placement"] = measure_placement(min(8, jax.device_count()))
+  print_records(tables)
 
 
 def generate() -> None:

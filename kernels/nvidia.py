@@ -4,6 +4,10 @@ import importlib.util
 
 from jax.experimental.pallas import triton as pallas_triton
 
+# The options of every Triton kernel. By default, Triton writes PTX for the newest CUDA that it
+# knows, which the assembler of an older CUDA 13 refuses. JAX's oldest, 13.0, takes version 9.0.
+TRITON_OPTIONS = dict(enable_fp_fusion=True, ptx_version=90)
+
 
 def compute_capability() -> int:
   """Ten times the compute capability of the program's GPU; 0 if JAX does not know its name."""

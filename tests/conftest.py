@@ -5,9 +5,10 @@ import os
 import pathlib
 import tempfile
 
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "")
-  + " --xla_force_host_platform_device_count=8"
+# Another platform, such as cuda for tests/kernels/test_on_gpu.py, keeps its own settings.
+IS_CPU = os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + IS_CPU * (
+  " --xla_force_host_platform_device_count=8"
   # A device that waits 40 s for another one on a busy machine would end the process.
   + " --xla_cpu_collective_call_terminate_timeout_seconds=1200"
   # Most programs run once. LLVM's optimisations, and an MLIR pipeline for each fusion, would take
@@ -20,7 +21,6 @@ os.environ["XLA_FLAGS"] = (
 gc.set_threshold(100_000, 20, 100)
 # With fewer threads, all of them can wait in collectives: see lwm/parallel/xla_flags.py.
 os.environ.setdefault("PJRT_NPROC", "128")
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "lwm-test-jax-cache")
 )

@@ -16,9 +16,8 @@ from kernels.attention.triton import TRITON
 from kernels.attention.xla import XLA
 from kernels.varying import vary_alike
 
-# The best first. XLA supports everything, so the backends after it, which have not been measured,
-# are chosen only by name.
-BACKENDS = (PALLAS_TPU, TRITON, XLA, MOSAIC_GPU)
+# The best first. XLA supports everything.
+BACKENDS = (PALLAS_TPU, MOSAIC_GPU, TRITON, XLA)
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 

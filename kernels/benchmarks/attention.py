@@ -5,6 +5,7 @@ B batch, S sequence length, H query heads, G key/value heads, D head_dim.
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -99,21 +100,24 @@ def peers(shape: Shape, intervals: KeyIntervals) -> Iterator[tuple[str, Attentio
     if backend.unsupported(query, key) is None:
       yield f"ours {backend.name}", ours(backend, intervals)
   is_packed = shape.document_length is not None
-  # jax.nn takes documents only as an S x S mask.
+  # In plain JAX, jax.nn keeps all S x S scores, and takes documents only as a mask of this shape.
+  is_short = shape.length <= 8192
   if not is_packed:
     causal = functools.partial(jax.nn.dot_product_attention, is_causal=True)
-    yield "jax.nn xla", functools.partial(causal, implementation="xla")
+    if is_short:
+      yield "jax.nn xla", functools.partial(causal, implementation="xla")
     if device.platform == "gpu":
       yield "jax.nn cudnn", functools.partial(causal, implementation="cudnn")
-  elif shape.length <= 8192:
+  elif is_short:
     ids_S = jnp.asarray(shape.segment_ids())
     mask_SxS = (ids_S[:, None] == ids_S[None]) & jnp.tri(shape.length, dtype=bool)
     masked = functools.partial(jax.nn.dot_product_attention, mask=mask_SxS[None, None])
     yield "jax.nn xla", functools.partial(masked, implementation="xla")
   if device.platform == "tpu":
     yield "jax splash", splash(shape)
-  if device.platform == "gpu" and device.compute_capability == "9.0" and not is_packed:
-    yield "jax attention_mgpu", mgpu(shape)
+  if device.platform == "gpu" and not is_packed and importlib.util.find_spec("tokamax"):
+    tokamax = importlib.import_module("tokamax")
+    yield "tokamax", functools.partial(tokamax.dot_product_attention, is_causal=True)
 
 
 def ours(backend: Backend, intervals: KeyIntervals) -> Attention:
@@ -153,19 +157,6 @@ def splash(shape: Shape) -> Attention:
     return jnp.swapaxes(run_row(*heads_first), 1, 2)
 
   return run
-
-
-def mgpu(shape: Shape) -> Attention:
-  """JAX's kernel for Hopper, which has no causal backward yet."""
-  # This import needs CUDA's libraries.
-  from jax.experimental.pallas.ops.gpu import attention_mgpu
-
-  config = attention_mgpu.TuningConfig(
-    block_q=64, block_kv=128, max_concurrent_steps=2, causal=True
-  )
-  return lambda query, *key_value: attention_mgpu.attention(
-    query * shape.head_dim**-0.5, *key_value, config
-  )
 
 
 def _speed(direction: str, taken: float, flops: float) -> dict:

@@ -1,6 +1,9 @@
-"""Compares the grouped product's backends with `jax.lax.ragged_dot` on this machine."""
+"""Compares the grouped product's backends with `jax.lax.ragged_dot`, and tokamax's if installed."""
 
 import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -48,9 +51,9 @@ def measure_grouped(case: Groups) -> list[dict]:
   sizes_E = case.sizes()
   flops = 2 * case.rows * case.inputs * case.outputs
 
-  def run(backend):
+  def run(product: Callable) -> dict[str, float]:
     def forward(x_RxK, weight_ExKxN):
-      return grouped_matmul(x_RxK, weight_ExKxN, sizes_E, backend=backend)
+      return product(x_RxK, weight_ExKxN, sizes_E)
 
     def backward(x_RxK, weight_ExKxN):
       out_RxN, transpose = jax.vjp(forward, x_RxK, weight_ExKxN)
@@ -59,23 +62,28 @@ def measure_grouped(case: Groups) -> list[dict]:
     return {"forward": seconds(forward, *arrays), "backward": seconds(backward, *arrays)}
 
   arrays = x_RxK, weight_ExKxN
-  peer = run("ragged_dot")
+  products = {
+    backend.name: functools.partial(grouped_matmul, backend=backend)
+    for backend in api.BACKENDS
+    if backend.unsupported(*arrays) is None
+  }
+  if importlib.util.find_spec("tokamax"):
+    products["tokamax"] = importlib.import_module("tokamax").ragged_dot
+  peer = run(products["ragged_dot"])
   records: list[dict] = []
-  for backend in api.BACKENDS:
-    if backend.unsupported(*arrays) is not None:
-      continue
+  for name, product in products.items():
     try:
-      taken = peer if backend.name == "ragged_dot" else run(backend)
+      taken = peer if name == "ragged_dot" else run(product)
     except Exception as error:
       # A backend may raise anything, also out of memory; the others are still measured.
-      records.append({"backend": backend.name, "error": failure(error)})
+      records.append({"backend": name, "error": failure(error)})
       continue
-    record = {"backend": backend.name, **dataclasses.asdict(case)}
-    for name, work in (("forward", flops), ("backward", 3 * flops)):
+    record = {"backend": name, **dataclasses.asdict(case)}
+    for direction, work in (("forward", flops), ("backward", 3 * flops)):
       record |= {
-        f"{name}_ms": taken[name] * 1e3,
-        f"{name}_teraflops": work / taken[name] / 1e12,
-        f"{name}_speed_ratio": peer[name] / taken[name],
+        f"{direction}_ms": taken[direction] * 1e3,
+        f"{direction}_teraflops": work / taken[direction] / 1e12,
+        f"{direction}_speed_ratio": peer[direction] / taken[direction],
       }
     records.append(record)
   return records

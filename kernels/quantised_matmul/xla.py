@@ -14,8 +14,9 @@ from kernels.quantised_matmul.backend import Backend
 from kernels.quantised_matmul.matrix import QuantizedMatrix, dequantize
 from kernels.varying import vary_alike
 
-# Weights per block, by platform. On CPUs a block fits into the cache of a core.
-BLOCK_WEIGHTS = {"cpu": 2**18}
+# Weights per block, by platform. On CPUs a block fits into the cache of a core. On GPUs, where XLA
+# reads int8 codes within the product, starting the programs of several blocks takes longer.
+BLOCK_WEIGHTS = {"cpu": 2**18, "gpu": 2**31}
 BLOCK_WEIGHTS_ELSEWHERE = 2**23
 # Outputs per block are a multiple of this number, or all.
 OUTPUTS = 128

@@ -16,6 +16,9 @@ import jax
 XLA = {
   # GPU. This is the default; without it no hop of the ring overlaps with computation.
   "xla_gpu_enable_latency_hiding_scheduler": "true",
+  # GPU. By default, XLA stacks what a kernel returns for the backward pass by running the kernel
+  # again within a fusion: each layer would compute its attention twice in the forward pass.
+  "xla_gpu_enable_dynamic_slice_fusion": "false",
   # CPU. By default, a program in which one device waits 40 s for another is killed. On a busy
   # machine such a wait is no error, and lwm/parallel/distributed.py detects lost processes.
   "xla_cpu_collective_call_terminate_timeout_seconds": "1200",

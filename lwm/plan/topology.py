@@ -107,6 +107,8 @@ def _gpu(name: str, kind: str, hosts: int, gpus: int) -> Topology:
   logger = logging.getLogger("jax._src.xla_bridge")
   level = logger.level
   logger.setLevel(logging.CRITICAL)
+  # Nor does it need CUDA's libraries, whose versions JAX would check unless JAX_PLATFORMS is cpu.
+  os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
   try:
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       importlib.import_module("jax_plugins.xla_cuda13").initialize()

@@ -10,14 +10,12 @@ GPU is one of those in `lwm.plan.gpu_target`. PROGRAM is one of
                         matrices of 8 HEAD_DIM inputs and four times as many outputs
 
 It prints as JSON the bytes of arguments, results and temporaries, and the bytes of registers that
-each Mosaic GPU kernel spills per thread. It needs JAX's CUDA plugin and a ptxas that knows Triton's
-PTX version, for which it puts the one of the Triton package first.
+each Mosaic GPU kernel spills per thread. It needs JAX's CUDA plugin.
 """
 
 import argparse
 import contextlib
 import functools
-import importlib.util
 import json
 import os
 import pathlib
@@ -106,10 +104,6 @@ def main() -> None:
   flags = parser.parse_args()
   os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
   with tempfile.TemporaryDirectory() as folder:
-    triton = pathlib.Path(importlib.util.find_spec("triton").origin).parent
-    assembler = triton / "backends" / "nvidia" / "bin" / "ptxas-blackwell"
-    (pathlib.Path(folder) / "ptxas").symlink_to(assembler)
-    os.environ["PATH"] = folder + os.pathsep + os.environ["PATH"]
     with printed_to(pathlib.Path(folder) / "assembler") as log:
       compiled = compile_program(
         flags.gpu, flags.program, D=flags.head_dim, dtype=flags.dtype, length=flags.length

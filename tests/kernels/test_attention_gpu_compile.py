@@ -49,9 +49,13 @@ def test_triton_kernels_fit(capability, head_dim, dtype):
   assert check(capability, dtype, head_dim) == 8
 
 
-def compiled(*arguments):
+def needs_plugin():
   if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
     pytest.skip("needs JAX's CUDA plugin: pip install 'jax[cuda13]'")
+
+
+def compiled(*arguments):
+  needs_plugin()
   return json.loads(run("tests.kernels.compile_for_gpu", *arguments))
 
 
@@ -96,9 +100,8 @@ def test_grouped_product_and_gradients_compile():
 
 
 @pytest.mark.slow
-def test_an_unmeasured_backend_is_not_the_default_on_an_h200():
-  if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
-    pytest.skip("needs JAX's CUDA plugin: pip install 'jax[cuda13]'")
+def test_defaults_on_an_h200():
+  needs_plugin()
   program = """
 import jax, jax.numpy as jnp
 from kernels import backends
@@ -112,8 +115,41 @@ with jax.set_mesh(mesh("h200")):
   query, cache = (jax.ShapeDtypeStruct((*layers, 1, 256, 4, 128), jnp.bfloat16)
                   for layers in ((), (2,)))
   print(names(jnp.bfloat16, 128), names(jnp.float32, 256), names(jnp.bfloat16, 32),
-        api.choose("mosaic_gpu", query, query).name,
         backends.choose("decode", decode.BACKENDS, None, query, cache).name)
 """
-  expected = ["triton", "triton", "xla", "mosaic_gpu", "triton"]
+  assert run(program).split() == ["mosaic_gpu", "triton", "xla", "triton"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ("triton", "mosaic_gpu"))
+def test_attention_that_is_kept_for_the_backward_pass_runs_once(backend):
+  """One kernel forward, and two backward, in a scan over layers."""
+  needs_plugin()
+  program = f"""
+import jax, jax.numpy as jnp
+from lwm.parallel import xla_flags
+xla_flags.apply()
+from kernels.attention import SAVED_NAMES, KeyIntervals, attention
+from tests.kernels.compile_for_gpu import mesh
+gpu_mesh = mesh("h100")
+sharding = jax.NamedSharding(gpu_mesh, jax.P())
+S, H, D = 256, 2, 128
+keep = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+def loss(x, weights, intervals):
+  def layer(x, weight):
+    query = (x @ weight).reshape(1, S, H, D)
+    out, _ = attention(query, query, query, intervals, backend="{backend}")
+    return x + out.reshape(1, S, H * D), None
+  layer = jax.checkpoint(layer, policy=keep, prevent_cse=False)
+  return jnp.sum(jax.lax.scan(layer, x, weights)[0].astype(jnp.float32))
+def of(*shape, dtype=jnp.bfloat16):
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+rows = of(1, S, dtype=jnp.int32)
+arguments = of(1, S, H * D), of(3, H * D, H * D), KeyIntervals(rows, rows)
+with jax.set_mesh(gpu_mesh):
+  text = jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).compile().as_text()
+print(*(text.count(f'custom_call_target="{{name}}"')
+        for name in ("triton_kernel_call_ffi", "mosaic_gpu_v2")))
+"""
+  expected = {"triton": ["3", "0"], "mosaic_gpu": ["0", "3"]}[backend]
   assert run(program).split() == expected

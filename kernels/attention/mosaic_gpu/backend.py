@@ -1,8 +1,5 @@
 """The attention backend for NVIDIA Hopper GPUs: Pallas (Mosaic GPU) kernels with TMA and wgmma.
 
-The kernels have been interpreted, and compiled for an H200, but have not run on one. Until they are
-measured, `kernels.attention.api` chooses them only by name.
-
 B batch, Q/K query/key length, H query heads, G key/value heads, D head_dim, N tiles of queries.
 """
 

@@ -16,7 +16,7 @@ from kernels.attention import block_tables
 from kernels.attention.backend import Backend
 from kernels.attention.intervals import KeyIntervals
 from kernels.attention.triton.block_sizes import Blocks, blocks_for
-from kernels.nvidia import compute_capability, triton_is_missing
+from kernels.nvidia import TRITON_OPTIONS, compute_capability, triton_is_missing
 from kernels.varying import vary_as
 
 HEAD_DIMS = (64, 128, 256)
@@ -155,7 +155,7 @@ def call(
     grid=grid,
     num_warps=blocks.num_warps,
     num_stages=blocks.num_stages,
-    backend_options=dict(enable_fp_fusion=True),
+    backend_options=TRITON_OPTIONS,
     HEAD_DIM=arrays[0].shape[3],
     GROUP=group,
     KEY_BLOCK=blocks.key,

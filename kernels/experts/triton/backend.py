@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from kernels.experts.backend import Backend
 from kernels.experts.visits import visits
-from kernels.nvidia import compute_capability, triton_is_missing
+from kernels.nvidia import TRITON_OPTIONS, compute_capability, triton_is_missing
 from kernels.varying import vary_as
 
 # Inputs and outputs are multiples of this.
@@ -139,7 +139,7 @@ def _call(
     grid=grid,
     num_warps=blocks.num_warps,
     num_stages=blocks.num_stages,
-    backend_options=dict(enable_fp_fusion=True),
+    backend_options=TRITON_OPTIONS,
     INPUTS=sizes[0],
     OUTPUTS=sizes[1],
     ROW_BLOCK=blocks.rows,
