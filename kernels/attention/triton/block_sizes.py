@@ -1,6 +1,6 @@
 """Block sizes of the Triton kernels of attention and decode.
 
-Those of decode on Hopper, for head_dim 64 and 128, were the fastest on an H100. The others were
+Those of "decode" on Hopper, for head_dim 64 and 128, were the fastest on an H100. The others were
 chosen without a GPU: the largest blocks that fit the shared memory with few or no spilled
 registers, as `python -m tests.kernels.triton_resources` shows. On a GPU,
 `python -m experiments.benchmark tune` prints better rows.
@@ -50,8 +50,8 @@ HALF_PRECISION = {
     "forward": (Blocks(128, 128, 8, 3), Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2)),
     "query_grad": (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2)),
     "key_value_grad": (Blocks(64, 128, 8, 2), Blocks(64, 128, 8, 2), Blocks(32, 64, 8, 2)),
-    "decode": (Blocks(64, 32, 4, 2), Blocks(64, 128, 4, 3), Blocks(32, 32, 4, 3)),
-    "decode_int8": (Blocks(64, 128, 2, 2), Blocks(64, 32, 2, 3), Blocks(32, 32, 4, 4)),
+    "decode": (Blocks(64, 32, 4, 2), Blocks(64, 128, 8, 3), Blocks(32, 32, 4, 3)),
+    "decode_int8": DECODE["decode_int8"],
   },
   100: {
     "forward": (Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2)),
