@@ -27,7 +27,7 @@ def test_json_of_a_stage_that_fits():
 
 @pytest.mark.slow
 def test_gpus_keep_block_inputs_in_the_hosts_memory():
-  """With Triton's kernels. The result is the same if ptxas here is too old for the GPU."""
+  """With the kernels for Hopper."""
   flags = "model.head_dim=64", "model.remat=offload", "optimizer.offload=true"
   done = plan("--topology=h100:1x4", "--json", *(f"--config.{flag}" for flag in flags))
   assert done.returncode == 0, done.stderr
