@@ -32,9 +32,8 @@ lint: .venv/.test
 quick: .venv/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal --quick
 
-# Three processes for two cores, because some tests wait.
 test: .venv/.test
-	$(BIN)/python -m pytest -n 3 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check-python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
