@@ -100,7 +100,7 @@ def peers(shape: Shape, intervals: KeyIntervals) -> Iterator[tuple[str, Attentio
     if backend.unsupported(query, key) is None:
       yield f"ours {backend.name}", ours(backend, intervals)
   is_packed = shape.document_length is not None
-  # In plain JAX, jax.nn keeps all S x S scores, and takes documents only as a mask of this shape.
+  # The plain JAX version of jax.nn holds S x S scores, and a mask of that shape for documents.
   is_short = shape.length <= 8192
   if not is_packed:
     causal = functools.partial(jax.nn.dot_product_attention, is_causal=True)
