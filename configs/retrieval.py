@@ -29,11 +29,11 @@ from lwm.config.model import ModelConfig
 # to a needle and its question: this is quickly learned. Steps of 1024 tokens teach nearly as much
 # as steps of 4096.
 STAGES = (
-  (64, 50.0, 1024, 2000, 2e-3),
+  (64, 50.0, 1024, 1000, 2e-3),
   (128, 100.0, 1024, 300, 1e-3),
   (256, 200.0, 1024, 300, 1e-3),
   (512, 400.0, 1024, 300, 1e-3),
-  (1024, 800.0, 2048, 1200, 1e-3),
+  (1024, 800.0, 2048, 800, 1e-3),
 )
 
 
@@ -61,7 +61,7 @@ def get_config(variant: Literal["stages", "fixed_theta", "long"] = "stages") -> 
       _stage(context, first_theta, tokens, steps, peak)
       for context, _, tokens, steps, peak in STAGES
     ],
-    "long": [_stage(longest, last_theta, batch, 1805, first_peak)],
+    "long": [_stage(longest, last_theta, batch, 1219, first_peak)],
   }[variant]
   return Experiment(
     name="retrieval",

@@ -128,9 +128,9 @@ def needle_conversation(
     is_answer += [False] * len(question) + [True] * len(answer)
   # The needles are hidden in another order than that of the questions.
   hidden = random.sample(needles[:count], count)
-  # Multiples of a tenth, so that some needles are at the very beginning. The very end, right before
-  # the first question, is three times as likely, because short distances are rare otherwise.
-  depths = sorted(random.choice([*range(11), 10, 10]) / 10 for _ in hidden)
+  # Multiples of a tenth, so that some needles are at the very beginning. A quarter of them is at
+  # the very end, right before the first question, because short distances are rare otherwise.
+  depths = sorted(min(round(1.25 * random.random(), 1), 1.0) for _ in hidden)
   text, _ = hide(writer, Frame("", ""), size - len(asked), sources.haystack, hidden, depths)
   return [*text, *asked], [False] * len(text) + is_answer
 
