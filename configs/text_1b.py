@@ -4,7 +4,7 @@
     python -m experiments.benchmark train --config=configs/text_1b.py
     python -m experiments.train --config=configs/text_1b.py --workdir=runs/text_1b
 
-The data are those of `make train`: documents of 4K tokens on average, packed into rows. Your own
+The data are those of `make train`: documents of 7K tokens on average, packed into rows. Your own
 take their place with `--config.tokenizer` and `'--config.datasets[0].path=...'`.
 """
 
