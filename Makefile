@@ -8,6 +8,8 @@ WORKDIR ?= runs/laptop
 # .venv/bin/pip install --constraint pins.txt --editable '.[gpu]', then
 # make train JAX_PLATFORMS=cuda.
 export JAX_PLATFORMS ?= cpu
+# Some containers set it, and then each process compiles all libraries again, for five seconds.
+unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 # uv takes seconds. It does not read pip's settings, such as a mirror: if it fails, pip installs.
 # Python compiles what is imported; pip would compile all files of all packages.

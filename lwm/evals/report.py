@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from lwm.report.plots import save_figure
+from lwm.report.figures import new_figure, save_figure
 
 Record = dict[str, Any]
 
@@ -61,10 +59,7 @@ def heat_map(records: Sequence[Record], title: str, varies: str, path: pathlib.P
   score_PxC = np.array(
     [[scores.get((context, place), np.nan) for context in contexts] for place in places]
   )
-  figure = Figure(
-    figsize=(2.5 + 0.7 * len(contexts), 1.8 + 0.35 * len(places)), layout="constrained"
-  )
-  FigureCanvasAgg(figure)
+  figure = new_figure(2.5 + 0.7 * len(contexts), 1.8 + 0.35 * len(places))
   axes = figure.subplots()
   image = axes.imshow(score_PxC, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
   for (row, column), score in np.ndenumerate(score_PxC):
@@ -87,8 +82,7 @@ def plot_by_context(
   scores: Mapping[str, Sequence[Mapping[int, float]]], title: str, path: pathlib.Path
 ) -> None:
   """Writes mean scores by context as a PNG: per name, a point per run and a line for their mean."""
-  figure = Figure(figsize=(6, 3.6), layout="constrained")
-  FigureCanvasAgg(figure)
+  figure = new_figure(6, 3.6)
   axes = figure.subplots()
   for number, (name, runs) in enumerate(scores.items()):
     color, contexts = f"C{number}", sorted(runs[0])
@@ -111,8 +105,7 @@ def plot_loss_by_position(
   edges: Sequence[int], losses: Sequence[float], title: str, path: pathlib.Path
 ) -> None:
   """Writes the mean loss between each two positions of `edges` as a PNG."""
-  figure = Figure(figsize=(7, 4), layout="constrained")
-  FigureCanvasAgg(figure)
+  figure = new_figure(7, 4)
   axes = figure.subplots()
   axes.stairs(losses, edges, baseline=None)
   axes.set_xscale("log", base=2)

@@ -7,11 +7,9 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from lwm.config.batch import MODALITIES
-from lwm.report.plots import save_figure
+from lwm.report.figures import new_figure, save_figure
 
 
 def plot_loads(records: list[dict[str, Any]], stage: str, path: pathlib.Path) -> bool:
@@ -34,8 +32,7 @@ def plot_loads(records: list[dict[str, Any]], stage: str, path: pathlib.Path) ->
   load_TxLx2xE = np.array([r["expert_load"] for r in train])
   is_divided = "expert_imbalance" in train[0]
   rows = 1 + is_divided + len(MODALITIES)
-  figure = Figure(figsize=(8, 3 * rows), layout="constrained")
-  FigureCanvasAgg(figure)
+  figure = new_figure(8, 3 * rows)
   largest, *middle = figure.subplots(rows, 1, sharex=True)
   by_modality = middle[is_divided:]
 

@@ -3,9 +3,7 @@
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
+from lwm.report.figures import new_figure, save_figure
 from lwm.report.held_out import by_modality
 from lwm.report.presentation import Curve, Panel, Presentation, Record
 
@@ -27,8 +25,7 @@ def plot_stage(
   rate = Panel("learning rate", [Curve("", rates, {"color": "black"})])
   panels = [*presentation.panels(train, evaluations), rate]
   heights = [panel.height for panel in panels]
-  figure = Figure(figsize=(8, 1.5 * sum(heights)), layout="constrained")
-  FigureCanvasAgg(figure)
+  figure = new_figure(8, 1.5 * sum(heights))
   subplots = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights)
   for axes, panel in zip(subplots, panels):
     for curve in panel.curves:
@@ -51,8 +48,7 @@ def plot_held_out(runs: Mapping[str, Sequence[list[Record]]], path: pathlib.Path
     path: of the PNG, which is replaced atomically.
   """
   modalities = sorted({name for own in runs.values() for run in own for name in _losses(run)})
-  figure = Figure(figsize=(4 * len(modalities), 3.2), layout="constrained")
-  FigureCanvasAgg(figure)
+  figure = new_figure(4 * len(modalities), 3.2)
   subplots = figure.subplots(1, len(modalities), squeeze=False)[0]
   for axes, modality in zip(subplots, modalities):
     for number, (name, own) in enumerate(runs.items()):
@@ -75,10 +71,3 @@ def _losses(records: list[Record]) -> dict[str, list[tuple[int, float]]]:
     for modality, total in by_modality(record["held_out"]).items():
       points.setdefault(modality, []).append((record["total_steps"], total["loss"]))
   return points
-
-
-def save_figure(figure: Figure, path: pathlib.Path) -> None:
-  """Writes a PNG and replaces `path` atomically."""
-  partial = path.with_suffix(".partial")
-  figure.savefig(partial, dpi=120, format="png")
-  partial.replace(path)

@@ -1,0 +1,18 @@
+"""Figures as PNG files. Importing this module does not import matplotlib, which takes a second."""
+
+import pathlib
+from typing import Any
+
+
+def new_figure(width: float, height: float) -> Any:
+  """An empty `matplotlib.figure.Figure` of a size in inches."""
+  from matplotlib.figure import Figure
+
+  return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Any, path: pathlib.Path) -> None:
+  """Writes a PNG and replaces `path` atomically."""
+  partial = path.with_suffix(".partial")
+  figure.savefig(partial, dpi=120, format="png")
+  partial.replace(path)
