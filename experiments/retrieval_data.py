@@ -1,13 +1,12 @@
-"""Makes the data of configs/retrieval.py: texts that hide needles, and questions after them.
+"""Makes the data of configs/retrieval.py: texts that hide a needle, a question and its answer.
 
     python -m experiments.retrieval_data --output=data/retrieval
 
     tokenizer.model   1024 pieces
     haystack.txt      random sentences, for `experiments.evaluate --haystack`
-    needles_256/ ...  a dataset for each context; a document fills it, and only answers have a loss
+    needles_64/ ...   a dataset for each context; documents fill it, and only answers have a loss
 
-Needles and questions are those of `experiments.evaluate needle`. Each document hides several, so
-that it has several answers to learn from; the evaluation hides one.
+Needles and questions are those of `experiments.evaluate needle`.
 """
 
 import pathlib

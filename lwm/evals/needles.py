@@ -96,9 +96,10 @@ def needle(sources: Sources, random: random_lib.Random, case: Case, size: int) -
 def needle_conversation(
   sources: Sources, random: random_lib.Random, size: int
 ) -> tuple[list[int], list[bool]]:
-  """A document to learn from: a text with needles, and a question and an answer for each of them.
+  """A document to learn from: a prompt of `needle` and its answer.
 
-  It hides between one needle and as many as fit, at most four, at random depths.
+  The needle is at a random multiple of a tenth of the haystack, the very beginning and the very end
+  included.
 
   Args:
     sources: with a haystack of at least `size` ids.
@@ -106,33 +107,16 @@ def needle_conversation(
     size: tokens of the document.
 
   Returns:
-    `size` ids, and which of them are answers; an end of text belongs to each answer.
+    `size` ids, and which of them are the answer; an end of text belongs to it.
   """
   writer = sources.writer
-  needles, rounds = list[str](), list[tuple[list[int], list[int]]]()
-  room = writer.room(Frame("", ""), size)
-  for city in random.sample(words.CITIES, 4):
-    number = words.number(random)
-    needle = needle_text(city, number)
-    question = writer.encode(needle_frame(city).after)
-    answer = [*writer.encode(f" {number}"), writer.tokenizer.eos_id]
-    room -= len(writer.encode(needle)) + len(question) + len(answer)
-    if needles and room < 0:
-      break
-    needles.append(needle)
-    rounds.append((question, answer))
-  count = random.randint(1, len(needles))
-  asked, is_answer = list[int](), list[bool]()
-  for question, answer in rounds[:count]:
-    asked += [*question, *answer]
-    is_answer += [False] * len(question) + [True] * len(answer)
-  # The needles are hidden in another order than that of the questions.
-  hidden = random.sample(needles[:count], count)
-  # Multiples of a tenth, so that some needles are at the very beginning. A quarter of them is at
-  # the very end, right before the first question, because short distances are rare otherwise.
-  depths = sorted(min(round(1.25 * random.random(), 1), 1.0) for _ in hidden)
-  text, _ = hide(writer, Frame("", ""), size - len(asked), sources.haystack, hidden, depths)
-  return [*text, *asked], [False] * len(text) + is_answer
+  city, number = random.choice(words.CITIES), words.number(random)
+  answer = [*writer.encode(f" {number}"), writer.tokenizer.eos_id]
+  needles, depths = [needle_text(city, number)], [random.randrange(11) / 10]
+  prompt, _ = hide(
+    writer, needle_frame(city), size - len(answer), sources.haystack, needles, depths
+  )
+  return [*prompt, *answer], [False] * len(prompt) + [True] * len(answer)
 
 
 def several_needles(sources: Sources, random: random_lib.Random, case: Case, size: int) -> Question:

@@ -10,19 +10,20 @@ from lwm.model.flops import train_flops
 
 
 def flops(experiment: Experiment) -> float:
-  """Model FLOPs of all steps; a document fills a row and has nine targets per answer."""
+  """Model FLOPs of all steps; documents fill a row, and each has nine targets."""
   total = 0.0
   for stage in experiment.stages:
-    length = stage.sequence_length
-    # One to four answers, as many as there is room for.
-    answers = {64: 1.0, 128: 1.5}.get(length, 2.5)
-    row = train_flops(
-      experiment.model,
-      tokens=length,
-      attended_pairs=length * (length + 1) / 2,
-      text_targets=9 * answers,
-    )
-    total += stage.steps * stage.rows_per_batch * row
+    weights = sum(entry.weight for entry in stage.mixture)
+    for entry in stage.mixture:
+      length = int(entry.dataset.removeprefix("needles_"))
+      documents = stage.sequence_length // length
+      row = train_flops(
+        experiment.model,
+        tokens=stage.sequence_length,
+        attended_pairs=documents * length * (length + 1) / 2,
+        text_targets=9 * documents,
+      )
+      total += stage.steps * stage.rows_per_batch * entry.weight / weights * row
   return total
 
 

@@ -11,7 +11,7 @@ from lwm.errors import UserError
 from lwm.evals import words
 from lwm.evals.answers import AnswerFile
 from lwm.evals.evaluations import EVALUATIONS, FILMS, RULER
-from lwm.evals.needles import Sources, needle_conversation, needle_frame
+from lwm.evals.needles import Sources, needle_conversation, needle_frame, needle_text
 from lwm.evals.prompts import Haystack, PromptWriter
 from lwm.evals.questions import Case, Question, cases, parse_range
 from lwm.evals.report import by_context, context_name, heat_map
@@ -78,23 +78,21 @@ def test_a_needle_stands_after_the_sentence_at_its_depth(sources, depth):
 
 def test_documents_to_learn_from_are_prompts_with_their_answers(tokenizer):
   writer = PromptWriter(tokenizer, chat=False)
-  sources = Sources(writer, tokenizer.encode(SENTENCE * 50))
-  counts = set()
-  for seed in range(40):
-    ids, is_answer = needle_conversation(sources, random.Random(seed), 600)
-    assert len(ids) == len(is_answer) == 600
-    hidden = dict(re.findall(r"\nThe special magic (.+) number is: (\d+)\n", tokenizer.decode(ids)))
-    counts.add(len(hidden))
-    # Every question, in some order, ends the document as it ends the evaluation's prompt.
-    stop = len(ids)
-    for _ in range(len(hidden)):
-      start = stop - is_answer[:stop][::-1].index(False)
-      questions = {city: writer.encode(needle_frame(city).after) for city in hidden}
-      (city,) = (city for city, own in questions.items() if ids[:start][-len(own) :] == own)
-      assert ids[start:stop] == [*writer.encode(f" {hidden.pop(city)}"), tokenizer.eos_id]
-      stop = start - len(questions[city])
-    assert not any(is_answer[:stop])
-  assert counts == {1, 2, 3, 4}
+  sources = Sources(writer, tokenizer.encode(SENTENCE * 100))
+  depths = set()
+  for seed in range(100):
+    ids, is_answer = needle_conversation(sources, random.Random(seed), 1200)
+    assert len(ids) == len(is_answer) == 1200
+    start = is_answer.index(True)
+    assert all(is_answer[start:])
+    text = tokenizer.decode(ids[:start])
+    ((city, number),) = re.findall(r"\nThe special magic (.+) number is: (\d+)\n", text)
+    question = writer.encode(needle_frame(city).after)
+    assert ids[start - len(question) : start] == question
+    assert ids[start:] == [*writer.encode(f" {number}"), tokenizer.eos_id]
+    before, after = text.removesuffix(needle_frame(city).after).split(needle_text(city, number))
+    depths.add(round(10 * len(before) / len(before + after)))
+  assert depths == set(range(11))
 
 
 def test_needles_and_their_numbers_come_in_order(sources):
