@@ -1,4 +1,4 @@
-"""Figures as PNG files. This module imports matplotlib, which takes half a second, when it draws."""
+"""Figures as PNG files. Only drawing imports matplotlib, which takes half a second."""
 
 import pathlib
 from typing import Any
