@@ -99,7 +99,6 @@ def main(argv: list[str]) -> None:
       "Name an evaluation, or losses, and variants: needle stages=WORKDIR,WORKDIR long=WORKDIR."
     )
   output = pathlib.Path(_OUTPUT.value or "")
-  output.mkdir(parents=True, exist_ok=True)
   pairs = (text.split("=", 1) for text in argv[2:])
   variants = {name: workdirs.split(",") for name, workdirs in pairs}
   if argv[1] == _LOSSES:

@@ -20,7 +20,7 @@ from lwm.evals.answers import AnswerFile
 from lwm.evals.prompts import PromptWriter
 from lwm.infer.films import read_codes, vision_ids
 from lwm.vision.codec import Codec
-from lwm.vision.pictures import save_contact_sheet
+from lwm.vision.pictures import decibels, save_contact_sheet
 from lwm.vision.video import crop_and_resize
 
 # Maximum number of tokens in the answer to a question of --questions.
@@ -203,9 +203,9 @@ def _frames(records: Sequence[dict[str, Any]]) -> str:
   for frame in range(len(records[0]["ssim"])):
     row: list[object] = [frame + 1]
     for kind in ("", "still_"):
-      errors = [record[f"{kind}squared_error"][frame] for record in records]
+      error = float(np.mean([record[f"{kind}squared_error"][frame] for record in records]))
       similarity = np.mean([record[f"{kind}ssim"][frame] for record in records])
-      row += [f"{metrics.peak_signal_to_noise(errors):.2f}", f"{similarity:.3f}"]
+      row += [f"{decibels(error):.2f}", f"{similarity:.3f}"]
     rows.append(row)
     print("generation: frame {}: PSNR {} dB, SSIM {}; still: {} dB, {}".format(*row))
   header = ("frame", "PSNR (dB)", "SSIM", "PSNR of a still (dB)", "SSIM of a still")

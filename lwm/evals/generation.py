@@ -73,12 +73,6 @@ def _errors(truth_NxHxWx3: np.ndarray, other_NxHxWx3: np.ndarray, name: str) -> 
   }
 
 
-def peak_signal_to_noise(squared_errors: Sequence[float]) -> float:
-  """PSNR in decibels of the mean of squared errors of 8-bit pixels; infinite if all are 0."""
-  mean = float(np.mean(squared_errors))
-  return float("inf") if mean == 0 else 10 * float(np.log10(255**2 / mean))
-
-
 def frechet_distance(ours_NxE: np.ndarray, theirs_NxE: np.ndarray) -> float:
   """The squared Frechet distance between Gaussians with the means and covariances of two sets.
 

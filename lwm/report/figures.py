@@ -12,7 +12,8 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: pathlib.Path) -> None:
-  """Writes a PNG and replaces `path` atomically."""
+  """Writes a PNG and replaces `path` atomically; its folder is created."""
+  path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_suffix(".partial")
   figure.savefig(partial, dpi=120, format="png")
   partial.replace(path)

@@ -161,7 +161,6 @@ class Reporter:
     if not self._speaks:
       return
     path = self._workdir / "curves" / f"{stage.name}.png"
-    path.parent.mkdir(exist_ok=True)
     records = read_metrics(self._workdir / FILE_NAME)
     plot_stage(self._presentation, records, stage.name, path)
     self.say(f"curves of {stage.name}: {path}")

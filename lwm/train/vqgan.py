@@ -23,7 +23,7 @@ from lwm.program.stage import StageProgram
 from lwm.report.presentation import Record
 from lwm.report.vqgan import VQGANPresentation
 from lwm.vision.codec import FILE_NAME, Codec, save_vqgan
-from lwm.vision.pictures import save_contact_sheet
+from lwm.vision.pictures import decibels, save_contact_sheet
 
 # A folder of the workdir.
 SHEETS = "reconstructions"
@@ -144,7 +144,7 @@ def results(sums: dict[str, np.ndarray]) -> Record:
   wins_V, frames = sums["wins"], float(sums["frames"])
   share_V = wins_V[wins_V > 0] / wins_V.sum()
   return {
-    "psnr": float(10 * np.log10(255**2 * frames / sums["squared_error"])),
+    "psnr": decibels(float(sums["squared_error"]) / frames),
     "ssim": float(sums["ssim"] / frames),
     "usage": float((wins_V > 0).mean()),
     "codebook_perplexity": float(np.exp(-(share_V * np.log(share_V)).sum())),

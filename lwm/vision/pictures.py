@@ -60,5 +60,9 @@ def save_clip(
 
 def peak_signal_to_noise(truth: np.ndarray, other: np.ndarray) -> float:
   """PSNR in decibels between two uint8 arrays of the same shape; infinite if they are equal."""
-  error = np.square(truth.astype(np.float64) - other.astype(np.float64)).mean()
-  return math.inf if error == 0.0 else 10.0 * math.log10(255.0**2 / error)
+  return decibels(np.square(truth.astype(np.float64) - other.astype(np.float64)).mean())
+
+
+def decibels(mean_squared_error: float) -> float:
+  """PSNR of 8-bit pixels with this error; infinite if it is 0."""
+  return 10 * math.log10(255**2 / mean_squared_error) if mean_squared_error else math.inf
