@@ -29,7 +29,7 @@ from lwm.config.model import ModelConfig
 # belong to a needle and its question: this is quickly learned.
 STAGES = (
   (64, 50.0, 1024, 600, 3e-3),
-  (128, 100.0, 1024, 400, 2e-3),
+  (128, 100.0, 1024, 1200, 2e-3),
   (256, 200.0, 1024, 400, 1e-3),
   (512, 400.0, 1024, 400, 1e-3),
   (1024, 800.0, 2048, 1200, 1e-3),
@@ -71,7 +71,7 @@ def get_config(variant: Literal["stages", "fixed_theta", "long"] = "stages") -> 
   stages = {
     "stages": _growing(),
     "fixed_theta": _growing(first_theta),
-    "long": [_stage(longest, last_theta, batch, 1459, first_peak)],
+    "long": [_stage(longest, last_theta, batch, 1619, first_peak)],
   }[variant]
   return Experiment(
     name="retrieval",

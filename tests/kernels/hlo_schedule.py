@@ -81,11 +81,12 @@ class Schedule:
         array = re.search(r"\w+\[[0-9,]*\]", instruction.shape)[0]
         last = self._done(instructions, index)
         found.append(Transfer(array, times, self._kernels(instructions[index:last])))
-      inner = times
-      if instruction.opcode == "while":
-        inner *= self._trips(instruction)
-      for called in instruction.calls:
-        found += self._transfers(called, inner)
+      inner = [item for called in instruction.calls for item in self._transfers(called, times)]
+      # The bound of a loop without transfers may depend on data.
+      if instruction.opcode == "while" and inner:
+        trips = self._trips(instruction)
+        inner = [item._replace(times=item.times * trips) for item in inner]
+      found += inner
     return found
 
   def _done(self, instructions, start: int) -> int:
