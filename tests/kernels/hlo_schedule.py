@@ -77,10 +77,11 @@ class Schedule:
     found = []
     instructions = self._computations[computation]
     for index, instruction in enumerate(instructions):
-      if instruction.opcode.removesuffix("-start") in _TRANSFERS:
-        array = re.search(r"\w+\[[0-9,]*\]", instruction.shape)[0]
+      if (transfer := self._transfer(instruction)) is not None:
+        array = re.search(r"\w+\[[0-9,]*\]", transfer.shape)[0]
         last = self._done(instructions, index)
         found.append(Transfer(array, times, self._kernels(instructions[index:last])))
+        continue
       inner = [item for called in instruction.calls for item in self._transfers(called, times)]
       # The bound of a loop without transfers may depend on data.
       if instruction.opcode == "while" and inner:
@@ -88,6 +89,16 @@ class Schedule:
         inner = [item._replace(times=item.times * trips) for item in inner]
       found += inner
     return found
+
+  def _transfer(self, instruction: _Instruction) -> _Instruction | None:
+    """The transfer that an instruction does or starts."""
+    if instruction.opcode.removesuffix("-start") in _TRANSFERS:
+      return instruction
+    if instruction.opcode != "async-start":
+      return None
+    (called,) = instruction.calls
+    (root,) = self._computations[called][-1:]
+    return root if root.opcode in _TRANSFERS else None
 
   def _done(self, instructions, start: int) -> int:
     """The index of what waits for a transfer; its own if it is not asynchronous."""

@@ -1,17 +1,18 @@
 """Prints what a recipe's last stage computes on TPUs while hops of the ring and tokens travel.
 
-  python -m tests.kernels.recipe_schedule CONFIG TOPOLOGY
+  python -m tests.kernels.recipe_schedule CONFIG TOPOLOGY [HLO]
 
 CONFIG is a module of configs, such as experts_fine_16b, and TOPOLOGY a slice as in
 `experiments.plan`, such as v5p:4x8x8. The train step is compiled here, without a TPU, which takes
 minutes for a large recipe. Each line is a transfer of the compiled program: how often it runs per
 step, its array, and how many Pallas kernels and matrix products are scheduled until it is done, by
-name.
+name. The program itself is written to the file HLO.
 """
 
 import collections
 import importlib
 import os
+import pathlib
 import re
 import sys
 
@@ -23,13 +24,15 @@ from lwm.plan import load, plan_stage
 from tests.kernels.hlo_schedule import Schedule
 
 
-def main(config: str, topology: str) -> None:
+def main(config: str, topology: str, hlo: str | None = None) -> None:
   experiment = importlib.import_module(f"configs.{config}").get_config()
   validate(experiment)
   stage = experiment.stages[-1]
   plan, _, compilation = plan_stage(experiment, stage, load(topology))
   gib = plan.memory.total / 2**30
   print(f"{config}, stage {stage.name}, {topology}: {gib:.1f} GiB per device", flush=True)
+  if hlo:
+    pathlib.Path(hlo).write_text(compilation.text)
   transfers = Schedule(compilation.text).transfers()
   for transfer in transfers:
     names = collections.Counter(re.sub(r"[.\d]+$", "", name) for name in transfer.kernels)
