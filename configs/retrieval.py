@@ -27,6 +27,7 @@ from lwm.config.model import ModelConfig
 # Context, rope_theta, tokens per batch, steps, peak learning rate. Theta is 0.8 times the context,
 # so that the slowest rotation of 32 channels takes three to four contexts. Of 64 tokens, most
 # belong to a needle and its question: this is quickly learned.
+# At 128 tokens, 400 steps were enough for some runs only (docs/growing_context.md).
 STAGES = (
   (64, 50.0, 1024, 600, 3e-3),
   (128, 100.0, 1024, 1200, 2e-3),
