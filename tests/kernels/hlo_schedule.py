@@ -97,7 +97,7 @@ class Schedule:
     if instruction.opcode != "async-start":
       return None
     (called,) = instruction.calls
-    (root,) = self._computations[called][-1:]
+    root = self._computations[called][-1]
     return root if root.opcode in _TRANSFERS else None
 
   def _done(self, instructions, start: int) -> int:
