@@ -12,7 +12,7 @@ from PIL import Image
 from lwm.config.vqgan import PIXEL_RANGES, VQGANConfig
 from lwm.errors import UserError
 from lwm.vision.codec import Codec, save_vqgan, to_frames, to_pixels
-from lwm.vision.pictures import peak_signal_to_noise, save_contact_sheet
+from lwm.vision.pictures import decibels, peak_signal_to_noise, save_contact_sheet
 from lwm.vision.vqgan import VQGAN
 
 TINY = VQGANConfig(
@@ -144,3 +144,4 @@ def test_peak_signal_to_noise():
   assert peak_signal_to_noise(black, black) == np.inf
   assert peak_signal_to_noise(black, black + 255) == 0.0
   assert peak_signal_to_noise(black, black + 51) == pytest.approx(13.979, abs=1e-3)
+  assert decibels(2.0) == pytest.approx(20 * np.log10(255) - 10 * np.log10(2))
