@@ -5,8 +5,10 @@ as many elements as the whole sequence has in one layer's residual stream, [sequ
 second is an all-gather along a mesh axis of the sequence, except where its result holds integers
 (the rows of a batch, [B, S]: tokens, key intervals), is a part of a parameter (weights are gathered
 for use), or has fewer elements than the sequence has tokens. All-reduces are treated alike, because
-XLA uses them as gathers, of arrays that are zero outside a device's own part. A collective along
-`tensor` alone joins the tokens of one sequence shard: that is Megatron's sequence parallelism.
+XLA uses them as gathers, of arrays that are zero outside a device's own part; but not those of
+computations that XLA names all-reduce-scatter, which keep a device's own part of the sum. A
+collective along `tensor` alone joins the tokens of one sequence shard: that is Megatron's sequence
+parallelism.
 """
 
 import math
@@ -21,6 +23,8 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (.*?) ([a-z][a-z0-9-]*)\(", r
 _LISTS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\] \{([^}]*)\}")
+# A whole computation, from its first line to the brace that ends it.
+_SCATTER = re.compile(r"^%all-reduce-scatter\S* \(.*?^\}", re.MULTILINE | re.DOTALL)
 _INTEGERS = ("pred", "s", "u")
 
 
@@ -53,6 +57,7 @@ def gathered_sequences(
   # pass as a part of them.
   sizes = {of_a_layer(shape) for shape in parameters}
   devices = math.prod(mesh.values())
+  scatters = [range(*match.span()) for match in _SCATTER.finditer(text)]
   found = []
   for match in _INSTRUCTION.finditer(text):
     name, result, operation = match.groups()
@@ -64,7 +69,8 @@ def gathered_sequences(
     for kind, shape in arrays:
       if of_a_layer(shape) >= sequence_length * width:
         found.append(f"{name}: {kind}{list(shape)} holds a whole sequence ({operation})")
-    if operation.removesuffix("-start") in ("all-gather", "all-reduce"):
+    is_scatter = any(match.start() in scatter for scatter in scatters)
+    if operation.removesuffix("-start") in ("all-gather", "all-reduce") and not is_scatter:
       line = text[match.start() : text.find("\n", match.end())]
       crossed = set(crossed_axes(line, mesh)) & set(sequence_axes)
       for kind, shape in arrays:
