@@ -6,6 +6,13 @@
 --input is the workdir of a run, or a checkpoint that experiments.import_weights wrote. Every expert
 starts as a copy of the layer's feed-forward network, with the same width, so these layers use
 --experts_per_token times as many FLOPs per token as before.
+
+With --slices, each network is cut into so many parts first. The first of them become
+--shared_experts, and each expert is a copy of one of the others. Here a token uses as many FLOPs as
+before, but for the router:
+
+    python -m experiments.upcycle --input=runs/laptop --output=weights/laptop_sliced \\
+        --slices=6 --shared_experts=4 --num_experts=32 --experts_per_token=2
 """
 
 import pathlib
@@ -22,6 +29,10 @@ _INPUT = flags.DEFINE_string("input", None, "The dense model: a run's workdir or
 _OUTPUT = flags.DEFINE_string("output", None, "The checkpoint to write, a new directory.")
 _NUM_EXPERTS = flags.DEFINE_integer("num_experts", 8, "Experts per layer.", 1)
 _PER_TOKEN = flags.DEFINE_integer("experts_per_token", 2, "Experts that a token uses.", 1)
+_SLICES = flags.DEFINE_integer("slices", 1, "Parts that each dense network is cut into.", 1)
+_SHARED = flags.DEFINE_integer(
+  "shared_experts", 0, "Experts that every token goes through: the first slices.", 0
+)
 _ROUTER = flags.DEFINE_enum("router", ROUTERS[0], ROUTERS, "How experts are chosen.")
 _NOISE = flags.DEFINE_float(
   "noise",
@@ -41,10 +52,14 @@ def main(argv: list[str]) -> None:
     raise UserError(
       f"--experts_per_token={_PER_TOKEN.value} is more than --num_experts={_NUM_EXPERTS.value}."
     )
-  experts = ExpertsConfig(_NUM_EXPERTS.value, _PER_TOKEN.value, router=_ROUTER.value)
+  experts = ExpertsConfig(
+    _NUM_EXPERTS.value, _PER_TOKEN.value, shared_experts=_SHARED.value, router=_ROUTER.value
+  )
   output = pathlib.Path(_OUTPUT.value)
   stored = newest(pathlib.Path(_INPUT.value))
-  experiment = convert.upcycle(stored, output, experts, _NOISE.value, _SEED.value)
+  experiment = convert.upcycle(
+    stored, output, experts, slices=_SLICES.value, noise=_NOISE.value, seed=_SEED.value
+  )
   print(f"{stored.path} with config.model.experts={experiment.model.experts} is in {output}")
 
 
