@@ -36,7 +36,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import flags as experiment_flags, shards
+from experiments import dataset_summary, flags as experiment_flags, shards
 from lwm.data import prepare, sources
 from lwm.data.dataset import TRAIN, VALIDATION, Dataset
 from lwm.data.parts import Vocabulary
@@ -255,21 +255,14 @@ def _settings(inputs: list[sources.Source]) -> dict[str, Any]:
 
 
 def _print_summary(dataset: Dataset, inputs: list[sources.Source]) -> None:
-  for name, split in dataset.manifest["splits"].items():
-    entropy = ", ".join(f"{m} {nats:.3f}" for m, nats in split["unigram_entropy"].items())
-    print(
-      f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, "
-      f"unigram entropy {entropy} nats"
-    )
+  dataset_summary.print_splits(dataset)
   if not dataset.has_split(VALIDATION):
     print("validation: no documents, so no held-out loss")
   for source in inputs:
     if source.left_out:
       kinds = ", ".join(f"{kind} {count}" for kind, count in source.left_out.most_common())
       print(f"{source.name}: {source.left_out.total():,} files were left out: {kinds}")
-  bad_records = dataset.manifest["bad_records"]
-  report = f" (see {dataset.path / 'bad_records.jsonl'})" if bad_records else ""
-  print(f"{bad_records:,} bad records{report}; dataset: {dataset.path}")
+  dataset_summary.print_bad_records(dataset, "records")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import sys
 
 from absl import flags
 
-from experiments import decoding, flags as experiment_flags, shards
+from experiments import dataset_summary, decoding, flags as experiment_flags, shards
 from lwm.data.dataset import TRAIN, VALIDATION
 from lwm.data.films import digest, read_films
 from lwm.data.frame_job import FrameJob, single_clips
@@ -75,9 +75,7 @@ def main(argv: list[str]) -> None:
   dataset = FrameDataset(_OUTPUT.value)
   for split in (TRAIN, VALIDATION):
     print(f"{split}: {dataset.num_frames(split):,} frames")
-  bad = dataset.manifest["bad_records"]
-  report = f" (see {dataset.path / 'bad_records.jsonl'})" if bad else ""
-  print(f"{bad:,} bad films{report}; dataset: {dataset.path}")
+  dataset_summary.print_bad_records(dataset, "films")
 
 
 if __name__ == "__main__":

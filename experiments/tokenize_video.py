@@ -19,7 +19,7 @@ from collections.abc import Callable
 import jax
 from absl import flags
 
-from experiments import decoding, flags as experiment_flags, shards
+from experiments import dataset_summary, decoding, flags as experiment_flags, shards
 from experiments.runtime import devices, use_compilation_cache
 from lwm.data.dataset import Dataset
 from lwm.data.film_documents import FilmDocuments, RowSettings
@@ -120,7 +120,9 @@ def work(share: shards.Share) -> Callable[[], None]:
 
   def join() -> None:
     parts.join(count)
-    _print_summary(Dataset(_OUTPUT.value))
+    dataset = Dataset(_OUTPUT.value)
+    dataset_summary.print_splits(dataset)
+    dataset_summary.print_bad_records(dataset, "films")
 
   return join
 
@@ -159,14 +161,6 @@ def main(argv: list[str]) -> None:
   # All processes have left the context, so all parts are complete.
   if share.index == 0:
     join()
-
-
-def _print_summary(dataset: Dataset) -> None:
-  for name, split in dataset.manifest["splits"].items():
-    print(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens")
-  bad_records = dataset.manifest["bad_records"]
-  report = f" (see {dataset.path / 'bad_records.jsonl'})" if bad_records else ""
-  print(f"{bad_records:,} bad films{report}; dataset: {dataset.path}")
 
 
 if __name__ == "__main__":
