@@ -33,7 +33,7 @@ from absl import flags
 
 from configs import vqgan_laptop
 from configs.models import laptop_vqgan
-from experiments import flags as experiment_flags
+from experiments import dataset_summary, flags as experiment_flags
 from experiments.runtime import devices, use_compilation_cache
 from lwm.config.validate import check_devices, validate
 from lwm.data import prepare
@@ -169,16 +169,6 @@ def _make_video(
               writer.write(split, video_document(tokenizer, window, caption, layout), name)
 
 
-def _print_dataset(dataset: Dataset, tokenizer: Tokenizer) -> None:
-  dataset.check_tokenizer(tokenizer)
-  for name, split in dataset.manifest["splits"].items():
-    entropy = ", ".join(f"{m} {nats:.3f}" for m, nats in split["unigram_entropy"].items())
-    print(
-      f"  {name}: {split['documents']:,} documents, {split['tokens']:,} tokens, unigram entropy "
-      f"{entropy} nats"
-    )
-
-
 def main(argv: list[str]) -> None:
   del argv
   output = pathlib.Path(_OUTPUT.value)
@@ -206,13 +196,16 @@ def main(argv: list[str]) -> None:
   part(model, lambda: _make_tokenizer(model))
   tokenizer = load_tokenizer(model)
   part(text, lambda: _make_text(text, tokenizer))
-  _print_dataset(Dataset(text), tokenizer)
+  dataset = Dataset(text)
+  dataset.check_tokenizer(tokenizer)
+  dataset_summary.print_splits(dataset)
   codec = Codec(vqgan)
   part(video, lambda: _make_video(video, tokenizer, codec, clips))
   dataset = Dataset(video)
   if dataset.manifest["vqgan_sha256"] != codec.sha256:
     raise UserError(f"{video} was made with another VQGAN than {vqgan}: delete {video}.")
-  _print_dataset(dataset, tokenizer)
+  dataset.check_tokenizer(tokenizer)
+  dataset_summary.print_splits(dataset)
 
 
 if __name__ == "__main__":
