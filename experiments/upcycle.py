@@ -8,8 +8,8 @@ starts as a copy of the layer's feed-forward network, with the same width, so th
 --experts_per_token times as many FLOPs per token as before.
 
 With --slices, each network is cut into so many parts first. The first of them become
---shared_experts, and each expert is a copy of one of the others. Here a token uses as many FLOPs as
-before, but for the router:
+--shared_experts, and each expert is a copy of one of the others. In this example, a token uses as
+many FLOPs as before, but for the router:
 
     python -m experiments.upcycle --input=runs/laptop --output=weights/laptop_sliced \\
         --slices=6 --shared_experts=4 --num_experts=32 --experts_per_token=2

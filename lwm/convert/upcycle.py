@@ -83,16 +83,12 @@ def upcycle(
       arrays[path] = info
       continue
     name = path.removeprefix(_DENSE)
-
-    def cut(parts: int) -> tuple[int, ...]:
-      shape = list(info.shape)
-      shape[_PROJECTIONS[name]] = parts * experts.width
-      return tuple(shape)
-
-    layers, *shape = cut(1)
-    arrays[f"{_DENSE}expert_{name}"] = ArrayInfo((layers, E, *shape), info.dtype)
+    shape = list(info.shape)
+    shape[_PROJECTIONS[name]] = experts.width
+    arrays[f"{_DENSE}expert_{name}"] = ArrayInfo((shape[0], E, *shape[1:]), info.dtype)
     if experts.shared_experts:
-      arrays[f"{_DENSE}shared.{name}"] = ArrayInfo(cut(experts.shared_experts), info.dtype)
+      shape[_PROJECTIONS[name]] = experts.shared_experts * experts.width
+      arrays[f"{_DENSE}shared.{name}"] = ArrayInfo(tuple(shape), info.dtype)
   float32 = np.dtype(np.float32)
   arrays[_DENSE + "router"] = ArrayInfo((model.num_layers, model.width, E), float32)
   if experts.router == "sigmoid":
