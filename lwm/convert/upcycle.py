@@ -117,7 +117,7 @@ def upcycle(
         if noise:
           scale = noise * weight.astype(float32).std()
           copies = copies + scale * rng.standard_normal(copies.shape, float32)
-        writer.write(f"{_DENSE}expert_{name}", copies.astype(weight.dtype), (layer,))
+        writer.write(f"{_DENSE}expert_{name}", copies.astype(weight.dtype, copy=False), (layer,))
   return experiment
 
 
