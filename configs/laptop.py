@@ -18,8 +18,8 @@ from lwm.config.experiment import (
 )
 
 # Every rotation completes a turn within 1024 tokens, so rows of 4096 tokens have no angles that the
-# model has not seen. With 5e4, a model learns later in video_1k to copy codes from the frame before,
-# and needs about 25 of the last stage's 60 steps to learn it again.
+# model has not seen. With 5e4, a model learns later in video_1k to copy codes from the frame
+# before, and needs about 25 of the last stage's 60 steps to learn it again.
 _ROPE_THETA = 100.0
 
 
