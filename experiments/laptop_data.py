@@ -63,7 +63,7 @@ _CLIPS = {
 # Where squares are cut from each frame, along its longer side. The centred one comes first.
 _POSITIONS = (0.5, 0.0, 1.0)
 # For training, squares are also cut from the corners of each frame, enlarged: these shares of its
-# sides. Three short clips are little data, and a model fits them too closely without.
+# sides. Otherwise a model soon fits the three short clips too closely.
 _ZOOMS = (0.7, 0.5)
 _CORNERS = ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
 _VIDEO_HELD_OUT = 0.15
