@@ -3,7 +3,7 @@
     python -m experiments.compare needle --output=runs/compared \\
         stages=runs/stages_0,runs/stages_1 long=runs/long_0,runs/long_1
     python -m experiments.compare losses --output=runs/compared \\
-        dense=runs/laptop experts=runs/laptop_experts
+        dense=runs/dense experts=runs/experts
 
 Each variant is a name and workdirs, usually of several seeds. `needle` is one of the evaluations of
 `experiments.evaluate`, which has asked all runs the same questions: OUTPUT/by_context.png shows the

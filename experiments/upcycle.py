@@ -1,6 +1,6 @@
 """Turns a dense checkpoint into one with experts that computes the same.
 
-    python -m experiments.upcycle --input=runs/laptop --output=weights/laptop_experts
+    python -m experiments.upcycle --input=runs/dense --output=weights/laptop_experts
     python -m experiments.train --config=configs/laptop_experts.py:upcycled --workdir=runs/upcycled
 
 --input is the workdir of a run, or a checkpoint that experiments.import_weights wrote. Every expert
@@ -11,7 +11,7 @@ With --slices, each network is cut into so many parts first. The first of them b
 --shared_experts, and each expert is a copy of one of the others. In this example, a token uses as
 many FLOPs as before, but for the router:
 
-    python -m experiments.upcycle --input=runs/laptop --output=weights/laptop_sliced \\
+    python -m experiments.upcycle --input=runs/dense --output=weights/laptop_sliced \\
         --slices=6 --shared_experts=4 --num_experts=32 --experts_per_token=2
 """
 
